@@ -1,0 +1,53 @@
+// Number types: what a kernel reads and writes, and what it computes in.
+#pragma once
+
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <limits>
+#include <stdexcept>
+#include <type_traits>
+
+namespace mas_ext {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+using torch::headeronly::ScalarType;
+
+// float64 stays float64; everything narrower is computed, and its Ω kept, in float32.
+template <class T>
+using accumulate_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+inline ScalarType accumulate_dtype(ScalarType dtype) {
+  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline bool is_supported(ScalarType dtype) {
+  return dtype == ScalarType::Float || dtype == ScalarType::Double ||
+         dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
+}
+
+inline const char* dtype_name(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Half: return "float16";
+    default: return torch::headeronly::toString(dtype);
+  }
+}
+
+// Calls `function.template operator()<T>()` with the C++ type of a supported dtype.
+template <class F>
+decltype(auto) visit_dtype(ScalarType dtype, F&& function) {
+  switch (dtype) {
+    case ScalarType::Float: return function.template operator()<float>();
+    case ScalarType::Double: return function.template operator()<double>();
+    case ScalarType::BFloat16: return function.template operator()<BFloat16>();
+    case ScalarType::Half: return function.template operator()<Half>();
+    default: throw std::logic_error("mas_ext: dtype passed the checks but has no kernel");
+  }
+}
+
+}  // namespace mas_ext

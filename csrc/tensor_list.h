@@ -1,0 +1,110 @@
+// From the list arguments of an operator to flat memory that a kernel can walk.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <initializer_list>
+#include <utility>
+#include <vector>
+
+#include "checks.h"
+#include "numbers.h"
+
+namespace mas_ext {
+
+// One parameter: a pointer for each argument, all to `numel` elements in the same order.
+template <size_t Streams>
+struct Entry {
+  std::array<void*, Streams> data;
+  int64_t numel;
+  ScalarType dtype;
+};
+
+// Checks the arguments of `op` and lays them out as entries, in the order they were given.
+// Where the tensors at one position do not share one dense layout, they are copied to contiguous
+// memory, and `write_back` returns what was written: right, slower, and rare.
+template <size_t Streams>
+class FlatList {
+ public:
+  FlatList(const char* op, std::initializer_list<Argument> arguments) {
+    check_arguments(op, arguments);
+    const Argument& first = *arguments.begin();
+    const Argument& values = first.is_omega ? *(arguments.begin() + 1) : first;
+    entries_.reserve(first.tensors.size());
+    for (size_t i = 0; i < first.tensors.size(); ++i) {
+      const int64_t numel = first.tensors[i].numel();
+      total_ += numel;
+      any_double_ |= values.tensors[i].scalar_type() == ScalarType::Double;
+      if (numel > 0) {
+        entries_.push_back({pointers(arguments, i), numel, values.tensors[i].scalar_type()});
+      }
+    }
+  }
+
+  const std::vector<Entry<Streams>>& entries() const { return entries_; }
+  int64_t total() const { return total_; }
+
+  // The dtype of a sum over the list: that of its widest accumulation.
+  ScalarType value_dtype() const { return any_double_ ? ScalarType::Double : ScalarType::Float; }
+
+  void write_back() {
+    for (auto& [original, copy] : written_copies_) {
+      torch::stable::copy_(original, copy);
+    }
+  }
+
+ private:
+  static bool share_dense_layout(std::initializer_list<Argument> arguments, size_t i) {
+    if (std::all_of(arguments.begin(), arguments.end(),
+                    [i](const Argument& a) { return a.tensors[i].is_contiguous(); })) {
+      return true;
+    }
+    const Tensor& first = arguments.begin()->tensors[i];
+    const auto strides = first.strides();
+    return is_dense(first) &&
+           std::all_of(arguments.begin(), arguments.end(), [&](const Argument& a) {
+             const auto others = a.tensors[i].strides();
+             return std::equal(strides.begin(), strides.end(), others.begin());
+           });
+  }
+
+  std::array<void*, Streams> pointers(std::initializer_list<Argument> arguments, size_t i) {
+    const bool in_place = share_dense_layout(arguments, i);
+    std::array<void*, Streams> result;
+    size_t stream = 0;
+    for (const Argument& argument : arguments) {
+      const Tensor& tensor = argument.tensors[i];
+      result[stream++] = in_place ? tensor.data_ptr() : contiguous_copy(argument, tensor);
+    }
+    return result;
+  }
+
+  void* contiguous_copy(const Argument& argument, const Tensor& tensor) {
+    copies_.push_back(torch::stable::contiguous(tensor));
+    if (argument.writable && copies_.back().data_ptr() != tensor.data_ptr()) {
+      written_copies_.emplace_back(tensor, copies_.back());
+    }
+    return copies_.back().data_ptr();
+  }
+
+  std::vector<Entry<Streams>> entries_;
+  int64_t total_ = 0;
+  bool any_double_ = false;
+  std::vector<Tensor> copies_;
+  std::vector<std::pair<Tensor, Tensor>> written_copies_;
+};
+
+inline TensorList empty_like_each(const TensorList& tensors) {
+  TensorList result;
+  result.reserve(tensors.size());
+  for (const Tensor& tensor : tensors) {
+    result.push_back(torch::stable::empty_like(tensor));
+  }
+  return result;
+}
+
+}  // namespace mas_ext
