@@ -79,7 +79,7 @@ def kernels(torch, home):
     folders = ["cpu", "cuda"] if home else ["cpu"]
     sources = sorted(str(p) for f in folders for p in Path("csrc", f).glob("*.c[pu]*") if p.suffix != ".cuh")
     target = f"-DTORCH_TARGET_VERSION=0x{MINIMUM_TORCH[0]:02x}{MINIMUM_TORCH[1]:02x}000000000000"
-    system = [f"-isystem{path}" for path in cpp_extension.include_paths()]
+    headers = cpp_extension.include_paths()
     nvcc = ["-O3", "-std=c++20", "-Xcompiler=-fvisibility=hidden", "-Werror=all-warnings"]
     # The CUDA runtime is linked statically and libtorch_cuda not at all: one file then serves
     # CUDA and CPU builds of torch.
@@ -91,8 +91,8 @@ def kernels(torch, home):
         library_dirs=cpp_extension.library_paths(),
         libraries=["torch_cpu"],
         extra_compile_args={
-            "cxx": [*CXX_FLAGS, *WARNINGS, target, *system],
-            "nvcc": [*nvcc, target, *system],
+            "cxx": [*CXX_FLAGS, *WARNINGS, target, *(f"-isystem{path}" for path in headers)],
+            "nvcc": [*nvcc, target, *(f"-isystem={path}" for path in headers)],
         },
         extra_link_args=static_cuda,
         py_limited_api=True,

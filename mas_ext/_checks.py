@@ -1,0 +1,190 @@
+"""Argument checks of the operators' default kernels: those of ``csrc/checks.h``, in its words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from mas_ext.reference import accumulation_dtype
+
+SUPPORTED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One list argument of an operator."""
+
+    name: str
+    tensors: Sequence[Tensor]
+    is_omega: bool = False  # held in the accumulation dtype; all others share one dtype
+    writable: bool = False
+
+    def at(self, i: int) -> str:
+        """How messages name the i-th tensor."""
+        return f"{self.name}[{i}]"
+
+
+def _fail(op: str, message: str) -> NoReturn:
+    raise RuntimeError(f"mas_ext::{op}: {message}")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _check_dtype(op: str, argument: Argument, i: int, shared: torch.dtype) -> None:
+    dtype = argument.tensors[i].dtype
+    if dtype not in SUPPORTED:
+        _fail(
+            op,
+            f"{argument.at(i)} has dtype {_name(dtype)}, which is not supported; "
+            "pass float32, float64, bfloat16 or float16",
+        )
+    expected = accumulation_dtype(shared) if argument.is_omega else shared
+    if dtype != expected:
+        _fail(
+            op,
+            f"{argument.at(i)} has dtype {_name(dtype)} where {_name(expected)} is expected beside "
+            f"{_name(shared)} values; convert it (omega is float64 beside float64 values and "
+            "float32 beside others)",
+        )
+
+
+def _check_shape_and_device(op: str, argument: Argument, first: Argument, i: int) -> None:
+    tensor, expected, home = argument.tensors[i], first.tensors[i], first.tensors[0]
+    if tensor.layout != torch.strided:
+        _fail(op, f"{argument.at(i)} is not a dense (strided) tensor; convert it with to_dense()")
+    if tensor.shape != expected.shape:
+        _fail(
+            op,
+            f"{argument.at(i)} has shape {list(tensor.shape)} but {first.at(i)} has shape "
+            f"{list(expected.shape)}; tensors at one position must have one shape",
+        )
+    if tensor.device != home.device:
+        _fail(
+            op,
+            f"{argument.at(i)} is on {tensor.device} but {first.at(0)} is on {home.device}; "
+            "all tensors of one call must be on one device",
+        )
+
+
+def check_metadata(op: str, arguments: Sequence[Argument]) -> None:
+    """Lengths, shapes, dtypes, devices; the first argument is the one others are held against."""
+    first = arguments[0]
+    values = arguments[1] if first.is_omega else first
+    for argument in arguments:
+        if len(argument.tensors) != len(first.tensors):
+            _fail(
+                op,
+                f"{argument.name} has {len(argument.tensors)} tensors but {first.name} has "
+                f"{len(first.tensors)}; pass one of each per parameter",
+            )
+    for i in range(len(first.tensors)):
+        for argument in arguments:
+            _check_shape_and_device(op, argument, first, i)
+            _check_dtype(op, argument, i, values.tensors[i].dtype)
+
+
+@dataclass(frozen=True)
+class _Span:
+    """The memory a tensor touches: [begin, end) in bytes."""
+
+    begin: int
+    end: int
+    argument: Argument
+    index: int
+
+    @property
+    def tensor(self) -> Tensor:
+        return self.argument.tensors[self.index]
+
+
+def _spans(arguments: Sequence[Argument]) -> Iterator[_Span]:
+    for argument in arguments:
+        for i, tensor in enumerate(argument.tensors):
+            if tensor.numel() > 0:
+                last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+                begin = tensor.data_ptr()
+                yield _Span(begin, begin + (last + 1) * tensor.element_size(), argument, i)
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether its elements fill one range of memory, each place once, in whatever order."""
+    return bool(torch.ops.aten.is_non_overlapping_and_dense(tensor))
+
+
+def _addresses(tensor: Tensor) -> Tensor:
+    """The address of every element, sorted. Only for the rare tensor that is not dense."""
+    result = torch.tensor(tensor.data_ptr())
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        result = result.unsqueeze(-1) + torch.arange(size) * stride * tensor.element_size()
+    return result.flatten().sort().values
+
+
+def _share_memory(a: _Span, b: _Span) -> bool:
+    """Whether two tensors whose spans meet really share memory (two column slices do not)."""
+    if is_dense(a.tensor) and is_dense(b.tensor):
+        return True
+    left, right = _addresses(a.tensor), _addresses(b.tensor)
+    # For each element on the right, the first on the left that ends after it begins.
+    reaching = torch.searchsorted(left + a.tensor.element_size(), right, right=True)
+    exists = reaching < len(left)
+    begins = left[reaching.clamp_max(len(left) - 1)]
+    return bool((exists & (begins < right + b.tensor.element_size())).any())
+
+
+def _check_no_self_overlap(op: str, span: _Span) -> None:
+    if span.argument.writable and not is_dense(span.tensor):
+        places = _addresses(span.tensor)
+        if (places[1:] == places[:-1]).any():
+            _fail(
+                op,
+                f"{span.argument.at(span.index)} is written but overlaps itself in memory "
+                "(an expanded tensor?); pass a clone()",
+            )
+
+
+def check_no_overlap(op: str, arguments: Sequence[Argument]) -> None:
+    """Nothing that is written may share memory with anything else: two threads would race."""
+    still_open: list[_Span] = []  # spans that reach beyond the one at hand
+    for span in sorted(_spans(arguments), key=lambda span: span.begin):
+        _check_no_self_overlap(op, span)
+        still_open = [other for other in still_open if other.end > span.begin]
+        for other in still_open:
+            written, aliased = (span, other) if span.argument.writable else (other, span)
+            if written.argument.writable and _share_memory(span, other):
+                _fail(
+                    op,
+                    f"{written.argument.at(written.index)} is written but shares memory with "
+                    f"{aliased.argument.at(aliased.index)}; pass a clone() of one of them",
+                )
+        still_open.append(span)
+
+
+def check_scalar(op: str, name: str, scalar: Tensor, tensors: Sequence[Tensor]) -> None:
+    """A 0-dim float32 or float64 tensor, on the CPU or with the tensors."""
+    if scalar.dim() != 0:
+        _fail(op, f"{name} has shape {list(scalar.shape)}; pass a number or a 0-dim tensor")
+    if scalar.dtype not in (torch.float32, torch.float64):
+        _fail(op, f"{name} has dtype {_name(scalar.dtype)}; pass a float32 or float64 tensor")
+    if scalar.device.type != "cpu" and tensors and scalar.device != tensors[0].device:
+        _fail(
+            op,
+            f"{name} is on {scalar.device} but the tensors are on {tensors[0].device}; "
+            "keep it on the CPU or on their device",
+        )
+
+
+def check_non_negative(op: str, name: str, value: float | Tensor) -> None:
+    """Finite and ≥ 0; a scalar on a device is not looked at, since that would wait for it."""
+    if isinstance(value, Tensor):
+        if value.device.type != "cpu":
+            return
+        value = float(value)
+    if not value >= 0 or math.isinf(value):
+        _fail(op, f"{name} is {value:g}; pass a finite number that is not negative")

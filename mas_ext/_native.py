@@ -1,0 +1,86 @@
+"""Loads the compiled kernels, and says what was loaded and why not."""
+
+from __future__ import annotations
+
+import os
+import platform
+import warnings
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_MINIMUM_TORCH = (2, 13)
+_REMEDY = (
+    "mas_ext runs in plain PyTorch: same results, several times slower. For the kernels: install "
+    "torch>=2.13 and a C++20 compiler, then reinstall mas_ext from its source with "
+    "pip install --no-build-isolation. MAS_EXT_DISABLE_NATIVE=1 silences this warning."
+)
+
+try:
+    from mas_ext import _C
+except ImportError:  # not built: build_info() and the warning below say so
+    _C = None  # type: ignore[assignment]
+
+
+def _library() -> Path | None:
+    return next(iter(sorted(Path(__file__).parent.glob("_kernels*.so"))), None)
+
+
+def _reason_not_to_load() -> str | None:
+    running = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if _library() is None:
+        return "the kernels were not built"
+    if running < _MINIMUM_TORCH:
+        return f"the kernels need torch>=2.13 and this is torch {torch.__version__}"
+    return None
+
+
+def load() -> str | None:
+    """Registers the compiled kernels with PyTorch's dispatcher; returns why not, or None.
+
+    The reference implementations are the operators' default kernels, so everything works either
+    way. Anything but ``MAS_EXT_DISABLE_NATIVE=1`` that prevents loading warns once.
+    """
+    if os.environ.get("MAS_EXT_DISABLE_NATIVE") == "1":
+        return "MAS_EXT_DISABLE_NATIVE=1"
+    reason = _reason_not_to_load()
+    if reason is None:
+        try:
+            torch.ops.load_library(str(_library()))
+        except OSError as error:
+            reason = f"the kernels do not load: {error}"
+    if reason is not None:
+        warnings.warn(f"{reason}. {_REMEDY}", stacklevel=2)
+    return reason
+
+
+NOT_NATIVE_BECAUSE = load()
+
+
+def build_info() -> dict[str, Any]:
+    """What was compiled and what runs.
+
+    Returns:
+        A dictionary: ``version``, ``torch``, ``python``, ``platform``; ``native`` (whether the
+        compiled kernels serve the operators) and, if not, ``reason``; ``simd`` (the instruction
+        set the CPU kernels use here); ``cuda_kernels`` and ``cuda_architectures``; ``compiler``
+        and ``built_with_torch``.
+    """
+    config: dict[str, str] = _C.build_config() if _C is not None else {}
+    native = NOT_NATIVE_BECAUSE is None
+    architectures = config.get("cuda_architectures", "")
+    return {
+        "version": metadata.version("mas_ext"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "native": native,
+        "reason": NOT_NATIVE_BECAUSE,
+        "simd": _C.simd_level() if _C is not None and native else None,
+        "cuda_kernels": native and bool(architectures),
+        "cuda_architectures": [arch for arch in architectures.split(";") if arch],
+        "compiler": config.get("compiler"),
+        "built_with_torch": config.get("built_with_torch"),
+    }

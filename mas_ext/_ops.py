@@ -1,0 +1,303 @@
+"""The operators ``torch.ops.mas_ext.*``: schemas, default kernels, fake kernels, autograd.
+
+How a call travels: :mod:`mas_ext.functional` → dispatcher → (Autograd, for the differentiable) →
+(ADInplaceOrView, for those that write: it bumps version counters) → a kernel. The default kernel
+is the reference in plain PyTorch; ``mas_ext/_native.py`` adds compiled ones for CPU and CUDA, so no
+code here or above asks whether they are there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from mas_ext import reference
+from mas_ext._checks import (
+    Argument,
+    check_metadata,
+    check_no_overlap,
+    check_non_negative,
+    check_scalar,
+)
+
+Tensors = Sequence[Tensor]
+
+# ================================================================================================
+# Define the operators
+# ================================================================================================
+SCHEMAS = {
+    "accumulate_importance_": "(Tensor(a!)[] omega, Tensor[] grads, float scale=1.0) -> ()",
+    "penalty": "(Tensor[] params, Tensor[] anchors, Tensor[] omega, Tensor lambda_reg) -> Tensor",
+    "penalty_and_grad": (
+        "(Tensor[] params, Tensor[] anchors, Tensor[] omega, Tensor lambda_reg)"
+        " -> (Tensor, Tensor[])"
+    ),
+    "add_penalty_grad_": (
+        "(Tensor(a!)[] grads, Tensor[] params, Tensor[] anchors, Tensor[] omega,"
+        " Tensor lambda_reg, Tensor? grad_scale=None) -> Tensor"
+    ),
+    "proximal_step_": (
+        "(Tensor(a!)[] params, Tensor[] anchors, Tensor[] omega, Tensor lambda_reg, Tensor lr)"
+        " -> Tensor"
+    ),
+}
+
+_library = torch.library.Library("mas_ext", "DEF")
+for _name, _schema in SCHEMAS.items():
+    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def _state(params: Tensors, anchors: Tensors, omega: Tensors, written: bool) -> list[Argument]:
+    return [
+        Argument("params", params, writable=written),
+        Argument("anchors", anchors),
+        Argument("omega", omega, is_omega=True),
+    ]
+
+
+# ================================================================================================
+# accumulate_importance_
+# ================================================================================================
+def _check_accumulate(omega: Tensors, grads: Tensors, scale: float) -> list[Argument]:
+    check_non_negative("accumulate_importance_", "scale", scale)
+    arguments = [
+        Argument("omega", omega, is_omega=True, writable=True),
+        Argument("grads", grads),
+    ]
+    check_metadata("accumulate_importance_", arguments)
+    return arguments
+
+
+def _accumulate_importance(omega: Tensors, grads: Tensors, scale: float = 1.0) -> None:
+    check_no_overlap("accumulate_importance_", _check_accumulate(omega, grads, scale))
+    reference.accumulate_importance_(omega, grads, scale)
+
+
+def _accumulate_importance_fake(omega: Tensors, grads: Tensors, scale: float = 1.0) -> None:
+    _check_accumulate(omega, grads, scale)
+
+
+# ================================================================================================
+# penalty
+# ================================================================================================
+def _check_penalty(
+    op: str, params: Tensors, anchors: Tensors, omega: Tensors, lambda_reg: Tensor
+) -> None:
+    check_scalar(op, "lambda_reg", lambda_reg, params)
+    check_metadata(op, _state(params, anchors, omega, written=False))
+
+
+def _empty_value(tensors: Tensors, lambda_reg: Tensor) -> Tensor:
+    device = tensors[0].device if tensors else lambda_reg.device
+    return torch.empty((), dtype=reference.value_dtype(tensors), device=device)
+
+
+def _penalty(params: Tensors, anchors: Tensors, omega: Tensors, lambda_reg: Tensor) -> Tensor:
+    _check_penalty("penalty", params, anchors, omega, lambda_reg)
+    return reference.penalty(params, anchors, omega, lambda_reg)
+
+
+def _penalty_fake(params: Tensors, anchors: Tensors, omega: Tensors, lambda_reg: Tensor) -> Tensor:
+    _check_penalty("penalty", params, anchors, omega, lambda_reg)
+    return _empty_value(params, lambda_reg)
+
+
+def _save_state(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    params, anchors, omega, lambda_reg = inputs
+    ctx.count = len(params)
+    ctx.save_for_backward(*params, *anchors, *omega, lambda_reg)
+
+
+def _saved_state(ctx: Any) -> tuple[Tensors, Tensors, Tensors, Tensor]:
+    n, saved = ctx.count, ctx.saved_tensors
+    return saved[:n], saved[n : 2 * n], saved[2 * n : 3 * n], saved[-1]
+
+
+def _penalty_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """∂/∂θ = gλΩδ = −∂/∂θ*, ∂/∂Ω = gλδ²/2, ∂/∂λ = gΣΩδ²/2.
+
+    ∂/∂θ is the gradient of a penalty of strength gλ, so the fused operator computes it, and
+    differentiating twice differentiates that operator.
+    """
+    params, anchors, omega, lambda_reg = _saved_state(ctx)
+    strength = lambda_reg * grad
+    wants_params, wants_anchors, wants_omega, wants_lambda = ctx.needs_input_grad
+    by_params = by_anchors = by_omega = by_lambda = None
+    if _wanted(wants_params) or _wanted(wants_anchors):
+        _, by_params = torch.ops.mas_ext.penalty_and_grad(params, anchors, omega, strength)
+        by_anchors = [-g for g in by_params]
+    if _wanted(wants_omega):
+        squares = [reference.displacement(p, a) ** 2 for p, a in zip(params, anchors, strict=True)]
+        by_omega = [0.5 * strength.to(square.dtype) * square for square in squares]
+    if _wanted(wants_lambda):
+        by_lambda = torch.ops.mas_ext.penalty(params, anchors, omega, grad).to(lambda_reg)
+    return by_params, by_anchors, by_omega, by_lambda
+
+
+def _wanted(needs: Any) -> bool:
+    return any(needs) if isinstance(needs, (list, tuple)) else bool(needs)
+
+
+# ================================================================================================
+# penalty_and_grad
+# ================================================================================================
+def _penalty_and_grad(
+    params: Tensors, anchors: Tensors, omega: Tensors, lambda_reg: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    _check_penalty("penalty_and_grad", params, anchors, omega, lambda_reg)
+    value, grads = reference.penalty_and_grad(params, anchors, omega, lambda_reg)
+    return value, [torch.empty_like(p).copy_(g) for p, g in zip(params, grads, strict=True)]
+
+
+def _penalty_and_grad_fake(
+    params: Tensors, anchors: Tensors, omega: Tensors, lambda_reg: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    _check_penalty("penalty_and_grad", params, anchors, omega, lambda_reg)
+    return _empty_value(params, lambda_reg), [torch.empty_like(p) for p in params]
+
+
+def _penalty_and_grad_backward(
+    ctx: Any, grad: Tensor, grads: Sequence[Tensor | None]
+) -> tuple[Any, ...]:
+    """Of gV + Σ⟨h, G⟩, with V = λ/2 ΣΩδ² and G = λΩδ.
+
+    ∂/∂θ = λΩ(gδ + h) = −∂/∂θ*, ∂/∂Ω = λδ(gδ/2 + h), ∂/∂λ = ΣΩδ(gδ/2 + h). In ordinary PyTorch,
+    which can be differentiated again: this runs only when a gradient of a gradient is asked for.
+    """
+    params, anchors, omega, lambda_reg = _saved_state(ctx)
+    by_params, by_omega, by_lambda = [], [], torch.zeros_like(lambda_reg)
+    for p, a, o, h in zip(params, anchors, omega, grads, strict=True):
+        delta, lam, g = reference.displacement(p, a), lambda_reg.to(o.dtype), grad.to(o.dtype)
+        h = torch.zeros_like(delta) if h is None else h.to(o.dtype)
+        half = 0.5 * g * delta + h
+        by_params.append((lam * o * (g * delta + h)).to(p.dtype))
+        by_omega.append(lam * delta * half)
+        by_lambda = by_lambda + (o * delta * half).sum().to(by_lambda)
+    return by_params, [-g for g in by_params], by_omega, by_lambda
+
+
+# ================================================================================================
+# add_penalty_grad_
+# ================================================================================================
+def _check_add_penalty_grad(
+    grads: Tensors,
+    params: Tensors,
+    anchors: Tensors,
+    omega: Tensors,
+    lambda_reg: Tensor,
+    grad_scale: Tensor | None,
+) -> list[Argument]:
+    op = "add_penalty_grad_"
+    check_scalar(op, "lambda_reg", lambda_reg, grads)
+    if grad_scale is not None:
+        check_scalar(op, "grad_scale", grad_scale, grads)
+    arguments = [
+        Argument("grads", grads, writable=True),
+        *_state(params, anchors, omega, written=False),
+    ]
+    check_metadata(op, arguments)
+    return arguments
+
+
+def _add_penalty_grad(
+    grads: Tensors,
+    params: Tensors,
+    anchors: Tensors,
+    omega: Tensors,
+    lambda_reg: Tensor,
+    grad_scale: Tensor | None = None,
+) -> Tensor:
+    arguments = _check_add_penalty_grad(grads, params, anchors, omega, lambda_reg, grad_scale)
+    check_non_negative("add_penalty_grad_", "lambda_reg", lambda_reg)
+    if grad_scale is not None:
+        check_non_negative("add_penalty_grad_", "grad_scale", grad_scale)
+    check_no_overlap("add_penalty_grad_", arguments)
+    return reference.add_penalty_grad_(grads, params, anchors, omega, lambda_reg, grad_scale)
+
+
+def _add_penalty_grad_fake(
+    grads: Tensors,
+    params: Tensors,
+    anchors: Tensors,
+    omega: Tensors,
+    lambda_reg: Tensor,
+    grad_scale: Tensor | None = None,
+) -> Tensor:
+    _check_add_penalty_grad(grads, params, anchors, omega, lambda_reg, grad_scale)
+    return _empty_value(params, lambda_reg)
+
+
+# ================================================================================================
+# proximal_step_
+# ================================================================================================
+def _check_proximal(
+    params: Tensors, anchors: Tensors, omega: Tensors, lambda_reg: Tensor, lr: Tensor
+) -> list[Argument]:
+    check_scalar("proximal_step_", "lambda_reg", lambda_reg, params)
+    check_scalar("proximal_step_", "lr", lr, params)
+    arguments = _state(params, anchors, omega, written=True)
+    check_metadata("proximal_step_", arguments)
+    return arguments
+
+
+def _proximal_step(
+    params: Tensors, anchors: Tensors, omega: Tensors, lambda_reg: Tensor, lr: Tensor
+) -> Tensor:
+    arguments = _check_proximal(params, anchors, omega, lambda_reg, lr)
+    check_non_negative("proximal_step_", "lambda_reg", lambda_reg)
+    check_non_negative("proximal_step_", "lr", lr)
+    check_no_overlap("proximal_step_", arguments)
+    return reference.proximal_step_(params, anchors, omega, lambda_reg, lr)
+
+
+def _proximal_step_fake(
+    params: Tensors, anchors: Tensors, omega: Tensors, lambda_reg: Tensor, lr: Tensor
+) -> Tensor:
+    _check_proximal(params, anchors, omega, lambda_reg, lr)
+    return _empty_value(params, lambda_reg)
+
+
+# ================================================================================================
+# Register the kernels
+# ================================================================================================
+def _bump_versions(op: torch._ops.OpOverload) -> Callable[..., Any]:
+    """A kernel that tells autograd that the first argument changed, then calls the next kernel.
+
+    Without it a tensor saved for backward could be overwritten and the gradient be silently wrong.
+    """
+
+    def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:
+        written = args[0] if args else next(iter(kwargs.values()))
+        increment_version(written)
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            below = keyset & torch._C._after_ADInplaceOrView_keyset
+            return op.redispatch(below, *args, **kwargs)
+
+    return kernel
+
+
+def _register(name: str, default: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    _library.impl(name, default, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"mas_ext::{name}", fake, lib=_library)
+    if name.endswith("_"):
+        op = getattr(torch.ops.mas_ext, name).default
+        _library.impl(name, _bump_versions(op), "ADInplaceOrView", with_keyset=True)
+
+
+_register("accumulate_importance_", _accumulate_importance, _accumulate_importance_fake)
+_register("penalty", _penalty, _penalty_fake)
+_register("penalty_and_grad", _penalty_and_grad, _penalty_and_grad_fake)
+_register("add_penalty_grad_", _add_penalty_grad, _add_penalty_grad_fake)
+_register("proximal_step_", _proximal_step, _proximal_step_fake)
+
+for _name, _backward in [
+    ("penalty", _penalty_backward),
+    ("penalty_and_grad", _penalty_and_grad_backward),
+]:
+    torch.library.register_autograd(
+        f"mas_ext::{_name}", _backward, setup_context=_save_state, lib=_library
+    )

@@ -1,0 +1,154 @@
+r"""MAS on lists of tensors: one pass over memory, one launch for a whole model.
+
+Every function takes lists with one tensor a parameter: ``params`` θ and ``anchors`` θ* of one
+dtype (float32, float64, bfloat16 or float16) and ``omega`` Ω in the accumulation dtype (float64
+beside float64, float32 beside the others). Tensors at one position have one shape, of any strides;
+all are on one device; lists may mix shapes and dtypes, and may be empty. Functions whose name ends
+in ``_`` write to their first argument, which may share memory with nothing else.
+
+``lambda_reg``, ``lr`` and ``grad_scale`` are numbers or 0-dim float tensors. A tensor on the device
+is read there, so nothing waits for the host, a captured CUDA graph sees it change, and
+``torch.compile`` does not recompile for a new value.
+
+Errors: ``RuntimeError`` naming the tensor and the remedy, before anything is written.
+
+:mod:`mas_ext.reference` has the same functions in plain PyTorch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mas_ext import _native, _ops  # noqa: F401  (they define and load the operators)
+
+__all__ = [
+    "accumulate_importance_",
+    "add_penalty_grad_",
+    "penalty",
+    "penalty_and_grad",
+    "proximal_step_",
+]
+
+Tensors = Sequence[Tensor]
+Scalar = float | Tensor
+
+
+def _scalar(name: str, value: Scalar) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    if not value >= 0 or math.isinf(value):
+        raise ValueError(f"{name} is {value}; pass a finite number that is not negative")
+    return torch.tensor(value, dtype=torch.float64)
+
+
+def accumulate_importance_(omega: Tensors, grads: Tensors, scale: float = 1.0) -> None:
+    r"""Adds a gradient's magnitude to the importance, in place.
+
+    .. math:: \Omega_i \leftarrow \Omega_i + \text{scale} \cdot |g_i|
+
+    The exact importance adds the gradient of one sample a call: the absolute value of a batch's
+    mean gradient is not the mean of absolute values.
+
+    Args:
+        omega: Ω, float32 (float64 beside float64 gradients); written.
+        grads: gradients of the shapes of ``omega``.
+        scale: a finite number ≥ 0.
+
+    Source: Aljundi et al., ECCV 2018, equation 2.
+    """
+    with torch.no_grad():
+        torch.ops.mas_ext.accumulate_importance_(list(omega), list(grads), scale)
+
+
+def penalty(params: Tensors, anchors: Tensors, omega: Tensors, lambda_reg: Scalar) -> Tensor:
+    r"""The penalty, differentiable (twice, too) in every argument.
+
+    .. math:: \frac{\lambda}{2} \sum_i \Omega_i (\theta_i - \theta^*_i)^2
+
+    Terms are formed in float32 (float64 for float64 parameters) and summed in float64, in an
+    order that does not depend on the number of threads.
+
+    Returns:
+        A 0-dim tensor: float64 if any parameter is, else float32. An empty list gives zero.
+
+    Source: Aljundi et al., ECCV 2018, equation 3, whose λ is half of this one.
+    """
+    strength = _scalar("lambda_reg", lambda_reg)
+    return torch.ops.mas_ext.penalty(list(params), list(anchors), list(omega), strength)
+
+
+def penalty_and_grad(
+    params: Tensors, anchors: Tensors, omega: Tensors, lambda_reg: Scalar
+) -> tuple[Tensor, list[Tensor]]:
+    r"""The penalty and its gradient from one read of memory.
+
+    .. math:: \frac{\partial}{\partial\theta_i} = \lambda\,\Omega_i(\theta_i - \theta^*_i)
+
+    Returns:
+        The value as in :func:`penalty`, and new tensors of the shapes and dtypes of ``params``.
+    """
+    strength = _scalar("lambda_reg", lambda_reg)
+    value, grads = torch.ops.mas_ext.penalty_and_grad(
+        list(params), list(anchors), list(omega), strength
+    )
+    return value, list(grads)
+
+
+def add_penalty_grad_(
+    grads: Tensors,
+    params: Tensors,
+    anchors: Tensors,
+    omega: Tensors,
+    lambda_reg: Scalar,
+    grad_scale: Scalar | None = None,
+) -> Tensor:
+    r"""Adds the penalty's gradient to ``grads`` in one pass, and returns the penalty.
+
+    .. math:: g_i \leftarrow g_i + s\,\lambda\,\Omega_i(\theta_i - \theta^*_i)
+
+    Args:
+        grads: gradients in the dtype of ``params``; written.
+        params, anchors, omega: θ, θ* and Ω.
+        lambda_reg: λ ≥ 0.
+        grad_scale: s, the factor that the gradients carry (a loss scale); 1 if None.
+
+    Returns:
+        The penalty, without s, as in :func:`penalty`. Never waits for the device.
+    """
+    strength = _scalar("lambda_reg", lambda_reg)
+    scale = None if grad_scale is None else _scalar("grad_scale", grad_scale)
+    with torch.no_grad():
+        return torch.ops.mas_ext.add_penalty_grad_(
+            list(grads), list(params), list(anchors), list(omega), strength, scale
+        )
+
+
+def proximal_step_(
+    params: Tensors, anchors: Tensors, omega: Tensors, lambda_reg: Scalar, lr: Scalar
+) -> Tensor:
+    r"""Pulls the parameters towards their anchors by the penalty's proximal operator, in place.
+
+    .. math:: \theta_i \leftarrow
+        \frac{\theta_i + \eta\lambda\Omega_i\theta^*_i}{1 + \eta\lambda\Omega_i}
+
+    The exact minimiser of penalty + ‖θ′ − θ‖²/2η: stable for any λ ≥ 0, where a gradient step of
+    the same η diverges once ηλΩ > 2. Parameters with Ω = 0 keep their bits.
+
+    Args:
+        params: θ; written, also when they require gradients.
+        anchors, omega: θ* and Ω.
+        lambda_reg: λ ≥ 0.
+        lr: η ≥ 0.
+
+    Returns:
+        The penalty at the parameters as they are after the step. Never waits for the device.
+    """
+    strength, rate = _scalar("lambda_reg", lambda_reg), _scalar("lr", lr)
+    with torch.no_grad():
+        return torch.ops.mas_ext.proximal_step_(
+            list(params), list(anchors), list(omega), strength, rate
+        )

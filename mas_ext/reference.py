@@ -1,0 +1,92 @@
+r"""The operators in plain PyTorch: the fallback where no kernel is compiled, and the tests' oracle.
+
+The formulas are those of ``csrc/formulas.h``, in the same order of operations. Every function has
+the signature of its namesake in :mod:`mas_ext.functional`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Tensors = Sequence[Tensor]
+Scalar = float | Tensor
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which Ω is kept and sums are formed: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def value_dtype(tensors: Tensors) -> torch.dtype:
+    """The dtype of a penalty over the list: that of its widest accumulation."""
+    wide = any(t.dtype == torch.float64 for t in tensors)
+    return torch.float64 if wide else torch.float32
+
+
+def displacement(param: Tensor, anchor: Tensor) -> Tensor:
+    """δ = θ − θ*, in the accumulation dtype."""
+    dtype = accumulation_dtype(param.dtype)
+    return param.to(dtype) - anchor.to(dtype)
+
+
+def _factor(scalar: Scalar, like: Tensor) -> Scalar:
+    """The scalar as a factor that leaves ``like``'s dtype alone."""
+    return scalar.to(like.dtype) if isinstance(scalar, Tensor) else scalar
+
+
+def accumulate_importance_(omega: Tensors, grads: Tensors, scale: float = 1.0) -> None:
+    """See :func:`mas_ext.functional.accumulate_importance_`."""
+    for o, g in zip(omega, grads, strict=True):
+        o.add_(g.to(o.dtype).abs(), alpha=scale)
+
+
+def penalty(params: Tensors, anchors: Tensors, omega: Tensors, lambda_reg: Scalar) -> Tensor:
+    """See :func:`mas_ext.functional.penalty`."""
+    if not params:
+        device = lambda_reg.device if isinstance(lambda_reg, Tensor) else None
+        return torch.zeros((), device=device)
+    energy = torch.zeros((), dtype=torch.float64, device=params[0].device)
+    for p, a, o in zip(params, anchors, omega, strict=True):
+        delta = displacement(p, a)
+        energy = energy + (o * delta * delta).sum(dtype=torch.float64)
+    return (0.5 * lambda_reg * energy).to(value_dtype(params))
+
+
+def penalty_and_grad(
+    params: Tensors, anchors: Tensors, omega: Tensors, lambda_reg: Scalar
+) -> tuple[Tensor, list[Tensor]]:
+    """See :func:`mas_ext.functional.penalty_and_grad`."""
+    grads = [
+        (_factor(lambda_reg, o) * o * displacement(p, a)).to(p.dtype)
+        for p, a, o in zip(params, anchors, omega, strict=True)
+    ]
+    return penalty(params, anchors, omega, lambda_reg), grads
+
+
+def add_penalty_grad_(
+    grads: Tensors,
+    params: Tensors,
+    anchors: Tensors,
+    omega: Tensors,
+    lambda_reg: Scalar,
+    grad_scale: Scalar | None = None,
+) -> Tensor:
+    """See :func:`mas_ext.functional.add_penalty_grad_`."""
+    coefficient = lambda_reg if grad_scale is None else lambda_reg * grad_scale
+    for g, p, a, o in zip(grads, params, anchors, omega, strict=True):
+        g.copy_(g.to(o.dtype) + _factor(coefficient, o) * o * displacement(p, a))
+    return penalty(params, anchors, omega, lambda_reg)
+
+
+def proximal_step_(
+    params: Tensors, anchors: Tensors, omega: Tensors, lambda_reg: Scalar, lr: Scalar
+) -> Tensor:
+    """See :func:`mas_ext.functional.proximal_step_`."""
+    for p, a, o in zip(params, anchors, omega, strict=True):
+        # A step from θ, not an average: c = 0 then leaves θ's bits alone. See csrc/formulas.h.
+        c = (_factor(lambda_reg * lr, o) * o).clamp_max(torch.finfo(o.dtype).max)
+        p.copy_(p.to(o.dtype) - displacement(p, a) * (c / (1 + c)))
+    return penalty(params, anchors, omega, lambda_reg)
