@@ -16,6 +16,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 
 MINIMUM_TORCH = (2, 13)
+SUFFIX = {"cpu": ".cpp", "cuda": ".cu"}
 CUDA_ARCHS = "8.0;9.0;10.0;12.0+PTX"
 CXX_FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden", "-fno-trapping-math", "-fno-math-errno"]
 WARNINGS = ["-Wall", "-Wextra", *(["-Werror"] if os.getenv("MAS_EXT_WERROR") == "1" else [])]
@@ -33,7 +34,10 @@ def torch_or_reason():
         return None, "torch cannot be imported here (install with --no-build-isolation)"
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if version < MINIMUM_TORCH:
-        return None, f"torch {torch.__version__} is older than {MINIMUM_TORCH[0]}.{MINIMUM_TORCH[1]}"
+        return (
+            None,
+            f"torch {torch.__version__} is older than {MINIMUM_TORCH[0]}.{MINIMUM_TORCH[1]}",
+        )
     return torch, None
 
 
@@ -77,13 +81,17 @@ def kernels(torch, home):
     from torch.utils import cpp_extension
 
     folders = ["cpu", "cuda"] if home else ["cpu"]
-    sources = sorted(str(p) for f in folders for p in Path("csrc", f).glob("*.c[pu]*") if p.suffix != ".cuh")
+    sources = sorted(
+        str(p) for f in folders for p in Path("csrc", f).glob("*.c[pu]*") if p.suffix != ".cuh"
+    )
     target = f"-DTORCH_TARGET_VERSION=0x{MINIMUM_TORCH[0]:02x}{MINIMUM_TORCH[1]:02x}000000000000"
     headers = cpp_extension.include_paths()
     nvcc = ["-O3", "-std=c++20", "-Xcompiler=-fvisibility=hidden", "-Werror=all-warnings"]
     # The CUDA runtime is linked statically and libtorch_cuda not at all: one file then serves
     # CUDA and CPU builds of torch.
-    static_cuda = [str(home / "lib64" / "libcudart_static.a"), "-ldl", "-lrt", "-lpthread"] if home else []
+    static_cuda = (
+        [str(home / "lib64" / "libcudart_static.a"), "-ldl", "-lrt", "-lpthread"] if home else []
+    )
     return Extension(
         "mas_ext._kernels",
         sources,
@@ -94,7 +102,7 @@ def kernels(torch, home):
             "cxx": [*CXX_FLAGS, *WARNINGS, target, *(f"-isystem{path}" for path in headers)],
             "nvcc": [*nvcc, target, *(f"-isystem={path}" for path in headers)],
         },
-        extra_link_args=static_cuda,
+        extra_link_args=runtime,
         py_limited_api=True,
     )
 

@@ -1,6 +1,24 @@
-"""Memory Aware Synapses for PyTorch."""
+"""Memory Aware Synapses for PyTorch: exact importance, and a penalty at the speed of memory.
+
+    mas = mas_ext.MAS(model, lambda_reg=1.0)
+    mas.attach(optimizer)            # the training loop stays as it is
+    ...
+    mas.consolidate(data)            # at the end of a task; labels are not used
+
+See :class:`MAS`, :func:`estimate_importance`, :mod:`mas_ext.functional` (the operators on lists of
+tensors), :mod:`mas_ext.reference` (the same in plain PyTorch) and :func:`build_info`.
+"""
 
 from mas_ext import functional, reference
 from mas_ext._native import build_info
+from mas_ext.importance import Importance, estimate_importance
+from mas_ext.regularizer import MAS
 
-__all__ = ["build_info", "functional", "reference"]
+__all__ = [
+    "MAS",
+    "Importance",
+    "build_info",
+    "estimate_importance",
+    "functional",
+    "reference",
+]

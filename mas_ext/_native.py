@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import warnings
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,9 @@ _REMEDY = (
 )
 
 try:
-    from mas_ext import _C
+    _C: Any = import_module("mas_ext._C")
 except ImportError:  # not built: build_info() and the warning below say so
-    _C = None  # type: ignore[assignment]
+    _C = None
 
 
 def _library() -> Path | None:

@@ -126,7 +126,9 @@ def _penalty_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     params, anchors, omega, lambda_reg = _saved_state(ctx)
     strength = lambda_reg * grad
     wants_params, wants_anchors, wants_omega, wants_lambda = ctx.needs_input_grad
-    by_params = by_anchors = by_omega = by_lambda = None
+    none: list[Tensor | None] = [None] * len(params)
+    by_params = by_anchors = by_omega = none
+    by_lambda = None
     if _wanted(wants_params) or _wanted(wants_anchors):
         _, by_params = torch.ops.mas_ext.penalty_and_grad(params, anchors, omega, strength)
         by_anchors = [-g for g in by_params]
@@ -294,10 +296,12 @@ _register("penalty_and_grad", _penalty_and_grad, _penalty_and_grad_fake)
 _register("add_penalty_grad_", _add_penalty_grad, _add_penalty_grad_fake)
 _register("proximal_step_", _proximal_step, _proximal_step_fake)
 
-for _name, _backward in [
-    ("penalty", _penalty_backward),
-    ("penalty_and_grad", _penalty_and_grad_backward),
-]:
-    torch.library.register_autograd(
-        f"mas_ext::{_name}", _backward, setup_context=_save_state, lib=_library
-    )
+torch.library.register_autograd(
+    "mas_ext::penalty", _penalty_backward, setup_context=_save_state, lib=_library
+)
+torch.library.register_autograd(
+    "mas_ext::penalty_and_grad",
+    _penalty_and_grad_backward,
+    setup_context=_save_state,
+    lib=_library,
+)

@@ -1,0 +1,88 @@
+"""The drop-in: MAS inside an optimizer's step, so that a training loop stays as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+if TYPE_CHECKING:
+    from mas_ext.regularizer import MAS
+
+MODES = ("gradient", "proximal")
+
+
+class Attachment:
+    """What :meth:`MAS.attach` returns.
+
+    Attributes:
+        last_penalty: the penalty of the last step, a 0-dim tensor; None before the first.
+    """
+
+    def __init__(self, mas: MAS, optimizer: Optimizer, mode: str) -> None:
+        if mode not in MODES:
+            raise ValueError(f"mode: {mode!r} is unknown; use 'gradient' or 'proximal'")
+        if optimizer in mas._attached:
+            raise ValueError("this optimizer is attached already; remove() the first handle")
+        self.last_penalty: Tensor | None = None
+        self._mas = mas
+        self._attached: WeakSet[Optimizer] = mas._attached
+        self._optimizer = optimizer
+        if mode == "gradient":
+            self._hook = optimizer.register_step_pre_hook(self._add_gradient)
+        else:
+            self._hook = optimizer.register_step_post_hook(self._step_towards_anchors)
+        self._attached.add(optimizer)
+
+    def remove(self) -> None:
+        """Leaves the optimizer as it was before; more than once does no harm."""
+        self._hook.remove()
+        self._attached.discard(self._optimizer)
+
+    def _add_gradient(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        # After clipping and unscaling, which both come before step().
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._add(optimizer)
+            return None
+        # The closure computes the gradients, maybe several times a step: each needs the penalty's.
+        return args[:1], {**kwargs, "closure": self._with_penalty(optimizer, closure)}
+
+    def _with_penalty(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
+        def penalised() -> Any:
+            loss = closure()
+            value = self._add(optimizer)
+            if isinstance(loss, Tensor):
+                return loss.detach() + value
+            return None if loss is None else loss + float(value)
+
+        return penalised
+
+    def _add(self, optimizer: Optimizer) -> Tensor:
+        # A fused optimizer under a GradScaler unscales inside its step: what is added before must
+        # carry the scale.
+        grad_scale = getattr(optimizer, "grad_scale", None)
+        owned = {id(p) for _, params in _groups(optimizer) for p in params}
+        self.last_penalty = self._mas._add_penalty_grad(grad_scale, owned)
+        return self.last_penalty
+
+    def _step_towards_anchors(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        values = [
+            self._mas._proximal_step(rate, {id(p) for p in params})
+            for rate, params in _groups(optimizer)
+        ]
+        total = values[0]
+        for value in values[1:]:
+            total = total + value.to(total.device, non_blocking=True)
+        self.last_penalty = total
+
+
+def _groups(optimizer: Optimizer) -> Iterator[tuple[Any, list[Tensor]]]:
+    """Learning rate and parameters of each group."""
+    for group in optimizer.param_groups:
+        yield group["lr"], group["params"]

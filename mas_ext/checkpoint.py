@@ -1,0 +1,115 @@
+"""The state as a dictionary and as a file: named, versioned, checksummed, written atomically.
+
+A file is safetensors: tensors ``importance/NAME``, ``anchor/NAME`` and ``open/NAME``, everything
+else as JSON in the metadata, with a SHA-256 over all of it (safetensors itself loads a flipped bit
+without a word).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+FORMAT = "mas_ext"
+VERSION = 1
+GROUPS = ("importance", "anchor", "open")
+
+StateDict = dict[str, Any]
+
+
+def check_format(state: Mapping[str, Any], source: str) -> None:
+    """A state dictionary of this format and of a version that this code can read."""
+    if not isinstance(state, Mapping) or state.get("format") != FORMAT:
+        raise ValueError(f"{source} is not a mas_ext state; pass what state_dict() or save() made")
+    version = state.get("version")
+    if not isinstance(version, int) or not 1 <= version <= VERSION:
+        raise ValueError(
+            f"{source} has format version {version!r} and this mas_ext reads up to {VERSION}; "
+            "install a newer mas_ext"
+        )
+
+
+def write(state: StateDict, path: str | os.PathLike[str]) -> None:
+    """Writes a state to ``path``, all or nothing: a crash leaves what was there before."""
+    target = Path(path)
+    tensors = {
+        f"{group}/{name}": tensor.detach().cpu().contiguous()
+        for group in GROUPS
+        for name, tensor in state[group].items()
+    }
+    settings = json.dumps({k: v for k, v in state.items() if k not in GROUPS}, sort_keys=True)
+    metadata = {"state": settings, "sha256": _digest(settings, tensors)}
+    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(safetensors.torch.save(tensors, metadata))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+        _sync_folder(target.parent)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+def read(path: str | os.PathLike[str]) -> StateDict:
+    """Reads what :func:`write` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is truncated, altered, of another format or of a future version.
+    """
+    source = f"{os.fspath(path)!r}"
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{source} does not exist or is not a file")
+    try:
+        with safetensors.safe_open(os.fspath(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        settings = metadata["state"]
+        state = json.loads(settings)
+    except (safetensors.SafetensorError, KeyError, ValueError, OSError) as error:
+        raise ValueError(
+            f"{source} cannot be read ({error}): it is truncated, corrupted, or no mas_ext state; "
+            "use another copy"
+        ) from error
+    check_format(state, source)
+    if metadata.get("sha256") != _digest(settings, tensors):
+        raise ValueError(f"{source} is corrupted: its checksum does not match; use another copy")
+    return {**state, **{group: _group(tensors, group) for group in GROUPS}}
+
+
+def _group(tensors: Mapping[str, Tensor], group: str) -> dict[str, Tensor]:
+    prefix = f"{group}/"
+    return {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
+
+
+def _digest(settings: str, tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(settings.encode())
+    for key in sorted(tensors):
+        tensor = tensors[key]
+        digest.update(f"\0{key}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes the new name itself survive a power cut; not every system can."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,198 @@
+"""Running an estimator over data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from mas_ext.flat import FlatTensors
+from mas_ext.importance import estimators, objectives
+from mas_ext.importance.batches import Forward
+from mas_ext.importance.isolation import undisturbed
+from mas_ext.importance.objectives import Objective
+from mas_ext.parameters import ParameterIndex, Selection, select_some
+from mas_ext.reference import accumulation_dtype
+
+Progress = bool | Callable[[int], None] | None
+
+
+class Importance(Mapping[str, Tensor]):
+    """Ω by parameter name, in float32 (float64 for float64 parameters).
+
+    Attributes:
+        num_samples: N, how many samples it is the mean of.
+        coverage: parameter name → which path computed it.
+    """
+
+    def __init__(self, tensors: FlatTensors, num_samples: int, coverage: dict[str, str]) -> None:
+        self._tensors = tensors
+        self.num_samples = num_samples
+        self.coverage = coverage
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __repr__(self) -> str:
+        return f"Importance({len(self)} parameters, num_samples={self.num_samples})"
+
+
+def estimate_importance(
+    model: nn.Module,
+    data: Iterable[Any],
+    *,
+    estimator: str = "per_sample",
+    objective: Objective = "squared_l2",
+    forward: Forward | None = None,
+    params: Selection = None,
+    max_samples: int | None = None,
+    progress: Progress = None,
+) -> Importance:
+    r"""Measures how sensitive the model's output is to each parameter, without labels.
+
+    .. math:: \Omega_i = \frac{1}{N} \sum_{k=1}^{N}
+        \left| \frac{\partial\, \|F(x_k; \theta)\|_2^2}{\partial \theta_i} \right|
+
+    Runs in evaluation mode, and leaves modes, gradients, ``requires_grad``, buffers and random
+    number generators as they were, also when it fails half-way.
+
+    Args:
+        model: F. Not changed.
+        data: an iterable of batches. A tensor is passed to the model; of a tuple or list the first
+            item (labels are never needed); a mapping as keyword arguments, without ``labels`` or
+            ``label``. Tensors are moved to the model's device.
+        estimator: ``"per_sample"``, exact, or ``"batch"``, the absolute value of each batch's mean
+            gradient weighted by batch size, which loses what cancels within a batch.
+        objective: ``"squared_l2"`` ‖F‖², ``"l2"`` ‖F‖, ``"l1"`` Σ|F|, each over all but
+            dimension 0, or a callable from the output [B, …] to scalars [B].
+        forward: ``callable(model, batch) -> Tensor`` for batches of another form; its output has
+            one row a sample.
+        params: which parameters, of those that require gradients: None for all, names or globs,
+            or ``callable(name, parameter) -> bool``.
+        max_samples: stop after so many samples.
+        progress: True for a bar, or a callable given the number of samples done.
+
+    Returns:
+        Ω, with the number of samples and the path that served each parameter.
+
+    Raises:
+        ValueError: no data, no parameters, an output without a sample dimension, or a NaN or Inf,
+            naming the parameter.
+        TypeError: a batch, output or argument of a kind that cannot be used.
+
+    Source: Aljundi et al., ECCV 2018, equations 1 and 2.
+    """
+    named = select_some(ParameterIndex(model).named(), params)
+    sums, num_samples = sum_importance(
+        model,
+        data,
+        named,
+        estimator=estimator,
+        objective=objective,
+        forward=forward,
+        max_samples=max_samples,
+        progress=progress,
+    )
+    for total in sums.values():
+        total.div_(num_samples)
+    return Importance(sums, num_samples, dict.fromkeys(sums, estimator))
+
+
+def sum_importance(
+    model: nn.Module,
+    data: Iterable[Any],
+    named: Mapping[str, Tensor],
+    *,
+    estimator: str = "per_sample",
+    objective: Objective = "squared_l2",
+    forward: Forward | None = None,
+    max_samples: int | None = None,
+    progress: Progress = None,
+) -> tuple[FlatTensors, int]:
+    """Σ over samples and their number: what importance is before the division by N.
+
+    Sums of several runs can be added, so a short batch or run counts for what it holds.
+    """
+    limit = _check_max_samples(max_samples)
+    add_batch = estimators.resolve(estimator)
+    _check_data(data)
+    _check_samples_are_independent(model)
+    sums = FlatTensors(named, accumulation_dtype)
+    estimation = estimators.Estimation(
+        model, dict(named), dict(sums), objectives.resolve(objective), forward
+    )
+    done = 0
+    with undisturbed(model), closing(_Reporter(progress)) as reporter:
+        for batch in data:
+            done += add_batch(estimation, batch, limit - done)
+            reporter.show(done)
+            if done >= limit:
+                break
+    if done == 0:
+        raise ValueError("data: it gave no samples; an exhausted iterator or an empty set?")
+    _check_finite(sums)
+    return sums, done
+
+
+def _check_max_samples(max_samples: int | None) -> int:
+    if max_samples is None:
+        return 2**63 - 1
+    if not isinstance(max_samples, int) or max_samples < 1:
+        raise ValueError(f"max_samples is {max_samples!r}; pass a positive whole number or None")
+    return max_samples
+
+
+def _check_data(data: Iterable[Any]) -> None:
+    if isinstance(data, (Tensor, Mapping, str)) or not isinstance(data, Iterable):
+        raise TypeError(
+            f"data is a {type(data).__name__}; pass an iterable of batches, such as a DataLoader "
+            "or [batch]"
+        )
+
+
+def _check_samples_are_independent(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+            raise ValueError(
+                f"module {name!r} normalises by the batch's own statistics also in evaluation "
+                "mode, so no output belongs to one sample; give it track_running_stats=True"
+            )
+
+
+def _check_finite(sums: Mapping[str, Tensor]) -> None:
+    for name, total in sums.items():
+        if not torch.isfinite(total).all():
+            raise ValueError(
+                f"the gradient of parameter {name!r} is NaN or Inf for some sample; nothing was "
+                "changed. Check the objective, or compute in a wider dtype"
+            )
+
+
+class _Reporter:
+    """Tells the user how many samples are done: a bar, a callable, or nothing."""
+
+    def __init__(self, progress: Progress) -> None:
+        if not (progress is None or isinstance(progress, bool) or callable(progress)):
+            raise TypeError(f"progress is {progress!r}; pass True, None or a callable(samples)")
+        self._call = progress if callable(progress) else None
+        self._bar = tqdm(desc="importance", unit=" samples") if progress is True else None
+
+    def show(self, done: int) -> None:
+        if self._bar is not None:
+            self._bar.update(done - self._bar.n)
+        if self._call is not None:
+            self._call(done)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()

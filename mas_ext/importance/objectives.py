@@ -1,0 +1,66 @@
+"""What is differentiated: one scalar a sample, made from the model's output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Objective = str | Callable[[Tensor], Tensor]
+
+
+def squared_l2(output: Tensor) -> Tensor:
+    """‖F(x)‖²₂, the paper's."""
+    return output.square().sum(1)
+
+
+def l2(output: Tensor) -> Tensor:
+    """‖F(x)‖₂."""
+    return torch.linalg.vector_norm(output, dim=1)
+
+
+def l1(output: Tensor) -> Tensor:
+    """‖F(x)‖₁."""
+    return output.abs().sum(1)
+
+
+OBJECTIVES: dict[str, Callable[[Tensor], Tensor]] = {
+    "squared_l2": squared_l2,
+    "l2": l2,
+    "l1": l1,
+}
+
+
+def resolve(objective: Objective) -> Callable[[Tensor], Tensor]:
+    """The function from output [B, …] to scalars [B] that ``objective`` stands for.
+
+    Raises:
+        ValueError: an unknown name; later, a callable's result that is not [B].
+    """
+    if callable(objective):
+        return _checked(objective)
+    if objective not in OBJECTIVES:
+        names = ", ".join(map(repr, OBJECTIVES))
+        raise ValueError(f"objective: {objective!r} is unknown; use {names} or a callable")
+    named = OBJECTIVES[objective]
+    return lambda output: named(_wide(output).reshape(len(output), -1))
+
+
+def _wide(output: Tensor) -> Tensor:
+    """Half precision is summed in float32."""
+    return output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
+
+
+def _checked(objective: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def scalars(output: Tensor) -> Tensor:
+        result = objective(output)
+        if not isinstance(result, Tensor) or result.shape != output.shape[:1]:
+            got = list(result.shape) if isinstance(result, Tensor) else type(result).__name__
+            raise ValueError(
+                f"objective: the callable returned {got} for an output of shape "
+                f"{list(output.shape)}; it must return one scalar a sample, [{len(output)}]"
+            )
+        return result
+
+    return scalars

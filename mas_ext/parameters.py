@@ -1,0 +1,124 @@
+"""Which parameters: canonical names, selection, and finding them again when the model changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+from torch.nn import Parameter
+
+Selection = Iterable[str] | Callable[[str, Parameter], bool] | None
+
+# Modules that only wrap another one; their step of the path is left out of canonical names.
+_WRAPPING_ATTRIBUTES = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+_WRAPPING_TYPES = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+
+
+def _is_wrapper_step(owner: nn.Module, attribute: str) -> bool:
+    return attribute in _WRAPPING_ATTRIBUTES or (
+        attribute == "module" and isinstance(owner, _WRAPPING_TYPES)
+    )
+
+
+def _walk(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:
+    if id(module) in seen:
+        return
+    seen.add(id(module))
+    yield prefix, module
+    for attribute, child in module._modules.items():
+        if child is not None:
+            below = prefix if _is_wrapper_step(module, attribute) else f"{prefix}{attribute}."
+            yield from _walk(child, below, seen)
+
+
+class ParameterIndex:
+    """A model's parameters by canonical name: without wrappers' prefixes, tied ones once.
+
+    A model may change between uses: a head is replaced, a module added. The names are looked up
+    anew when it has, which a comparison of object identities tells without walking the model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._named: dict[str, Parameter] = {}
+        self._links: list[tuple[dict[str, Any], str, Any]] = []
+        self._owners: list[tuple[dict[str, Any], int]] = []
+        self._look_up()
+
+    def _look_up(self) -> None:
+        self._named, self._links, self._owners = {}, [], []
+        seen: set[int] = set()
+        for prefix, module in _walk(self.model, "", set()):
+            for owner in (module._parameters, module._modules):
+                self._owners.append((owner, len(owner)))
+                self._links += [(owner, key, value) for key, value in owner.items()]
+            for attribute, parameter in module._parameters.items():
+                if parameter is not None and id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    self._named[prefix + attribute] = parameter
+
+    def _is_current(self) -> bool:
+        return all(owner.get(key) is value for owner, key, value in self._links) and all(
+            len(owner) == size for owner, size in self._owners
+        )
+
+    def named(self) -> Mapping[str, Parameter]:
+        """All parameters by canonical name."""
+        if not self._is_current():
+            self._look_up()
+        return self._named
+
+
+def select(named: Mapping[str, Parameter], params: Selection) -> dict[str, Parameter]:
+    """The parameters that require gradients and that ``params`` selects.
+
+    Args:
+        named: parameters by canonical name.
+        params: None for all; names or globs, each of which must match a parameter; or a
+            ``callable(name, parameter) -> bool``.
+
+    Raises:
+        ValueError: a pattern matches nothing.
+        TypeError: ``params`` is none of these.
+    """
+    trainable = {name: p for name, p in named.items() if p.requires_grad}
+    if params is None:
+        return trainable
+    if callable(params):
+        return {name: p for name, p in trainable.items() if params(name, p)}
+    patterns = _patterns(params)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in named):
+            raise ValueError(
+                f"params: {pattern!r} matches no parameter; the model has {_some(named)}"
+            )
+    return {n: p for n, p in trainable.items() if any(fnmatchcase(n, g) for g in patterns)}
+
+
+def _patterns(params: Iterable[str]) -> list[str]:
+    patterns = None if isinstance(params, str) else list(params)
+    if patterns is None or not all(isinstance(pattern, str) for pattern in patterns):
+        raise TypeError(
+            "params must be None, a list of names or globs, or a callable(name, parameter); "
+            f"got {params!r}"
+        )
+    return patterns
+
+
+def select_some(named: Mapping[str, Parameter], params: Selection) -> dict[str, Parameter]:
+    """:func:`select`, where nothing selected is an error."""
+    selected = select(named, params)
+    if not selected:
+        raise ValueError(
+            "params: no parameter is selected that requires gradients; set requires_grad on "
+            f"some of the model's parameters or widen params (the model has {_some(named)})"
+        )
+    return selected
+
+
+def _some(named: Mapping[str, Any], most: int = 5) -> str:
+    names = list(named)
+    shown = ", ".join(names[:most]) or "no parameters"
+    return shown if len(names) <= most else f"{shown}, … ({len(names)} in all)"

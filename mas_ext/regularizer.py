@@ -1,0 +1,436 @@
+"""Class MAS: a model's memory of the tasks it has learned."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from contextlib import contextmanager
+from types import MappingProxyType
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from mas_ext import checkpoint, functional
+from mas_ext.attachment import Attachment
+from mas_ext.flat import FlatTensors
+from mas_ext.importance import sum_importance
+from mas_ext.importance.batches import Forward
+from mas_ext.importance.estimate import Progress
+from mas_ext.importance.objectives import Objective
+from mas_ext.parameters import ParameterIndex, Selection, select, select_some
+from mas_ext.reference import accumulation_dtype
+from mas_ext.state import Memory, OpenTask, check_merge
+
+Scalar = float | Tensor
+# The parameters of one device, with what belongs to them.
+Bundle = tuple[list[str], list[Parameter], list[Tensor], list[Tensor]]
+
+
+class MAS:
+    r"""Memory Aware Synapses: holds in place what the network's output depends on.
+
+    .. math:: L(\theta) = L_\text{new}(\theta)
+        + \frac{\lambda}{2}\sum_i \Omega_i (\theta_i - \theta^*_i)^2
+
+    Ω is how sensitive the output was to each parameter when the last task ended, and θ* where the
+    parameters were then. Use::
+
+        mas = mas_ext.MAS(model, lambda_reg=1.0)
+        for task in tasks:
+            for x, y in task:
+                loss(model(x), y).backward()
+                mas.add_penalty_grad_()        # or once, before the loop: mas.attach(optimizer)
+                optimizer.step()
+                optimizer.zero_grad()
+            mas.consolidate(task)              # labels are not used
+
+    Until the first :meth:`consolidate` there is nothing to protect, and the penalty is zero.
+
+    Args:
+        model: any module; wrapped by DDP or ``torch.compile`` or not.
+        lambda_reg: λ ≥ 0. It has the ½ of the equation: twice the paper's λ.
+        params: which parameters, of those that require gradients: None for all; names or globs; or
+            ``callable(name, parameter) -> bool``. Names have no ``module.``, ``_orig_mod.`` or
+            ``_checkpoint_wrapped_module.``; tied parameters appear once, under their first name.
+        merge: how a task's Ω joins what is there: ``"sum"`` (the paper's), ``"mean"``, ``"max"``,
+            or ``("ema", alpha)``, Ω ← αΩ + (1−α)Ω_task.
+        state_dtype: ``"float32"`` (float64 for float64 parameters).
+
+    A parameter that stops requiring gradients keeps its Ω and θ* and is left out of the penalty
+    until it requires them again; one that starts to joins at the next measurement. One that grew
+    between tasks keeps what is known of its leading part: the rest has Ω = 0.
+
+    Source: Aljundi et al., ECCV 2018, https://arxiv.org/abs/1711.09601.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lambda_reg: float = 1.0,
+        *,
+        params: Selection = None,
+        merge: str | tuple[str, float] = "sum",
+        state_dtype: str = "float32",
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model is a {type(model).__name__}; pass a torch.nn.Module")
+        if state_dtype != "float32":
+            raise ValueError(f"state_dtype: {state_dtype!r} is not available; use 'float32'")
+        self._index = ParameterIndex(model)
+        # An iterator of names would be used up by the first look.
+        self._params = params if params is None or callable(params) else _kept(params)
+        self.lambda_reg = lambda_reg
+        self._merge = check_merge(merge)
+        self._memory = Memory()
+        self._open = OpenTask()
+        self._num_tasks = 0
+        self._attached: WeakSet[Optimizer] = WeakSet()
+        select_some(self._index.named(), self._params)
+
+    def __repr__(self) -> str:
+        return (
+            f"MAS(lambda_reg={self.lambda_reg:g}, merge={self._merge!r}, "
+            f"tasks={self._num_tasks}, parameters={len(self._memory.anchor)})"
+        )
+
+    # -- what can be looked at ---------------------------------------------------------------
+
+    @property
+    def lambda_reg(self) -> float:
+        """λ; may be changed at any time."""
+        return self._lambda_reg
+
+    @lambda_reg.setter
+    def lambda_reg(self, value: float) -> None:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"lambda_reg is {value!r}; pass a number")
+        if not value >= 0 or math.isinf(value):
+            raise ValueError(f"lambda_reg is {value}; pass a finite number that is not negative")
+        self._lambda_reg = float(value)
+
+    @property
+    def num_tasks(self) -> int:
+        """How many tasks have been consolidated."""
+        return self._num_tasks
+
+    @property
+    def importance(self) -> Mapping[str, Tensor]:
+        """Parameter name → Ω of the consolidated tasks: views, empty before the first."""
+        return MappingProxyType(dict(self._memory.importance))
+
+    @property
+    def anchor(self) -> Mapping[str, Tensor]:
+        """Parameter name → θ*: views, empty before the first task is consolidated."""
+        return MappingProxyType(dict(self._memory.anchor))
+
+    # -- measuring ---------------------------------------------------------------------------
+
+    def update_importance(
+        self,
+        data: Iterable[Any],
+        *,
+        estimator: str = "per_sample",
+        objective: Objective = "squared_l2",
+        forward: Forward | None = None,
+        max_samples: int | None = None,
+        progress: Progress = None,
+    ) -> None:
+        """Adds to the open task's Ω from unlabelled data; the anchors and the penalty stay.
+
+        As often as wanted, in the middle of training or in deployment: every sample counts the
+        same, and :meth:`consolidate` ends the task. Arguments and errors are those of
+        :func:`mas_ext.estimate_importance`; after an error everything is as it was.
+        """
+        self._open = self._measured(
+            data,
+            estimator=estimator,
+            objective=objective,
+            forward=forward,
+            max_samples=max_samples,
+            progress=progress,
+        )
+
+    def consolidate(
+        self,
+        data: Iterable[Any] | None = None,
+        *,
+        estimator: str = "per_sample",
+        objective: Objective = "squared_l2",
+        forward: Forward | None = None,
+        max_samples: int | None = None,
+        progress: Progress = None,
+    ) -> None:
+        """Ends a task: measures ``data`` if given, merges the task's Ω, and takes θ* ← θ.
+
+        Args:
+            data: as for :meth:`update_importance`, like the arguments after it.
+
+        Raises:
+            RuntimeError: there is no data and nothing was measured since the last task.
+        """
+        task = self._open
+        if data is not None:
+            task = self._measured(
+                data,
+                estimator=estimator,
+                objective=objective,
+                forward=forward,
+                max_samples=max_samples,
+                progress=progress,
+            )
+        if task.num_samples == 0:
+            raise RuntimeError(
+                "consolidate() has no importance to merge: pass data, or call "
+                "update_importance(data) first"
+            )
+        named = self._index.named()
+        known = {name: p for name, p in named.items() if name in self._memory.anchor}
+        params = {**known, **select(named, self._params)}
+        measured = {name: total for name, total in task.omega().items() if name in params}
+        self._memory.end_task(params, measured, self._merge)
+        self._open = OpenTask()
+        self._num_tasks += 1
+
+    def _measured(self, data: Iterable[Any], **how: Any) -> OpenTask:
+        named = select_some(self._index.named(), self._params)
+        return self._open.plus(*sum_importance(self._index.model, data, named, **how))
+
+    # -- protecting --------------------------------------------------------------------------
+
+    def penalty(self) -> Tensor:
+        r""":math:`\frac{\lambda}{2}\sum_i\Omega_i(\theta_i-\theta^*_i)^2`, differentiable.
+
+        Returns:
+            A 0-dim tensor to add to the loss; zero before the first :meth:`consolidate`.
+        """
+        values = [
+            functional.penalty(params, anchors, omega, self._lambda_reg)
+            for _, params, anchors, omega in self._bundles()
+        ]
+        return self._total(values) if values else self._zero(torch.is_grad_enabled())
+
+    def add_penalty_grad_(self, grad_scale: Scalar | None = None) -> Tensor:
+        r"""After ``backward()``: :math:`p.\text{grad} \mathrel{+}= \lambda\Omega(\theta-\theta^*)`.
+
+        What ``(loss + mas.penalty()).backward()`` gives, in one pass over memory: a parameter
+        whose gradient is None gets one.
+
+        Args:
+            grad_scale: the factor that the gradients carry, when a loss scaler's has not been
+                divided out yet.
+
+        Returns:
+            The penalty, a 0-dim tensor. Never waits for the device.
+        """
+        return self._add_penalty_grad(grad_scale, owned=None)
+
+    def proximal_step_(self, lr: Scalar) -> Tensor:
+        r"""After ``optimizer.step()``: the step that is stable at any strength.
+
+        .. math:: \theta \leftarrow \frac{\theta+\eta\lambda\Omega\theta^*}{1+\eta\lambda\Omega}
+
+        Args:
+            lr: η, usually the optimizer's learning rate.
+
+        Returns:
+            The penalty after the step, a 0-dim tensor. Never waits for the device.
+        """
+        return self._proximal_step(lr, owned=None)
+
+    def attach(self, optimizer: Optimizer, mode: str = "gradient") -> Attachment:
+        """The drop-in: every ``optimizer.step()`` includes MAS, and the loop stays as it was.
+
+        Args:
+            optimizer: any of torch's, with a closure or without. Only its own parameters are
+                touched.
+            mode: ``"gradient"`` adds the penalty's gradient before the step, after clipping;
+                ``"proximal"`` takes the stable step after it, with each group's learning rate.
+
+        Returns:
+            A handle with ``remove()`` and ``last_penalty``.
+
+        Raises:
+            ValueError: an unknown mode, an optimizer with none of the model's parameters, or one
+                that is attached already.
+        """
+        ours = {id(p) for p in self._index.named().values()}
+        if not any(id(p) in ours for group in optimizer.param_groups for p in group["params"]):
+            raise ValueError("optimizer: it holds none of this model's parameters")
+        return Attachment(self, optimizer, mode)
+
+    def _add_penalty_grad(self, grad_scale: Scalar | None, owned: Set[int] | None) -> Tensor:
+        values = []
+        for names, params, anchors, omega in self._bundles(owned):
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+            with _naming(names):
+                values.append(
+                    functional.add_penalty_grad_(
+                        grads, params, anchors, omega, self._lambda_reg, grad_scale
+                    )
+                )
+            for p, grad in zip(params, grads, strict=True):
+                if p.grad is None:
+                    p.grad = grad
+        return self._total(values)
+
+    def _proximal_step(self, lr: Scalar, owned: Set[int] | None) -> Tensor:
+        values = []
+        for names, params, anchors, omega in self._bundles(owned):
+            with _naming(names):
+                values.append(
+                    functional.proximal_step_(params, anchors, omega, self._lambda_reg, lr)
+                )
+        return self._total(values)
+
+    def _bundles(self, owned: Set[int] | None = None) -> list[Bundle]:
+        """What the penalty is over: known parameters that require gradients, a bundle a device."""
+        known = self._memory.anchor
+        if not known:
+            return []
+        named = self._index.named()
+        active = {
+            name: named[name]
+            for name in known
+            if name in named
+            and named[name].requires_grad
+            and (owned is None or id(named[name]) in owned)
+        }
+        self._memory.fit(active)
+        bundles: dict[torch.device, Bundle] = {}
+        for name, p in active.items():
+            names, params, anchors, omega = bundles.setdefault(p.device, ([], [], [], []))
+            names.append(name)
+            params.append(p)
+            anchors.append(self._memory.anchor[name])
+            omega.append(self._memory.importance[name])
+        return list(bundles.values())
+
+    def _total(self, values: list[Tensor]) -> Tensor:
+        if not values:
+            return self._zero()
+        total = values[0]
+        for value in values[1:]:  # other devices
+            total = total + value.to(total.device, non_blocking=True)
+        return total
+
+    def _zero(self, requires_grad: bool = False) -> Tensor:
+        p = next(iter(self._index.named().values()))
+        dtype = accumulation_dtype(p.dtype)
+        return torch.zeros((), dtype=dtype, device=p.device, requires_grad=requires_grad)
+
+    # -- keeping -----------------------------------------------------------------------------
+
+    def state_dict(self) -> checkpoint.StateDict:
+        """Everything that is remembered, by parameter name: a copy, which does not change."""
+        return {
+            "format": checkpoint.FORMAT,
+            "version": checkpoint.VERSION,
+            "lambda_reg": self._lambda_reg,
+            "merge": self._merge,
+            "state_dtype": "float32",
+            "num_tasks": self._num_tasks,
+            "tasks": dict(self._memory.tasks),
+            "num_samples": self._open.num_samples,
+            "importance": _copies(self._memory.importance),
+            "anchor": _copies(self._memory.anchor),
+            "open": _copies(self._open.sums),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
+        """Takes over a state, λ and ``merge`` included; ``model`` and ``params`` stay this MAS's.
+
+        Args:
+            state: what :meth:`state_dict` returned.
+            strict: the state's parameters must be exactly those selected here, unless it has none.
+                Otherwise parameters that the state lacks start anew.
+
+        Raises:
+            ValueError: not a state of this format, a version from the future, or of another model;
+                everything is as it was.
+        """
+        checkpoint.check_format(state, "the state")
+        self._check_parameters(state, strict)
+        merge = check_merge(state["merge"])
+        named = self._index.named()
+        self.lambda_reg = state["lambda_reg"]
+        memory = Memory()
+        memory.fit({name: named[name] for name in state["anchor"]})
+        memory.tasks = dict(state["tasks"])
+        _fill(memory.anchor, state["anchor"])
+        _fill(memory.importance, state["importance"])
+        sums = FlatTensors({name: named[name] for name in state["open"]}, accumulation_dtype)
+        _fill(sums, state["open"])
+        self._merge, self._memory = merge, memory
+        self._open = OpenTask(sums, state["num_samples"])
+        self._num_tasks = state["num_tasks"]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the state as safetensors with a checksum, all or nothing."""
+        checkpoint.write(self.state_dict(), path)
+
+    def load(self, path: str | os.PathLike[str], strict: bool = True) -> None:
+        """Reads what :meth:`save` wrote; see :meth:`load_state_dict`.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is truncated, altered, from the future, or of another model; everything
+                is as it was.
+        """
+        self.load_state_dict(checkpoint.read(path), strict)
+
+    def _check_parameters(self, state: Mapping[str, Any], strict: bool) -> None:
+        named = self._index.named()
+        groups = {group: state[group] for group in checkpoint.GROUPS}
+        for name, tensor in ((n, t) for group in groups.values() for n, t in group.items()):
+            if name not in named:
+                raise ValueError(f"the state has parameter {name!r}, which this model lacks")
+            if tensor.shape != named[name].shape:
+                raise ValueError(
+                    f"parameter {name!r} has shape {list(named[name].shape)} in this model and "
+                    f"{list(tensor.shape)} in the state; load before the model grows"
+                )
+        if groups["importance"].keys() != groups["anchor"].keys():
+            raise ValueError("the state is damaged: importance and anchor name other parameters")
+        known = groups["anchor"].keys() | groups["open"].keys()
+        missing = [name for name in select(named, self._params) if name not in known]
+        if strict and known and missing:
+            raise ValueError(
+                f"the state lacks parameter {missing[0]!r} ({len(missing)} in all), which is "
+                "selected in this model; pass strict=False if it is new"
+            )
+
+
+def _kept(params: Iterable[str]) -> Selection:
+    return params if isinstance(params, str) else list(params)
+
+
+def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+@torch.no_grad()
+def _fill(views: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    for name, value in values.items():
+        views[name].copy_(value)
+
+
+@contextmanager
+def _naming(names: list[str]) -> Iterator[None]:
+    """Gives an operator's error the parameter's name beside its place in the list."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = re.sub(r"\[(\d+)\] (has|is)", _place_named(names), str(error))
+        if text == str(error):
+            raise
+        raise RuntimeError(text) from None
+
+
+def _place_named(names: list[str]) -> Callable[[re.Match[str]], str]:
+    return lambda found: f"[{found[1]}] ({names[int(found[1])]!r}) {found[2]}"
