@@ -81,17 +81,13 @@ def kernels(torch, home):
     from torch.utils import cpp_extension
 
     folders = ["cpu", "cuda"] if home else ["cpu"]
-    sources = sorted(
-        str(p) for f in folders for p in Path("csrc", f).glob("*.c[pu]*") if p.suffix != ".cuh"
-    )
+    sources = sorted(str(p) for f in folders for p in Path("csrc", f).glob(f"*{SUFFIX[f]}"))
     target = f"-DTORCH_TARGET_VERSION=0x{MINIMUM_TORCH[0]:02x}{MINIMUM_TORCH[1]:02x}000000000000"
     headers = cpp_extension.include_paths()
     nvcc = ["-O3", "-std=c++20", "-Xcompiler=-fvisibility=hidden", "-Werror=all-warnings"]
     # The CUDA runtime is linked statically and libtorch_cuda not at all: one file then serves
     # CUDA and CPU builds of torch.
-    static_cuda = (
-        [str(home / "lib64" / "libcudart_static.a"), "-ldl", "-lrt", "-lpthread"] if home else []
-    )
+    runtime = [f"{home}/lib64/libcudart_static.a", "-ldl", "-lrt", "-lpthread"] if home else []
     return Extension(
         "mas_ext._kernels",
         sources,
