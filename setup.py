@@ -19,7 +19,9 @@ MINIMUM_TORCH = (2, 13)
 SUFFIX = {"cpu": ".cpp", "cuda": ".cu"}
 CUDA_ARCHS = "8.0;9.0;10.0;12.0+PTX"
 CXX_FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden", "-fno-trapping-math", "-fno-math-errno"]
-WARNINGS = ["-Wall", "-Wextra", *(["-Werror"] if os.getenv("MAS_EXT_WERROR") == "1" else [])]
+WERROR = os.getenv("MAS_EXT_WERROR") == "1"
+WARNINGS = ["-Wall", "-Wextra", *(["-Werror"] if WERROR else [])]
+NVCC_WARNINGS = ["-Werror=all-warnings"] if WERROR else []
 
 
 def say(message):
@@ -84,7 +86,7 @@ def kernels(torch, home):
     sources = sorted(str(p) for f in folders for p in Path("csrc", f).glob(f"*{SUFFIX[f]}"))
     target = f"-DTORCH_TARGET_VERSION=0x{MINIMUM_TORCH[0]:02x}{MINIMUM_TORCH[1]:02x}000000000000"
     headers = cpp_extension.include_paths()
-    nvcc = ["-O3", "-std=c++20", "-Xcompiler=-fvisibility=hidden", "-Werror=all-warnings"]
+    nvcc = ["-O3", "-std=c++20", "-Xcompiler=-fvisibility=hidden", *NVCC_WARNINGS]
     # The CUDA runtime is linked statically and libtorch_cuda not at all: one file then serves
     # CUDA and CPU builds of torch.
     runtime = [f"{home}/lib64/libcudart_static.a", "-ldl", "-lrt", "-lpthread"] if home else []

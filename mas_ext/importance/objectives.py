@@ -44,7 +44,11 @@ def resolve(objective: Objective) -> Callable[[Tensor], Tensor]:
         names = ", ".join(map(repr, OBJECTIVES))
         raise ValueError(f"objective: {objective!r} is unknown; use {names} or a callable")
     named = OBJECTIVES[objective]
-    return lambda output: named(_wide(output).reshape(len(output), -1))
+    return lambda output: named(_rows(_wide(output)))
+
+
+def _rows(output: Tensor) -> Tensor:
+    return output.unsqueeze(1) if output.dim() == 1 else output.flatten(1)
 
 
 def _wide(output: Tensor) -> Tensor:

@@ -1,0 +1,66 @@
+"""``python -m benchmarks penalty``: every way of doing a thing, side by side, on this machine."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from benchmarks import accumulate, penalty, plot, report
+from benchmarks.providers import Benchmark
+from benchmarks.shapes import QUICK, SIZES
+from benchmarks.timing import measure
+
+BENCHMARKS = {b.name: b for b in (penalty.BENCHMARK, accumulate.BENCHMARK)}
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("benchmark", choices=[*BENCHMARKS, "all"])
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, help="default: all of them")
+    parser.add_argument("--repeats", type=int, metavar="N", help="rounds (default 20, quick 5)")
+    parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}")
+    parser.add_argument("--out", type=Path, default=Path("out/benchmarks"), metavar="DIR")
+    arguments = parser.parse_args()
+    arguments.sizes = arguments.sizes or list(QUICK if arguments.quick else SIZES)
+    if arguments.repeats is None:
+        arguments.repeats = 5 if arguments.quick else 20
+    if arguments.repeats < 1:
+        parser.error("--repeats must be at least 1")
+    return arguments
+
+
+def _run(benchmark: Benchmark, sizes: list[str], repeats: int, console: Console) -> dict[str, Any]:
+    results = {}
+    for name in sizes:
+        title = SIZES[name].title
+        with console.status(f"{benchmark.name}, {title}") as status:
+
+            def tell(text: str, title: str = title) -> None:
+                status.update(f"{benchmark.name}, {title}: {text}")
+
+            measured = measure(benchmark, SIZES[name], repeats, tell)
+        results[name] = report.summary(benchmark, measured)
+        report.show(console, benchmark, results[name])
+    return results
+
+
+def main() -> None:
+    arguments, console = _parse(), Console(width=max(96, Console().width))
+    chosen = BENCHMARKS if arguments.benchmark == "all" else [arguments.benchmark]
+    machine = report.machine()
+    console.print(report.describe(machine), end="\n\n")
+    results: dict[str, Any] = {"machine": machine, "benchmarks": {}}
+    for name in chosen:
+        sizes = _run(BENCHMARKS[name], arguments.sizes, arguments.repeats, console)
+        results["benchmarks"][name] = sizes
+        report.write_json(arguments.out / "results.json", results)
+        picture = plot.draw(BENCHMARKS[name], sizes, machine, arguments.out)
+        console.print(f"wrote {picture}")
+    console.print(f"wrote {arguments.out / 'results.json'}")
+
+
+if __name__ == "__main__":
+    main()

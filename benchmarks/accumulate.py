@@ -1,0 +1,72 @@
+"""Adding a gradient's magnitude to the importance: Ω += |g| / N."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from benchmarks.providers import Benchmark, Provider, compiled
+from benchmarks.state import State, in_float64
+from mas_ext import functional
+
+
+def fused(s: State) -> None:
+    functional.accumulate_importance_(s.omega, s.grads, 1 / s.num_samples)
+
+
+def notebook_loop(s: State) -> None:
+    """As notebooks write it, where |g| is √g²."""
+    out = dict(zip(s.names, s.omega, strict=True))
+    for n, p in s.named_parameters():
+        out[n].data += torch.sqrt(p.grad.data**2) / s.num_samples
+
+
+@torch.no_grad()
+def eager_in_place(s: State) -> None:
+    for omega, grad in zip(s.omega, s.grads, strict=True):
+        omega.add_(grad.abs(), alpha=1 / s.num_samples)
+
+
+@torch.no_grad()
+def foreach(s: State) -> None:
+    torch._foreach_add_(s.omega, torch._foreach_abs(s.grads), alpha=1 / s.num_samples)
+
+
+@torch.no_grad()
+def _by_formula(omega: list[Tensor], grads: list[Tensor], scale: float) -> None:
+    """Plain arithmetic for torch.compile to fuse."""
+    for o, grad in zip(omega, grads, strict=True):
+        o.add_(scale * grad.abs())
+
+
+_compiled = compiled(_by_formula)
+
+
+def torch_compile(s: State) -> Tensor | None:
+    return _compiled(s.omega, s.grads, 1 / s.num_samples)
+
+
+def _expected(s: State) -> tuple[list[Tensor], None]:
+    return [
+        in_float64(lambda o, g: o + g.abs() / s.num_samples, omega, grad).float()
+        for omega, grad in zip(s.omega, s.grads, strict=True)
+    ], None
+
+
+BENCHMARK = Benchmark(
+    name="accumulate",
+    title="Importance: Ω += |g| / N",
+    bytes_per_parameter=12,
+    providers=(
+        Provider("mas_ext", fused),
+        Provider("mas_ext, flat", fused, flat=True),
+        Provider("torch.compile, flat", torch_compile, flat=True),
+        Provider("torch.compile, list", torch_compile),
+        Provider("eager, in place", eager_in_place),
+        Provider("torch._foreach", foreach),
+        Provider("notebook loop", notebook_loop),
+    ),
+    written=lambda s: s.omega,
+    expected=_expected,
+    streams=lambda s: [s.omega, s.grads],
+)

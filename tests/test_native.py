@@ -1,0 +1,77 @@
+"""What was built, what runs, and what happens where nothing was."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import mas_ext
+from mas_ext import _native
+
+ACCUMULATE = "import mas_ext, torch; o = [torch.zeros(3)]; " + (
+    "mas_ext.functional.accumulate_importance_(o, [torch.full((3,), -2.0)], 0.5); "
+    "assert o[0].tolist() == [1, 1, 1]; "
+)
+
+
+def run(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        check=True,
+    )
+
+
+def test_build_info():
+    info = mas_ext.build_info()
+    assert info["torch"] == torch.__version__
+    disabled = os.environ.get("MAS_EXT_DISABLE_NATIVE") == "1"
+    assert info["native"] is not disabled
+    assert info["reason"] == ("MAS_EXT_DISABLE_NATIVE=1" if disabled else None)
+    if not disabled:
+        assert info["simd"] in ("avx512f", "avx2", "sse2", "neon", "baseline")
+        assert info["compiler"]
+
+
+def test_compiled_kernels_serve_the_cpu_when_native():
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    for name in mas_ext._ops.SCHEMAS:
+        assert has_kernel(f"mas_ext::{name}", "CPU") is mas_ext.build_info()["native"]
+
+
+def test_disabling_native_is_silent_and_works():
+    code = ACCUMULATE + "i = mas_ext.build_info(); assert not i['native'] and i['reason']"
+    assert "mas_ext runs in plain" not in run(code, MAS_EXT_DISABLE_NATIVE="1").stderr
+
+
+def test_missing_kernels_warn_once_and_say_what_to_do():
+    pretend = (
+        "import warnings, pathlib; glob = pathlib.Path.glob; "
+        "pathlib.Path.glob = lambda s, p: [] if '_kernels' in p else glob(s, p); "
+    )
+    text = run(pretend + ACCUMULATE, MAS_EXT_DISABLE_NATIVE="0").stderr
+    assert text.count("mas_ext runs in plain PyTorch") == 1
+    assert "the kernels were not built" in text
+    assert "--no-build-isolation" in text
+
+
+@pytest.mark.parametrize("version", ["2.7.0", "2.12.1+cu126"])
+def test_an_old_torch_is_named(monkeypatch, version):
+    monkeypatch.setattr(torch, "__version__", version)
+    monkeypatch.setenv("MAS_EXT_DISABLE_NATIVE", "0")
+    monkeypatch.setattr(_native, "_library", lambda: __import__("pathlib").Path("kernels.so"))
+    with pytest.warns(UserWarning, match=rf"need torch>=2.13 and this is torch {version[:3]}"):
+        assert "torch>=2.13" in _native.load()
+
+
+def test_a_library_that_does_not_load_is_reported(monkeypatch, tmp_path):
+    broken = tmp_path / "_kernels.so"
+    broken.write_bytes(b"not a library")
+    monkeypatch.setenv("MAS_EXT_DISABLE_NATIVE", "0")
+    monkeypatch.setattr(_native, "_library", lambda: broken)
+    with pytest.warns(UserWarning, match="the kernels do not load"):
+        assert "do not load" in _native.load()

@@ -1,0 +1,192 @@
+"""The operators as PyTorch sees them: schemas, fakes, autograd, torch.compile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import gradcheck, gradgradcheck
+from torch.library import opcheck
+
+from mas_ext import functional, reference
+from tests.cases import (
+    CASES,
+    LAYOUTS,
+    OPS,
+    PENALTY_OPS,
+    READING_OPS,
+    WRITING_OPS,
+    Case,
+    Scalars,
+    State,
+    arguments,
+    assert_value_near,
+    exact_penalty,
+    make_state,
+    written_argument,
+)
+
+# ================================================================================================
+# opcheck: schema, autograd registration, fake kernel, and tracing with dynamic shapes
+# ================================================================================================
+# Tracing does not depend on the values, so large tensors would only take time.
+OPCHECK_SHAPES = ["empty_list", "zero_size", "0_dim", "one_element", "15_16_17", "conv"]
+OPCHECK_CASES = [case for case in CASES if case.shapes_name in OPCHECK_SHAPES]
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("case", OPCHECK_CASES, ids=str)
+def test_opcheck(op: str, case: Case) -> None:
+    inputs = arguments(op, case.state(), Scalars().as_tensors())
+    opcheck(getattr(torch.ops.mas_ext, op).default, tuple(inputs))
+
+
+@pytest.mark.parametrize("wanting", ["params", "anchors", "omega", "lambda_reg", "all"])
+@pytest.mark.parametrize("op", READING_OPS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_opcheck_with_gradients(op: str, wanting: str, dtype: str) -> None:
+    inputs = arguments(op, Case(dtype, "odd", "contiguous").state(), Scalars().as_tensors())
+    for name, argument in zip(["params", "anchors", "omega", "lambda_reg"], inputs, strict=True):
+        if wanting in (name, "all"):
+            for tensor in [argument] if isinstance(argument, Tensor) else argument:
+                tensor.requires_grad_()
+    opcheck(getattr(torch.ops.mas_ext, op).default, tuple(inputs))
+
+
+def test_the_optional_scale_may_be_left_out() -> None:
+    state = make_state([torch.float32], [(5,)])
+    inputs = arguments("add_penalty_grad_", state, Scalars().as_tensors())
+    opcheck(torch.ops.mas_ext.add_penalty_grad_.default, (*inputs[:-1], None))
+    opcheck(torch.ops.mas_ext.add_penalty_grad_.default, tuple(inputs[:-1]))
+
+
+# ================================================================================================
+# Gradients
+# ================================================================================================
+SHAPES = [(3,), (2, 2), (), (0,)]
+
+
+def double_inputs(layout: str = "contiguous") -> list[Tensor]:
+    """θ, θ* and Ω of every parameter, then λ, as one flat list of float64 leaves."""
+    state = make_state([torch.float64] * len(SHAPES), SHAPES, LAYOUTS[layout])
+    scale = torch.tensor(0.7, dtype=torch.float64)
+    return [t.requires_grad_() for t in (*state.params, *state.anchors, *state.omega, scale)]
+
+
+def flat(op: str) -> Callable[..., tuple[Tensor, ...]]:
+    """The operator as a function of the flat list, for gradcheck."""
+
+    def function(*inputs: Tensor) -> tuple[Tensor, ...]:
+        n = len(SHAPES)
+        lists = [list(inputs[k * n : (k + 1) * n]) for k in range(3)]
+        result = getattr(functional, op)(*lists, inputs[-1])
+        return (result,) if isinstance(result, Tensor) else (result[0], *result[1])
+
+    return function
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "each_differently"])
+@pytest.mark.parametrize("op", READING_OPS)
+def test_gradcheck(op: str, layout: str) -> None:
+    assert gradcheck(flat(op), double_inputs(layout))
+
+
+@pytest.mark.parametrize("op", READING_OPS)
+def test_gradgradcheck(op: str) -> None:
+    assert gradgradcheck(flat(op), double_inputs())
+
+
+def subsets() -> dict[str, list[int]]:
+    """Which of the flat inputs require gradients."""
+    n = len(SHAPES)
+    whole = {name: range(k * n, (k + 1) * n) for k, name in enumerate(["params", "anchors", "omega"])}
+    return {
+        **{name: list(indices) for name, indices in whole.items()},
+        "lambda": [3 * n],
+        "one_param": [1],
+        "one_param_and_another_omega": [0, 2 * n + 1],
+        "anchors_and_lambda": [*whole["anchors"], 3 * n],
+    }
+
+
+@pytest.mark.parametrize("chosen", subsets().values(), ids=subsets())
+@pytest.mark.parametrize("op", READING_OPS)
+def test_gradcheck_with_some_inputs_only(op: str, chosen: list[int]) -> None:
+    inputs = [t.detach().requires_grad_(k in chosen) for k, t in enumerate(double_inputs())]
+    assert gradcheck(flat(op), inputs)
+    assert gradgradcheck(flat(op), inputs)
+
+
+def gradients(module, state: State, strength: Tensor) -> Sequence[Tensor]:
+    leaves = [*state.params, *state.anchors, *state.omega, strength]
+    leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+    n = len(state.params)
+    value = module.penalty(leaves[:n], leaves[n : 2 * n], leaves[2 * n : 3 * n], leaves[-1])
+    return torch.autograd.grad(3 * value, leaves)
+
+
+# One rounding to the dtype in each of two computations.
+AUTOGRAD_RTOL = {"float32": 2e-6, "float64": 1e-14, "bfloat16": 2**-7, "float16": 2**-10}
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "each_differently"])
+@pytest.mark.parametrize("dtype", AUTOGRAD_RTOL)
+def test_backward_is_the_references(dtype: str, layout: str) -> None:
+    state, strength = Case(dtype, "mixed", layout).state(), torch.tensor(0.7)
+    mine, theirs = (gradients(module, state, strength) for module in (functional, reference))
+    for actual, expected in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=AUTOGRAD_RTOL[dtype], atol=1e-7)
+
+
+def test_gradient_of_the_gradients_alone() -> None:
+    """Backward where the value takes no part, and where one of the gradients does not."""
+    inputs = double_inputs()
+    results = flat("penalty_and_grad")(*inputs)
+    (curvature,) = torch.autograd.grad(results[1].sum(), inputs[0])
+    omega, strength = inputs[2 * len(SHAPES)], inputs[-1]
+    torch.testing.assert_close(curvature, strength * omega, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("op", READING_OPS)
+def test_negative_strength_in_a_tensor(op: str) -> None:
+    """What a backward pass with a negative incoming gradient calls."""
+    state = make_state([torch.float32], [(17,)])
+    strength = torch.tensor(-0.5)
+    result = getattr(functional, op)(state.params, state.anchors, state.omega, strength)
+    value = result if isinstance(result, Tensor) else result[0]
+    assert_value_near(value, exact_penalty(state, strength))
+    assert float(value) < 0
+
+
+@pytest.mark.parametrize("op", WRITING_OPS)
+def test_writing_operators_record_nothing(op: str) -> None:
+    state = make_state([torch.float32], [(5,)])
+    for tensors in state.lists().values():
+        tensors[0].requires_grad_()
+    value = getattr(functional, op)(*arguments(op, state))
+    assert value is None or value.grad_fn is None
+    assert state.lists()[written_argument(op)][0].grad_fn is None
+
+
+# ================================================================================================
+# torch.compile
+# ================================================================================================
+def whole_step(op: str) -> Callable[..., list[Tensor]]:
+    """A function around the operator, as a training step has it: work before and after."""
+
+    def step(state: dict[str, list[Tensor]], lambda_reg: Tensor, other: Tensor) -> list[Tensor]:
+        known = {"lambda_reg": 2 * lambda_reg, "lr": other, "grad_scale": other, "scale": 0.6}
+        known |= {name: [t * 1.5 for t in tensors] for name, tensors in state.items()}
+        op_written = written_argument(op)
+        if op_written:  # in place, on the caller's tensors
+            known[op_written] = state[op_written]
+        names = OP_ARGUMENTS[op]
+        result = getattr(functional, op)(*(known[name] for name in names))
+        value, *more = result if isinstance(result, tuple) else (result,)
+        tensors = more[0] if more else state.get(op_written, [])
+        return [t.clone() + 1 for t in tensors] + ([] if value is None else [value * 2])
+
+    return step

@@ -1,0 +1,123 @@
+"""Flat buffers, merging, growth."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mas_ext.flat import ALIGNMENT, FlatTensors
+from mas_ext.reference import accumulation_dtype
+from mas_ext.state import Memory, OpenTask, check_merge, merge_
+
+SHAPES = st.lists(st.lists(st.integers(0, 5), max_size=4).map(tuple), max_size=6)
+DTYPES = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16])
+
+
+@given(shapes=SHAPES, dtype=DTYPES)
+def test_flat_tensors_are_aligned_zero_and_do_not_overlap(shapes, dtype):
+    like = {str(i): torch.ones(shape, dtype=dtype) for i, shape in enumerate(shapes)}
+    flat = FlatTensors(like)
+    for i, (name, view) in enumerate(flat.items()):
+        assert view.shape == like[name].shape
+        assert view.dtype == dtype
+        assert view.data_ptr() % ALIGNMENT == 0
+        assert not view.any()
+        view.fill_(i + 1)
+    assert all((view == i + 1).all() for i, view in enumerate(flat.values()))
+    assert len({view.untyped_storage().data_ptr() for view in flat.values() if view.numel()}) <= 1
+
+
+def test_flat_tensors_keep_the_strides_of_dense_tensors():
+    like = {
+        "channels_last": torch.zeros(2, 3, 4, 5).to(memory_format=torch.channels_last),
+        "transposed": torch.zeros(3, 4).t(),
+        "sliced": torch.zeros(4, 8)[:, ::2],
+    }
+    flat = FlatTensors(like)
+    assert flat["channels_last"].stride() == like["channels_last"].stride()
+    assert flat["transposed"].stride() == like["transposed"].stride()
+    assert flat["sliced"].is_contiguous()
+
+
+def test_flat_tensors_hold_mixed_dtypes_in_the_accumulation_dtype():
+    like = {"low": torch.zeros(3, dtype=torch.bfloat16), "wide": torch.zeros(3).double()}
+    flat = FlatTensors(like, accumulation_dtype)
+    assert flat["low"].dtype == torch.float32
+    assert flat["wide"].dtype == torch.float64
+    assert list(flat) == ["low", "wide"]
+
+
+TASKS = [torch.tensor([1.0, 4.0]), torch.tensor([3.0, 0.0]), torch.tensor([2.0, 2.0])]
+MERGED = {
+    "sum": [6.0, 6.0],
+    "mean": [2.0, 2.0],
+    "max": [3.0, 4.0],
+    ("ema", 0.5): [2.0, 2.0],  # ((1+3)/2 + 2)/2, ((4+0)/2 + 2)/2
+    ("ema", 0.25): [0.25 * (0.25 * 1 + 0.75 * 3) + 0.75 * 2, 0.25 * (0.25 * 4) + 0.75 * 2],
+}
+
+
+@pytest.mark.parametrize("merge", MERGED, ids=str)
+def test_merge(merge):
+    omega = torch.zeros(2)
+    for task, new in enumerate(TASKS):
+        merge_(omega, new, task, check_merge(merge))
+    torch.testing.assert_close(omega, torch.tensor(MERGED[merge]))
+
+
+@pytest.mark.parametrize("merge", ["median", ("ema",), ("ema", 1.0), ("ema", -0.1), None, 3])
+def test_unknown_merge_is_refused(merge):
+    with pytest.raises(ValueError, match="merge"):
+        check_merge(merge)
+
+
+def remembered():
+    memory = Memory()
+    p = torch.arange(6.0).view(2, 3)
+    memory.end_task({"w": p}, {"w": p + 1}, "sum")
+    return memory, p
+
+
+def test_growth_keeps_what_is_known_and_starts_the_rest_at_zero():
+    memory, p = remembered()
+    grown = torch.full((4, 3), 9.0)
+    memory.fit({"w": grown})
+    assert torch.equal(memory.importance["w"][:2], p + 1)
+    assert not memory.importance["w"][2:].any()
+    assert torch.equal(memory.anchor["w"][:2], p)
+    assert torch.equal(memory.anchor["w"][2:], grown[2:])
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (2, 3, 1), (6,)])
+def test_shrinking_is_refused_and_changes_nothing(shape):
+    memory, p = remembered()
+    with pytest.raises(ValueError, match=r"'w' had shape \[2, 3\].*start a new MAS"):
+        memory.fit({"new": torch.zeros(1), "w": torch.zeros(shape)})
+    assert torch.equal(memory.anchor["w"], p)
+    assert list(memory.anchor) == ["w"]
+
+
+def test_a_change_of_dtype_is_followed():
+    memory, p = remembered()
+    memory.fit({"w": p.double()})
+    assert memory.anchor["w"].dtype == memory.importance["w"].dtype == torch.float64
+    assert torch.equal(memory.importance["w"], (p + 1).double())
+
+
+def test_what_is_not_measured_in_a_task_keeps_its_importance():
+    memory, p = remembered()
+    memory.end_task({"w": p, "v": p}, {"v": 2 * p}, "mean")
+    assert torch.equal(memory.importance["w"], p + 1)
+    assert torch.equal(memory.importance["v"], 2 * p)
+    assert memory.tasks == {"w": 1, "v": 1}
+
+
+def test_open_task_adds_up_and_follows_growth():
+    first = OpenTask().plus(FlatTensors({"w": torch.zeros(2)}), 1)
+    first.sums["w"].fill_(3.0)
+    sums = FlatTensors({"w": torch.zeros(3)})
+    sums["w"].fill_(1.0)
+    both = first.plus(sums, 3)
+    assert both.num_samples == 4
+    assert torch.equal(both.omega()["w"], torch.tensor([1.0, 1.0, 0.25]))
+    assert torch.equal(first.sums["w"], torch.tensor([3.0, 3.0])), "the first stayed as it was"
