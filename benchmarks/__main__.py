@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,10 @@ def _parse() -> argparse.Namespace:
     return arguments
 
 
-def _run(benchmark: Benchmark, sizes: list[str], repeats: int, console: Console) -> dict[str, Any]:
-    results = {}
+def _run(
+    benchmark: Benchmark, sizes: list[str], repeats: int, console: Console
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The results of one size after another."""
     for name in sizes:
         title = SIZES[name].title
         with console.status(f"{benchmark.name}, {title}") as status:
@@ -42,9 +45,9 @@ def _run(benchmark: Benchmark, sizes: list[str], repeats: int, console: Console)
                 status.update(f"{benchmark.name}, {title}: {text}")
 
             measured = measure(benchmark, SIZES[name], repeats, tell)
-        results[name] = report.summary(benchmark, measured)
-        report.show(console, benchmark, results[name])
-    return results
+        result = report.summary(benchmark, measured)
+        report.show(console, benchmark, result)
+        yield name, result
 
 
 def main() -> None:
@@ -54,9 +57,10 @@ def main() -> None:
     console.print(report.describe(machine), end="\n\n")
     results: dict[str, Any] = {"machine": machine, "benchmarks": {}}
     for name in chosen:
-        sizes = _run(BENCHMARKS[name], arguments.sizes, arguments.repeats, console)
-        results["benchmarks"][name] = sizes
-        report.write_json(arguments.out / "results.json", results)
+        sizes = results["benchmarks"][name] = {}
+        for size, result in _run(BENCHMARKS[name], arguments.sizes, arguments.repeats, console):
+            sizes[size] = result
+            report.write_json(arguments.out / "results.json", results)  # a long run may be cut off
         picture = plot.draw(BENCHMARKS[name], sizes, machine, arguments.out)
         console.print(f"wrote {picture}")
     console.print(f"wrote {arguments.out / 'results.json'}")

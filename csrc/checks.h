@@ -70,8 +70,8 @@ inline void check_dtype(const char* op, const Argument& argument, size_t i, Scal
   }
 }
 
-inline void check_shape_and_device(const char* op, const Argument& argument,
-                                   const Argument& first, size_t i) {
+inline void check_shape_and_device(const char* op, const Argument& argument, const Argument& first,
+                                   size_t i) {
   const Tensor& tensor = argument.tensors[i];
   const Tensor& expected = first.tensors[i];
   if (tensor.layout() != torch::headeronly::Layout::Strided) {

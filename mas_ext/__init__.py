@@ -11,12 +11,14 @@ tensors), :mod:`mas_ext.reference` (the same in plain PyTorch) and :func:`build_
 
 from mas_ext import functional, reference
 from mas_ext._native import build_info
+from mas_ext._version import __version__
 from mas_ext.importance import Importance, estimate_importance
 from mas_ext.regularizer import MAS
 
 __all__ = [
     "MAS",
     "Importance",
+    "__version__",
     "build_info",
     "estimate_importance",
     "functional",

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import platform
 import warnings
-from importlib import import_module, metadata
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from mas_ext._version import __version__
 
 _MINIMUM_TORCH = (2, 13)
 _REMEDY = (
@@ -72,7 +74,7 @@ def build_info() -> dict[str, Any]:
     native = NOT_NATIVE_BECAUSE is None
     architectures = config.get("cuda_architectures", "")
     return {
-        "version": metadata.version("mas_ext"),
+        "version": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),

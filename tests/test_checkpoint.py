@@ -153,7 +153,7 @@ def test_another_models_state_is_refused(saved):
     wider = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 4))
     refused(saved, r"'0.bias' has shape \[9\] in this model and \[8\]", model=wider)
     shorter = nn.Sequential(nn.Linear(6, 8))
-    refused(saved, "has parameter '2.weight', which this model lacks", model=shorter)
+    refused(saved, "has parameter '2.bias', which this model lacks", model=shorter)
     longer = mlp(torch.float32).append(nn.Linear(4, 4))
     refused(saved, r"lacks parameter '3.weight' \(2 in all\).*strict=False", model=longer)
 

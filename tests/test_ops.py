@@ -13,10 +13,10 @@ from torch.library import opcheck
 
 from mas_ext import functional, reference
 from tests.cases import (
+    ARGUMENTS,
     CASES,
     LAYOUTS,
     OPS,
-    PENALTY_OPS,
     READING_OPS,
     WRITING_OPS,
     Case,
@@ -33,7 +33,7 @@ from tests.cases import (
 # opcheck: schema, autograd registration, fake kernel, and tracing with dynamic shapes
 # ================================================================================================
 # Tracing does not depend on the values, so large tensors would only take time.
-OPCHECK_SHAPES = ["empty_list", "zero_size", "0_dim", "one_element", "15_16_17", "conv"]
+OPCHECK_SHAPES = ["empty_list", "zero_size", "0_dim", "conv"]
 OPCHECK_CASES = [case for case in CASES if case.shapes_name in OPCHECK_SHAPES]
 
 
@@ -102,7 +102,9 @@ def test_gradgradcheck(op: str) -> None:
 def subsets() -> dict[str, list[int]]:
     """Which of the flat inputs require gradients."""
     n = len(SHAPES)
-    whole = {name: range(k * n, (k + 1) * n) for k, name in enumerate(["params", "anchors", "omega"])}
+    whole = {
+        name: range(k * n, (k + 1) * n) for k, name in enumerate(["params", "anchors", "omega"])
+    }
     return {
         **{name: list(indices) for name, indices in whole.items()},
         "lambda": [3 * n],
@@ -174,19 +176,77 @@ def test_writing_operators_record_nothing(op: str) -> None:
 # ================================================================================================
 # torch.compile
 # ================================================================================================
-def whole_step(op: str) -> Callable[..., list[Tensor]]:
-    """A function around the operator, as a training step has it: work before and after."""
+Lists = dict[str, list[Tensor]]
 
-    def step(state: dict[str, list[Tensor]], lambda_reg: Tensor, other: Tensor) -> list[Tensor]:
-        known = {"lambda_reg": 2 * lambda_reg, "lr": other, "grad_scale": other, "scale": 0.6}
-        known |= {name: [t * 1.5 for t in tensors] for name, tensors in state.items()}
-        op_written = written_argument(op)
-        if op_written:  # in place, on the caller's tensors
-            known[op_written] = state[op_written]
-        names = OP_ARGUMENTS[op]
-        result = getattr(functional, op)(*(known[name] for name in names))
-        value, *more = result if isinstance(result, tuple) else (result,)
-        tensors = more[0] if more else state.get(op_written, [])
-        return [t.clone() + 1 for t in tensors] + ([] if value is None else [value * 2])
+
+def training_step(op: str) -> Callable[[Lists, float | Tensor, float | Tensor], list[Tensor]]:
+    """A function around the operator, with work before and after it; one writes in place."""
+
+    def step(lists: Lists, lambda_reg: float | Tensor, other: float | Tensor) -> list[Tensor]:
+        known = {name: [t * 1.5 for t in tensors] for name, tensors in lists.items()}
+        known |= {"lambda_reg": 2 * lambda_reg, "lr": other, "grad_scale": other, "scale": 0.6}
+        if op in WRITING_OPS:
+            known[ARGUMENTS[op][0]] = lists[ARGUMENTS[op][0]]
+        result = getattr(functional, op)(*[known[name] for name in ARGUMENTS[op]])
+        value, grads = result if op == "penalty_and_grad" else (result, [])
+        return [t + 1 for t in grads] + ([] if value is None else [value * 2])
 
     return step
+
+
+def compile_and_count(
+    function: Callable, backend: str
+) -> tuple[Callable, CompileCounterWithBackend]:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(backend)
+    return torch.compile(function, fullgraph=True, backend=counter), counter
+
+
+def make_lists(dtype: torch.dtype = torch.float32) -> Lists:
+    return make_state([dtype] * 3, [(33,), (4, 5), ()]).lists()
+
+
+each_backend = pytest.mark.parametrize("backend", ["inductor", "aot_eager"])
+
+
+@each_backend
+@pytest.mark.parametrize("op", OPS)
+def test_compiled_equals_eager_and_new_strengths_do_not_recompile(op: str, backend: str) -> None:
+    step = training_step(op)
+    compiled, counter = compile_and_count(step, backend)
+    for strength in (0.5, 2.0, 7.0):
+        mine, theirs = make_lists(), make_lists()
+        scalars = [torch.tensor(strength), torch.tensor(strength / 3)]
+        results, expected = compiled(mine, *scalars), step(theirs, *scalars)
+        torch.testing.assert_close(results, expected)
+        torch.testing.assert_close(mine, theirs)  # written in place, and only where it should be
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_compiled_with_numbers(op: str) -> None:
+    step = training_step(op)
+    compiled, _ = compile_and_count(step, "aot_eager")
+    mine, theirs = make_lists(torch.bfloat16), make_lists(torch.bfloat16)
+    torch.testing.assert_close(compiled(mine, 0.7, 0.3), step(theirs, 0.7, 0.3))
+    torch.testing.assert_close(mine, theirs)
+
+
+@each_backend
+@pytest.mark.parametrize("op", READING_OPS)
+def test_compiled_backward_is_the_references(op: str, backend: str) -> None:
+    def loss(module, lists: Lists, strength: Tensor) -> Tensor:
+        result = getattr(module, op)(lists["params"], lists["anchors"], lists["omega"], strength)
+        value, grads = result if op == "penalty_and_grad" else (result, [])
+        return 3 * value + sum((grad**2).sum() for grad in grads)
+
+    compiled, counter = compile_and_count(lambda *inputs: loss(functional, *inputs), backend)
+    for strength in (0.5, 2.0):
+        mine, theirs = make_lists(), make_lists()
+        for param in (*mine["params"], *theirs["params"]):
+            param.requires_grad_()
+        compiled(mine, torch.tensor(strength)).backward()
+        loss(reference, theirs, torch.tensor(strength)).backward()
+        for param, expected in zip(mine["params"], theirs["params"], strict=True):
+            torch.testing.assert_close(param.grad, expected.grad)
+    assert counter.frame_count == 1

@@ -15,10 +15,10 @@
 
 namespace mas_ext::cpu {
 
-constexpr int64_t kChunk = 16384;           // elements; five float32 streams of it fit in L2
-constexpr int64_t kSerialBelow = 32768;     // elements; less than this is not worth waking threads
-constexpr int64_t kSpansPerThread = 4;      // evens out what the threads get
-constexpr int kLanes = 16;                  // partial sums a chunk keeps: two AVX-512 registers
+constexpr int64_t kChunk = 16384;        // elements; five float32 streams of it fit in L2
+constexpr int64_t kSerialBelow = 32768;  // elements; less than this is not worth waking threads
+constexpr int64_t kSpansPerThread = 4;   // evens out what the threads get
+constexpr int kLanes = 16;               // partial sums a chunk keeps: two AVX-512 registers
 
 // Σ term(i) in float64 with a fixed order: element i belongs to lane i mod kLanes, which is what
 // lets the compiler keep the lanes in vector registers.
@@ -93,8 +93,9 @@ double sum_over_chunks(const FlatList<Streams>& list, ChunkKernel chunk_kernel) 
   const auto chunks = make_chunks(list);
   std::vector<double> sums(chunks.size());
   for_each_chunk(chunks, list.total(), [&](size_t i) {
-    sums[i] = visit_dtype(chunks[i].entry->dtype,
-                          [&]<class T>() { return chunk_kernel.template operator()<T>(chunks[i]); });
+    sums[i] = visit_dtype(chunks[i].entry->dtype, [&]<class T>() {
+      return chunk_kernel.template operator()<T>(chunks[i]);
+    });
   });
   return std::accumulate(sums.begin(), sums.end(), 0.0);
 }

@@ -61,10 +61,8 @@ Tensor penalty(const TensorList& params, const TensorList& anchors, const Tensor
   return make_scalar(0.5 * lambda * sum, list.value_dtype());
 }
 
-std::tuple<Tensor, TensorList> penalty_and_grad(const TensorList& params,
-                                                const TensorList& anchors,
-                                                const TensorList& omega,
-                                                const Tensor& lambda_reg) {
+std::tuple<Tensor, TensorList> penalty_and_grad(const TensorList& params, const TensorList& anchors,
+                                                const TensorList& omega, const Tensor& lambda_reg) {
   constexpr const char* op = "penalty_and_grad";
   const double lambda = read_scalar(op, "lambda_reg", lambda_reg, params);
   check_arguments(op, {{.name = "params", .tensors = params},

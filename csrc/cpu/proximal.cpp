@@ -18,8 +18,8 @@ MAS_MULTIVERSION double step(T* __restrict__ params, const T* __restrict__ ancho
   constexpr A largest = std::numeric_limits<A>::max();
   return sum_in_lanes(size, [&](int64_t i) {
     const A param = static_cast<A>(params[i]), anchor = static_cast<A>(anchors[i]);
-    const T moved = static_cast<T>(
-        proximal_point(param, param - anchor, omega[i], step_times_lambda, largest));
+    const T moved =
+        static_cast<T>(proximal_point(param, param - anchor, omega[i], step_times_lambda, largest));
     params[i] = moved;
     return penalty_energy(static_cast<A>(moved) - anchor, omega[i]);
   });
@@ -46,8 +46,6 @@ Tensor proximal_step_(const TensorList& params, const TensorList& anchors, const
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(mas_ext, CPU, m) {
-  m.impl("proximal_step_", TORCH_BOX(&proximal_step_));
-}
+STABLE_TORCH_LIBRARY_IMPL(mas_ext, CPU, m) { m.impl("proximal_step_", TORCH_BOX(&proximal_step_)); }
 
 }  // namespace mas_ext::cpu

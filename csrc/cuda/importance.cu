@@ -29,9 +29,8 @@ void accumulate_importance_(const TensorList& omega, const TensorList& grads, do
   FlatList<2> list(op, {{.name = "omega", .tensors = omega, .is_omega = true, .writable = true},
                         {.name = "grads", .tensors = grads}});
   const torch::stable::accelerator::DeviceGuard guard(omega.front().get_device_index());
-  launch<Accumulate>(op, list, nullptr, current_stream(omega.front()), [&]<class T>() {
-    return Accumulate<T>{static_cast<accumulate_t<T>>(scale)};
-  });
+  launch<Accumulate>(op, list, nullptr, current_stream(omega.front()),
+                     [&]<class T>() { return Accumulate<T>{static_cast<accumulate_t<T>>(scale)}; });
   list.write_back();
 }
 

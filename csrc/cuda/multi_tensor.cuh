@@ -23,8 +23,8 @@ namespace mas_ext::cuda {
 
 constexpr int kThreads = 256;
 constexpr int kWarp = 32;
-constexpr int64_t kChunk = 16384;   // elements a block; fixed, so sums do not depend on the grid
-constexpr int kUnroll = 2;          // vectors a thread has in flight on every stream
+constexpr int64_t kChunk = 16384;  // elements a block; fixed, so sums do not depend on the grid
+constexpr int kUnroll = 2;         // vectors a thread has in flight on every stream
 constexpr int kVectorBytes = 16;
 constexpr int kTableBytes = 28672;  // kernel parameters hold 32,764 bytes from CUDA 12.1 on
 

@@ -60,10 +60,8 @@ Tensor penalty(const TensorList& params, const TensorList& anchors, const Tensor
                                 [&]<class T>() { return Energy<T>{}; });
 }
 
-std::tuple<Tensor, TensorList> penalty_and_grad(const TensorList& params,
-                                                const TensorList& anchors,
-                                                const TensorList& omega,
-                                                const Tensor& lambda_reg) {
+std::tuple<Tensor, TensorList> penalty_and_grad(const TensorList& params, const TensorList& anchors,
+                                                const TensorList& omega, const Tensor& lambda_reg) {
   constexpr const char* op = "penalty_and_grad";
   const Scalar lambda = read_scalar(op, "lambda_reg", lambda_reg, params);
   check_arguments(op, {{.name = "params", .tensors = params},
@@ -74,9 +72,9 @@ std::tuple<Tensor, TensorList> penalty_and_grad(const TensorList& params,
                         {.name = "params", .tensors = params},
                         {.name = "anchors", .tensors = anchors},
                         {.name = "omega", .tensors = omega, .is_omega = true}});
-  const Tensor value = launch_penalty<Gradient>(
-      op, list, home(params, lambda_reg), lambda,
-      [&]<class T>() { return Gradient<T>{lambda, kOne, 0}; });
+  const Tensor value =
+      launch_penalty<Gradient>(op, list, home(params, lambda_reg), lambda,
+                               [&]<class T>() { return Gradient<T>{lambda, kOne, 0}; });
   list.write_back();
   return {value, grads};
 }
@@ -93,9 +91,9 @@ Tensor add_penalty_grad_(const TensorList& grads, const TensorList& params,
                         {.name = "params", .tensors = params},
                         {.name = "anchors", .tensors = anchors},
                         {.name = "omega", .tensors = omega, .is_omega = true}});
-  const Tensor value = launch_penalty<AddGradient>(
-      op, list, home(params, lambda_reg), lambda,
-      [&]<class T>() { return AddGradient<T>{lambda, scale, 0}; });
+  const Tensor value =
+      launch_penalty<AddGradient>(op, list, home(params, lambda_reg), lambda,
+                                  [&]<class T>() { return AddGradient<T>{lambda, scale, 0}; });
   list.write_back();
   return value;
 }

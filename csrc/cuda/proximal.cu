@@ -21,8 +21,8 @@ struct Proximal {
   __device__ void begin() { step_times_lambda = static_cast<A>(lambda.load() * lr.load()); }
   __device__ A operator()(A (&element)[kStreams]) const {
     const A param = element[0], anchor = element[1], omega = element[2];
-    const T moved = static_cast<T>(
-        proximal_point(param, param - anchor, omega, step_times_lambda, largest));
+    const T moved =
+        static_cast<T>(proximal_point(param, param - anchor, omega, step_times_lambda, largest));
     element[0] = static_cast<A>(moved);
     return penalty_energy(element[0] - anchor, omega);
   }
@@ -38,8 +38,8 @@ Tensor proximal_step_(const TensorList& params, const TensorList& anchors, const
   FlatList<3> list(op, {{.name = "params", .tensors = params, .writable = true},
                         {.name = "anchors", .tensors = anchors},
                         {.name = "omega", .tensors = omega, .is_omega = true}});
-  const Tensor value = launch_penalty<Proximal>(
-      op, list, home(params, lambda_reg), lambda, [&]<class T>() {
+  const Tensor value =
+      launch_penalty<Proximal>(op, list, home(params, lambda_reg), lambda, [&]<class T>() {
         return Proximal<T>{lambda, rate, std::numeric_limits<accumulate_t<T>>::max(), 0};
       });
   list.write_back();

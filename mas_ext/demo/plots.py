@@ -1,0 +1,252 @@
+"""The figures, once for PNG files and once as SVG inside the report.
+
+Colours of text and lines are those of :data:`THEMED`; the report's SVG replaces each by a CSS
+variable, so that one drawing is readable on a light and on a dark page.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+
+from mas_ext.demo import metrics
+from mas_ext.demo.data import SIDE
+from mas_ext.demo.learning import METHODS
+
+if TYPE_CHECKING:
+    from mas_ext.demo.run import Run
+
+INK, MUTED, GRID = "#1d2433", "#667085", "#d9dde5"
+COLOURS = {"finetune": "#d1495b", "l2": "#b9770e", "mas": "#2f6fde", "mas_proximal": "#12876f"}
+THEMED = {INK: "--ink", MUTED: "--muted", GRID: "--line"} | {
+    colour: f"--{method.replace('_', '-')}" for method, colour in COLOURS.items()
+}
+MARKERS = {"finetune": "o", "l2": "s", "mas": "D", "mas_proximal": "^"}
+ACCURACY = LinearSegmentedColormap.from_list("accuracy", ["#f3e3d7", "#9db8dd", "#3f6fc0", "#1c3a80"])
+IMPORTANCE = matplotlib.colormaps["magma"]
+MOST_MAPS = 10
+STYLE: dict[str, Any] = {
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "text.color": INK,
+    "axes.labelcolor": MUTED,
+    "axes.edgecolor": GRID,
+    "axes.titlecolor": INK,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": False,
+    "grid.color": GRID,
+    "xtick.color": GRID,
+    "ytick.color": GRID,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
+    "svg.fonttype": "none",  # text stays text, in the page's own font
+    "svg.hashsalt": "mas_ext",  # the same bytes for the same drawing
+}
+
+
+def _figure(width: float, height: float) -> Figure:
+    # Not pyplot: nothing is shown, and a notebook's own figures stay as they are.
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def accuracy_matrices(run: Run) -> Figure:
+    """R of every method side by side, in one colour scale."""
+    matrices = {m: np.array(o.accuracy_matrix) for m, o in run.outcomes.items()}
+    seen = [r[np.tril_indices(len(r))].min() for r in matrices.values()]
+    low = min(math.floor(min(seen) * 10) / 10, 0.9)
+    with matplotlib.rc_context(STYLE):
+        figure = _figure(3.1 * len(matrices) + 0.9, 3.4)
+        axes = figure.subplots(1, len(matrices), sharey=True, squeeze=False)[0]
+        for ax, (method, matrix) in zip(axes, matrices.items(), strict=True):
+            cells = _draw_matrix(ax, matrix, low)
+            ax.set_title(METHODS[method].label)
+            ax.set_xlabel("accuracy on task")
+        axes[0].set_ylabel("after learning task")
+        bar = figure.colorbar(cells, ax=list(axes), fraction=0.025, pad=0.015)
+        bar.outline.set_visible(False)  # type: ignore[operator]
+        bar.ax.tick_params(length=0)
+        bar.ax.yaxis.set_major_formatter("{x:.0%}")
+    return figure
+
+
+def _draw_matrix(ax: Axes, matrix: np.ndarray, low: float) -> Any:
+    size = len(matrix)
+    learned = np.tril(np.ones((size, size), dtype=bool))
+    cells = ax.pcolormesh(
+        np.ma.masked_where(~learned, matrix), cmap=ACCURACY, vmin=low, vmax=1.0,
+        edgecolors="none",
+    )
+    for t in range(size):
+        for j in range(size):
+            dark = matrix[t, j] > (low + 1) / 2
+            # What a cell holds is on its own colour, the same in every theme.
+            colour = ("#ffffff" if dark else "#22283a") if learned[t, j] else MUTED
+            ax.text(
+                j + 0.5, t + 0.5, f"{100 * matrix[t, j]:.0f}", ha="center", va="center",
+                color=colour, fontsize=10 if size <= 6 else 7,
+                alpha=1.0 if learned[t, j] else 0.6,
+            )
+    ticks = np.arange(size) + 0.5
+    ax.set_xticks(ticks, [str(n + 1) for n in range(size)])
+    ax.set_yticks(ticks, [str(n + 1) for n in range(size)])
+    ax.tick_params(length=0)
+    ax.set_aspect("equal")
+    ax.set_ylim(size, 0)
+    for spine in ax.spines.values():
+        spine.set_visible(False)
+    return cells
+
+
+def learning_curves(run: Run) -> Figure:
+    """Mean accuracy over the tasks seen so far, and accuracy on the first, after each task."""
+    panels = {
+        "Mean over the tasks seen so far": metrics.accuracy_so_far,
+        "Task 1, as later tasks are learned": metrics.first_task_accuracy,
+    }
+    with matplotlib.rc_context(STYLE):
+        figure = _figure(10.5, 3.7)
+        axes = figure.subplots(1, 2, sharey=True)
+        for ax, (title, curve) in zip(axes, panels.items(), strict=True):
+            for method, outcome in run.outcomes.items():
+                values = curve(outcome.accuracy_matrix)
+                ax.plot(
+                    range(1, len(values) + 1), values, color=COLOURS[method],
+                    marker=MARKERS[method], markersize=5, linewidth=2,
+                    label=METHODS[method].label,
+                )
+            ax.set_title(title, loc="left")
+            ax.set_xlabel("after learning task")
+            ax.set_xticks(range(1, len(run.tasks) + 1))
+            ax.yaxis.set_major_formatter("{x:.0%}")
+            ax.tick_params(length=0)
+            ax.grid(axis="y")
+            ax.spines[["left"]].set_visible(False)
+        axes[0].set_ylabel("test accuracy")
+        axes[0].legend(frameon=False, loc="lower left")
+    return figure
+
+
+def importance(run: Run) -> Figure:
+    """Ω of each layer after the last task, and of each input pixel for each task."""
+    measured = [m for m, o in run.outcomes.items() if o.importance[-1]]
+    with matplotlib.rc_context(STYLE):
+        if not measured:
+            figure = _figure(6, 1.2)
+            figure.text(0.5, 0.5, "none of these methods measures Ω", ha="center", color=MUTED)
+            return figure
+        maps = pixel_maps(run, measured[0])
+        figure = _figure(10.5, 5.6)
+        top, bottom = figure.subfigures(2, 1, height_ratios=[1.5, 1])
+        _draw_layers(top.subplots(), run, measured)
+        _draw_maps(bottom, maps, [task.name for task in run.tasks])
+    return figure
+
+
+def _draw_layers(ax: Axes, run: Run, measured: list[str]) -> None:
+    """A bar from the 5th to the 95th percentile, a thick one for the middle half, the mean."""
+    names = list(run.outcomes[measured[0]].importance[-1])
+    for row, method in enumerate(measured):
+        shift = 0.3 * (row - (len(measured) - 1) / 2)
+        for y, omega in enumerate(run.outcomes[method].importance[-1].values()):
+            values = omega.flatten().numpy()
+            values = values[values > 0]
+            if not len(values):
+                continue
+            p5, p25, p50, p75, p95 = np.quantile(values, [0.05, 0.25, 0.5, 0.75, 0.95])
+            colour = COLOURS[method]
+            ax.plot([p5, p95], [y + shift] * 2, color=colour, linewidth=1.5)
+            ax.plot([p25, p75], [y + shift] * 2, color=colour, linewidth=7, alpha=0.45,
+                    solid_capstyle="butt")
+            ax.plot(p50, y + shift, marker="|", color=colour, markersize=9, markeredgewidth=2)
+            ax.plot(omega.mean(), y + shift, marker=MARKERS[method], color=colour, markersize=6,
+                    linestyle="none", label=METHODS[method].label if y == 0 else None)
+    ax.set_xscale("log")
+    ax.set_yticks(range(len(names)), names, color=INK)
+    ax.set_ylim(len(names) - 0.4, -0.6)
+    ax.tick_params(which="both", length=0)
+    ax.grid(axis="x")
+    ax.spines[["left", "bottom"]].set_visible(False)
+    ax.set_title("Importance Ω of each layer after the last task", loc="left")
+    ax.set_xlabel("Ω (log scale) · line: 5th to 95th percentile · bar: middle half, with the "
+                  "median · marker: mean")
+    ax.legend(frameon=False, loc="upper left")
+
+
+def pixel_maps(run: Run, method: str) -> list[np.ndarray]:
+    """For each task, what it added to Ω of the first layer, by input pixel [28, 28]."""
+    totals = [
+        next(iter(omega.values())).sum(dim=0).reshape(SIDE, SIDE).numpy()
+        for omega in run.outcomes[method].importance
+    ]
+    return [after - before for before, after in zip([0 * totals[0], *totals], totals)]
+
+
+def _draw_maps(figure: Any, maps: list[np.ndarray], names: list[str]) -> None:
+    maps = maps[:MOST_MAPS]
+    axes = figure.subplots(1, max(len(maps), 5), squeeze=False)[0]
+    brightest = max(m.max() for m in maps) or 1.0
+    for ax in axes:
+        ax.set_axis_off()
+    for number, (ax, values) in enumerate(zip(axes, maps)):
+        ax.imshow(values, cmap=IMPORTANCE, vmin=0, vmax=brightest, interpolation="nearest")
+        ax.set_title(f"{number + 1} · {names[number]}", fontsize=9, fontweight="normal",
+                     color=MUTED)
+    figure.suptitle(
+        "Importance of each input pixel in the first layer, as each task added it",
+        x=0.008, ha="left", fontsize=11, fontweight="bold",
+    )
+
+
+def samples(run: Run, count: int = 10) -> Figure:
+    """Training images of every task, a row each."""
+    tasks = run.tasks[:MOST_MAPS]
+    with matplotlib.rc_context(STYLE):
+        figure = _figure(8.2, 0.78 * len(tasks))
+        axes = figure.subplots(len(tasks), 1, squeeze=False)[:, 0]
+        for number, (ax, task) in enumerate(zip(axes, tasks, strict=True)):
+            chosen = np.linspace(0, len(task.train) - 1, count).astype(int)
+            images = task.train.images[chosen].reshape(count, SIDE, SIDE).numpy()
+            strip = np.pad(images, ((0, 0), (0, 0), (0, 2)), constant_values=np.nan)
+            ax.imshow(np.hstack(list(strip)), cmap="gray", vmin=0, vmax=1,
+                      interpolation="nearest")
+            ax.set_yticks([SIDE / 2], [f"{number + 1} · {task.name}"], color=INK)
+            ax.set_xticks([])
+            ax.tick_params(length=0)
+            for spine in ax.spines.values():
+                spine.set_visible(False)
+    return figure
+
+
+def save_png(figure: Figure, path: Path) -> None:
+    """On white, sharp enough for a slide."""
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(path, dpi=160, facecolor="white")
+
+
+def as_svg(figure: Figure, description: str) -> str:
+    """An ``<svg>`` element for a page: transparent, themed by CSS, nothing loaded from elsewhere."""
+    with matplotlib.rc_context(STYLE):
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True)
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    # Inside HTML neither namespaces nor the prefix of links are needed.
+    svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg).replace("xlink:href", "href")
+    for colour, variable in THEMED.items():
+        svg = svg.replace(colour, f"var({variable})")
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{description}"', 1)

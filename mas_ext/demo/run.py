@@ -1,0 +1,135 @@
+"""Runs every method over the same tasks, and writes what came out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mas_ext import build_info
+from mas_ext.demo import metrics, plots, report
+from mas_ext.demo.data import load_digits
+from mas_ext.demo.learning import METHODS, Outcome, learn
+from mas_ext.demo.progress import bars
+from mas_ext.demo.scenarios import Task, make_tasks
+from mas_ext.demo.settings import Settings
+
+
+@dataclass
+class Run:
+    """A finished run.
+
+    Attributes:
+        settings: what was asked for.
+        tasks: what was learned.
+        outcomes: method → accuracies, times and Ω.
+        results: what ``results.json`` holds.
+    """
+
+    settings: Settings
+    tasks: list[Task]
+    outcomes: dict[str, Outcome]
+    results: dict[str, Any]
+
+
+def run_demo(
+    settings: Settings | None = None, out: str | Path | None = None, progress: bool = True
+) -> Run:
+    """Learns the tasks with every method, from the same start and on the same batches.
+
+    Args:
+        settings: what to run; the permuted scenario with its defaults if None.
+        out: a folder, made if need be, for ``results.json``, ``accuracy.png``,
+            ``importance.png`` and ``report.html``; None writes nothing.
+        progress: whether to show progress bars.
+
+    Returns:
+        The results; the same accuracies for the same settings on the same machine.
+    """
+    settings = settings or Settings()
+    tasks = make_tasks(
+        settings.scenario,
+        settings.tasks,
+        settings.seed,
+        *load_digits(settings.data, settings.root),
+    )
+    outcomes: dict[str, Outcome] = {}
+    with _one_thread(), bars(progress) as bar:
+        for method in settings.methods:
+            with bar(METHODS[method].label, _work(method, tasks, settings)) as tick:
+                outcomes[method] = learn(method, tasks, settings, tick)
+    run = Run(settings, tasks, outcomes, _results(settings, tasks, outcomes))
+    if out is not None:
+        write(run, Path(out))
+    return run
+
+
+def write(run: Run, folder: Path) -> None:
+    """Writes the four files of a run into ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(run.results, indent=2, ensure_ascii=False)
+    (folder / "results.json").write_text(text + "\n", encoding="utf-8")
+    plots.save_png(plots.accuracy_matrices(run), folder / "accuracy.png")
+    plots.save_png(plots.importance(run), folder / "importance.png")
+    (folder / "report.html").write_text(report.render(run), encoding="utf-8")
+
+
+def _results(
+    settings: Settings, tasks: list[Task], outcomes: dict[str, Outcome]
+) -> dict[str, Any]:
+    return {
+        "scenario": settings.scenario,
+        "settings": settings.as_dict(),
+        "methods": {method: _summary(outcome) for method, outcome in outcomes.items()},
+        "tasks": [task.name for task in tasks],
+        "command": settings.command(),
+        "versions": build_info(),
+    }
+
+
+def _summary(outcome: Outcome) -> dict[str, Any]:
+    matrix = outcome.accuracy_matrix
+    summary = {
+        "average_accuracy": metrics.average_accuracy(matrix),
+        "forgetting": metrics.forgetting(matrix),
+        "backward_transfer": metrics.backward_transfer(matrix),
+        "accuracy_matrix": matrix,
+        "seconds": outcome.seconds,
+        "accuracy_so_far": metrics.accuracy_so_far(matrix),
+    }
+    if outcome.importance[-1]:
+        summary["importance_seconds"] = outcome.importance_seconds
+        summary["importance"] = {
+            name: {"mean": float(omega.mean()), "max": float(omega.max())}
+            for name, omega in outcome.importance[-1].items()
+        }
+    return summary
+
+
+def _work(method: str, tasks: list[Task], settings: Settings) -> int:
+    """How many images a method handles: each in every epoch, and once more for Ω."""
+    total = 0
+    for task in tasks:
+        total += len(task.train) * (settings.epochs or 0)
+        if METHODS[method].measures:
+            total += min(len(task.train), settings.importance_samples or len(task.train))
+    return total
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Layers this small gain nothing from threads, and lose much where other programs run.
+
+    It also makes the results independent of the number of cores.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
