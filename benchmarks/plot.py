@@ -80,6 +80,8 @@ def _panel(axes: Axes, benchmark: Benchmark, size: dict[str, Any]) -> None:
                 size=7.5,
                 color="grey",
                 style="italic",
+                bbox={"color": "white", "pad": 1},
+                zorder=5,
             )
     axes.axvline(1, color=INK, lw=1, ls=(0, (4, 3)), zorder=4)
     _scale(axes, _slowest(size))

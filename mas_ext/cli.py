@@ -90,9 +90,7 @@ def _add_demo(commands: Any) -> None:
 def _demo(arguments: argparse.Namespace) -> int:
     missing = [name for name in _DEMO_PACKAGES if find_spec(name) is None]
     if missing:
-        return _fail(
-            f'the demo needs {", ".join(missing)}: run  pip install "mas_ext[demo]"'
-        )
+        return _fail(f'the demo needs {", ".join(missing)}: run  pip install "mas_ext[demo]"')
     from mas_ext.demo import Settings, run_demo
     from mas_ext.demo.table import show
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import zlib
 from collections.abc import Iterator
@@ -9,6 +10,9 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+
+# These need a GPU; `make gpu` asks for them.
+collect_ignore = [] if os.environ.get("MAS_EXT_TEST_DEVICE") == "cuda" else ["test_cuda.py"]
 
 
 def pytest_configure(config: pytest.Config) -> None:

