@@ -7,11 +7,15 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mas_ext import build_info
+
+if TYPE_CHECKING:
+    from mas_ext.demo import Settings
 
 _DEMO_PACKAGES = ("mlxtend", "matplotlib", "jinja2", "rich")
 
@@ -53,7 +57,6 @@ def _add_demo(commands: Any) -> None:
         help="learn a sequence of tasks with and without MAS, and write a report",
         description="Learns tasks in turn with fine-tuning, L2 and MAS, and writes results.json, "
         "accuracy.png, importance.png and report.html.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         argument_default=argparse.SUPPRESS,  # the defaults are those of Settings
     )
     demo.set_defaults(run=_demo, usage_error=demo.error)
@@ -70,7 +73,7 @@ def _add_demo(commands: Any) -> None:
         "--lambda", dest="lambda_reg", type=float, help="MAS's λ (default: the scenario's)"
     )
     demo.add_argument(
-        "--lambda-proximal", type=float, help="λ of MAS's proximal step (default: 100)"
+        "--lambda-proximal", type=float, help="λ of MAS's proximal step (default: the scenario's)"
     )
     demo.add_argument("--lambda-l2", type=float, help="λ of L2 (default: the scenario's)")
     demo.add_argument(
@@ -83,7 +86,7 @@ def _add_demo(commands: Any) -> None:
         metavar="METHOD",
         help="any of finetune, l2, mas, mas_proximal (default: all)",
     )
-    demo.add_argument("--out", default="mas-demo", help="folder for the report")
+    demo.add_argument("--out", default="mas-demo", help="folder for the report (default: mas-demo)")
     demo.add_argument("--quiet", action="store_true", default=False, help="no progress bars")
 
 
@@ -91,27 +94,37 @@ def _demo(arguments: argparse.Namespace) -> int:
     missing = [name for name in _DEMO_PACKAGES if find_spec(name) is None]
     if missing:
         return _fail(f'the demo needs {", ".join(missing)}: run  pip install "mas_ext[demo]"')
-    from mas_ext.demo import Settings, run_demo
+    from mas_ext.demo import run_demo
     from mas_ext.demo.table import show
 
-    given = dict(vars(arguments))
-    out, quiet = Path(given.pop("out")), given.pop("quiet")
-    usage_error = given.pop("usage_error")
-    del given["run"], given["command"]
+    out = Path(arguments.out)
     try:
-        if "methods" in given:
-            given["methods"] = tuple(given["methods"])
-        settings = Settings(**given)
+        settings = _settings(arguments)
         if out.exists() and not out.is_dir():
             raise ValueError(f"--out {out} is a file; name a folder")
     except ValueError as error:
-        usage_error(str(error))
+        arguments.usage_error(str(error))
     try:
-        run = run_demo(settings, out, progress=not quiet)
+        run = run_demo(settings, out, progress=not arguments.quiet)
     except (ImportError, OSError, RuntimeError) as error:
         return _fail(str(error))
     show(run, out)
     return 0
+
+
+def demo_settings(words: Sequence[str]) -> Settings:
+    """The settings that a command line of ``demo`` means, from its first word on."""
+    return _settings(_parser().parse_args(words))
+
+
+def _settings(arguments: argparse.Namespace) -> Settings:
+    from mas_ext.demo import Settings
+
+    names = {field.name for field in fields(Settings)}
+    given = {name: value for name, value in vars(arguments).items() if name in names}
+    if "methods" in given:
+        given["methods"] = tuple(given["methods"])
+    return Settings(**given)
 
 
 def _info(arguments: argparse.Namespace) -> int:

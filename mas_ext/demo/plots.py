@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,7 @@ ACCURACY = LinearSegmentedColormap.from_list(
 )
 IMPORTANCE = matplotlib.colormaps["magma"]
 MOST_MAPS = 10
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "font.family": "sans-serif",
     "font.size": 10,
     "text.color": INK,
@@ -77,7 +78,7 @@ def accuracy_matrices(run: Run) -> Figure:
             ax.set_xlabel("accuracy on task")
         axes[0].set_ylabel("after learning task")
         bar = figure.colorbar(cells, ax=list(axes), fraction=0.025, pad=0.015)
-        bar.outline.set_visible(False)  # type: ignore[operator]
+        bar.outline.set_visible(False)
         bar.ax.tick_params(length=0)
         bar.ax.yaxis.set_major_formatter("{x:.0%}")
     return figure
@@ -162,7 +163,8 @@ def importance(run: Run) -> Figure:
             return figure
         maps = pixel_maps(run, measured[0])
         figure = _figure(10.5, 5.6)
-        top, bottom = figure.subfigures(2, 1, height_ratios=[1.5, 1])
+        upper, lower = figure.add_gridspec(2, 1, height_ratios=[1.5, 1])
+        top, bottom = figure.add_subfigure(upper), figure.add_subfigure(lower)
         _draw_layers(top.subplots(), run, measured)
         _draw_maps(bottom, maps, [task.name for task in run.tasks])
     return figure
@@ -210,7 +212,7 @@ def _draw_layers(ax: Axes, run: Run, measured: list[str]) -> None:
         "Ω (log scale) · line: 5th to 95th percentile · bar: middle half, with the "
         "median · marker: mean"
     )
-    ax.legend(frameon=False, loc="upper left")
+    ax.legend(frameon=False, loc="lower left")
 
 
 def pixel_maps(run: Run, method: str) -> list[np.ndarray]:
@@ -219,7 +221,7 @@ def pixel_maps(run: Run, method: str) -> list[np.ndarray]:
         next(iter(omega.values())).sum(dim=0).reshape(SIDE, SIDE).numpy()
         for omega in run.outcomes[method].importance
     ]
-    return [after - before for before, after in zip([0 * totals[0], *totals], totals)]
+    return [after - before for before, after in pairwise([0 * totals[0], *totals])]
 
 
 def _draw_maps(figure: Any, maps: list[np.ndarray], names: list[str]) -> None:
@@ -228,7 +230,7 @@ def _draw_maps(figure: Any, maps: list[np.ndarray], names: list[str]) -> None:
     brightest = max(m.max() for m in maps) or 1.0
     for ax in axes:
         ax.set_axis_off()
-    for number, (ax, values) in enumerate(zip(axes, maps)):
+    for number, (ax, values) in enumerate(zip(axes, maps, strict=False)):
         ax.imshow(values, cmap=IMPORTANCE, vmin=0, vmax=brightest, interpolation="nearest")
         ax.set_title(
             f"{number + 1} · {names[number]}", fontsize=9, fontweight="normal", color=MUTED
@@ -268,7 +270,7 @@ def save_png(figure: Figure, path: Path) -> None:
 
 
 def as_svg(figure: Figure, description: str) -> str:
-    """An ``<svg>`` element for a page: transparent, themed by CSS, nothing loaded from elsewhere."""
+    """An ``<svg>`` element for a page: transparent, themed by CSS, loading nothing."""
     with matplotlib.rc_context(STYLE):
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True)

