@@ -70,8 +70,17 @@ inline void check_dtype(const char* op, const Argument& argument, size_t i, Scal
   }
 }
 
+struct Place {
+  explicit Place(const Tensor& tensor)
+      : is_cpu(tensor.is_cpu()), device_index(tensor.get_device_index()) {}
+  bool operator==(const Place&) const = default;
+
+  bool is_cpu;
+  int32_t device_index;
+};
+
 inline void check_shape_and_device(const char* op, const Argument& argument, const Argument& first,
-                                   size_t i) {
+                                   const Place& home, size_t i) {
   const Tensor& tensor = argument.tensors[i];
   const Tensor& expected = first.tensors[i];
   if (tensor.layout() != torch::headeronly::Layout::Strided) {
@@ -82,10 +91,9 @@ inline void check_shape_and_device(const char* op, const Argument& argument, con
     fail(op, at(argument, i), " has shape ", shape_of(tensor), " but ", at(first, i), " has shape ",
          shape_of(expected), "; tensors at one position must have one shape");
   }
-  const Tensor& home = first.tensors.front();
-  if (tensor.is_cpu() != home.is_cpu() || tensor.get_device_index() != home.get_device_index()) {
+  if (Place(tensor) != home) {
     fail(op, at(argument, i), " is on ", device_of(tensor), " but ", at(first, 0), " is on ",
-         device_of(home), "; all tensors of one call must be on one device");
+         device_of(first.tensors.front()), "; all tensors of one call must be on one device");
   }
 }
 
@@ -216,9 +224,13 @@ inline void check_arguments(const char* op, std::initializer_list<Argument> argu
            " has ", first.tensors.size(), "; pass one of each per parameter");
     }
   }
+  if (first.tensors.empty()) {
+    return;
+  }
+  const Place home(first.tensors.front());
   for (size_t i = 0; i < first.tensors.size(); ++i) {
     for (const Argument& argument : arguments) {
-      check_shape_and_device(op, argument, first, i);
+      check_shape_and_device(op, argument, first, home, i);
       check_dtype(op, argument, i, values.tensors[i].scalar_type());
     }
   }

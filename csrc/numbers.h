@@ -34,6 +34,10 @@ inline const char* dtype_name(ScalarType dtype) {
     case ScalarType::Double: return "float64";
     case ScalarType::BFloat16: return "bfloat16";
     case ScalarType::Half: return "float16";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Bool: return "bool";
+    case ScalarType::ComplexFloat: return "complex64";
     default: return torch::headeronly::toString(dtype);
   }
 }

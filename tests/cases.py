@@ -27,7 +27,7 @@ DTYPES = {
 }
 
 # The kernels keep 16 partial sums, cut tensors into chunks of 16384 elements and wake threads from
-# 32768 elements on: one below, at and one above each of these.
+# 131072 elements on (test_functional.py has larger ones): below, at and above the first two.
 SHAPES: dict[str, list[tuple[int, ...]]] = {
     "empty_list": [],
     "zero_size": [(0,), (3, 0, 2)],

@@ -127,18 +127,18 @@ def test_bad_tensor(op: str, name: str, spoil: Callable, message: str) -> None:
     check_one_bad_tensor(op, name, spoil, message)
 
 
-@pytest.mark.parametrize(
-    ("spoil", "message"), WRONG_BESIDE_THE_FIRST.values(), ids=WRONG_BESIDE_THE_FIRST
-)
-@pytest.mark.parametrize(("op", "name"), BUT_FIRST)
-def test_tensor_unlike_the_first(op: str, name: str, spoil: Callable, message: str) -> None:
-    if op == "accumulate_importance_" and spoil is WRONG_BESIDE_THE_FIRST["bfloat16"][0]:
-        # Gradients in bfloat16 beside Ω in float32 are what the operator is for.
-        state = sound_state()
-        state.grads[1] = spoil(state.grads[1])
-        call(functional, op, state)
-        return
-    check_one_bad_tensor(op, name, spoil, message)
+UNLIKE_THE_FIRST = [
+    (op, name, kind)
+    for op, name in BUT_FIRST
+    for kind in WRONG_BESIDE_THE_FIRST
+    # Gradients in bfloat16 beside Ω in float32 are what this operator is for.
+    if (op, kind) != ("accumulate_importance_", "bfloat16")
+]
+
+
+@pytest.mark.parametrize(("op", "name", "kind"), UNLIKE_THE_FIRST)
+def test_tensor_unlike_the_first(op: str, name: str, kind: str) -> None:
+    check_one_bad_tensor(op, name, *WRONG_BESIDE_THE_FIRST[kind])
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -261,7 +261,7 @@ NAMES = {
 }
 SCALARS = [(op, name) for op, names in NAMES.items() for name in names]
 OUT_OF_RANGE = {"negative": -1.0, "tiny": -1e-30, "nan": math.nan, "inf": math.inf}
-RANGE = r"{} is -?\d*\w.*; pass a finite number that is not negative"
+RANGE = r"{} is \S+; pass a finite number that is not negative"
 
 each_out_of_range = pytest.mark.parametrize("value", OUT_OF_RANGE.values(), ids=OUT_OF_RANGE)
 

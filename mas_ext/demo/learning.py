@@ -37,7 +37,7 @@ class FineTuning:
         """Called before each task with the optimizer that will learn it."""
 
     def end_task(self, task: Task, batches: Batches, tick: Tick) -> None:
-        """Called after each task with its training batches."""
+        """Called after each task with the batches that Ω is to be measured on."""
 
     def importance(self) -> dict[str, Tensor]:
         """Ω by parameter name, a copy; empty for a method without."""
@@ -95,7 +95,6 @@ class Mas(FineTuning):
         self.mas.consolidate(
             batches,
             objective=_squared_l2_of(task.classes),
-            max_samples=self.settings.importance_samples,
             progress=_steps(tick),
         )
 
@@ -152,7 +151,7 @@ def learn(method: str, tasks: list[Task], settings: Settings, tick: Tick) -> Out
         learner.begin_task(optimizer)
         train(model, optimizer, task, number, settings, tick)
         trained = time.perf_counter()
-        learner.end_task(task, list(batches_of(task, settings.batch_size)), tick)
+        learner.end_task(task, measured_batches(task, settings), tick)
         outcome.importance_seconds += time.perf_counter() - trained
         outcome.seconds += time.perf_counter() - start
         outcome.accuracy_matrix.append([accuracy(model, tested) for tested in tasks])
@@ -203,6 +202,15 @@ def batches_of(
     if order is not None:
         images, labels = images[order], labels[order]
     yield from zip(images.split(batch_size), labels.split(batch_size), strict=True)
+
+
+def measured_batches(task: Task, settings: Settings) -> Batches:
+    """The training images, or as many of them as asked for, evenly from all of them."""
+    total = len(task.train)
+    count = min(settings.importance_samples or total, total)
+    # Not the first ones: the bundled digits come sorted by class.
+    chosen = torch.arange(count) * total // count
+    return list(batches_of(task, settings.batch_size, chosen))
 
 
 def within(task: Task, labels: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from mas_ext.demo import metrics
 from mas_ext.demo.data import SIDE
@@ -37,6 +38,7 @@ ACCURACY = LinearSegmentedColormap.from_list(
 )
 IMPORTANCE = matplotlib.colormaps["magma"]
 MOST_MAPS = 10
+CROP: Any = {"bbox_inches": "tight", "pad_inches": 0.12}
 STYLE: Any = {
     "font.family": "sans-serif",
     "font.size": 10,
@@ -59,9 +61,9 @@ STYLE: Any = {
 }
 
 
-def _figure(width: float, height: float) -> Figure:
+def _figure(width: float, height: float, w_pad: float = 0.05) -> Figure:
     # Not pyplot: nothing is shown, and a notebook's own figures stay as they are.
-    return Figure(figsize=(width, height), layout="constrained")
+    return Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=w_pad))
 
 
 def accuracy_matrices(run: Run) -> Figure:
@@ -70,7 +72,7 @@ def accuracy_matrices(run: Run) -> Figure:
     seen = [r[np.tril_indices(len(r))].min() for r in matrices.values()]
     low = min(math.floor(min(seen) * 10) / 10, 0.9)
     with matplotlib.rc_context(STYLE):
-        figure = _figure(3.1 * len(matrices) + 0.9, 3.4)
+        figure = _figure(3.1 * len(matrices) + 0.9, 3.8)
         axes = figure.subplots(1, len(matrices), sharey=True, squeeze=False)[0]
         for ax, (method, matrix) in zip(axes, matrices.items(), strict=True):
             cells = _draw_matrix(ax, matrix, low)
@@ -163,8 +165,8 @@ def importance(run: Run) -> Figure:
             return figure
         maps = pixel_maps(run, measured[0])
         figure = _figure(10.5, 5.6)
-        upper, lower = figure.add_gridspec(2, 1, height_ratios=[1.5, 1])
-        top, bottom = figure.add_subfigure(upper), figure.add_subfigure(lower)
+        grid = figure.add_gridspec(2, 1, height_ratios=[1.5, 1])
+        top, bottom = figure.add_subfigure(grid[0]), figure.add_subfigure(grid[1])
         _draw_layers(top.subplots(), run, measured)
         _draw_maps(bottom, maps, [task.name for task in run.tasks])
     return figure
@@ -248,7 +250,8 @@ def samples(run: Run, count: int = 10) -> Figure:
     """Training images of every task, a row each."""
     tasks = run.tasks[:MOST_MAPS]
     with matplotlib.rc_context(STYLE):
-        figure = _figure(8.2, 0.78 * len(tasks))
+        # Room at the left: a page's font may be wider than the one that is measured here.
+        figure = _figure(8.2, 0.78 * len(tasks), w_pad=0.15)
         axes = figure.subplots(len(tasks), 1, squeeze=False)[:, 0]
         for number, (ax, task) in enumerate(zip(axes, tasks, strict=True)):
             chosen = np.linspace(0, len(task.train) - 1, count).astype(int)
@@ -266,14 +269,14 @@ def samples(run: Run, count: int = 10) -> Figure:
 def save_png(figure: Figure, path: Path) -> None:
     """On white, sharp enough for a slide."""
     with matplotlib.rc_context(STYLE):
-        figure.savefig(path, dpi=160, facecolor="white")
+        figure.savefig(path, dpi=160, facecolor="white", **CROP)
 
 
 def as_svg(figure: Figure, description: str) -> str:
     """An ``<svg>`` element for a page: transparent, themed by CSS, loading nothing."""
     with matplotlib.rc_context(STYLE):
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True)
+        figure.savefig(buffer, format="svg", transparent=True, **CROP)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)

@@ -38,6 +38,7 @@ def render(run: Run) -> str:
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["percent"] = percent
+    environment.filters["points"] = points
     environment.filters["signed"] = lambda value: f"{value:+.3f}".replace("-", "−")
     template = resources.files("mas_ext.demo").joinpath("report.html").read_text("utf-8")
     return environment.from_string(template).render(**_values(run))
@@ -48,6 +49,11 @@ def percent(fraction: float) -> str:
     return f"{100 * fraction:.1f} %"
 
 
+def points(fraction: float) -> str:
+    """A difference of fractions in percentage points, with a minus sign for print."""
+    return f"{100 * fraction:.1f}".replace("-", "−")
+
+
 def headline(run: Run) -> str:
     """The result in one sentence; empty where there is nothing to compare MAS with."""
     methods = run.results["methods"]
@@ -56,11 +62,14 @@ def headline(run: Run) -> str:
         return ""
     mas = methods[protected[0]]
     plain = methods["finetune"]
+    best = _best(methods)
+    rival = "" if best in protected else f" {METHODS[best].label} did best here."
     return (
         f"With {METHODS[protected[0]].label} it got {percent(mas['average_accuracy'])} of the test "
         f"images right, averaged over all tasks; trained the ordinary way it got "
         f"{percent(plain['average_accuracy'])}. Accuracy lost on earlier tasks: "
-        f"{100 * mas['forgetting']:.1f} points against {100 * plain['forgetting']:.1f}."
+        f"{points(mas['forgetting'])} points against {points(plain['forgetting'])}."
+        f"{rival}"
     )
 
 
@@ -88,9 +97,8 @@ def facts(run: Run) -> dict[str, str]:
 def _values(run: Run) -> dict[str, Any]:
     methods = run.results["methods"]
     measured = [METHODS[method].label for method in methods if METHODS[method].measures]
-    title = {"permuted": "permuted", "rotated": "rotated", "split": "split"}[run.settings.scenario]
     return {
-        "title": f"What a network remembers: {title} digits",
+        "title": f"What a network remembers: {run.settings.scenario} digits",
         "lead": headline(run),
         "settings": run.settings,
         "results": run.results,
@@ -99,7 +107,8 @@ def _values(run: Run) -> dict[str, Any]:
         "method_words": METHODS_IN_WORDS,
         "scenario_words": SCENARIO_IN_WORDS[run.settings.scenario],
         "definitions": metrics.DEFINITIONS,
-        "best": max(methods, key=lambda method: methods[method]["average_accuracy"]),
+        "best": _best(methods),
+        "options": run.results["command"].split(" --"),
         "facts": facts(run),
         "versions": _versions(run.results["versions"]),
         "measured": measured[0] if measured else "",
@@ -108,6 +117,10 @@ def _values(run: Run) -> dict[str, Any]:
         "curves_svg": _svg(plots.learning_curves(run), "Accuracy after each task"),
         "importance_svg": _svg(plots.importance(run), "Importance of each layer and each pixel"),
     }
+
+
+def _best(methods: dict[str, Any]) -> str:
+    return max(methods, key=lambda method: methods[method]["average_accuracy"])
 
 
 def _versions(info: dict[str, Any]) -> dict[str, str]:

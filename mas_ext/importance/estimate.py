@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from mas_ext.flat import FlatTensors
 from mas_ext.importance import estimators, objectives
