@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Set
+from typing import Any, Protocol
 from weakref import WeakSet
 
 from torch import Tensor
 from torch.optim import Optimizer
 
-if TYPE_CHECKING:
-    from mas_ext.regularizer import MAS
-
 MODES = ("gradient", "proximal")
+
+
+class Penalty(Protocol):
+    """What an attachment needs of a regularizer; ``owned`` are the ids of the parameters meant."""
+
+    _attached: WeakSet[Optimizer]
+
+    def _add_penalty_grad(self, grad_scale: Any, owned: Set[int] | None) -> Tensor: ...
+
+    def _proximal_step(self, lr: Any, owned: Set[int] | None) -> Tensor: ...
 
 
 class Attachment:
@@ -22,25 +29,24 @@ class Attachment:
         last_penalty: the penalty of the last step, a 0-dim tensor; None before the first.
     """
 
-    def __init__(self, mas: MAS, optimizer: Optimizer, mode: str) -> None:
+    def __init__(self, mas: Penalty, optimizer: Optimizer, mode: str) -> None:
         if mode not in MODES:
             raise ValueError(f"mode: {mode!r} is unknown; use 'gradient' or 'proximal'")
         if optimizer in mas._attached:
             raise ValueError("this optimizer is attached already; remove() the first handle")
         self.last_penalty: Tensor | None = None
         self._mas = mas
-        self._attached: WeakSet[Optimizer] = mas._attached
         self._optimizer = optimizer
         if mode == "gradient":
             self._hook = optimizer.register_step_pre_hook(self._add_gradient)
         else:
             self._hook = optimizer.register_step_post_hook(self._step_towards_anchors)
-        self._attached.add(optimizer)
+        self._mas._attached.add(optimizer)
 
     def remove(self) -> None:
         """Leaves the optimizer as it was before; more than once does no harm."""
         self._hook.remove()
-        self._attached.discard(self._optimizer)
+        self._mas._attached.discard(self._optimizer)
 
     def _add_gradient(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]

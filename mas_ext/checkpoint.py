@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,33 @@ def check_format(state: Mapping[str, Any], source: str) -> None:
         raise ValueError(
             f"{source} has format version {version!r} and this mas_ext reads up to {VERSION}; "
             "install a newer mas_ext"
+        )
+
+
+def check_parameters(
+    state: Mapping[str, Any],
+    named: Mapping[str, Tensor],
+    selected: Iterable[str],
+    strict: bool,
+) -> None:
+    """A state of this model: ``named`` its parameters, ``selected`` the names that MAS is about."""
+    importance, anchor, in_progress = (state[group] for group in GROUPS)
+    for name, tensor in [*importance.items(), *anchor.items(), *in_progress.items()]:
+        if name not in named:
+            raise ValueError(f"the state has parameter {name!r}, which this model lacks")
+        if tensor.shape != named[name].shape:
+            raise ValueError(
+                f"parameter {name!r} has shape {list(named[name].shape)} in this model and "
+                f"{list(tensor.shape)} in the state; load before the model grows"
+            )
+    if importance.keys() != anchor.keys():
+        raise ValueError("the state is damaged: importance and anchor name other parameters")
+    known = anchor.keys() | in_progress.keys()
+    missing = [name for name in selected if name not in known]
+    if strict and known and missing:
+        raise ValueError(
+            f"the state lacks parameter {missing[0]!r} ({len(missing)} in all), which is "
+            "selected in this model; pass strict=False if it is new"
         )
 
 

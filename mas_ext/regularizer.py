@@ -354,10 +354,10 @@ class MAS:
             ValueError: not a state of this format, a version from the future, or of another model;
                 everything is as it was.
         """
-        checkpoint.check_format(state, "the state")
-        self._check_parameters(state, strict)
-        merge = check_merge(state["merge"])
         named = self._index.named()
+        checkpoint.check_format(state, "the state")
+        checkpoint.check_parameters(state, named, select(named, self._params), strict)
+        merge = check_merge(state["merge"])
         self.lambda_reg = state["lambda_reg"]
         memory = Memory()
         memory.fit({name: named[name] for name in state["anchor"]})
@@ -383,27 +383,6 @@ class MAS:
                 is as it was.
         """
         self.load_state_dict(checkpoint.read(path), strict)
-
-    def _check_parameters(self, state: Mapping[str, Any], strict: bool) -> None:
-        named = self._index.named()
-        groups = {group: state[group] for group in checkpoint.GROUPS}
-        for name, tensor in ((n, t) for group in groups.values() for n, t in group.items()):
-            if name not in named:
-                raise ValueError(f"the state has parameter {name!r}, which this model lacks")
-            if tensor.shape != named[name].shape:
-                raise ValueError(
-                    f"parameter {name!r} has shape {list(named[name].shape)} in this model and "
-                    f"{list(tensor.shape)} in the state; load before the model grows"
-                )
-        if groups["importance"].keys() != groups["anchor"].keys():
-            raise ValueError("the state is damaged: importance and anchor name other parameters")
-        known = groups["anchor"].keys() | groups["open"].keys()
-        missing = [name for name in select(named, self._params) if name not in known]
-        if strict and known and missing:
-            raise ValueError(
-                f"the state lacks parameter {missing[0]!r} ({len(missing)} in all), which is "
-                "selected in this model; pass strict=False if it is new"
-            )
 
 
 def _kept(params: Iterable[str]) -> Selection:

@@ -56,7 +56,7 @@ class Estimation:
 
     def input_device(self) -> torch.device:
         """Where the model takes its inputs: the device of its first parameter."""
-        return next(iter(self.params.values())).device
+        return next(self.model.parameters()).device
 
     def add_gradient(self, scalar: Tensor, scale: float, keep_graph: bool = False) -> None:
         """sums += scale·|∂ scalar/∂θ|; a parameter the scalar does not depend on adds nothing."""
