@@ -211,8 +211,8 @@ def _draw_layers(ax: Axes, run: Run, measured: list[str]) -> None:
     ax.spines[["left", "bottom"]].set_visible(False)
     ax.set_title("Importance Ω of each layer after the last task", loc="left")
     ax.set_xlabel(
-        "Ω (log scale) · line: 5th to 95th percentile of those above 0 · bar: middle half, with the "
-        "median · marker: mean"
+        "Ω (log scale) · line: 5th to 95th percentile of those above 0 · bar: middle half, with "
+        "the median · marker: mean"
     )
     ax.legend(frameon=False, loc="lower left")
 
