@@ -225,12 +225,29 @@ def test_two_written_tensors_share_memory(op: str, windows: Callable) -> None:
     refused(op, state, shares(op, written_argument(op)))
 
 
+# bfloat16 windows on a float32 base of 12 elements, every second of which is Ω.
+HALVES = {
+    "range": (slice(3, 9), True),
+    "second_halves": (slice(1, 24, 4), True),
+    "from_half_to_gap": (slice(5, 24, 3), True),
+    "gaps": (slice(2, 24, 4), False),
+    "second_halves_of_gaps": (slice(3, 24, 4), False),
+}
+
+
+@pytest.mark.parametrize(("window", "meets"), HALVES.values(), ids=HALVES)
 @pytest.mark.parametrize("op", ["add_penalty_grad_", "proximal_step_"])
-def test_shared_memory_of_different_dtypes(op: str) -> None:
-    """A bfloat16 tensor in the middle of Ω's float32 memory."""
+def test_memory_of_two_dtypes(op: str, window: slice, meets: bool) -> None:
+    """Elements of unequal size share memory where any of their bytes do."""
+    base = torch.ones(12)
     state = make_state([torch.bfloat16], [(6,)])
-    state.lists()[written_argument(op)][0] = state.omega[0].view(torch.bfloat16)[3:9]
-    refused(op, state, shares(op, "omega"))
+    state.omega[0] = base[::2]
+    state.lists()[written_argument(op)][0] = base.view(torch.bfloat16)[window][:6]
+    if meets:
+        refused(op, state, shares(op, "omega"))
+    else:
+        call(functional, op, state)
+        assert torch.equal(state.omega[0], torch.ones(6))
 
 
 SELF_OVERLAPS = {

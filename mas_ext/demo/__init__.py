@@ -9,7 +9,8 @@ From a notebook::
 From a shell: ``mas-ext demo --help``. Needs the packages of ``pip install "mas_ext[demo]"``.
 """
 
-from mas_ext.demo.run import Run, run_demo
+from mas_ext.demo.results import Run
+from mas_ext.demo.run import run_demo
 from mas_ext.demo.settings import Settings
 
 __all__ = ["Run", "Settings", "run_demo"]

@@ -11,7 +11,7 @@ import math
 import re
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -23,9 +23,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from mas_ext.demo import metrics
 from mas_ext.demo.data import SIDE
 from mas_ext.demo.learning import METHODS
-
-if TYPE_CHECKING:
-    from mas_ext.demo.run import Run
+from mas_ext.demo.results import Run
 
 INK, MUTED, GRID = "#1d2433", "#667085", "#d9dde5"
 COLOURS = {"finetune": "#d1495b", "l2": "#b9770e", "mas": "#2f6fde", "mas_proximal": "#12876f"}

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from importlib import resources
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from mas_ext.demo import metrics, plots
 from mas_ext.demo.learning import HIDDEN, METHODS
-
-if TYPE_CHECKING:
-    from mas_ext.demo.run import Run
+from mas_ext.demo.results import Run
 
 SCENARIO_IN_WORDS = {
     "permuted": "each task shuffles the pixels of every image in an order of its own, "

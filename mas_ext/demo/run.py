@@ -5,36 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from mas_ext import build_info
-from mas_ext.demo import metrics, plots, report
+from mas_ext.demo import plots, report
 from mas_ext.demo.data import load_digits
 from mas_ext.demo.learning import METHODS, Outcome, learn
 from mas_ext.demo.progress import bars
+from mas_ext.demo.results import Run
 from mas_ext.demo.scenarios import Task, make_tasks
 from mas_ext.demo.settings import Settings
-
-
-@dataclass
-class Run:
-    """A finished run.
-
-    Attributes:
-        settings: what was asked for.
-        tasks: what was learned.
-        outcomes: method → accuracies, times and Ω.
-        results: what ``results.json`` holds.
-    """
-
-    settings: Settings
-    tasks: list[Task]
-    outcomes: dict[str, Outcome]
-    results: dict[str, Any]
 
 
 def run_demo(
@@ -63,7 +44,7 @@ def run_demo(
         for method in settings.methods:
             with bar(METHODS[method].label, _work(method, tasks, settings)) as tick:
                 outcomes[method] = learn(method, tasks, settings, tick)
-    run = Run(settings, tasks, outcomes, _results(settings, tasks, outcomes))
+    run = Run(settings, tasks, outcomes)
     if out is not None:
         write(run, Path(out))
     return run
@@ -77,36 +58,6 @@ def write(run: Run, folder: Path) -> None:
     plots.save_png(plots.accuracy_matrices(run), folder / "accuracy.png")
     plots.save_png(plots.importance(run), folder / "importance.png")
     (folder / "report.html").write_text(report.render(run), encoding="utf-8")
-
-
-def _results(settings: Settings, tasks: list[Task], outcomes: dict[str, Outcome]) -> dict[str, Any]:
-    return {
-        "scenario": settings.scenario,
-        "settings": settings.as_dict(),
-        "methods": {method: _summary(outcome) for method, outcome in outcomes.items()},
-        "tasks": [task.name for task in tasks],
-        "command": settings.command(),
-        "versions": build_info(),
-    }
-
-
-def _summary(outcome: Outcome) -> dict[str, Any]:
-    matrix = outcome.accuracy_matrix
-    summary = {
-        "average_accuracy": metrics.average_accuracy(matrix),
-        "forgetting": metrics.forgetting(matrix),
-        "backward_transfer": metrics.backward_transfer(matrix),
-        "accuracy_matrix": matrix,
-        "seconds": outcome.seconds,
-        "accuracy_so_far": metrics.accuracy_so_far(matrix),
-    }
-    if outcome.importance[-1]:
-        summary["importance_seconds"] = outcome.importance_seconds
-        summary["importance"] = {
-            name: {"mean": float(omega.mean()), "max": float(omega.max())}
-            for name, omega in outcome.importance[-1].items()
-        }
-    return summary
 
 
 def _work(method: str, tasks: list[Task], settings: Settings) -> int:

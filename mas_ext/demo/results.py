@@ -1,0 +1,59 @@
+"""A finished run, and what is kept of it as numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from mas_ext import build_info
+from mas_ext.demo import metrics
+from mas_ext.demo.learning import Outcome
+from mas_ext.demo.scenarios import Task
+from mas_ext.demo.settings import Settings
+
+
+@dataclass
+class Run:
+    """A finished run.
+
+    Attributes:
+        settings: what was asked for.
+        tasks: what was learned.
+        outcomes: method → accuracies, times and Ω.
+    """
+
+    settings: Settings
+    tasks: list[Task]
+    outcomes: dict[str, Outcome]
+
+    @cached_property
+    def results(self) -> dict[str, Any]:
+        """What ``results.json`` holds."""
+        return {
+            "scenario": self.settings.scenario,
+            "settings": self.settings.as_dict(),
+            "methods": {method: _summary(outcome) for method, outcome in self.outcomes.items()},
+            "tasks": [task.name for task in self.tasks],
+            "command": self.settings.command(),
+            "versions": build_info(),
+        }
+
+
+def _summary(outcome: Outcome) -> dict[str, Any]:
+    matrix = outcome.accuracy_matrix
+    summary = {
+        "average_accuracy": metrics.average_accuracy(matrix),
+        "forgetting": metrics.forgetting(matrix),
+        "backward_transfer": metrics.backward_transfer(matrix),
+        "accuracy_matrix": matrix,
+        "seconds": outcome.seconds,
+        "accuracy_so_far": metrics.accuracy_so_far(matrix),
+    }
+    if outcome.importance[-1]:
+        summary["importance_seconds"] = outcome.importance_seconds
+        summary["importance"] = {
+            name: {"mean": float(omega.mean()), "max": float(omega.max())}
+            for name, omega in outcome.importance[-1].items()
+        }
+    return summary
