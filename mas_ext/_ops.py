@@ -131,7 +131,8 @@ def _penalty_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     by_lambda = None
     if _wanted(wants_params) or _wanted(wants_anchors):
         _, by_params = torch.ops.mas_ext.penalty_and_grad(params, anchors, omega, strength)
-        by_anchors = [-g for g in by_params]
+    if _wanted(wants_anchors):
+        by_anchors = [-g for g in by_params]  # type: ignore[operator]
     if _wanted(wants_omega):
         squares = [reference.displacement(p, a) ** 2 for p, a in zip(params, anchors, strict=True)]
         by_omega = [0.5 * strength.to(square.dtype) * square for square in squares]

@@ -225,23 +225,24 @@ def test_two_written_tensors_share_memory(op: str, windows: Callable) -> None:
     refused(op, state, shares(op, written_argument(op)))
 
 
-# bfloat16 windows on a float32 base of 12 elements, every second of which is Ω.
+# On a base of 16 float32: where Ω lies, which bfloat16 halves are written, whether they meet.
 HALVES = {
-    "range": (slice(3, 9), True),
-    "second_halves": (slice(1, 24, 4), True),
-    "from_half_to_gap": (slice(5, 24, 3), True),
-    "gaps": (slice(2, 24, 4), False),
-    "second_halves_of_gaps": (slice(3, 24, 4), False),
+    "range": (slice(0, 12, 2), slice(3, 9), True),
+    "second_halves": (slice(0, 12, 2), slice(1, 24, 4), True),
+    "second_halves_from_before": (slice(3, 15, 2), slice(3, 24, 4), True),
+    "gaps": (slice(0, 12, 2), slice(2, 24, 4), False),
+    "second_halves_of_gaps": (slice(0, 12, 2), slice(3, 24, 4), False),
+    "gaps_from_before": (slice(3, 15, 2), slice(5, 28, 4), False),
 }
 
 
-@pytest.mark.parametrize(("window", "meets"), HALVES.values(), ids=HALVES)
+@pytest.mark.parametrize(("omega", "window", "meets"), HALVES.values(), ids=HALVES)
 @pytest.mark.parametrize("op", ["add_penalty_grad_", "proximal_step_"])
-def test_memory_of_two_dtypes(op: str, window: slice, meets: bool) -> None:
+def test_memory_of_two_dtypes(op: str, omega: slice, window: slice, meets: bool) -> None:
     """Elements of unequal size share memory where any of their bytes do."""
-    base = torch.ones(12)
+    base = torch.ones(16)
     state = make_state([torch.bfloat16], [(6,)])
-    state.omega[0] = base[::2]
+    state.omega[0] = base[omega]
     state.lists()[written_argument(op)][0] = base.view(torch.bfloat16)[window][:6]
     if meets:
         refused(op, state, shares(op, "omega"))
