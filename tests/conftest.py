@@ -17,6 +17,8 @@ collect_ignore = [] if os.environ.get("MAS_EXT_TEST_DEVICE") == "cuda" else ["te
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes more than a few seconds or a lot of memory")
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        torch.set_num_threads(1)  # the workers share the cores already
 
 
 @pytest.fixture(autouse=True)
