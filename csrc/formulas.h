@@ -5,6 +5,8 @@
 // A is the type sums are formed in: double for float64 parameters, float for all others.
 #pragma once
 
+#include <limits>
+
 #if defined(__CUDACC__)
 #define MAS_HOST_DEVICE __host__ __device__ __forceinline__
 #else
@@ -31,14 +33,23 @@ MAS_HOST_DEVICE A penalty_gradient(A delta, A omega, A coefficient) {
   return coefficient * omega * delta;
 }
 
-// θ ← (θ + c θ*) / (1 + c) with c = ηλΩ, written as a step from θ: with c = 0 the parameter keeps
-// its bits, and a huge c lands on θ*. `largest` is A's largest finite value: it keeps an
-// overflowing c from becoming ∞/∞ (a NaN in Ω still comes through).
+// A product of scalars in the type the formulas compute in. One that overflows there becomes its
+// largest finite value, so that 0 times it is 0 and not NaN.
 template <class A>
-MAS_HOST_DEVICE A proximal_point(A param, A delta, A omega, A step_times_lambda, A largest) {
-  A c = step_times_lambda * omega;
-  c = c > largest ? largest : c;
-  return param - delta * (c / (A(1) + c));
+MAS_HOST_DEVICE A finite(double scalar) {
+  constexpr A largest = std::numeric_limits<A>::max();
+  return scalar > static_cast<double>(largest) ? largest : static_cast<A>(scalar);
+}
+
+// θ ← (θ + c θ*) / (1 + c) with c = ηλΩ, written as a step from θ. Where Ω = 0 the parameter keeps
+// its bits, whatever they are; a c that overflows lands on θ*; a NaN in Ω comes through.
+template <class A>
+MAS_HOST_DEVICE A proximal_point(A param, A delta, A omega, A step_times_lambda) {
+  constexpr A largest = std::numeric_limits<A>::max();
+  const A product = step_times_lambda * omega;
+  const A c = product > largest ? largest : product;
+  const A moved = param - delta * (c / (A(1) + c));
+  return omega == A(0) ? param : moved;
 }
 
 }  // namespace mas_ext

@@ -268,17 +268,17 @@ def _proximal_step_fake(
 # Register the kernels
 # ================================================================================================
 def _bump_versions(op: torch._ops.OpOverload) -> Callable[..., Any]:
-    """A kernel that tells autograd that the first argument changed, then calls the next kernel.
+    """A kernel that calls the next one, then tells autograd that the first argument changed.
 
     Without it a tensor saved for backward could be overwritten and the gradient be silently wrong.
     """
 
     def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:
-        written = args[0] if args else next(iter(kwargs.values()))
-        increment_version(written)
         with torch._C._AutoDispatchBelowADInplaceOrView():
             below = keyset & torch._C._after_ADInplaceOrView_keyset
-            return op.redispatch(below, *args, **kwargs)
+            result = op.redispatch(below, *args, **kwargs)
+        increment_version(args[0] if args else next(iter(kwargs.values())))  # not if it refused
+        return result
 
     return kernel
 

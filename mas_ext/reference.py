@@ -14,6 +14,8 @@ from torch import Tensor
 Tensors = Sequence[Tensor]
 Scalar = float | Tensor
 
+_ROW = 16384
+
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which Ω is kept and sums are formed: float64 for float64, else float32."""
@@ -32,9 +34,18 @@ def displacement(param: Tensor, anchor: Tensor) -> Tensor:
     return param.to(dtype) - anchor.to(dtype)
 
 
-def _factor(scalar: Scalar, like: Tensor) -> Scalar:
-    """The scalar as a factor that leaves ``like``'s dtype alone."""
-    return scalar.to(like.dtype) if isinstance(scalar, Tensor) else scalar
+def _factor(scalar: Scalar, like: Tensor, times: Scalar = 1.0) -> Tensor:
+    """A product of scalars, formed in float64, in ``like``'s dtype; finite, so that 0·it = 0."""
+    product = torch.as_tensor(scalar, dtype=torch.float64) * times
+    return product.clamp_max(torch.finfo(like.dtype).max).to(like.dtype)
+
+
+def _sum(terms: Tensor) -> Tensor:
+    """In float64, a row of fixed size at a time: the same bits for any number of threads."""
+    flat = terms.reshape(-1)
+    rows = len(flat) // _ROW
+    whole = flat[: rows * _ROW].view(rows, _ROW).sum(1, dtype=torch.float64)
+    return whole.sum() + flat[rows * _ROW :].sum(dtype=torch.float64)
 
 
 def accumulate_importance_(omega: Tensors, grads: Tensors, scale: float = 1.0) -> None:
@@ -51,7 +62,7 @@ def penalty(params: Tensors, anchors: Tensors, omega: Tensors, lambda_reg: Scala
     energy = torch.zeros((), dtype=torch.float64, device=params[0].device)
     for p, a, o in zip(params, anchors, omega, strict=True):
         delta = displacement(p, a)
-        energy = energy + (o * delta * delta).sum(dtype=torch.float64)
+        energy = energy + _sum(o * delta * delta)
     return (0.5 * lambda_reg * energy).to(value_dtype(params))
 
 
@@ -75,9 +86,9 @@ def add_penalty_grad_(
     grad_scale: Scalar | None = None,
 ) -> Tensor:
     """See :func:`mas_ext.functional.add_penalty_grad_`."""
-    coefficient = lambda_reg if grad_scale is None else lambda_reg * grad_scale
+    scale = 1.0 if grad_scale is None else grad_scale
     for g, p, a, o in zip(grads, params, anchors, omega, strict=True):
-        g.copy_(g.to(o.dtype) + _factor(coefficient, o) * o * displacement(p, a))
+        g.copy_(g.to(o.dtype) + _factor(lambda_reg, o, scale) * o * displacement(p, a))
     return penalty(params, anchors, omega, lambda_reg)
 
 
@@ -86,7 +97,7 @@ def proximal_step_(
 ) -> Tensor:
     """See :func:`mas_ext.functional.proximal_step_`."""
     for p, a, o in zip(params, anchors, omega, strict=True):
-        # A step from θ, not an average: c = 0 then leaves θ's bits alone. See csrc/formulas.h.
-        c = (_factor(lambda_reg * lr, o) * o).clamp_max(torch.finfo(o.dtype).max)
-        p.copy_(p.to(o.dtype) - displacement(p, a) * (c / (1 + c)))
+        c = (_factor(lambda_reg, o, lr) * o).clamp_max(torch.finfo(o.dtype).max)
+        moved = p.to(o.dtype) - displacement(p, a) * (c / (1 + c))
+        p.copy_(torch.where(o == 0, p, moved.to(p.dtype)))
     return penalty(params, anchors, omega, lambda_reg)

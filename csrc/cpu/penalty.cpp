@@ -42,7 +42,7 @@ double gradient_pass(const FlatList<4>& list, double coefficient) {
     using A = accumulate_t<T>;
     return energy_and_gradient<Add>(chunk.stream<T>(0), chunk.stream<const T>(1),
                                     chunk.stream<const T>(2), chunk.stream<const A>(3), chunk.size,
-                                    static_cast<A>(coefficient));
+                                    finite<A>(coefficient));
   });
 }
 

@@ -1,8 +1,6 @@
 // proximal_step_ on the CPU: θ ← (θ + ηλΩθ*)/(1 + ηλΩ), 16 bytes a float32 parameter.
 #include <torch/csrc/stable/library.h>
 
-#include <limits>
-
 #include "../formulas.h"
 #include "chunks.h"
 #include "multiversion.h"
@@ -15,13 +13,12 @@ namespace {
 template <class T, class A>
 MAS_MULTIVERSION double step(T* __restrict__ params, const T* __restrict__ anchors,
                              const A* __restrict__ omega, int64_t size, A step_times_lambda) {
-  constexpr A largest = std::numeric_limits<A>::max();
   return sum_in_lanes(size, [&](int64_t i) {
     const A param = static_cast<A>(params[i]), anchor = static_cast<A>(anchors[i]);
-    const T moved =
-        static_cast<T>(proximal_point(param, param - anchor, omega[i], step_times_lambda, largest));
-    params[i] = moved;
-    return penalty_energy(static_cast<A>(moved) - anchor, omega[i]);
+    const A moved = proximal_point(param, param - anchor, omega[i], step_times_lambda);
+    // Rounded twice, not copied: a struct copy of a half-precision type would stop the vectoriser.
+    params[i] = static_cast<T>(moved);
+    return penalty_energy(static_cast<A>(static_cast<T>(moved)) - anchor, omega[i]);
   });
 }
 
@@ -38,7 +35,7 @@ Tensor proximal_step_(const TensorList& params, const TensorList& anchors, const
   const double sum = sum_over_chunks(list, [&]<class T>(const Chunk<3>& chunk) {
     using A = accumulate_t<T>;
     return step(chunk.stream<T>(0), chunk.stream<const T>(1), chunk.stream<const A>(2), chunk.size,
-                static_cast<A>(rate * lambda));
+                finite<A>(rate * lambda));
   });
   list.write_back();
   return make_scalar(0.5 * lambda * sum, list.value_dtype());

@@ -34,7 +34,7 @@ struct GradientBase {
   Scalar lambda, grad_scale;
   A coefficient;
 
-  __device__ void begin() { coefficient = static_cast<A>(lambda.load() * grad_scale.load()); }
+  __device__ void begin() { coefficient = finite<A>(lambda.load() * grad_scale.load()); }
   __device__ A operator()(A (&element)[kStreams]) const {
     const A delta = element[1] - element[2], omega = element[3];
     const A gradient = penalty_gradient(delta, omega, coefficient);

@@ -16,13 +16,12 @@ struct Proximal {
   static constexpr bool kSums = true;
 
   Scalar lambda, lr;
-  A largest, step_times_lambda;
+  A step_times_lambda;
 
-  __device__ void begin() { step_times_lambda = static_cast<A>(lambda.load() * lr.load()); }
+  __device__ void begin() { step_times_lambda = finite<A>(lambda.load() * lr.load()); }
   __device__ A operator()(A (&element)[kStreams]) const {
     const A param = element[0], anchor = element[1], omega = element[2];
-    const T moved =
-        static_cast<T>(proximal_point(param, param - anchor, omega, step_times_lambda, largest));
+    const T moved = static_cast<T>(proximal_point(param, param - anchor, omega, step_times_lambda));
     element[0] = static_cast<A>(moved);
     return penalty_energy(element[0] - anchor, omega);
   }
@@ -39,9 +38,8 @@ Tensor proximal_step_(const TensorList& params, const TensorList& anchors, const
                         {.name = "anchors", .tensors = anchors},
                         {.name = "omega", .tensors = omega, .is_omega = true}});
   const Tensor value =
-      launch_penalty<Proximal>(op, list, home(params, lambda_reg), lambda, [&]<class T>() {
-        return Proximal<T>{lambda, rate, std::numeric_limits<accumulate_t<T>>::max(), 0};
-      });
+      launch_penalty<Proximal>(op, list, home(params, lambda_reg), lambda,
+                               [&]<class T>() { return Proximal<T>{lambda, rate, 0}; });
   list.write_back();
   return value;
 }
