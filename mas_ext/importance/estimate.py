@@ -79,7 +79,7 @@ def estimate_importance(
             one row a sample.
         params: which parameters, of those that require gradients: None for all, names or globs,
             or ``callable(name, parameter) -> bool``.
-        max_samples: stop after so many samples.
+        max_samples: stop after so many samples, the first ones: shuffle data that is sorted.
         progress: True for a bar, or a callable given the number of samples done.
 
     Returns:
