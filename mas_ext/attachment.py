@@ -32,6 +32,10 @@ class Attachment:
     def __init__(self, mas: Penalty, optimizer: Optimizer, mode: str) -> None:
         if mode not in MODES:
             raise ValueError(f"mode: {mode!r} is unknown; use 'gradient' or 'proximal'")
+        if any(group.get("maximize") for group in optimizer.param_groups):
+            raise ValueError(
+                "optimizer: it maximizes, and would maximize the penalty; minimise the negative"
+            )
         if optimizer in mas._attached:
             raise ValueError("this optimizer is attached already; remove() the first handle")
         self.last_penalty: Tensor | None = None
@@ -73,13 +77,18 @@ class Attachment:
         # A fused optimizer under a GradScaler unscales inside its step: what is added before must
         # carry the scale.
         grad_scale = getattr(optimizer, "grad_scale", None)
-        owned = {id(p) for _, params in _groups(optimizer) for p in params}
+        # What has no gradient the optimizer leaves alone, and so do we: a zero one would let weight
+        # decay and momentum move it.
+        owned = {id(p) for _, params in _groups(optimizer) for p in params if p.grad is not None}
         self.last_penalty = self._mas._add_penalty_grad(grad_scale, owned)
         return self.last_penalty
 
     def _step_towards_anchors(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        # A fused optimizer under a GradScaler skips the step itself where this is 1.
+        found_inf = getattr(optimizer, "found_inf", None)
+        taken = 1.0 if found_inf is None else 1.0 - found_inf.reshape(())
         values = [
-            self._mas._proximal_step(rate, {id(p) for p in params})
+            self._mas._proximal_step(rate * taken, {id(p) for p in params})
             for rate, params in _groups(optimizer)
         ]
         total = values[0]

@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
+import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,34 @@ def check_format(state: Mapping[str, Any], source: str) -> None:
         )
 
 
+_CONTENTS: dict[str, Any] = {
+    "lambda_reg": (int, float),
+    "merge": (str, tuple, list),
+    "num_tasks": int,
+    "tasks": Mapping,
+    "num_samples": Mapping,
+    **dict.fromkeys(GROUPS, Mapping),
+}
+
+
+def check_contents(state: Mapping[str, Any]) -> None:
+    """Everything is there, and of its kind."""
+    for key, kind in _CONTENTS.items():
+        if not isinstance(state.get(key), kind):
+            raise ValueError(f"the state is damaged: {key!r} is {state.get(key)!r}")
+    counts = {"tasks": state["anchor"], "num_samples": state["open"]}
+    for key, tensors in counts.items():
+        if state[key].keys() != tensors.keys():
+            raise ValueError(f"the state is damaged: {key!r} counts other parameters than it has")
+
+
+def known_parameters(state: Mapping[str, Any], named: Mapping[str, Tensor]) -> StateDict:
+    """The state without the parameters that the model lacks."""
+    per_parameter = (*GROUPS, "tasks", "num_samples")
+    known = {k: {n: v for n, v in state[k].items() if n in named} for k in per_parameter}
+    return {**state, **known}
+
+
 def check_parameters(
     state: Mapping[str, Any],
     named: Mapping[str, Tensor],
@@ -50,7 +78,10 @@ def check_parameters(
     importance, anchor, in_progress = (state[group] for group in GROUPS)
     for name, tensor in [*importance.items(), *anchor.items(), *in_progress.items()]:
         if name not in named:
-            raise ValueError(f"the state has parameter {name!r}, which this model lacks")
+            raise ValueError(
+                f"the state has parameter {name!r}, which this model lacks; pass strict=False to "
+                "leave it out"
+            )
         if tensor.shape != named[name].shape:
             raise ValueError(
                 f"parameter {name!r} has shape {list(named[name].shape)} in this model and "
@@ -69,7 +100,7 @@ def check_parameters(
 
 def write(state: StateDict, path: str | os.PathLike[str]) -> None:
     """Writes a state to ``path``, all or nothing: a crash leaves what was there before."""
-    target = Path(path)
+    target = Path(path).resolve()  # a link stays one
     tensors = {
         f"{group}/{name}": tensor.detach().cpu().contiguous()
         for group in GROUPS
@@ -77,9 +108,9 @@ def write(state: StateDict, path: str | os.PathLike[str]) -> None:
     }
     settings = json.dumps({k: v for k, v in state.items() if k not in GROUPS}, sort_keys=True)
     metadata = {"state": settings, "sha256": _digest(settings, tensors)}
-    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "xb") as file:
             file.write(safetensors.torch.save(tensors, metadata))
             file.flush()
             os.fsync(file.fileno())

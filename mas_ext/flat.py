@@ -26,6 +26,7 @@ class FlatTensors(Mapping[str, Tensor]):
     made for where those are dense, so that kernels walk both as flat memory.
     """
 
+    @torch.inference_mode(False)  # what is made in inference mode could never be trained with
     def __init__(
         self,
         like: Mapping[str, Tensor],

@@ -69,6 +69,7 @@ def penalty(params: Tensors, anchors: Tensors, omega: Tensors, lambda_reg: Scala
 
     .. math:: \frac{\lambda}{2} \sum_i \Omega_i (\theta_i - \theta^*_i)^2
 
+    (By ``torch.autograd``; the transforms of ``torch.func`` do not see through operators.)
     Terms are formed in float32 (float64 for float64 parameters) and summed in float64, in an
     order that does not depend on the number of threads.
 

@@ -7,7 +7,6 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
-from types import MappingProxyType
 from typing import Any
 from weakref import WeakSet
 
@@ -53,7 +52,8 @@ class MAS:
     Until the first :meth:`consolidate` there is nothing to protect, and the penalty is zero.
 
     Args:
-        model: any module; wrapped by DDP or ``torch.compile`` or not.
+        model: any module, also wrapped by ``torch.compile`` or by DDP. Importance is not reduced
+            over processes: under DDP every rank must measure the same data.
         lambda_reg: λ ≥ 0. It has the ½ of the equation: twice the paper's λ.
         params: which parameters, of those that require gradients: None for all; names or globs; or
             ``callable(name, parameter) -> bool``. Names have no ``module.``, ``_orig_mod.`` or
@@ -99,6 +99,12 @@ class MAS:
             f"tasks={self._num_tasks}, parameters={len(self._memory.anchor)})"
         )
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_attached": None}  # a copy is attached to nothing
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _attached=WeakSet())
+
     # -- what can be looked at ---------------------------------------------------------------
 
     @property
@@ -108,11 +114,7 @@ class MAS:
 
     @lambda_reg.setter
     def lambda_reg(self, value: float) -> None:
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"lambda_reg is {value!r}; pass a number")
-        if not value >= 0 or math.isinf(value):
-            raise ValueError(f"lambda_reg is {value}; pass a finite number that is not negative")
-        self._lambda_reg = float(value)
+        self._lambda_reg = _check_lambda(value)
 
     @property
     def num_tasks(self) -> int:
@@ -122,12 +124,12 @@ class MAS:
     @property
     def importance(self) -> Mapping[str, Tensor]:
         """Parameter name → Ω of the consolidated tasks: views, empty before the first."""
-        return MappingProxyType(dict(self._memory.importance))
+        return self._memory.importance
 
     @property
     def anchor(self) -> Mapping[str, Tensor]:
         """Parameter name → θ*: views, empty before the first task is consolidated."""
-        return MappingProxyType(dict(self._memory.anchor))
+        return self._memory.anchor
 
     # -- measuring ---------------------------------------------------------------------------
 
@@ -184,7 +186,7 @@ class MAS:
                 max_samples=max_samples,
                 progress=progress,
             )
-        if task.num_samples == 0:
+        if not task.sums:
             raise RuntimeError(
                 "consolidate() has no importance to merge: pass data, or call "
                 "update_importance(data) first"
@@ -192,6 +194,7 @@ class MAS:
         named = self._index.named()
         known = {name: p for name, p in named.items() if name in self._memory.anchor}
         params = {**known, **select(named, self._params)}
+        task.check_growth(params)
         measured = {name: total for name, total in task.omega().items() if name in params}
         self._memory.end_task(params, measured, self._merge)
         self._open = OpenTask()
@@ -247,8 +250,9 @@ class MAS:
         """The drop-in: every ``optimizer.step()`` includes MAS, and the loop stays as it was.
 
         Args:
-            optimizer: any of torch's, with a closure or without. Only its own parameters are
-                touched.
+            optimizer: any of torch's that minimises, with a closure or without. Only its own
+                parameters are touched, and in gradient mode only those that have a gradient:
+                what the optimizer would leave alone (the head of another task) stays.
             mode: ``"gradient"`` adds the penalty's gradient before the step, after clipping;
                 ``"proximal"`` takes the stable step after it, with each group's learning rate.
 
@@ -256,8 +260,8 @@ class MAS:
             A handle with ``remove()`` and ``last_penalty``.
 
         Raises:
-            ValueError: an unknown mode, an optimizer with none of the model's parameters, or one
-                that is attached already.
+            ValueError: an unknown mode, an optimizer that maximizes, that holds none of the
+                model's parameters, or that is attached already.
         """
         ours = {id(p) for p in self._index.named().values()}
         if not any(id(p) in ours for group in optimizer.param_groups for p in group["params"]):
@@ -267,11 +271,13 @@ class MAS:
     def _add_penalty_grad(self, grad_scale: Scalar | None, owned: Set[int] | None) -> Tensor:
         values = []
         for names, params, anchors, omega in self._bundles(owned):
-            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+            with torch.inference_mode(False):
+                grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+            scale = _near(grad_scale, params[0])
             with _naming(names):
                 values.append(
                     functional.add_penalty_grad_(
-                        grads, params, anchors, omega, self._lambda_reg, grad_scale
+                        grads, params, anchors, omega, self._lambda_reg, scale
                     )
                 )
             for p, grad in zip(params, grads, strict=True):
@@ -284,7 +290,9 @@ class MAS:
         for names, params, anchors, omega in self._bundles(owned):
             with _naming(names):
                 values.append(
-                    functional.proximal_step_(params, anchors, omega, self._lambda_reg, lr)
+                    functional.proximal_step_(
+                        params, anchors, omega, self._lambda_reg, _near(lr, params[0])
+                    )
                 )
         return self._total(values)
 
@@ -336,7 +344,7 @@ class MAS:
             "state_dtype": "float32",
             "num_tasks": self._num_tasks,
             "tasks": dict(self._memory.tasks),
-            "num_samples": self._open.num_samples,
+            "num_samples": dict(self._open.counts),
             "importance": _copies(self._memory.importance),
             "anchor": _copies(self._memory.anchor),
             "open": _copies(self._open.sums),
@@ -348,7 +356,8 @@ class MAS:
         Args:
             state: what :meth:`state_dict` returned.
             strict: the state's parameters must be exactly those selected here, unless it has none.
-                Otherwise parameters that the state lacks start anew.
+                Otherwise those that the state lacks start anew, and those that the model lacks
+                are left out.
 
         Raises:
             ValueError: not a state of this format, a version from the future, or of another model;
@@ -356,9 +365,11 @@ class MAS:
         """
         named = self._index.named()
         checkpoint.check_format(state, "the state")
+        checkpoint.check_contents(state)
+        if not strict:
+            state = checkpoint.known_parameters(state, named)
         checkpoint.check_parameters(state, named, select(named, self._params), strict)
-        merge = check_merge(state["merge"])
-        self.lambda_reg = state["lambda_reg"]
+        merge, lambda_reg = check_merge(state["merge"]), _check_lambda(state["lambda_reg"])
         memory = Memory()
         memory.fit({name: named[name] for name in state["anchor"]})
         memory.tasks = dict(state["tasks"])
@@ -366,8 +377,8 @@ class MAS:
         _fill(memory.importance, state["importance"])
         sums = FlatTensors({name: named[name] for name in state["open"]}, accumulation_dtype)
         _fill(sums, state["open"])
-        self._merge, self._memory = merge, memory
-        self._open = OpenTask(sums, state["num_samples"])
+        self._lambda_reg, self._merge = lambda_reg, merge
+        self._memory, self._open = memory, OpenTask(sums, state["num_samples"])
         self._num_tasks = state["num_tasks"]
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -385,8 +396,22 @@ class MAS:
         self.load_state_dict(checkpoint.read(path), strict)
 
 
+def _check_lambda(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"lambda_reg is {value!r}; pass a number")
+    if not value >= 0 or math.isinf(value):
+        raise ValueError(f"lambda_reg is {value}; pass a finite number that is not negative")
+    return float(value)
+
+
 def _kept(params: Iterable[str]) -> Selection:
     return params if isinstance(params, str) else list(params)
+
+
+def _near(scalar: Any, tensor: Tensor) -> Any:
+    """A scalar of another device, where a model spans several, on the tensor's."""
+    elsewhere = isinstance(scalar, Tensor) and scalar.device.type != "cpu"
+    return scalar.to(tensor.device, non_blocking=True) if elsewhere else scalar
 
 
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -35,7 +35,7 @@ def merge_(old: Tensor, new: Tensor, tasks: int, merge: Merge) -> None:
         tasks: in how many tasks this parameter was measured before.
         merge: ``"sum"`` :math:`\sum_t\Omega^t`, the paper's; ``"mean"`` over tasks; ``"max"``;
             ``("ema", α)`` :math:`\alpha\Omega + (1-\alpha)\Omega^t`, which starts with the first
-            task's Ω.
+            task's Ω. A part that a parameter grew by counts as Ω = 0 in the tasks before.
     """
     if merge == "sum":
         old.add_(new)
@@ -105,32 +105,47 @@ class Memory:
         """Joins a task's Ω, and takes θ* ← θ for all of ``params``."""
         self.fit(params)
         for name, new in omega.items():
-            merge_(leading(self.importance[name], new.shape), new, self.tasks[name], merge)
+            old = leading(self.importance[name], new.shape)
+            merge_(old, new.to(old), self.tasks[name], merge)
             self.tasks[name] += 1
         for name, p in params.items():
             self.anchor[name].copy_(p)
 
 
 class OpenTask:
-    """The raw sums of Ω over the samples that the open task has seen so far."""
+    """The raw sums of Ω over the samples that the open task has seen so far.
 
-    def __init__(self, sums: Mapping[str, Tensor] | None = None, num_samples: int = 0) -> None:
+    Attributes:
+        sums: name → Σ over samples.
+        counts: name → how many samples; a parameter thawed half-way has seen fewer.
+    """
+
+    def __init__(
+        self, sums: Mapping[str, Tensor] | None = None, counts: Mapping[str, int] | None = None
+    ) -> None:
         self.sums = sums or {}
-        self.num_samples = num_samples
+        self.counts = dict(counts or {})
 
     @torch.no_grad()
     def plus(self, sums: FlatTensors, num_samples: int) -> OpenTask:
         """With more samples; ``sums`` is taken over, and this one stays as it was."""
+        self.check_growth(sums)
         for name, before in self.sums.items():
             if name in sums:
-                leading(sums[name], before.shape).add_(before)
-        kept = {name: before for name, before in self.sums.items() if name not in sums}
-        return OpenTask({**kept, **sums}, self.num_samples + num_samples)
+                leading(sums[name], before.shape).add_(before.to(sums[name].device))
+        counts = {name: self.counts.get(name, 0) + num_samples for name in sums}
+        return OpenTask({**self.sums, **sums}, {**self.counts, **counts})
+
+    def check_growth(self, params: Mapping[str, Tensor]) -> None:
+        """Refuses parameters that shrank since they were measured."""
+        for name, before in self.sums.items():
+            if name in params:
+                _check_growth(name, before, params[name])
 
     @torch.no_grad()
     def omega(self) -> dict[str, Tensor]:
         """Ω: the sums over the number of samples."""
-        return {name: total / self.num_samples for name, total in self.sums.items()}
+        return {name: total / self.counts[name] for name, total in self.sums.items()}
 
 
 def _check_growth(name: str, old: Tensor, new: Tensor) -> None:

@@ -187,10 +187,42 @@ def test_only_the_optimizers_own_parameters_are_touched():
             p.add_(0.1)
     head = torch.optim.SGD(model[2].parameters(), 0.1)
     mas.attach(head)
-    model.zero_grad()
+    task_loss(model).backward()
+    before = [p.grad.clone() for p in model.parameters()]
     head.step()
-    assert model[0].weight.grad is None
-    assert model[2].weight.grad is not None
+    changed = [not torch.equal(p.grad, g) for p, g in zip(model.parameters(), before, strict=True)]
+    assert changed == [False, False, True, True]
+
+
+@pytest.mark.parametrize("mode", ["gradient", "proximal"])
+def test_the_head_of_another_task_stays_where_the_optimizer_leaves_it(mode):
+    model = nn.ModuleDict({"body": nn.Linear(6, 4), "old": nn.Linear(4, 2), "new": nn.Linear(4, 2)})
+    mas = MAS(model, 5.0)
+    mas.consolidate([X], forward=lambda m, x: m["old"](m["body"](x)))
+    optimizer = torch.optim.AdamW(model.parameters(), 0.1, weight_decay=0.5)
+    mas.attach(optimizer, mode)
+    old = [p.detach().clone() for p in model["old"].parameters()]
+    for _ in range(5):
+        optimizer.zero_grad()
+        model["new"](model["body"](X)).pow(2).mean().backward()
+        optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(model["old"].parameters(), old, strict=True))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("mode", ["gradient", "proximal"])
+def test_a_step_that_the_grad_scaler_skips_moves_nothing(mode, fused):
+    model, mas = learned(100.0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1)
+    before = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, fused=fused)
+    mas.attach(optimizer, mode)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(task_loss(model) * float("inf")).backward()
+    scaler.step(optimizer)
+    assert_bits(model, before)
 
 
 def test_remove_restores_the_optimizer():
@@ -226,6 +258,9 @@ def test_bad_attachments_are_refused():
     other = torch.optim.SGD(copy.deepcopy(model).parameters(), 0.1)
     with pytest.raises(ValueError, match="holds none of this model's parameters"):
         mas.attach(other)
+    climbing = torch.optim.SGD(model.parameters(), 0.1, maximize=True)
+    with pytest.raises(ValueError, match="it maximizes"):
+        mas.attach(climbing)
     mas.attach(optimizer)
     with pytest.raises(ValueError, match=r"attached already; remove\(\)"):
         mas.attach(optimizer, "proximal")

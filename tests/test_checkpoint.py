@@ -166,6 +166,51 @@ def test_new_parameters_may_join_when_not_strict(saved):
     assert "3.weight" in mas.importance
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_tasks", None),
+        ("tasks", {}),
+        ("num_samples", {}),
+        ("importance", {}),
+        ("anchor", None),
+        ("open", 3),
+        ("merge", "median"),
+        ("lambda_reg", -1.0),
+        ("lambda_reg", None),
+    ],
+)
+def test_a_damaged_state_dict_is_refused(key, value):
+    mas = used()
+    before = mas.state_dict()
+    damaged = {**mas.state_dict(), "lambda_reg": 77.0, key: value}
+    if value is None:
+        del damaged[key]
+    with pytest.raises(ValueError, match=r"damaged|merge|lambda_reg"):
+        mas.load_state_dict(damaged)
+    assert_states_equal(mas.state_dict(), before)
+
+
+def test_a_parameter_that_was_renamed_may_be_left_out():
+    model = mlp(torch.float32)
+    mas = used(model)
+    state = mas.state_dict()
+    nn.utils.parametrizations.weight_norm(model[0])
+    mas = MAS(model)
+    with pytest.raises(ValueError, match=r"'0.weight', which this model lacks; pass strict=False"):
+        mas.load_state_dict(state)
+    mas.load_state_dict(state, strict=False)
+    assert set(mas.anchor) == {"0.bias", "2.weight", "2.bias"}
+
+
+def test_saving_respects_the_umask_and_links(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    used().save(tmp_path / "link")
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "target").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_a_state_dict_that_is_none_is_refused():
     mas = used()
     for state in ({}, {"format": "mas_ext", "version": "1"}, None, mas.state_dict()["importance"]):

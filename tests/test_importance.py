@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import nn
 
-import mas_ext
 from mas_ext import estimate_importance
 from tests.models import assert_same, convnet, images, mlp, oracle, vectors
 
@@ -386,6 +385,89 @@ def test_batch_statistics_in_evaluation_mode_are_refused():
         estimate_importance(model, [X])
 
 
-def test_an_objective_that_does_not_depend_on_the_parameters_gives_zero():
-    omega = mas_ext.estimate_importance(mlp(), [X], objective=lambda y: y.detach().sum(1))
-    assert not any(t.any() for t in omega.values())
+@pytest.mark.parametrize("estimator", ["per_sample", "batch"])
+def test_an_objective_that_depends_on_no_parameter_is_refused(estimator):
+    with pytest.raises(ValueError, match="depends on no parameter that is measured"):
+        estimate_importance(mlp(), [X], objective=lambda y: y.detach().sum(1), estimator=estimator)
+    with pytest.raises(ValueError, match="runs under no_grad"):
+        estimate_importance(mlp(), [X], forward=torch.no_grad()(lambda m, b: m(b)))
+
+
+def without_gradients(batches):
+    with torch.no_grad():
+        yield from batches
+
+
+def test_a_generator_that_switches_gradients_off_does_no_harm():
+    model = mlp()
+    assert_same(estimate_importance(model, without_gradients(X.split(4))), oracle(model, X))
+
+
+class Merging(nn.Linear):
+    """As LoRA layers do: the weights change with the mode."""
+
+    def train(self, mode=True):
+        with torch.no_grad():
+            self.weight.mul_(2 if mode else 0.5)
+        return super().train(mode)
+
+
+def test_what_modules_do_in_train_and_eval_is_not_run():
+    model = Merging(6, 3).double()
+    before = model.weight.detach().clone()
+    estimate_importance(model, [X])
+    assert torch.equal(model.weight, before)
+    assert model.training
+
+
+class Odd(nn.Module):
+    """Buffers that are not dense, and one that appears in the forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = mlp()
+        self.register_buffer("sparse", torch.eye(3).to_sparse())
+        self.register_buffer("meta", torch.zeros(3, device="meta"))
+
+    def forward(self, x):
+        self.register_buffer("cache", x)
+        self.sparse.mul_(2)
+        return self.body(x)
+
+
+def test_odd_buffers_are_put_back():
+    model = Odd()
+    estimate_importance(model, [X])
+    assert torch.equal(model.sparse.to_dense(), torch.eye(3))
+    assert set(dict(model.named_buffers())) == {"sparse", "meta"}
+
+
+class Lengths(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(6, 2).double()
+
+    def forward(self, x, lengths):
+        assert len(x) == len(lengths)
+        return self.linear(x) * torch.tensor(lengths).unsqueeze(1)
+
+
+def test_a_list_with_a_value_a_sample_is_cut_with_the_batch():
+    model, lengths = Lengths(), list(range(1, 11))
+    batches = [{"x": X[k : k + 1], "lengths": lengths[k : k + 1]} for k in range(10)]
+    whole = estimate_importance(model, [{"x": X, "lengths": lengths}])
+    assert_same(whole, estimate_importance(model, batches))
+
+
+@pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers(layer):
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.recurrent = layer(3, 4, batch_first=True).double()
+
+        def forward(self, x):
+            return self.recurrent(x.view(-1, 2, 3))[0][:, -1]
+
+    model = Recurrent()
+    assert_same(estimate_importance(model, [X]), oracle(model, X))

@@ -1,6 +1,7 @@
 """Class MAS against plain autograd, through the life of a model."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -307,6 +308,43 @@ def test_params_may_be_an_iterator():
     mas.consolidate([X])
     mas.consolidate([X])
     assert set(mas.importance) == {"0.weight", "0.bias"}
+
+
+def test_a_task_may_end_inside_inference_mode():
+    model = mlp()
+    mas = MAS(model)
+    with torch.inference_mode():
+        mas.consolidate([X])
+        move_in_place(model)
+        mas.add_penalty_grad_()
+    (model(X).sum() + mas.penalty()).backward()
+    assert mas.penalty() > 0
+
+
+def move_in_place(model):
+    for p in model.parameters():
+        p.data.add_(0.1)
+
+
+def test_copies_and_pickles():
+    model, mas = learned()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    mas.attach(optimizer)
+    for other in (copy.deepcopy(mas), pickle.loads(pickle.dumps(mas))):
+        assert_states_equal(other.state_dict(), mas.state_dict())
+        torch.testing.assert_close(other.penalty(), mas.penalty())
+    assert_same(copy.deepcopy(mas.importance), dict(mas.importance))
+
+
+def test_a_parameter_that_shrank_inside_an_open_task_is_refused_before_anything_is_written():
+    model, mas = learned()
+    mas.update_importance([X])
+    before = mas.state_dict()
+    model[2] = nn.Linear(8, 2).double()
+    for call in (mas.consolidate, lambda: mas.update_importance([X])):
+        with pytest.raises(ValueError, match=r"'2.weight' had shape \[4, 8\] and now has \[2, 8\]"):
+            call()
+        assert_states_equal(mas.state_dict(), before)
 
 
 # -- bad input -----------------------------------------------------------------------------------

@@ -118,6 +118,21 @@ def test_open_task_adds_up_and_follows_growth():
     sums = FlatTensors({"w": torch.zeros(3)})
     sums["w"].fill_(1.0)
     both = first.plus(sums, 3)
-    assert both.num_samples == 4
+    assert both.counts == {"w": 4}
     assert torch.equal(both.omega()["w"], torch.tensor([1.0, 1.0, 0.25]))
     assert torch.equal(first.sums["w"], torch.tensor([3.0, 3.0])), "the first stayed as it was"
+
+
+def test_open_task_counts_samples_a_parameter():
+    task = OpenTask().plus(FlatTensors({"w": torch.zeros(1)}), 3)
+    later = FlatTensors({"w": torch.zeros(1), "thawed": torch.zeros(1)})
+    later["thawed"].fill_(2.0)
+    task = task.plus(later, 2)
+    assert task.counts == {"w": 5, "thawed": 2}
+    assert task.omega()["thawed"] == 1.0
+
+
+def test_flat_tensors_made_in_inference_mode_are_ordinary():
+    with torch.inference_mode():
+        flat = FlatTensors({"w": torch.zeros(3)})
+    assert not flat["w"].is_inference()

@@ -71,7 +71,16 @@ class Inputs:
             return tensor.dim() > 0 and len(tensor) == size
 
         for k in range(count):
-            yield self.map(lambda t, k=k: t[k : k + 1] if is_batched(t) else t)  # type: ignore[misc]
+            sample = self.map(lambda t, k=k: t[k : k + 1] if is_batched(t) else t)  # type: ignore[misc]
+            yield Inputs(sample.args, {n: _item(v, k, size) for n, v in sample.kwargs.items()})
+
+
+def _item(value: Any, k: int, size: int) -> Any:
+    """Of a plain list with a value a sample (lengths, say) the k-th, as a list of one."""
+    is_listed = isinstance(value, (list, tuple)) and len(value) == size
+    if is_listed and not any(isinstance(leaf, Tensor) for leaf in tree_leaves(value)):
+        return value[k : k + 1]
+    return value
 
 
 def _describe(batch: Any) -> str:

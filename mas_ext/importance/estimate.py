@@ -13,7 +13,7 @@ from tqdm import tqdm
 from mas_ext.flat import FlatTensors
 from mas_ext.importance import estimators, objectives
 from mas_ext.importance.batches import Forward
-from mas_ext.importance.isolation import undisturbed
+from mas_ext.importance.isolation import differentiable, undisturbed
 from mas_ext.importance.objectives import Objective
 from mas_ext.parameters import ParameterIndex, Selection, select_some
 from mas_ext.reference import accumulation_dtype
@@ -70,7 +70,9 @@ def estimate_importance(
         model: F. Not changed.
         data: an iterable of batches. A tensor is passed to the model; of a tuple or list the first
             item (labels are never needed); a mapping as keyword arguments, without ``labels`` or
-            ``label``. Tensors are moved to the model's device.
+            ``label``. Tensors are moved to the model's device (not with ``forward``). Since random
+            numbers are put back, a shuffling DataLoader draws the same order each time, unless it
+            has a ``generator`` of its own.
         estimator: ``"per_sample"``, exact, or ``"batch"``, the absolute value of each batch's mean
             gradient weighted by batch size, which loses what cancels within a batch.
         objective: ``"squared_l2"`` ‖F‖², ``"l2"`` ‖F‖, ``"l1"`` Σ|F|, each over all but
@@ -134,12 +136,18 @@ def sum_importance(
     done = 0
     with undisturbed(model), closing(_Reporter(progress)) as reporter:
         for batch in data:
-            done += add_batch(estimation, batch, limit - done)
+            with differentiable():
+                done += add_batch(estimation, batch, limit - done)
             reporter.show(done)
             if done >= limit:
                 break
     if done == 0:
         raise ValueError("data: it gave no samples; an exhausted iterator or an empty set?")
+    if not estimation.found_gradient:
+        raise ValueError(
+            "the objective depends on no parameter that is measured: the forward or the objective "
+            "detaches its result or runs under no_grad, or params selects nothing that is used"
+        )
     _check_finite(sums)
     return sums, done
 

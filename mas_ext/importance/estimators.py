@@ -16,7 +16,7 @@ from mas_ext import functional
 from mas_ext.importance.batches import Forward, Inputs, check_rows, output_tensor, placed
 
 
-@dataclass(frozen=True)
+@dataclass
 class Estimation:
     """What stays the same from batch to batch."""
 
@@ -25,6 +25,7 @@ class Estimation:
     sums: dict[str, Tensor]  # Σ over samples, what the estimators add to
     objective: Callable[[Tensor], Tensor]
     forward: Forward | None
+    found_gradient: bool = False  # whether any sample's scalar depended on a parameter
 
     def scalars(self, inputs: Inputs, samples: int) -> Tensor:
         """s_k for every sample of a batch."""
@@ -65,6 +66,7 @@ class Estimation:
         grads = torch.autograd.grad(
             scalar, list(self.params.values()), allow_unused=True, retain_graph=keep_graph
         )
+        self.found_gradient |= any(g is not None for g in grads)
         used = [(s, g) for s, g in zip(self.sums.values(), grads, strict=True) if g is not None]
         for sums, dense in _by_device([(s, _dense(g)) for s, g in used]):
             functional.accumulate_importance_(sums, dense, scale)

@@ -11,7 +11,7 @@ from torch import nn
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode with gradients, after which everything is as it was, also after an error.
+    """Evaluation mode, after which everything is as it was, also after an error.
 
     Put back: every module's mode, every ``requires_grad`` and ``.grad`` (the same tensor with the
     same content), every buffer, and PyTorch's random number generators.
@@ -22,16 +22,28 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         stack.enter_context(_modes(model))
         stack.enter_context(_gradients(model))
         stack.enter_context(_buffers(model))
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
+        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+            # cuDNN cannot differentiate a recurrent layer in evaluation mode.
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        yield
+
+
+@contextmanager
+def differentiable() -> Iterator[None]:
+    """Gradients, wherever the caller is. Around each batch, not around the loop over the data: a
+    generator can leave its own modes switched on.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
         yield
 
 
 @contextmanager
 def _modes(model: nn.Module) -> Iterator[None]:
     before = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
+        # Not model.eval(): a module may do more in it, such as merge weights.
+        for module, _ in before:
+            module.training = False
         yield
     finally:
         for module, training in before:
@@ -54,15 +66,27 @@ def _gradients(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _buffers(model: nn.Module) -> Iterator[None]:
     before = [
-        (module, name, buffer, None if buffer is None else buffer.detach().clone())
+        (module, {n: (b, _copy(b)) for n, b in module._buffers.items()})
         for module in model.modules()
-        for name, buffer in module._buffers.items()
     ]
     try:
         yield
     finally:
         with torch.no_grad():
-            for module, name, buffer, content in before:
-                module._buffers[name] = buffer
-                if buffer is not None and content is not None and not torch.equal(buffer, content):
-                    buffer.copy_(content)
+            for module, buffers in before:
+                for name in module._buffers.keys() - buffers.keys():
+                    del module._buffers[name]
+                for name, (buffer, content) in buffers.items():
+                    module._buffers[name] = buffer
+                    _restore(buffer, content)
+
+
+def _copy(buffer: torch.Tensor | None) -> torch.Tensor | None:
+    return None if buffer is None else buffer.detach().clone()
+
+
+def _restore(buffer: torch.Tensor | None, content: torch.Tensor | None) -> None:
+    if buffer is None or content is None or buffer.is_meta:
+        return
+    if buffer.layout != torch.strided or not torch.equal(buffer, content):
+        buffer.copy_(content)
