@@ -56,12 +56,16 @@ def cuda_home():
     return Path(top.group(1).strip()).resolve() if top else Path(nvcc).resolve().parents[1]
 
 
-def decide_cuda(torch):
-    """The toolkit to build CUDA kernels with, or None; says what was decided and why."""
+def cuda_choice():
     choice = "1" if os.getenv("FORCE_CUDA") == "1" else os.getenv("MAS_EXT_CUDA", "auto")
     if choice not in ("auto", "0", "1"):
         raise SystemExit(f"mas_ext: MAS_EXT_CUDA={choice!r}; use auto, 0 or 1")
-    home = cuda_home()
+    return choice
+
+
+def decide_cuda(torch):
+    """The toolkit to build CUDA kernels with, or None; says what was decided and why."""
+    choice, home = cuda_choice(), cuda_home()
     if choice == "0":
         reason = "MAS_EXT_CUDA=0"
     elif torch.version.cuda is None:
@@ -124,18 +128,40 @@ def build_information(torch, home):
     )
 
 
-def forgiving(base):
-    """A build that fails leaves the pure-PyTorch fallback, unless MAS_EXT_NATIVE=1."""
+def drop_cuda(extensions):
+    """Makes CPU kernels of what were to be CPU and CUDA kernels."""
+    for extension in extensions:
+        extension.sources = [s for s in extension.sources if not s.endswith(".cu")]
+        extension.extra_link_args = []
+        extension.define_macros = [
+            (name, "" if name == "MAS_EXT_CUDA_ARCHS" else value)
+            for name, value in extension.define_macros
+        ]
+
+
+def forgiving(base, may_drop_cuda):
+    """A build that fails tries without CUDA, and then leaves the pure-PyTorch fallback."""
 
     class ForgivingBuild(base):
         def run(self):
             try:
-                super().run()
+                self.run_with_or_without_cuda()
             except Exception as error:
                 if os.getenv("MAS_EXT_NATIVE") == "1":
                     raise
                 self.extensions = []
                 say(f"THE KERNELS WERE NOT BUILT ({error}); mas_ext will run in plain PyTorch")
+
+        def run_with_or_without_cuda(self):
+            try:
+                super().run()
+            except Exception as error:
+                if not may_drop_cuda:
+                    raise
+                say(f"THE CUDA KERNELS WERE NOT BUILT ({error}); trying the CPU kernels alone")
+                drop_cuda(self.extensions)
+                self.compiler = None  # run() makes its own
+                super().run()
 
         def get_outputs(self):
             return [path for path in super().get_outputs() if os.path.exists(path)]
@@ -155,7 +181,7 @@ def native_arguments():
     extensions = [kernels(torch, home), build_information(torch, home)]
     from torch.utils.cpp_extension import BuildExtension
 
-    build = forgiving(BuildExtension.with_options(no_python_abi_suffix=False))
+    build = forgiving(BuildExtension, may_drop_cuda=home is not None and cuda_choice() == "auto")
     return {"ext_modules": extensions, "cmdclass": {"build_ext": build}}
 
 
