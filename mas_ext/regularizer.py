@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from typing import Any
@@ -91,6 +92,7 @@ class MAS:
         self._open = OpenTask()
         self._num_tasks = 0
         self._attached: WeakSet[Optimizer] = WeakSet()
+        self._lost: set[str] = set()  # measured once, and gone from the model since
         select_some(self._index.named(), self._params)
 
     def __repr__(self) -> str:
@@ -302,6 +304,7 @@ class MAS:
         if not known:
             return []
         named = self._index.named()
+        self._warn_of_lost([name for name in known if name not in named])
         active = {
             name: named[name]
             for name in known
@@ -318,6 +321,18 @@ class MAS:
             anchors.append(self._memory.anchor[name])
             omega.append(self._memory.importance[name])
         return list(bundles.values())
+
+    def _warn_of_lost(self, names: list[str]) -> None:
+        """Once a name: its head may have been removed, but if it was renamed it is unprotected."""
+        new = [name for name in names if name not in self._lost]
+        if new:
+            self._lost.update(new)
+            warnings.warn(
+                f"parameter {new[0]!r} ({len(new)} in all) was measured and is no longer in the "
+                "model under that name, so nothing holds it in place; if it was renamed, by a "
+                "parametrization say, measure it again with consolidate()",
+                stacklevel=4,
+            )
 
     def _total(self, values: list[Tensor]) -> Tensor:
         if not values:

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -301,6 +302,16 @@ def test_compiled_and_wrapped_models_share_names():
     mas = MAS(nn.DataParallel(mlp()))
     mas.consolidate([X])
     assert set(mas.importance) == set(oracle(mlp(), X))
+
+
+def test_a_parameter_that_was_renamed_is_warned_of_once():
+    model, mas = learned()
+    nn.utils.parametrizations.weight_norm(model[0])
+    with pytest.warns(UserWarning, match=r"'0.weight' \(1 in all\) was measured and is no longer"):
+        mas.penalty()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mas.penalty()
 
 
 def test_params_may_be_an_iterator():
