@@ -21,6 +21,8 @@ class Penalty(Protocol):
 
     def _proximal_step(self, lr: Any, owned: Set[int] | None) -> Tensor: ...
 
+    def _total(self, values: list[Tensor]) -> Tensor: ...
+
 
 class Attachment:
     """What :meth:`MAS.attach` returns.
@@ -91,10 +93,7 @@ class Attachment:
             self._mas._proximal_step(rate * taken, {id(p) for p in params})
             for rate, params in _groups(optimizer)
         ]
-        total = values[0]
-        for value in values[1:]:
-            total = total + value.to(total.device, non_blocking=True)
-        self.last_penalty = total
+        self.last_penalty = self._mas._total(values)
 
 
 def _groups(optimizer: Optimizer) -> Iterator[tuple[Any, list[Tensor]]]:

@@ -338,7 +338,7 @@ class MAS:
         if not values:
             return self._zero()
         total = values[0]
-        for value in values[1:]:  # other devices
+        for value in values[1:]:  # maybe of other devices
             total = total + value.to(total.device, non_blocking=True)
         return total
 
