@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mas_ext import MAS, estimate_importance
-from tests import zoo
+from tests import layers, zoo
 from tests.models import convnet, images, mlp, vectors
 from tests.oracle import assert_exact, one_by_one, refused_or
 
@@ -38,6 +38,18 @@ def test_compiled_models(make, data, in_place, backend):
     with torch.no_grad():
         compiled(x)  # compiled before, without gradients, in evaluation mode
     assert_exact(estimate_importance(compiled, x.split(4)), expected)
+
+
+def test_a_compiled_model_in_a_forward_of_the_users():
+    """A compiled backward may refuse to run twice on one graph."""
+    torch.compiler.reset()
+    model, x = convnet(), images()
+    expected = one_by_one(model, [x])
+    compiled = torch.compile(model, backend="aot_eager")
+    batches = [(0, x[:4]), (1, x[4:])]
+    with refused_or("donated_buffer=False"):
+        omega = estimate_importance(compiled, batches, forward=lambda m, b: m(b[1]))
+        assert_exact(omega, expected)
 
 
 def test_a_compiled_part():
@@ -70,7 +82,7 @@ AUTOCAST = {
     "mlp": lambda: (mlp(), vectors()),
     "cnn": lambda: (convnet(), images()),
     "encoder": lambda: (zoo.encoder(True), torch.randn(6, 5, 8)),
-    "tied": lambda: (zoo.layers.TiedLM(9, 4), torch.randint(9, (6, 5))),
+    "tied": lambda: (layers.TiedLM(9, 4), torch.randint(9, (6, 5))),
     "lstm": lambda: (nn.LSTM(6, 4, batch_first=True), torch.randn(6, 5, 6)),
 }
 

@@ -305,7 +305,7 @@ def shared_positions() -> tuple:
     return model, {"x": [noise(4, 3)], "name": "odd"}, forward
 
 
-_P = nn.utils.parametrizations
+PARAMETRIZATIONS = nn.utils.parametrizations
 
 LAYERS: dict[str, Callable[[], tuple]] = {
     # matrices
@@ -326,11 +326,11 @@ LAYERS: dict[str, Callable[[], tuple]] = {
     "slices": lambda: (layers.Slices(5, 4), noise(5)),
     "cosine head": lambda: (layers.CosineHead(4, 3), noise(4)),
     "low rank": lambda: (layers.LowRank(6, 4, 2), noise(6)),
-    "weight norm": lambda: normed_mlp(_P.weight_norm),
+    "weight norm": lambda: normed_mlp(PARAMETRIZATIONS.weight_norm),
     "weight norm, old": lambda: normed_mlp(nn.utils.weight_norm),
-    "spectral norm": lambda: normed_mlp(_P.spectral_norm),
+    "spectral norm": lambda: normed_mlp(PARAMETRIZATIONS.spectral_norm),
     "spectral norm, old": lambda: normed_mlp(nn.utils.spectral_norm),
-    "orthogonal": lambda: (_P.orthogonal(nn.Linear(4, 4)), noise(4)),
+    "orthogonal": lambda: (PARAMETRIZATIONS.orthogonal(nn.Linear(4, 4)), noise(4)),
     "distances": lambda: (layers.Distances(3, 4), noise(4)),
     "functional": lambda: (layers.Functional(4), noise(4)),
     "hypernetwork": lambda: (layers.Hypernetwork(3, 4), noise(3)),
