@@ -141,7 +141,6 @@ WIDE = {
     "sequences": lambda: (nn.Linear(64, 64), torch.randn(32, 4, 64)),
     "embedding": lambda: (nn.Embedding(500, 8), torch.randint(500, (32, 4))),
     "convolution": lambda: (nn.Conv2d(32, 32, 3, padding=1), torch.randn(32, 32, 4, 4)),
-    "depthwise": lambda: (nn.Conv1d(128, 128, 7, groups=128), torch.randn(32, 128, 7)),
     "lstm": lambda: (nn.LSTM(32, 32, batch_first=True), torch.randn(32, 3, 32)),
     "tied": lambda: (layers.TiedLM(300, 16), torch.randint(300, (32, 2))),
     "weight norm": lambda: (

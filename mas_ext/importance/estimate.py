@@ -12,8 +12,9 @@ from tqdm import tqdm
 
 from mas_ext.flat import FlatTensors
 from mas_ext.importance import estimators, objectives
-from mas_ext.importance.batches import Forward
-from mas_ext.importance.isolation import differentiable, undisturbed
+from mas_ext.importance.batches import Batch, CustomBatch, Forward, Inputs
+from mas_ext.importance.estimation import Estimation
+from mas_ext.importance.isolation import differentiable, no_hidden_parameters, undisturbed
 from mas_ext.importance.objectives import Objective
 from mas_ext.parameters import ParameterIndex, Selection, select_some
 from mas_ext.reference import accumulation_dtype
@@ -95,7 +96,9 @@ def estimate_importance(
     Source: Aljundi et al., ECCV 2018, equations 1 and 2.
     """
     named = select_some(ParameterIndex(model).named(), params)
-    sums, num_samples = sum_importance(
+    sums = FlatTensors(named, accumulation_dtype)
+    num_samples, coverage = add_importance_(
+        sums,
         model,
         data,
         named,
@@ -107,10 +110,12 @@ def estimate_importance(
     )
     for total in sums.values():
         total.div_(num_samples)
-    return Importance(sums, num_samples, dict.fromkeys(sums, estimator))
+    return Importance(sums, num_samples, coverage)
 
 
-def sum_importance(
+@torch.no_grad()
+def add_importance_(
+    sums: Mapping[str, Tensor],
     model: nn.Module,
     data: Iterable[Any],
     named: Mapping[str, Tensor],
@@ -120,36 +125,53 @@ def sum_importance(
     forward: Forward | None = None,
     max_samples: int | None = None,
     progress: Progress = None,
-) -> tuple[FlatTensors, int]:
-    """Σ over samples and their number: what importance is before the division by N.
+    counted: Callable[[int], None] = lambda samples: None,
+) -> tuple[int, dict[str, str]]:
+    """Adds Σ over samples, what importance is before the division by N, batch by batch.
 
-    Sums of several runs can be added, so a short batch or run counts for what it holds.
+    Args:
+        sums: by name, what is added to; after an error it holds what was added before it.
+        named: θ by name, the parameters that are measured.
+        counted: called with the size of every batch once all of it is in ``sums``.
+
+    Returns:
+        The number of samples, and which path served each parameter.
     """
     limit = _check_max_samples(max_samples)
     add_batch = estimators.resolve(estimator)
     _check_data(data)
     _check_samples_are_independent(model)
-    sums = FlatTensors(named, accumulation_dtype)
-    estimation = estimators.Estimation(
-        model, dict(named), dict(sums), objectives.resolve(objective), forward
-    )
+    estimation = Estimation(model, dict(named), dict(sums), objectives.resolve(objective))
     done = 0
-    with undisturbed(model), closing(_Reporter(progress)) as reporter:
-        for batch in data:
+    with no_hidden_parameters(), undisturbed(model), closing(_Reporter(progress)) as reporter:
+        for raw in data:
             with differentiable():
-                done += add_batch(estimation, batch, limit - done)
+                batch = _read(model, raw, forward, limit - done)
+                samples = add_batch(estimation, batch, limit - done)
+            done = estimation.seen = done + samples
+            counted(samples)
             reporter.show(done)
             if done >= limit:
                 break
     if done == 0:
         raise ValueError("data: it gave no samples; an exhausted iterator or an empty set?")
-    if not estimation.found_gradient:
+    coverage = {name: estimation.coverage.get(name, "unused") for name in named}
+    if set(coverage.values()) == {"unused"}:
         raise ValueError(
             "the objective depends on no parameter that is measured: the forward or the objective "
             "detaches its result or runs under no_grad, or params selects nothing that is used"
         )
     _check_finite(sums)
-    return sums, done
+    return done, coverage
+
+
+def _read(model: nn.Module, raw: Any, forward: Forward | None, limit: int) -> Batch:
+    """A batch of whatever form, on the model's device; at most ``limit`` samples if it is ours."""
+    if forward is not None:
+        return CustomBatch(raw, forward)
+    inputs = Inputs.of(raw).placed(next(model.parameters()).device)
+    size = inputs.size()
+    return inputs.take(range(limit), size) if size > limit else inputs
 
 
 def _check_max_samples(max_samples: int | None) -> int:
