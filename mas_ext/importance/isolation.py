@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -23,8 +24,9 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         stack.enter_context(_modes(model))
         stack.enter_context(_gradients(model))
         stack.enter_context(_buffers(model))
-        # Compiled code is one operation whose inside cannot be seen.
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and it takes long to load
+            # Compiled code is one operation whose inside cannot be seen.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
             # cuDNN cannot differentiate a recurrent layer in evaluation mode, and a recurrent layer
             # that oneDNN runs is one operation.

@@ -76,6 +76,10 @@ def watching_for_decisions() -> Iterator[Decisions]:
 
 
 class _Watch(TorchDispatchMode):
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else the first of all modes loads torch._dynamo, which takes two seconds
+
     def __init__(self, found: Decisions) -> None:
         super().__init__()
         self._found = found
