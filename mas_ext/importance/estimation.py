@@ -35,7 +35,6 @@ class Estimation:
     objective: Callable[[Tensor], Tensor]
     coverage: dict[str, str] = field(default_factory=dict)
     seen: int = 0
-    dtype: torch.dtype = torch.float32  # of the model's last output
     _warned: set[str] = field(default_factory=set)
 
     def scalars(self, batch: Batch) -> Tensor:
@@ -48,9 +47,7 @@ class Estimation:
 
     def unchecked_scalars(self, batch: Batch) -> Tensor:
         """The same, of whatever value."""
-        output = batch.check_rows(output_tensor(batch.forward(self.model)))
-        self.dtype = output.dtype
-        return self.objective(output)
+        return self.objective(batch.check_rows(output_tensor(batch.forward(self.model))))
 
     def _finite(self, scalars: Tensor) -> Tensor:
         finite = torch.isfinite(scalars)
