@@ -13,13 +13,16 @@ from itertools import product
 from math import prod
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from mas_ext.importance.per_sample.contributions import Blocks, Contribution, Outer, Stacked, wide
 from mas_ext.importance.per_sample.layout import Layout
 
-_PATCH_ELEMENTS = 1 << 20  # of the patches laid out at a time
+_ELEMENTS = 1 << 20  # of the patches laid out, or of the gradients formed, at a time
+# With so many pixels and so small a weight its gradients are cheaper than patches of the input.
+_MANY_PIXELS, _SMALL_WEIGHT = 1024, 1 << 16
 
 
 @dataclass
@@ -78,14 +81,42 @@ class Convolution:
 
     def _chunks(self) -> Iterator[Contribution]:
         """The same, a few samples at a time."""
-        out = self.pixels.shape[3:]
-        per_sample = self.inputs.shape[1:3].numel() * prod(self.geometry.kernel)
-        if not self.is_depthwise():
-            per_sample *= out.numel()
-        step = max(1, _PATCH_ELEMENTS // max(1, per_sample))
-        part = self._depthwise if self.is_depthwise() else self._blocks
+        part, elements = self._way()
+        step = max(1, _ELEMENTS // max(1, elements))
         for start in range(0, len(self.pixels), step):
             yield part(slice(start, start + step))
+
+    def _way(self) -> tuple[Callable[[slice], Contribution], int]:
+        """How, and the elements of the buffer that it needs for a sample."""
+        kernel, pixels = prod(self.geometry.kernel), self.pixels.shape[3:].numel()
+        m, channels = self.inputs.shape[1:3]
+        weight = self.pixels.shape[2] * channels // self.groups * kernel
+        if self.is_depthwise():
+            return self._depthwise, m * channels * kernel
+        if pixels >= _MANY_PIXELS and m * weight <= _SMALL_WEIGHT:
+            return self._gradients, m * weight
+        return self._blocks, m * channels * kernel * pixels
+
+    def _gradients(self, chosen: slice) -> Stacked:
+        """Every sample a group of its own: the backend's gradient of [n·P, C / groups, *kernel]."""
+        pixels, inputs = self.pixels[chosen], self.inputs[chosen]
+        samples, m = pixels.shape[:2]
+        geometry, space = self.geometry, len(self.geometry.kernel)
+        shape = (pixels.shape[2], inputs.shape[2] // self.groups, *geometry.kernel)
+        _, gradient, _ = torch.ops.aten.convolution_backward(
+            pixels.reshape(1, -1, *pixels.shape[3:]),
+            inputs.reshape(1, -1, *inputs.shape[3:]),
+            pixels.new_empty(1).expand(samples * m * shape[0], *shape[1:]),
+            None,
+            geometry.stride,
+            geometry.padding,
+            geometry.dilation,
+            False,
+            [0] * space,
+            samples * m * self.groups,
+            [False, True, False],
+        )
+        return Stacked(gradient.view(samples, m, *shape).sum(1))
 
     def _depthwise(self, chosen: slice) -> Stacked:
         """[n, C, 1, *kernel]: so few numbers that they are formed as they are."""
