@@ -101,5 +101,5 @@ def test_abs_matmul_gives_the_same_bits_from_run_to_run():
 
 def test_abs_matmul_refuses_tensors_on_different_devices():
     omega, left, right = abs_matmul.make(abs_matmul.Size(3, 4, 5, 6), device="cuda")
-    with pytest.raises(RuntimeError, match="right is on cpu but omega is on .*one device"):
+    with pytest.raises(RuntimeError, match=r"right is on cpu but omega is on .*one device"):
         mas_ext.functional.accumulate_abs_matmul_(omega, left, right.cpu())
