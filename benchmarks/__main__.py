@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks import accumulate, demo, penalty, plot, report
+from benchmarks import abs_matmul, accumulate, demo, penalty, plot, report
 from benchmarks.providers import Benchmark
 from benchmarks.shapes import QUICK, SIZES
 from benchmarks.timing import measure
@@ -19,11 +19,11 @@ BENCHMARKS = {b.name: b for b in (penalty.BENCHMARK, accumulate.BENCHMARK)}
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("benchmark", choices=[*BENCHMARKS, "demo", "all"])
+    parser.add_argument("benchmark", choices=[*BENCHMARKS, "abs_matmul", "demo", "all"])
     parser.add_argument("--sizes", nargs="+", choices=SIZES, help="default: all of them")
     parser.add_argument("--repeats", type=int, metavar="N", help="rounds (default 20, quick 5)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the demo")
-    parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}")
+    parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}; 2 products")
     parser.add_argument("--out", type=Path, default=Path("out/benchmarks"), metavar="DIR")
     arguments = parser.parse_args()
     arguments.sizes = arguments.sizes or list(QUICK if arguments.quick else SIZES)
@@ -56,11 +56,17 @@ def main() -> None:
     if arguments.benchmark == "demo":
         demo.run(arguments.seeds, arguments.out, console)
         return
-    chosen = BENCHMARKS if arguments.benchmark == "all" else [arguments.benchmark]
+    every = [*BENCHMARKS, "abs_matmul"]
+    chosen = every if arguments.benchmark == "all" else [arguments.benchmark]
     machine = report.machine()
     console.print(report.describe(machine), end="\n\n")
     results: dict[str, Any] = {"machine": machine, "benchmarks": {}}
     for name in chosen:
+        if name == "abs_matmul":
+            measured = abs_matmul.run(arguments.quick, arguments.repeats, console)
+            results["benchmarks"][name] = measured
+            report.write_json(arguments.out / "results.json", results)
+            continue
         sizes = results["benchmarks"][name] = {}
         for size, result in _run(BENCHMARKS[name], arguments.sizes, arguments.repeats, console):
             sizes[size] = result

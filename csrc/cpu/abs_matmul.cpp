@@ -24,7 +24,7 @@ namespace {
 constexpr int64_t kDepth = 256, kBlockRows = 256, kBlockColumns = 512;
 // Smaller blocks, which give more threads work, would be packed more often than they are read.
 constexpr int64_t kLeastRows = 64, kLeastColumns = 128;
-constexpr int64_t kTasksPerThread = 4;        // evens out what the threads get
+constexpr int64_t kTasksPerThread = 2;        // evens out what the threads get
 constexpr double kSerialBelow = 2'000'000.0;  // multiplications: about 40 µs of one thread
 
 int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
