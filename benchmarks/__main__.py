@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks import accumulate, demo, penalty, per_sample, plot, report
+from benchmarks import abs_matmul, accumulate, demo, penalty, per_sample, plot, report
 from benchmarks.providers import Benchmark
 from benchmarks.shapes import QUICK, SIZES
 from benchmarks.timing import measure
@@ -19,7 +19,9 @@ BENCHMARKS = {b.name: b for b in (penalty.BENCHMARK, accumulate.BENCHMARK)}
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("benchmark", choices=[*BENCHMARKS, "per_sample", "demo", "all"])
+    parser.add_argument(
+        "benchmark", choices=[*BENCHMARKS, "abs_matmul", "per_sample", "demo", "all"]
+    )
     parser.add_argument("--sizes", nargs="+", choices=SIZES, help="default: all of them")
     parser.add_argument(
         "--workloads",
@@ -83,10 +85,15 @@ def main() -> None:
         return
     machine = report.machine()
     console.print(report.describe(machine), end="\n\n")
-    chosen = [*BENCHMARKS, "per_sample"] if arguments.benchmark == "all" else [arguments.benchmark]
+    every = [*BENCHMARKS, "abs_matmul", "per_sample"]
+    chosen = every if arguments.benchmark == "all" else [arguments.benchmark]
     of_lists = [name for name in chosen if name in BENCHMARKS]
     if of_lists:
         _run_all(of_lists, arguments, machine, console)
+    if "abs_matmul" in chosen:
+        result = abs_matmul.run(arguments.quick, arguments.repeats, console)
+        written = {"machine": machine, "benchmarks": {"abs_matmul": result}}
+        report.write_json(arguments.out / "abs_matmul.json", written)
     if "per_sample" in chosen:
         rounds, quick = arguments.repeats, arguments.quick
         per_sample.run(arguments.workloads, rounds, quick, arguments.out, machine, console)

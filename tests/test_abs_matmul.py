@@ -119,22 +119,21 @@ class Problem(NamedTuple):
     left: Tensor
     right: Tensor
 
-    def to(self, device: str) -> Problem:
-        return Problem(*(t.to(device) for t in self))
-
 
 def make(
     size: Size,
     dtype: torch.dtype = torch.float32,
     layout: str = "contiguous",
     seed: int = 0,
+    device: str = "cpu",
 ) -> Problem:
     generator = torch.Generator().manual_seed(seed)
     omega = torch.rand(size.p, size.d, generator=generator).to(accumulation_dtype(dtype))
     left = torch.randn(size.b, size.t, size.p, generator=generator).to(dtype)
     right = torch.randn(size.b, size.t, size.d, generator=generator).to(dtype)
     lay = LAYOUTS[layout]
-    return Problem(*(f(t) for f, t in zip(lay, (omega, left, right), strict=True)))
+    tensors = (t.to(device) for t in (omega, left, right))
+    return Problem(*(f(t) for f, t in zip(lay, tensors, strict=True)))
 
 
 # ================================================================================================
@@ -508,7 +507,7 @@ def test_interleaved_memory_is_fine(run) -> None:
 
 
 def test_fake_tensors_are_checked_too() -> None:
-    problem = make(Size(3, 4, 5, 6)).to("meta")
+    problem = make(Size(3, 4, 5, 6), device="meta")
     with pytest.raises(RuntimeError, match=r"right has shape \[2, 4, 6\]"):
         call(problem._replace(right=problem.right[:2]))
 

@@ -9,6 +9,7 @@ import torch
 
 import mas_ext
 from tests import cases
+from tests import test_abs_matmul as abs_matmul
 
 
 def on_device(state: cases.State) -> cases.State:
@@ -79,3 +80,26 @@ def test_tensors_on_different_devices_are_refused():
     state.params[1] = state.params[1].cuda()
     with pytest.raises(RuntimeError, match=r"params\[1\] is on .*one device"):
         mas_ext.functional.penalty(state.params, state.anchors, state.omega, 1.0)
+
+
+@pytest.mark.parametrize("layout", abs_matmul.LAYOUTS)
+@pytest.mark.parametrize("dtype", cases.DTYPES.values(), ids=cases.DTYPES)
+def test_abs_matmul_against_the_oracle(dtype, layout):
+    # The kernel's tiles are 64 × 64; it stages 16 (sample, position) pairs at a time.
+    for size in [*abs_matmul.SIZES, abs_matmul.Size(3, 5, 63, 65), abs_matmul.Size(2, 8, 64, 128)]:
+        problem = abs_matmul.make(size, dtype, layout, device="cuda")
+        wanted = abs_matmul.exact(problem)
+        abs_matmul.assert_near(abs_matmul.call(problem), wanted, str(size))
+        abs_matmul.assert_gaps_untouched(problem.omega)
+
+
+def test_abs_matmul_gives_the_same_bits_from_run_to_run():
+    size = abs_matmul.Size(32, 49, 300, 500)
+    runs = [abs_matmul.call(abs_matmul.make(size, device="cuda")) for _ in range(3)]
+    assert all(torch.equal(runs[0], again) for again in runs[1:])
+
+
+def test_abs_matmul_refuses_tensors_on_different_devices():
+    omega, left, right = abs_matmul.make(abs_matmul.Size(3, 4, 5, 6), device="cuda")
+    with pytest.raises(RuntimeError, match=r"right is on cpu but omega is on .*one device"):
+        mas_ext.functional.accumulate_abs_matmul_(omega, left, right.cpu())

@@ -19,64 +19,64 @@
 namespace mas_ext::cpu {
 namespace {
 
-constexpr int64_t kDepth = 256;  // (sample, position) pairs packed at a time
-// Up to this many positions the sums of magnitudes are worth registers of their own: a tile of
-// one unit. Beyond, they are touched seldom enough to be spilled.
-constexpr int64_t kFewPositions = 8;
-constexpr int64_t kBlockRows = 256, kBlockColumns = 512;  // of Ω: with kDepth, panels that fit L2
-constexpr int64_t kLeastRows = 64, kLeastColumns = 128;   // less would repack more than it shares
-constexpr int64_t kTasksPerThread = 4;                    // evens out what the threads get
-constexpr int64_t kSerialBelow = 1 << 21;                 // multiplications: about 40 µs
+// (sample, position) pairs packed at a time, and the rows and columns of Ω they are packed for: in
+// float32 768 KB of panels, which an L2 cache holds.
+constexpr int64_t kDepth = 256, kBlockRows = 256, kBlockColumns = 512;
+// Smaller blocks, which give more threads work, would be packed more often than they are read.
+constexpr int64_t kLeastRows = 64, kLeastColumns = 128;
+constexpr int64_t kTasksPerThread = 2;        // evens out what the threads get
+constexpr double kSerialBelow = 2'000'000.0;  // multiplications: about 40 µs of one thread
 
 int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
-// Blocks of about equal size, whole tiles.
+// The size of blocks of about equal size, at most `most`, that consist of whole tiles.
 int64_t even_size(int64_t n, int64_t most, int64_t tile) {
   return divide_up(divide_up(n, divide_up(n, most)), tile) * tile;
 }
 
+// How Ω is cut into blocks, a task each, and the samples into groups.
 struct Blocking {
-  int64_t rows, columns;  // of Ω in a block
-  int64_t group, part;    // samples, and positions of each, packed at a time
-  int64_t row_blocks, column_blocks;
+  int64_t rows, columns, row_blocks, column_blocks;
+  int64_t group, part;  // samples, and positions of each, packed at a time
 
-  Blocking(const AbsMatmul& call, int64_t row_tile, int64_t column_tile, int64_t least_tasks) {
-    part = even_size(call.positions, kDepth, 1);
-    group = std::min(call.samples, std::max<int64_t>(1, kDepth / call.positions));
+  Blocking(const AbsMatmul& call, int64_t tile_columns, int64_t least_tasks)
+      : group(std::min(call.samples, std::max<int64_t>(1, kDepth / call.positions))),
+        part(even_size(call.positions, kDepth, 1)) {
     int64_t most_rows = kBlockRows, most_columns = kBlockColumns;
-    for (;;) {
-      rows = even_size(call.rows, most_rows, row_tile);
-      columns = even_size(call.columns, most_columns, column_tile);
-      row_blocks = divide_up(call.rows, rows);
-      column_blocks = divide_up(call.columns, columns);
-      if (row_blocks * column_blocks >= least_tasks) {
-        return;
-      }
-      if (columns >= rows && most_columns > kLeastColumns) {
-        most_columns /= 2;
-      } else if (most_rows > kLeastRows) {
-        most_rows /= 2;
-      } else if (most_columns > kLeastColumns) {
-        most_columns /= 2;
-      } else {
-        return;
-      }
+    cut(call, most_rows, most_columns, tile_columns);
+    while (tasks() < least_tasks && (most_rows > kLeastRows || most_columns > kLeastColumns)) {
+      const bool cut_columns =
+          most_rows <= kLeastRows || (columns >= rows && most_columns > kLeastColumns);
+      (cut_columns ? most_columns : most_rows) /= 2;
+      cut(call, most_rows, most_columns, tile_columns);
     }
   }
 
   int64_t tasks() const { return row_blocks * column_blocks; }
+
+ private:
+  void cut(const AbsMatmul& call, int64_t most_rows, int64_t most_columns, int64_t tile_columns) {
+    rows = even_size(call.rows, most_rows, kTileRows);
+    columns = even_size(call.columns, most_columns, tile_columns);
+    row_blocks = divide_up(call.rows, rows);
+    column_blocks = divide_up(call.columns, columns);
+  }
 };
 
+// Memory that begins with a cache line and is not set to anything.
 template <class A>
-struct Scratch {
+class Scratch {
+ public:
   explicit Scratch(int64_t size)
-      : data(static_cast<A*>(::operator new(static_cast<size_t>(size) * sizeof(A), kAlignment))) {}
-  ~Scratch() { ::operator delete(data, kAlignment); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
+      : data_(static_cast<A*>(::operator new(static_cast<size_t>(size) * sizeof(A), kLine))) {}
+  A* get() const { return data_.get(); }
 
-  static constexpr std::align_val_t kAlignment{64};
-  A* data;
+ private:
+  static constexpr std::align_val_t kLine{64};
+  struct Free {
+    void operator()(A* data) const { ::operator delete(data, kLine); }
+  };
+  std::unique_ptr<A, Free> data_;
 };
 
 // Panels of Width rows, each with the positions of all samples.
@@ -111,49 +111,49 @@ class Worker {
     rows_ = std::min(blocking_.rows, call_.rows - row_);
     columns_ = std::min(blocking_.columns, call_.columns - column_);
     for (int64_t sample = 0; sample < call_.samples; sample += blocking_.group) {
+      const int64_t samples = std::min(blocking_.group, call_.samples - sample);
       for (int64_t position = 0; position < call_.positions; position += blocking_.part) {
-        run_panels(sample, position);
+        const int64_t positions = std::min(blocking_.part, call_.positions - position);
+        pack<kTileRows>(left_.get(), start(call_.left, row_, sample, position), call_.left, rows_,
+                        samples, positions, call_.absolute);
+        pack<kColumns>(right_.get(), start(call_.right, column_, sample, position), call_.right,
+                       columns_, samples, positions, call_.absolute);
+        // Where all terms are magnitudes, a part of a sample counts as a sample.
+        multiply(samples, positions, call_.absolute || position == 0,
+                 call_.absolute || position + positions == call_.positions);
       }
     }
   }
 
  private:
-  void run_panels(int64_t sample, int64_t position) {
-    const int64_t samples = std::min(blocking_.group, call_.samples - sample);
-    const int64_t positions = std::min(blocking_.part, call_.positions - position);
-    pack<kUnit>(left_.data, start(call_.left, row_, sample, position), call_.left, rows_, samples,
-                positions, call_.absolute);
-    pack<kColumns>(right_.data, start(call_.right, column_, sample, position), call_.right,
-                   columns_, samples, positions, call_.absolute);
-    // Where all terms are magnitudes, a part of a sample counts as a sample.
-    SamplePart<A> part{carry_.data, call_.absolute || position == 0,
-                       call_.absolute || position + positions == call_.positions};
-    for (int64_t row = 0; row < rows_;) {
-      const bool full = call_.positions > kFewPositions && rows_ - row > kUnit;
-      const int64_t height = full ? Shape::kUnits * kUnit : kUnit;
-      const auto tile = full ? abs_tile<Shape, Shape::kUnits> : abs_tile<Shape, 1>;
-      for (int64_t column = 0; column < columns_; column += kColumns) {
-        alignas(64) A increment[Shape::kUnits * kUnit * kColumns];
-        tile(left_.data + row * samples * positions, right_.data + column * samples * positions,
-             samples, positions, part, finite<A>(call_.scale), increment);
-        if (part.last) {
-          add_to_omega(row, column, std::min(height, rows_ - row), increment);
-        }
-        part.carry += height * kColumns;
-      }
-      row += height;
-    }
-  }
-
   static const T* start(const Factor& factor, int64_t row, int64_t sample, int64_t position) {
     return static_cast<const T*>(factor.data) + row * factor.row_stride +
            sample * factor.sample_stride + position * factor.position_stride;
   }
 
-  void add_to_omega(int64_t row, int64_t column, int64_t rows, const A* increment) const {
+  // What is packed, into every tile of the block. A panel of the left stays in the L1 cache while
+  // those of the right pass.
+  void multiply(int64_t samples, int64_t positions, bool first, bool last) {
+    SamplePart<A> part{carry_.get(), first, last};
+    for (int64_t row = 0; row < rows_; row += kTileRows) {
+      for (int64_t column = 0; column < columns_; column += kColumns) {
+        alignas(64) A increment[kTileRows * kColumns];
+        abs_tile<Shape>(left_.get() + row * samples * positions,
+                        right_.get() + column * samples * positions, samples, positions, part,
+                        finite<A>(call_.scale), increment);
+        if (last) {
+          add_to_omega(row, column, increment);
+        }
+        part.carry += kTileRows * kColumns;
+      }
+    }
+  }
+
+  void add_to_omega(int64_t row, int64_t column, const A* increment) const {
     A* omega = static_cast<A*>(call_.omega) + (row_ + row) * call_.row_stride +
                (column_ + column) * call_.column_stride;
-    add_tile<kColumns>(omega, call_.row_stride, call_.column_stride, increment, rows,
+    add_tile<kColumns>(omega, call_.row_stride, call_.column_stride, increment,
+                       std::min<int64_t>(kTileRows, rows_ - row),
                        std::min<int64_t>(kColumns, columns_ - column));
   }
 
@@ -168,8 +168,7 @@ void run(const AbsMatmul& call) {
   const double work = static_cast<double>(call.samples) * static_cast<double>(call.positions) *
                       static_cast<double>(call.rows) * static_cast<double>(call.columns);
   const int64_t threads = work < kSerialBelow ? 1 : torch::stable::get_num_threads();
-  const int64_t least_tasks = threads == 1 ? 1 : kTasksPerThread * threads;
-  const Blocking blocking(call, Shape::kUnits * kUnit, Shape::kColumns, least_tasks);
+  const Blocking blocking(call, Shape::kColumns, threads == 1 ? 1 : kTasksPerThread * threads);
   const auto run_tasks = [&](int64_t first, int64_t last) {
     Worker<Shape, T> worker(call, blocking);
     for (int64_t task = first; task < last; ++task) {
@@ -191,7 +190,11 @@ void accumulate_abs_matmul_(const Tensor& omega, const Tensor& left, const Tenso
   }
   visit_dtype(call.dtype, [&]<class T>() {
     using A = accumulate_t<T>;
-    has_wide_registers() ? run<WideTile<A>, T>(call) : run<NarrowTile<A>, T>(call);
+    switch (register_bytes()) {
+      case 64: return run<TileShape<A, 64>, T>(call);
+      case 32: return run<TileShape<A, 32>, T>(call);
+      default: return run<TileShape<A, 16>, T>(call);
+    }
   });
 }
 

@@ -12,22 +12,18 @@
 
 namespace mas_ext::cpu {
 
-constexpr int kUnit = 4;  // rows of Ω are packed by this many
+constexpr int kTileRows = 4;
 
-// How wide a tile is: what fills the registers of an instruction set.
-template <class Number, int Bytes, int Vectors, int Units>
+// A tile is two registers wide. Both sets of accumulators then fill 16 registers, which AVX-512 and
+// NEON have to spare; others keep the sums, which are touched once a sample, in the cache.
+template <class Number, int Bytes>
 struct TileShape {
   using A = Number;
-  static constexpr int kBytes = Bytes, kVectors = Vectors;
+  static constexpr int kBytes = Bytes;
   static constexpr int kLanes = Bytes / static_cast<int>(sizeof(A));
-  static constexpr int kColumns = Vectors * kLanes;
-  static constexpr int kUnits = Units;  // of a full tile; what is left goes one unit at a time
+  static constexpr int kVectors = 2;
+  static constexpr int kColumns = kVectors * kLanes;
 };
-// float32: 8 × 32 on 32 registers of 64 bytes; 4 × 24 on 16 of 32 bytes (or 32 of 16, as NEON has).
-template <class A>
-using WideTile = TileShape<A, 64, 2, 2>;
-template <class A>
-using NarrowTile = TileShape<A, 32, 3, 1>;
 
 // The part of a sample that a call of abs_tile sees, when there are too many positions to pack at
 // once: the product so far is carried from one part to the next, and counts when it is whole.
@@ -59,36 +55,29 @@ struct Lanes {
 
 // The accumulators have to stay in registers, so every loop over them is unrolled and nothing
 // takes their address.
-#define MAS_FOR_TILE                                            \
-  _Pragma("GCC unroll 8") for (int row = 0; row < kRows; ++row) \
-      _Pragma("GCC unroll 4") for (int v = 0; v < Shape::kVectors; ++v)
+#define MAS_FOR_TILE                                                \
+  _Pragma("GCC unroll 4") for (int row = 0; row < kTileRows; ++row) \
+      _Pragma("GCC unroll 2") for (int v = 0; v < Shape::kVectors; ++v)
 
-// increment = scale Σ_samples |Σ_positions left·right|, a tile of Units·kUnit rows. `left` holds
-// Units panels [sample, position, kUnit] one behind the other, `right` one panel
-// [sample, position, kColumns].
-template <class Shape, int Units>
+// increment[kTileRows, kColumns] = scale Σ_samples |Σ_positions left·right|, of the panels
+// left[sample, position, kTileRows] and right[sample, position, kColumns].
+template <class Shape>
 MAS_MULTIVERSION_FMA void abs_tile(const typename Shape::A* __restrict__ left,
                                    const typename Shape::A* __restrict__ right, int64_t samples,
                                    int64_t positions, const SamplePart<typename Shape::A>& part,
                                    typename Shape::A scale, typename Shape::A* increment) {
-  using A = typename Shape::A;
-  using L = Lanes<A, Shape::kBytes>;
-  constexpr int kRows = Units * kUnit;
-  const int64_t panel = samples * positions * kUnit;
+  using L = Lanes<typename Shape::A, Shape::kBytes>;
   const auto offset = [](int row, int v) { return row * Shape::kColumns + v * Shape::kLanes; };
-  typename L::Vector sums[kRows][Shape::kVectors] = {};
+  typename L::Vector sums[kTileRows][Shape::kVectors] = {};
   for (int64_t sample = 0; sample < samples; ++sample) {
-    typename L::Vector product[kRows][Shape::kVectors] = {};
+    typename L::Vector product[kTileRows][Shape::kVectors] = {};
     if (!part.first) {
       MAS_FOR_TILE { product[row][v] = L::at(part.carry + offset(row, v)); }
     }
     for (int64_t position = 0; position < positions; ++position) {
-      typename L::Vector columns[Shape::kVectors];
-      _Pragma("GCC unroll 4") for (int v = 0; v < Shape::kVectors; ++v) {
-        columns[v] = L::at(right + v * Shape::kLanes);
-      }
-      MAS_FOR_TILE { product[row][v] += columns[v] * left[row / kUnit * panel + row % kUnit]; }
-      left += kUnit;
+      const typename L::Vector columns[] = {L::at(right), L::at(right + Shape::kLanes)};
+      MAS_FOR_TILE { product[row][v] += columns[v] * left[row]; }
+      left += kTileRows;
       right += Shape::kColumns;
     }
     if (!part.last) {
@@ -101,7 +90,7 @@ MAS_MULTIVERSION_FMA void abs_tile(const typename Shape::A* __restrict__ left,
     }
   }
   MAS_FOR_TILE { L::at(increment + offset(row, v)) = sums[row][v]; }
-  for (int i = 0; i < kRows * Shape::kColumns; ++i) {
+  for (int i = 0; i < kTileRows * Shape::kColumns; ++i) {
     increment[i] = importance_increment(increment[i], scale);
   }
 }

@@ -20,12 +20,13 @@
 
 namespace mas_ext::cpu {
 
-// Whether the loader picks the AVX-512 version, whose registers are 64 bytes, and 32 of them.
-inline bool has_wide_registers() {
+// The registers of what the loader picks for MAS_MULTIVERSION_FMA. For code that names vectors of a
+// size: the compiler splits those that are too long for the instructions at hand, but badly.
+inline int register_bytes() {
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
-  return __builtin_cpu_supports("avx512f");
+  return __builtin_cpu_supports("avx512f") ? 64 : __builtin_cpu_supports("fma") ? 32 : 16;
 #else
-  return false;
+  return 16;
 #endif
 }
 

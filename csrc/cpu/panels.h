@@ -19,10 +19,25 @@ MAS_ALWAYS_INLINE A read_as(T value, bool absolute) {
   return absolute && number < A(0) ? -number : number;
 }
 
-// A square of kUnit rows that lie `row_stride` apart, into as many that lie Width apart.
+// A strided run of numbers. The first loop is the second, for the vectoriser.
+template <class A, class T>
+MAS_ALWAYS_INLINE void read_run(A* __restrict__ to, const T* __restrict__ from, int64_t stride,
+                                int64_t count, bool absolute) {
+  if (stride == 1) {
+    for (int64_t k = 0; k < count; ++k) {
+      to[k] = read_as<A>(from[k], absolute);
+    }
+  } else {
+    for (int64_t k = 0; k < count; ++k) {
+      to[k] = read_as<A>(from[k * stride], absolute);
+    }
+  }
+}
+
+// A square of kTileRows rows that lie `row_stride` apart, into as many that lie Width apart.
 template <int Width, class A>
 MAS_ALWAYS_INLINE void transpose_square(A* to, const A* from, int64_t row_stride) {
-  static_assert(kUnit == 4);
+  static_assert(kTileRows == 4);
   using L = Lanes<A, 4 * sizeof(A)>;
   const typename L::Vector a = L::at(from), b = L::at(from + row_stride),
                            c = L::at(from + 2 * row_stride), d = L::at(from + 3 * row_stride);
@@ -36,16 +51,19 @@ MAS_ALWAYS_INLINE void transpose_square(A* to, const A* from, int64_t row_stride
   L::at(to + 3 * Width) = __builtin_shufflevector(ab_high, cd_high, 2, 3, 6, 7);
 }
 
-// `count` positions of kUnit rows, which hold their positions side by side.
+// `count` positions of Width rows, which hold their positions side by side.
 template <int Width, class A>
 MAS_ALWAYS_INLINE void transpose_rows(A* to, const A* from, int64_t row_stride, int64_t count) {
-  int64_t k = 0;
-  for (; k + kUnit <= count; k += kUnit) {
-    transpose_square<Width>(to + k * Width, from + k, row_stride);
-  }
-  for (; k < count; ++k) {
-    for (int row = 0; row < kUnit; ++row) {
-      to[k * Width + row] = from[row * row_stride + k];
+  for (int row = 0; row < Width;
+       row += kTileRows, to += kTileRows, from += kTileRows * row_stride) {
+    int64_t k = 0;
+    for (; k + kTileRows <= count; k += kTileRows) {
+      transpose_square<Width>(to + k * Width, from + k, row_stride);
+    }
+    for (; k < count; ++k) {
+      for (int i = 0; i < kTileRows; ++i) {
+        to[k * Width + i] = from[i * row_stride + k];
+      }
     }
   }
 }
@@ -54,20 +72,19 @@ MAS_ALWAYS_INLINE void transpose_rows(A* to, const A* from, int64_t row_stride, 
 template <int Width, class A, class T>
 MAS_ALWAYS_INLINE void convert_rows(A* to, const T* from, int64_t row_stride, int64_t stride,
                                     int64_t n, int64_t count, bool absolute) {
-  A block[kUnit][kStep] = {};
-  for (int64_t row = 0; row < std::min<int64_t>(n, kUnit); ++row) {
-    const T* source = from + row * row_stride;
-    if (stride == 1 && count == kStep) {
-      for (int k = 0; k < kStep; ++k) {
-        block[row][k] = read_as<A>(source[k], absolute);
-      }
+  A block[Width * kStep];
+  if (stride == 1 && row_stride == count && n >= Width) {  // short rows, one behind the other
+    read_run(block, from, 1, Width * count, absolute);
+    return transpose_rows<Width>(to, block, count, count);
+  }
+  for (int64_t row = 0; row < Width; ++row) {
+    if (row < n) {
+      read_run(block + row * kStep, from + row * row_stride, stride, count, absolute);
     } else {
-      for (int64_t k = 0; k < count; ++k) {
-        block[row][k] = read_as<A>(source[k * stride], absolute);
-      }
+      std::fill_n(block + row * kStep, count, A(0));
     }
   }
-  transpose_rows<Width>(to, block[0], kStep, count);
+  transpose_rows<Width>(to, block, kStep, count);
 }
 
 // One sample's panel of Width rows; where there are only `n`, zeros stand for the others.
@@ -85,19 +102,15 @@ MAS_MULTIVERSION void pack_panel(A* __restrict__ panel, const T* __restrict__ ro
   }
   // All rows of a cache line's positions before the next: with row strides that are powers of two
   // the lines of all rows compete for one place in the cache.
-  for (int64_t k = 0; k < positions; k += kStep) {
+  for (int64_t k = 0; k < positions; k += kStep, panel += kStep * Width, rows += kStep * stride) {
     const int64_t count = std::min<int64_t>(kStep, positions - k);
-    for (int64_t row = 0; row < Width; row += kUnit) {
-      A* to = panel + k * Width + row;
-      const T* from = rows + row * row_stride + k * stride;
-      if constexpr (std::is_same_v<A, T>) {
-        if (stride == 1 && n - row >= kUnit && !absolute) {
-          transpose_rows<Width>(to, from, row_stride, count);
-          continue;
-        }
+    if constexpr (std::is_same_v<A, T>) {
+      if (stride == 1 && n >= Width && !absolute) {
+        transpose_rows<Width>(panel, rows, row_stride, count);
+        continue;
       }
-      convert_rows<Width>(to, from, row_stride, stride, n - row, count, absolute);
     }
+    convert_rows<Width>(panel, rows, row_stride, stride, n, count, absolute);
   }
 }
 

@@ -20,9 +20,10 @@ from torch.nn import functional as F
 from mas_ext.importance.per_sample.contributions import Blocks, Contribution, Outer, Stacked, wide
 from mas_ext.importance.per_sample.layout import Layout
 
-_ELEMENTS = 1 << 20  # of the patches laid out, or of the gradients formed, at a time
-# With so many pixels and so small a weight its gradients are cheaper than patches of the input.
-_MANY_PIXELS, _SMALL_WEIGHT = 1024, 1 << 16
+_PATCHES = 1 << 19  # elements of the patches laid out at a time
+_GRADIENTS = 1 << 18  # elements of the gradients formed at a time
+# With so many pixels, so many channels and so small a weight, its gradients cost less than patches.
+_MANY_PIXELS, _MANY_CHANNELS, _SMALL_WEIGHT = 256, 16, 1 << 17
 
 
 @dataclass
@@ -81,21 +82,21 @@ class Convolution:
 
     def _chunks(self) -> Iterator[Contribution]:
         """The same, a few samples at a time."""
-        part, elements = self._way()
-        step = max(1, _ELEMENTS // max(1, elements))
+        part, step = self._way()
         for start in range(0, len(self.pixels), step):
             yield part(slice(start, start + step))
 
     def _way(self) -> tuple[Callable[[slice], Contribution], int]:
-        """How, and the elements of the buffer that it needs for a sample."""
+        """How, and for how many samples at a time."""
         kernel, pixels = prod(self.geometry.kernel), self.pixels.shape[3:].numel()
         m, channels = self.inputs.shape[1:3]
-        weight = self.pixels.shape[2] * channels // self.groups * kernel
+        weight = self.pixels.shape[2] * (channels // self.groups) * kernel
         if self.is_depthwise():
-            return self._depthwise, m * channels * kernel
-        if pixels >= _MANY_PIXELS and m * weight <= _SMALL_WEIGHT:
-            return self._gradients, m * weight
-        return self._blocks, m * channels * kernel * pixels
+            return self._depthwise, _at_a_time(_GRADIENTS, m * weight)
+        few = m * weight <= _SMALL_WEIGHT and channels // self.groups >= _MANY_CHANNELS
+        if few and pixels >= _MANY_PIXELS:
+            return self._gradients, _at_a_time(_GRADIENTS, m * weight)
+        return self._blocks, _at_a_time(_PATCHES, m * channels * kernel * pixels)
 
     def _gradients(self, chosen: slice) -> Stacked:
         """Every sample a group of its own: the backend's gradient of [n·P, C / groups, *kernel]."""
@@ -172,6 +173,10 @@ class Grouped(Blocks):
 def _spread(values: list[int], space: int) -> tuple[int, ...]:
     """One number for each dimension of space."""
     return tuple(values) if len(values) == space else (values[0],) * space
+
+
+def _at_a_time(budget: int, elements: int) -> int:
+    return max(1, budget // max(1, elements))
 
 
 def _positions(values: Tensor) -> Tensor:

@@ -1,0 +1,164 @@
+"""A layer's weight at many positions: Ω += Σ_samples |Σ_positions leftᵀ·right|.
+
+Bound by arithmetic and not by memory, so the measure is PyTorch's own product of the same FLOPs,
+which takes no magnitudes and knows nothing of samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from benchmarks.timing import interleave, quartiles
+from mas_ext import functional
+
+SAMPLES = 32
+CHUNKS = (1, 4, 8, 32)
+OURS, PRODUCT = "mas_ext", "torch.mm"
+
+
+@dataclass(frozen=True)
+class Case:
+    """``conv``: positions lie side by side, as a convolution's do; else rows, as a linear's."""
+
+    p: int
+    d: int
+    positions: int
+    conv: bool
+
+    @property
+    def title(self) -> str:
+        return f"{self.p} × {self.d}, T={self.positions}, {'conv' if self.conv else 'linear'}"
+
+    @property
+    def flops(self) -> int:
+        return 2 * SAMPLES * self.positions * self.p * self.d
+
+
+CASES = [
+    *[Case(512, 512, t, conv) for conv in (False, True) for t in (4, 16, 64, 256)],
+    Case(64, 576, 256, True),  # ResNet-18's layers at 64 × 64 pixels
+    Case(128, 1152, 64, True),
+    Case(256, 2304, 16, True),
+    Case(512, 4608, 4, True),
+    Case(768, 768, 65, False),  # a ViT's
+    Case(256, 1024, 64, False),
+    Case(8192, 256, 64, False),  # a language model's head
+    Case(10, 64, 16, False),
+    Case(64, 64, 64, False),
+]
+QUICK = [Case(512, 512, 16, True), Case(64, 64, 64, False)]
+
+
+class Problem(NamedTuple):
+    omega: Tensor
+    left: Tensor
+    right: Tensor
+
+
+def make(case: Case) -> Problem:
+    generator = torch.Generator().manual_seed(0)
+
+    def factor(size: int) -> Tensor:
+        if case.conv:
+            return torch.randn(SAMPLES, size, case.positions, generator=generator).mT
+        return torch.randn(SAMPLES, case.positions, size, generator=generator)
+
+    return Problem(torch.zeros(case.p, case.d), factor(case.p), factor(case.d))
+
+
+def fused(x: Problem) -> None:
+    functional.accumulate_abs_matmul_(x.omega, x.left, x.right)
+
+
+def in_chunks(x: Problem, samples: int) -> None:
+    """The strongest plain PyTorch: BLAS for the products, which are made and read again."""
+    for left, right in zip(x.left.split(samples), x.right.split(samples), strict=True):
+        x.omega.add_(torch.bmm(left.mT, right).abs_().sum(0))
+
+
+def _check(x: Problem, step: Callable[[Problem], None], what: str) -> None:
+    """Against float64, one sample at a time."""
+    expected = torch.zeros_like(x.omega, dtype=torch.float64)
+    for left, right in zip(x.left.double(), x.right.double(), strict=True):
+        expected += (left.mT @ right).abs()
+    x.omega.zero_()
+    step(x)
+    torch.testing.assert_close(
+        x.omega.double(), expected, rtol=1e-5, atol=1e-4, msg=lambda text: f"{what}: {text}"
+    )
+
+
+def measure(case: Case, rounds: int) -> dict[str, list[float]]:
+    """Seconds a call for each round: every provider checked first, then timed by turns."""
+    x = make(case)
+    steps: dict[str, Callable[[Problem], None]] = {OURS: fused}
+    for samples in CHUNKS:
+        steps[f"bmm, {samples}"] = lambda x, samples=samples: in_chunks(x, samples)
+    for name, step in steps.items():
+        _check(x, step, f"{case.title}, {name}")
+    calls = {name: lambda step=step: step(x) for name, step in steps.items()}
+    rows = torch.randn(case.p, SAMPLES * case.positions)
+    columns = torch.randn(SAMPLES * case.positions, case.d)
+    return interleave({PRODUCT: lambda: torch.mm(rows, columns), **calls}, rounds)
+
+
+def _summary(case: Case, seconds: dict[str, list[float]]) -> dict[str, Any]:
+    """Ratios are medians of per-round ratios."""
+
+    def over(name: str, other: str) -> float:
+        pairs = zip(seconds[name], seconds[other], strict=True)
+        return quartiles([a / b for a, b in pairs])[1]
+
+    medians = {name: quartiles(values)[1] for name, values in seconds.items()}
+    best = min((f"bmm, {samples}" for samples in CHUNKS), key=medians.__getitem__)
+    return {
+        "seconds": medians,
+        "gigaflops": case.flops / medians[OURS] / 1e9,
+        "fraction_of_product": over(PRODUCT, OURS),
+        "best_bmm": best,
+        "best_bmm_over_ours": over(best, OURS),
+    }
+
+
+def _table(rounds: int) -> Table:
+    result = Table(
+        title=f"Abs-matmul: Ω += Σ|leftᵀ·right|, {SAMPLES} samples, medians of {rounds} rounds",
+        caption="of mm: the speed, as a fraction of torch.mm's at the same FLOPs\n"
+        f"bmm: torch.bmm, abs, sum, with the best chunk of {', '.join(map(str, CHUNKS))} samples",
+        min_width=84,
+    )
+    result.add_column("p × d, positions", no_wrap=True)
+    for heading in ("ms", "GFLOP/s", "of mm", "bmm, ms", "chunk", "bmm / ours"):
+        result.add_column(heading, justify="right", no_wrap=True)
+    return result
+
+
+def _add_row(table: Table, case: Case, row: dict[str, Any]) -> None:
+    best = row["best_bmm"]
+    table.add_row(
+        case.title,
+        f"{row['seconds'][OURS] * 1e3:.3g}",
+        f"{row['gigaflops']:.0f}",
+        f"{row['fraction_of_product']:.2f}",
+        f"{row['seconds'][best] * 1e3:.3g}",
+        best.removeprefix("bmm, "),
+        f"{row['best_bmm_over_ours']:.1f}",
+    )
+
+
+def run(quick: bool, rounds: int, console: Console) -> dict[str, Any]:
+    """Measures, shows and returns every case."""
+    table, results = _table(rounds), {}
+    for case in QUICK if quick else CASES:
+        with console.status(f"abs_matmul, {case.title}"):
+            results[case.title] = _summary(case, measure(case, rounds))
+        _add_row(table, case, results[case.title])
+    console.print(table, end="\n\n")
+    return results
