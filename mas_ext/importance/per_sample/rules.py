@@ -178,11 +178,9 @@ def linear(visit: Visit, parameter: int) -> Contribution:
 
 def convolution(visit: Visit, parameter: int) -> Contribution:
     """The bias: Σ over pixels. The weight: see :mod:`.convolution`."""
+    _need(parameter in (1, 2) and visit.layout.dim == 0, "dimension 0 is not the batch")
     if parameter == 2:
-        per_channel = visit.grad.movedim(1, -1)
-        _need(visit.layout.dim == 0, "dimension 0 is not the batch")
-        return Stacked(wide(visit.layout.positions(per_channel)).sum(1))
-    _need(parameter == 1 and visit.layout.dim == 0, "dimension 0 is not the batch")
+        return _over_space(visit, wide(visit.grad))
     return Convolution.of(visit.saved, visit.grad, visit.layout)
 
 
@@ -299,8 +297,13 @@ def _per_channel(visit: Visit, parameter: int, normalised: Callable[[], Tensor])
     """Scale and shift [C] of values [B, C, …]."""
     _need(parameter in (1, 2) and visit.layout.dim == 0, "not a scale or shift of channels")
     grad = wide(visit.grad)
-    values = grad * normalised() if parameter == 1 else grad
-    return Stacked(visit.layout.positions(values.movedim(1, -1)).sum(1))
+    return _over_space(visit, grad * normalised() if parameter == 1 else grad)
+
+
+def _over_space(visit: Visit, values: Tensor) -> Stacked:
+    """[rows, C, *space] → [B, C]; space, which lies side by side, is summed first."""
+    per_row = values.flatten(2).sum(2) if values.dim() > 2 else values
+    return Stacked(visit.layout.rows(per_row).sum(1))
 
 
 # ================================================================================================
