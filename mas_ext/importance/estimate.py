@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mas_ext.flat import FlatTensors
-from mas_ext.importance import estimators, objectives
+from mas_ext.importance import estimators, local, objectives
 from mas_ext.importance.batches import Forward
 from mas_ext.importance.isolation import differentiable, undisturbed
 from mas_ext.importance.objectives import Objective
@@ -26,7 +26,7 @@ class Importance(Mapping[str, Tensor]):
 
     Attributes:
         num_samples: N, how many samples it is the mean of.
-        coverage: parameter name → which path computed it.
+        coverage: parameter name → which path computed it; ``"none"`` where none could, and Ω is 0.
     """
 
     def __init__(self, tensors: FlatTensors, num_samples: int, coverage: dict[str, str]) -> None:
@@ -74,7 +74,11 @@ def estimate_importance(
             numbers are put back, a shuffling DataLoader draws the same order each time, unless it
             has a ``generator`` of its own.
         estimator: ``"per_sample"``, exact, or ``"batch"``, the absolute value of each batch's mean
-            gradient weighted by batch size, which loses what cancels within a batch.
+            gradient weighted by batch size, which loses what cancels within a batch; or
+            ``"local"``, the paper's Hebbian variant, one forward pass a batch: of a Linear or Conv
+            layer followed by ReLU it takes ‖·‖² of that layer's own output instead of the network's
+            (without ReLU, of its linear output). Other parameters get 0, coverage ``"none"``, and
+            a warning.
         objective: ``"squared_l2"`` ‖F‖², ``"l2"`` ‖F‖, ``"l1"`` Σ|F|, each over all but
             dimension 0, or a callable from the output [B, …] to scalars [B].
         forward: ``callable(model, batch) -> Tensor`` for batches of another form; its output has
@@ -95,6 +99,7 @@ def estimate_importance(
     Source: Aljundi et al., ECCV 2018, equations 1 and 2.
     """
     named = select_some(ParameterIndex(model).named(), params)
+    coverage: dict[str, str] = {}
     sums, num_samples = sum_importance(
         model,
         data,
@@ -104,10 +109,11 @@ def estimate_importance(
         forward=forward,
         max_samples=max_samples,
         progress=progress,
+        coverage=coverage,
     )
     for total in sums.values():
         total.div_(num_samples)
-    return Importance(sums, num_samples, dict.fromkeys(sums, estimator))
+    return Importance(sums, num_samples, dict.fromkeys(sums, estimator) | coverage)
 
 
 def sum_importance(
@@ -120,13 +126,17 @@ def sum_importance(
     forward: Forward | None = None,
     max_samples: int | None = None,
     progress: Progress = None,
+    coverage: dict[str, str] | None = None,
 ) -> tuple[FlatTensors, int]:
     """Σ over samples and their number: what importance is before the division by N.
 
     Sums of several runs can be added, so a short batch or run counts for what it holds.
+    ``coverage`` is filled in where a parameter took another path than the estimator's own.
     """
     limit = _check_max_samples(max_samples)
     add_batch = estimators.resolve(estimator)
+    if estimator == "local":
+        local.check_objective(objective)
     _check_data(data)
     _check_samples_are_independent(model)
     sums = FlatTensors(named, accumulation_dtype)
@@ -149,6 +159,10 @@ def sum_importance(
             "detaches its result or runs under no_grad, or params selects nothing that is used"
         )
     _check_finite(sums)
+    if estimator == "local":
+        local.report_coverage(estimation)
+    if coverage is not None:
+        coverage |= estimation.coverage
     return sums, done
 
 

@@ -6,7 +6,7 @@ A new estimator is one function here and its name in :data:`ESTIMATORS`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mas_ext import functional
 from mas_ext.importance.batches import Forward, Inputs, check_rows, output_tensor, placed
+from mas_ext.importance.local import local
 
 
 @dataclass
@@ -26,6 +27,8 @@ class Estimation:
     objective: Callable[[Tensor], Tensor]
     forward: Forward | None
     found_gradient: bool = False  # whether any sample's scalar depended on a parameter
+    coverage: dict[str, str] = field(default_factory=dict)  # where not the estimator's own name
+    state: Any = None  # what an estimator keeps from batch to batch
 
     def scalars(self, inputs: Inputs, samples: int) -> Tensor:
         """s_k for every sample of a batch."""
@@ -128,7 +131,7 @@ def batch_mean(estimation: Estimation, batch: Any, limit: int) -> int:
     return len(scalars)
 
 
-ESTIMATORS: dict[str, Estimator] = {"per_sample": per_sample, "batch": batch_mean}
+ESTIMATORS: dict[str, Estimator] = {"per_sample": per_sample, "batch": batch_mean, "local": local}
 
 
 def resolve(name: str) -> Estimator:
