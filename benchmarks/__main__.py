@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks import accumulate, demo, penalty, plot, report
+from benchmarks import accumulate, demo, penalty, per_sample, plot, report
 from benchmarks.providers import Benchmark
 from benchmarks.shapes import QUICK, SIZES
 from benchmarks.timing import measure
@@ -19,14 +19,24 @@ BENCHMARKS = {b.name: b for b in (penalty.BENCHMARK, accumulate.BENCHMARK)}
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("benchmark", choices=[*BENCHMARKS, "demo", "all"])
+    parser.add_argument("benchmark", choices=[*BENCHMARKS, "per_sample", "demo", "all"])
     parser.add_argument("--sizes", nargs="+", choices=SIZES, help="default: all of them")
+    parser.add_argument(
+        "--workloads",
+        nargs="+",
+        choices=per_sample.WORKLOADS,
+        help="of per_sample; default: all of them",
+    )
     parser.add_argument("--repeats", type=int, metavar="N", help="rounds (default 20, quick 5)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the demo")
-    parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}")
+    parser.add_argument(
+        "--quick", action="store_true", help=f"only {', '.join(QUICK + per_sample.QUICK)}"
+    )
     parser.add_argument("--out", type=Path, default=Path("out/benchmarks"), metavar="DIR")
     arguments = parser.parse_args()
     arguments.sizes = arguments.sizes or list(QUICK if arguments.quick else SIZES)
+    workloads = per_sample.QUICK if arguments.quick else per_sample.WORKLOADS
+    arguments.workloads = arguments.workloads or list(workloads)
     if arguments.repeats is None:
         arguments.repeats = 5 if arguments.quick else 20
     if arguments.repeats < 1:
@@ -51,16 +61,12 @@ def _run(
         yield name, result
 
 
-def main() -> None:
-    arguments, console = _parse(), Console(width=max(96, Console().width))
-    if arguments.benchmark == "demo":
-        demo.run(arguments.seeds, arguments.out, console)
-        return
-    chosen = BENCHMARKS if arguments.benchmark == "all" else [arguments.benchmark]
-    machine = report.machine()
-    console.print(report.describe(machine), end="\n\n")
+def _run_all(
+    names: list[str], arguments: argparse.Namespace, machine: dict[str, Any], console: Console
+) -> None:
+    """Benchmarks of lists of tensors: their tables, ``results.json`` and a plot each."""
     results: dict[str, Any] = {"machine": machine, "benchmarks": {}}
-    for name in chosen:
+    for name in names:
         sizes = results["benchmarks"][name] = {}
         for size, result in _run(BENCHMARKS[name], arguments.sizes, arguments.repeats, console):
             sizes[size] = result
@@ -68,6 +74,22 @@ def main() -> None:
         picture = plot.draw(BENCHMARKS[name], sizes, machine, arguments.out)
         console.print(f"wrote {picture}")
     console.print(f"wrote {arguments.out / 'results.json'}")
+
+
+def main() -> None:
+    arguments, console = _parse(), Console(width=max(104, Console().width))
+    if arguments.benchmark == "demo":
+        demo.run(arguments.seeds, arguments.out, console)
+        return
+    machine = report.machine()
+    console.print(report.describe(machine), end="\n\n")
+    chosen = [*BENCHMARKS, "per_sample"] if arguments.benchmark == "all" else [arguments.benchmark]
+    of_lists = [name for name in chosen if name in BENCHMARKS]
+    if of_lists:
+        _run_all(of_lists, arguments, machine, console)
+    if "per_sample" in chosen:
+        rounds, quick = arguments.repeats, arguments.quick
+        per_sample.run(arguments.workloads, rounds, quick, arguments.out, machine, console)
 
 
 if __name__ == "__main__":

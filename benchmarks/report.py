@@ -48,7 +48,7 @@ def describe(info: dict[str, Any]) -> str:
     )
 
 
-def _spread(values: list[float]) -> dict[str, float]:
+def spread(values: list[float]) -> dict[str, float]:
     first, median, third = quartiles(values)
     return {"q1": first, "median": median, "q3": third}
 
@@ -59,11 +59,11 @@ def summary(benchmark: Benchmark, measured: Measurement) -> dict[str, Any]:
     providers = {}
     for name, seconds in measured.seconds.items():
         providers[name] = {
-            "seconds": _spread(seconds),
-            "time_over_ours": _spread(measured.ratios(name, benchmark.ours)),
-            "time_over_roofline": _spread(measured.ratios(name, ROOFLINE)),
-            "fraction_of_roofline": _spread(measured.ratios(ROOFLINE, name)),
-            "gigabytes_per_second": moved / _spread(seconds)["median"] / 1e9,
+            "seconds": spread(seconds),
+            "time_over_ours": spread(measured.ratios(name, benchmark.ours)),
+            "time_over_roofline": spread(measured.ratios(name, ROOFLINE)),
+            "fraction_of_roofline": spread(measured.ratios(ROOFLINE, name)),
+            "gigabytes_per_second": moved / spread(seconds)["median"] / 1e9,
         }
     return {
         "title": measured.title,
@@ -76,12 +76,12 @@ def summary(benchmark: Benchmark, measured: Measurement) -> dict[str, Any]:
     }
 
 
-def _significant(value: float) -> str:
+def significant(value: float) -> str:
     """Two decimals, or two significant digits where that would show nothing."""
     return f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
 
 
-def _milliseconds(spread: dict[str, float]) -> str:
+def milliseconds(spread: dict[str, float]) -> str:
     digits = 1 if spread["median"] > 0.01 else 2 if spread["median"] > 0.001 else 3
     low, middle, high = (f"{spread[k] * 1e3:.{digits}f}" for k in ("q1", "median", "q3"))
     return f"{middle} [dim]({low}-{high})[/dim]"
@@ -103,10 +103,10 @@ def table(benchmark: Benchmark, size: dict[str, Any]) -> Table:
         style = {benchmark.ours: "bold green", ROOFLINE: "cyan"}.get(name)
         result.add_row(
             name,
-            _milliseconds(row["seconds"]),
-            _significant(row["time_over_ours"]["median"]),
-            _significant(row["gigabytes_per_second"]),
-            _significant(row["fraction_of_roofline"]["median"]),
+            milliseconds(row["seconds"]),
+            significant(row["time_over_ours"]["median"]),
+            significant(row["gigabytes_per_second"]),
+            significant(row["fraction_of_roofline"]["median"]),
             style=style,
         )
     return result

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import random
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from time import perf_counter
 
@@ -82,18 +82,26 @@ def _sample(call: Callable[[], object], calls: int) -> float:
     return (perf_counter() - begin) / calls
 
 
-def interleave(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Times every call once a round, in a new order each round: no one always follows another."""
+def interleave(
+    calls: Mapping[str, Callable[[], object]], rounds: int, every: Mapping[str, int] | None = None
+) -> dict[str, list[float]]:
+    """Times every call once a round, in a new order each round: no one always follows another.
+
+    ``every``: name → n, for a call that takes part in each n-th round only, from the first.
+    """
+    every = every or {}
     inner = {name: _calls_per_sample(call) for name, call in calls.items()}
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     order, shuffle = list(calls), random.Random(0).shuffle
     gc.collect()
     gc.disable()
     try:
-        for _ in range(rounds):
+        for number in range(rounds):
+            gc.collect()  # or cycles that a call leaves pile up
             shuffle(order)
             for name in order:
-                seconds[name].append(_sample(calls[name], inner[name]))
+                if number % every.get(name, 1) == 0:
+                    seconds[name].append(_sample(calls[name], inner[name]))
     finally:
         gc.enable()
     return seconds

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <initializer_list>
@@ -22,12 +23,13 @@ namespace mas_ext {
 using torch::stable::Tensor;
 using TensorList = std::vector<Tensor>;
 
-// One list argument of an operator.
+// One argument of an operator: a list, or a single tensor as a list of one.
 struct Argument {
   const char* name;
   const TensorList& tensors;
   bool is_omega = false;  // held in the accumulation dtype; all others share one dtype
   bool writable = false;
+  bool is_list = true;
 };
 
 template <class... Parts>
@@ -39,7 +41,8 @@ template <class... Parts>
 }
 
 inline std::string at(const Argument& argument, size_t i) {
-  return std::string(argument.name) + "[" + std::to_string(i) + "]";
+  const std::string name(argument.name);
+  return argument.is_list ? name + "[" + std::to_string(i) + "]" : name;
 }
 
 inline std::string shape_of(const Tensor& tensor) {
@@ -79,22 +82,40 @@ struct Place {
   int32_t device_index;
 };
 
-inline void check_shape_and_device(const char* op, const Argument& argument, const Argument& first,
-                                   const Place& home, size_t i) {
-  const Tensor& tensor = argument.tensors[i];
-  const Tensor& expected = first.tensors[i];
-  if (tensor.layout() != torch::headeronly::Layout::Strided) {
+inline void check_layout(const char* op, const Argument& argument, size_t i) {
+  if (argument.tensors[i].layout() != torch::headeronly::Layout::Strided) {
     fail(op, at(argument, i), " is not a dense (strided) tensor; convert it with to_dense()");
   }
+}
+
+inline void check_shape(const char* op, const Argument& argument, const Argument& first, size_t i) {
+  const Tensor &tensor = argument.tensors[i], &expected = first.tensors[i];
   const auto sizes = tensor.sizes(), expected_sizes = expected.sizes();
   if (!std::equal(sizes.begin(), sizes.end(), expected_sizes.begin(), expected_sizes.end())) {
     fail(op, at(argument, i), " has shape ", shape_of(tensor), " but ", at(first, i), " has shape ",
          shape_of(expected), "; tensors at one position must have one shape");
   }
-  if (Place(tensor) != home) {
-    fail(op, at(argument, i), " is on ", device_of(tensor), " but ", at(first, 0), " is on ",
-         device_of(first.tensors.front()), "; all tensors of one call must be on one device");
+}
+
+inline void check_device(const char* op, const Argument& argument, const Argument& first,
+                         const Place& home, size_t i) {
+  if (Place(argument.tensors[i]) != home) {
+    fail(op, at(argument, i), " is on ", device_of(argument.tensors[i]), " but ", at(first, 0),
+         " is on ", device_of(first.tensors.front()),
+         "; all tensors of one call must be on one device");
   }
+}
+
+// The dimensions that have steps, as (stride, size), the smallest step first.
+inline std::vector<std::pair<int64_t, int64_t>> sorted_dims(const Tensor& tensor) {
+  std::vector<std::pair<int64_t, int64_t>> dims;
+  for (int64_t d = 0; d < tensor.dim(); ++d) {
+    if (tensor.size(d) != 1) {
+      dims.emplace_back(tensor.stride(d), tensor.size(d));
+    }
+  }
+  std::sort(dims.begin(), dims.end());
+  return dims;
 }
 
 // Dense: its elements fill one range of memory, each place once, in whatever order.
@@ -102,19 +123,25 @@ inline bool is_dense(const Tensor& tensor) {
   if (tensor.is_contiguous()) {
     return true;
   }
-  std::vector<std::pair<int64_t, int64_t>> dims;  // (stride, size)
-  for (int64_t d = 0; d < tensor.dim(); ++d) {
-    if (tensor.size(d) != 1) {
-      dims.emplace_back(tensor.stride(d), tensor.size(d));
-    }
-  }
-  std::sort(dims.begin(), dims.end());
   int64_t expected = 1;
-  for (const auto& [stride, size] : dims) {
+  for (const auto& [stride, size] : sorted_dims(tensor)) {
     if (stride != expected) {
       return false;
     }
     expected *= size;
+  }
+  return true;
+}
+
+// Every step goes beyond all that smaller steps reach, as in any slice of a dense tensor: no place
+// comes twice. The reverse need not hold.
+inline bool is_nested(const Tensor& tensor) {
+  int64_t reach = 0;
+  for (const auto& [stride, size] : sorted_dims(tensor)) {
+    if (stride <= reach) {
+      return false;
+    }
+    reach += (size - 1) * stride;
   }
   return true;
 }
@@ -174,7 +201,7 @@ inline bool share_memory(const Span& a, const Span& b) {
 }
 
 inline void check_no_self_overlap(const char* op, const Span& span) {
-  if (is_dense(*span.tensor)) {
+  if (is_nested(*span.tensor)) {
     return;
   }
   const auto places = addresses(*span.tensor);
@@ -234,11 +261,30 @@ inline void check_arguments(const char* op, std::initializer_list<Argument> argu
   const Place home(first.tensors.front());
   for (size_t i = 0; i < first.tensors.size(); ++i) {
     for (const Argument& argument : arguments) {
-      check_shape_and_device(op, argument, first, home, i);
+      check_layout(op, argument, i);
+      check_shape(op, argument, first, i);
+      check_device(op, argument, first, home, i);
       check_dtype(op, argument, i, values.tensors[i].scalar_type());
     }
   }
   check_no_overlap(op, arguments);
+}
+
+inline void check_dimensions(const char* op, const char* name, const Tensor& tensor, int64_t dims,
+                             const char* expected) {
+  if (tensor.dim() != dims) {
+    fail(op, name, " has shape ", shape_of(tensor), "; pass ", expected);
+  }
+}
+
+inline void check_same_size(const char* op, const char* name, const Tensor& tensor, int64_t d,
+                            const char* other_name, const Tensor& other, int64_t other_d,
+                            const char* meaning) {
+  if (tensor.size(d) != other.size(other_d)) {
+    fail(op, name, " has shape ", shape_of(tensor), " but ", other_name, " has shape ",
+         shape_of(other), "; size ", d, " of ", name, " and size ", other_d, " of ", other_name,
+         " are both ", meaning);
+  }
 }
 
 inline void check_scalar(const char* op, const char* name, const Tensor& scalar,
@@ -263,6 +309,31 @@ inline void check_non_negative(const char* op, const char* name, double value) {
   if (!(value >= 0) || std::isinf(value)) {
     fail(op, name, " is ", value, "; pass a finite number that is not negative");
   }
+}
+
+// Ω[p, d], left[b, t, p] and right[b, t, d].
+inline void check_abs_matmul(const char* op, const Tensor& omega, const Tensor& left,
+                             const Tensor& right, double scale) {
+  check_non_negative(op, "scale", scale);
+  const TensorList omegas{omega}, lefts{left}, rights{right};
+  const std::array<Argument, 3> arguments{
+      Argument{
+          .name = "omega", .tensors = omegas, .is_omega = true, .writable = true, .is_list = false},
+      Argument{.name = "left", .tensors = lefts, .is_list = false},
+      Argument{.name = "right", .tensors = rights, .is_list = false}};
+  for (const Argument& argument : arguments) {
+    check_layout(op, argument, 0);
+    check_device(op, argument, arguments[0], Place(omega), 0);
+    check_dtype(op, argument, 0, left.scalar_type());
+  }
+  check_dimensions(op, "omega", omega, 2, "a matrix [p, d]");
+  check_dimensions(op, "left", left, 3, "[samples, positions, p]");
+  check_dimensions(op, "right", right, 3, "[samples, positions, d]");
+  check_same_size(op, "right", right, 0, "left", left, 0, "the samples");
+  check_same_size(op, "right", right, 1, "left", left, 1, "the positions");
+  check_same_size(op, "left", left, 2, "omega", omega, 0, "p");
+  check_same_size(op, "right", right, 2, "omega", omega, 1, "d");
+  check_no_overlap(op, {arguments[0], arguments[1], arguments[2]});
 }
 
 }  // namespace mas_ext

@@ -17,16 +17,17 @@ SUPPORTED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Argument:
-    """One list argument of an operator."""
+    """One argument of an operator: a list, or a single tensor as a list of one."""
 
     name: str
     tensors: Sequence[Tensor]
     is_omega: bool = False  # held in the accumulation dtype; all others share one dtype
     writable: bool = False
+    is_list: bool = True
 
     def at(self, i: int) -> str:
         """How messages name the i-th tensor."""
-        return f"{self.name}[{i}]"
+        return f"{self.name}[{i}]" if self.is_list else self.name
 
 
 def _fail(op: str, message: str) -> NoReturn:
@@ -55,16 +56,23 @@ def _check_dtype(op: str, argument: Argument, i: int, shared: torch.dtype) -> No
         )
 
 
-def _check_shape_and_device(op: str, argument: Argument, first: Argument, i: int) -> None:
-    tensor, expected, home = argument.tensors[i], first.tensors[i], first.tensors[0]
-    if tensor.layout != torch.strided:
+def _check_layout(op: str, argument: Argument, i: int) -> None:
+    if argument.tensors[i].layout != torch.strided:
         _fail(op, f"{argument.at(i)} is not a dense (strided) tensor; convert it with to_dense()")
+
+
+def _check_shape(op: str, argument: Argument, first: Argument, i: int) -> None:
+    tensor, expected = argument.tensors[i], first.tensors[i]
     if tensor.shape != expected.shape:
         _fail(
             op,
             f"{argument.at(i)} has shape {list(tensor.shape)} but {first.at(i)} has shape "
             f"{list(expected.shape)}; tensors at one position must have one shape",
         )
+
+
+def _check_device(op: str, argument: Argument, first: Argument, i: int) -> None:
+    tensor, home = argument.tensors[i], first.tensors[0]
     if tensor.device != home.device:
         _fail(
             op,
@@ -86,7 +94,9 @@ def check_metadata(op: str, arguments: Sequence[Argument]) -> None:
             )
     for i in range(len(first.tensors)):
         for argument in arguments:
-            _check_shape_and_device(op, argument, first, i)
+            _check_layout(op, argument, i)
+            _check_shape(op, argument, first, i)
+            _check_device(op, argument, first, i)
             _check_dtype(op, argument, i, values.tensors[i].dtype)
 
 
@@ -118,6 +128,16 @@ def is_dense(tensor: Tensor) -> bool:
     return bool(torch.ops.aten.is_non_overlapping_and_dense(tensor))
 
 
+def _is_nested(tensor: Tensor) -> bool:
+    """Whether every step goes beyond all that smaller steps reach: no place comes twice."""
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1 and stride <= reach:
+            return False
+        reach += (size - 1) * stride
+    return True
+
+
 def _addresses(tensor: Tensor) -> Tensor:
     """The address of every element, sorted. Only for the rare tensor that is not dense."""
     result = torch.tensor(tensor.data_ptr())
@@ -139,7 +159,7 @@ def _share_memory(a: _Span, b: _Span) -> bool:
 
 
 def _check_no_self_overlap(op: str, span: _Span) -> None:
-    if span.argument.writable and not is_dense(span.tensor):
+    if span.argument.writable and not _is_nested(span.tensor):
         places = _addresses(span.tensor)
         if (places[1:] == places[:-1]).any():
             _fail(
@@ -188,3 +208,47 @@ def check_non_negative(op: str, name: str, value: float | Tensor) -> None:
         value = float(value)
     if not value >= 0 or math.isinf(value):
         _fail(op, f"{name} is {value:g}; pass a finite number that is not negative")
+
+
+def _check_dimensions(op: str, name: str, tensor: Tensor, dims: int, expected: str) -> None:
+    if tensor.dim() != dims:
+        _fail(op, f"{name} has shape {list(tensor.shape)}; pass {expected}")
+
+
+def _check_same_size(
+    op: str, tensors: dict[str, Tensor], size: tuple[str, int], other: tuple[str, int], meaning: str
+) -> None:
+    (name, d), (other_name, other_d) = size, other
+    tensor, expected = tensors[name], tensors[other_name]
+    if tensor.shape[d] != expected.shape[other_d]:
+        _fail(
+            op,
+            f"{name} has shape {list(tensor.shape)} but {other_name} has shape "
+            f"{list(expected.shape)}; size {d} of {name} and size {other_d} of {other_name} are "
+            f"both {meaning}",
+        )
+
+
+def check_abs_matmul(
+    op: str, omega: Tensor, left: Tensor, right: Tensor, scale: float
+) -> list[Argument]:
+    """Ω[p, d], left[b, t, p] and right[b, t, d]."""
+    check_non_negative(op, "scale", scale)
+    arguments = [
+        Argument("omega", [omega], is_omega=True, writable=True, is_list=False),
+        Argument("left", [left], is_list=False),
+        Argument("right", [right], is_list=False),
+    ]
+    for argument in arguments:
+        _check_layout(op, argument, 0)
+        _check_device(op, argument, arguments[0], 0)
+        _check_dtype(op, argument, 0, left.dtype)
+    tensors = {"omega": omega, "left": left, "right": right}
+    _check_dimensions(op, "omega", omega, 2, "a matrix [p, d]")
+    _check_dimensions(op, "left", left, 3, "[samples, positions, p]")
+    _check_dimensions(op, "right", right, 3, "[samples, positions, d]")
+    _check_same_size(op, tensors, ("right", 0), ("left", 0), "the samples")
+    _check_same_size(op, tensors, ("right", 1), ("left", 1), "the positions")
+    _check_same_size(op, tensors, ("left", 2), ("omega", 0), "p")
+    _check_same_size(op, tensors, ("right", 2), ("omega", 1), "d")
+    return arguments

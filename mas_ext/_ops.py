@@ -18,6 +18,7 @@ from torch.autograd.graph import increment_version
 from mas_ext import reference
 from mas_ext._checks import (
     Argument,
+    check_abs_matmul,
     check_metadata,
     check_no_overlap,
     check_non_negative,
@@ -31,6 +32,9 @@ Tensors = Sequence[Tensor]
 # ================================================================================================
 SCHEMAS = {
     "accumulate_importance_": "(Tensor(a!)[] omega, Tensor[] grads, float scale=1.0) -> ()",
+    "accumulate_abs_matmul_": (
+        "(Tensor(a!) omega, Tensor left, Tensor right, float scale=1.0) -> ()"
+    ),
     "penalty": "(Tensor[] params, Tensor[] anchors, Tensor[] omega, Tensor lambda_reg) -> Tensor",
     "penalty_and_grad": (
         "(Tensor[] params, Tensor[] anchors, Tensor[] omega, Tensor lambda_reg)"
@@ -79,6 +83,21 @@ def _accumulate_importance(omega: Tensors, grads: Tensors, scale: float = 1.0) -
 
 def _accumulate_importance_fake(omega: Tensors, grads: Tensors, scale: float = 1.0) -> None:
     _check_accumulate(omega, grads, scale)
+
+
+# ================================================================================================
+# accumulate_abs_matmul_
+# ================================================================================================
+def _accumulate_abs_matmul(omega: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
+    op = "accumulate_abs_matmul_"
+    check_no_overlap(op, check_abs_matmul(op, omega, left, right, scale))
+    reference.accumulate_abs_matmul_(omega, left, right, scale)
+
+
+def _accumulate_abs_matmul_fake(
+    omega: Tensor, left: Tensor, right: Tensor, scale: float = 1.0
+) -> None:
+    check_abs_matmul("accumulate_abs_matmul_", omega, left, right, scale)
 
 
 # ================================================================================================
@@ -292,6 +311,7 @@ def _register(name: str, default: Callable[..., Any], fake: Callable[..., Any]) 
 
 
 _register("accumulate_importance_", _accumulate_importance, _accumulate_importance_fake)
+_register("accumulate_abs_matmul_", _accumulate_abs_matmul, _accumulate_abs_matmul_fake)
 _register("penalty", _penalty, _penalty_fake)
 _register("penalty_and_grad", _penalty_and_grad, _penalty_and_grad_fake)
 _register("add_penalty_grad_", _add_penalty_grad, _add_penalty_grad_fake)

@@ -10,6 +10,8 @@ in ``_`` write to their first argument, which may share memory with nothing else
 is read there, so nothing waits for the host, a captured CUDA graph sees it change, and
 ``torch.compile`` does not recompile for a new value.
 
+:func:`accumulate_abs_matmul_` alone is about one parameter and takes single tensors.
+
 Errors: ``RuntimeError`` naming the tensor and the remedy, before anything is written.
 
 :mod:`mas_ext.reference` has the same functions in plain PyTorch.
@@ -26,6 +28,7 @@ from torch import Tensor
 from mas_ext import _native, _ops  # noqa: F401  (they define and load the operators)
 
 __all__ = [
+    "accumulate_abs_matmul_",
     "accumulate_importance_",
     "add_penalty_grad_",
     "penalty",
@@ -62,6 +65,34 @@ def accumulate_importance_(omega: Tensors, grads: Tensors, scale: float = 1.0) -
     """
     with torch.no_grad():
         torch.ops.mas_ext.accumulate_importance_(list(omega), list(grads), scale)
+
+
+def accumulate_abs_matmul_(omega: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
+    r"""Adds the magnitude of every sample's own matrix product to the importance, in place.
+
+    .. math:: \Omega_{pd} \leftarrow \Omega_{pd} + \text{scale} \cdot
+        \sum_b \Bigl| \sum_t \text{left}_{btp}\,\text{right}_{btd} \Bigr|
+
+    With output gradients on the left and inputs on the right, t running over a sample's positions,
+    the inner sum is the gradient that sample b has for a linear layer's weight (for a
+    convolution's, with the input unfolded): Ω gets the exact importance, and no tensor of samples
+    × p × d is ever made. One matrix product's work and, about, time.
+
+    The magnitude is taken after the sum over positions: ``left.abs()`` and ``right.abs()`` in a
+    plain product are an upper bound, and no importance.
+
+    Args:
+        omega: Ω [p, d], float32 (float64 beside float64 factors); written. Of any strides, but
+            it may not overlap itself, nor ``left`` or ``right``.
+        left: [samples, positions, p], float32, float64, bfloat16 or float16, of any strides.
+        right: [samples, positions, d], of the dtype of ``left``, of any strides.
+        scale: a finite number ≥ 0.
+
+    Products are summed in the dtype of ``omega``, in an order that does not depend on the number
+    of threads. Without samples or positions nothing is written.
+    """
+    with torch.no_grad():
+        torch.ops.mas_ext.accumulate_abs_matmul_(omega, left, right, scale)
 
 
 def penalty(params: Tensors, anchors: Tensors, omega: Tensors, lambda_reg: Scalar) -> Tensor:

@@ -15,6 +15,7 @@ Tensors = Sequence[Tensor]
 Scalar = float | Tensor
 
 _ROW = 16384
+_ROWS, _PRODUCTS = 512, 1 << 22  # of Ω at a time; elements of its samples' products in one buffer
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -52,6 +53,19 @@ def accumulate_importance_(omega: Tensors, grads: Tensors, scale: float = 1.0) -
     """See :func:`mas_ext.functional.accumulate_importance_`."""
     for o, g in zip(omega, grads, strict=True):
         o.add_(g.to(o.dtype).abs(), alpha=scale)
+
+
+def accumulate_abs_matmul_(omega: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
+    """See :func:`mas_ext.functional.accumulate_abs_matmul_`."""
+    if left.shape[1] == 1:  # |l·r| = |l|·|r|, and one product sums the samples
+        rows, columns = (factor[:, 0].to(omega.dtype).abs() for factor in (left, right))
+        omega.add_(rows.mT @ columns, alpha=scale)
+        return
+    for o, rows in zip(omega.split(_ROWS), left.split(_ROWS, dim=2), strict=True):
+        samples = max(1, _PRODUCTS // max(1, o.numel()))
+        for mine, theirs in zip(rows.split(samples), right.split(samples), strict=True):
+            products = torch.bmm(mine.to(o.dtype).mT, theirs.to(o.dtype))
+            o.add_(products.abs_().sum(0), alpha=scale)
 
 
 def penalty(params: Tensors, anchors: Tensors, omega: Tensors, lambda_reg: Scalar) -> Tensor:

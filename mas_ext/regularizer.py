@@ -8,6 +8,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from weakref import WeakSet
 
@@ -19,7 +20,7 @@ from torch.optim import Optimizer
 from mas_ext import checkpoint, functional
 from mas_ext.attachment import Attachment
 from mas_ext.flat import FlatTensors
-from mas_ext.importance import sum_importance
+from mas_ext.importance import add_importance_
 from mas_ext.importance.batches import Forward
 from mas_ext.importance.estimate import Progress
 from mas_ext.importance.objectives import Objective
@@ -151,14 +152,15 @@ class MAS:
         same, and :meth:`consolidate` ends the task. Arguments and errors are those of
         :func:`mas_ext.estimate_importance`; after an error everything is as it was.
         """
-        self._open = self._measured(
-            data,
-            estimator=estimator,
-            objective=objective,
-            forward=forward,
-            max_samples=max_samples,
-            progress=progress,
-        )
+        with self._restored_after_an_error():
+            self._measure(
+                data,
+                estimator=estimator,
+                objective=objective,
+                forward=forward,
+                max_samples=max_samples,
+                progress=progress,
+            )
 
     def consolidate(
         self,
@@ -178,17 +180,21 @@ class MAS:
         Raises:
             RuntimeError: there is no data and nothing was measured since the last task.
         """
+        with self._restored_after_an_error():
+            if data is not None:
+                self._measure(
+                    data,
+                    estimator=estimator,
+                    objective=objective,
+                    forward=forward,
+                    max_samples=max_samples,
+                    progress=progress,
+                )
+            self._end_task()
+
+    def _end_task(self) -> None:
         task = self._open
-        if data is not None:
-            task = self._measured(
-                data,
-                estimator=estimator,
-                objective=objective,
-                forward=forward,
-                max_samples=max_samples,
-                progress=progress,
-            )
-        if not task.sums:
+        if not task.counts:
             raise RuntimeError(
                 "consolidate() has no importance to merge: pass data, or call "
                 "update_importance(data) first"
@@ -202,9 +208,23 @@ class MAS:
         self._open = OpenTask()
         self._num_tasks += 1
 
-    def _measured(self, data: Iterable[Any], **how: Any) -> OpenTask:
+    def _measure(self, data: Iterable[Any], **how: Any) -> None:
+        """Adds to the open task batch by batch, so that a state taken between two is complete."""
         named = select_some(self._index.named(), self._params)
-        return self._open.plus(*sum_importance(self._index.model, data, named, **how))
+        self._open = task = self._open.opened(named)
+        sums = {name: task.sums[name] for name in named}
+        add_importance_(
+            sums, self._index.model, data, named, counted=partial(task.count, named), **how
+        )
+
+    @contextmanager
+    def _restored_after_an_error(self) -> Iterator[None]:
+        before = self._open
+        try:
+            yield
+        except BaseException:
+            self._open = before
+            raise
 
     # -- protecting --------------------------------------------------------------------------
 
@@ -362,7 +382,7 @@ class MAS:
             "num_samples": dict(self._open.counts),
             "importance": _copies(self._memory.importance),
             "anchor": _copies(self._memory.anchor),
-            "open": _copies(self._open.sums),
+            "open": _copies(self._open.counted()),
         }
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -127,14 +127,19 @@ class OpenTask:
         self.counts = dict(counts or {})
 
     @torch.no_grad()
-    def plus(self, sums: FlatTensors, num_samples: int) -> OpenTask:
-        """With more samples; ``sums`` is taken over, and this one stays as it was."""
-        self.check_growth(sums)
+    def opened(self, params: Mapping[str, Tensor]) -> OpenTask:
+        """A copy with room to add to: sums for all of ``params``. This one stays as it is."""
+        self.check_growth(params)
+        sums = FlatTensors(params, accumulation_dtype)
         for name, before in self.sums.items():
             if name in sums:
-                leading(sums[name], before.shape).add_(before.to(sums[name].device))
-        counts = {name: self.counts.get(name, 0) + num_samples for name in sums}
-        return OpenTask({**self.sums, **sums}, {**self.counts, **counts})
+                leading(sums[name], before.shape).copy_(before)
+        return OpenTask({**self.sums, **sums}, self.counts)
+
+    def count(self, names: Iterable[str], samples: int) -> None:
+        """Notes that these parameters' sums have so many samples more."""
+        for name in names:
+            self.counts[name] = self.counts.get(name, 0) + samples
 
     def check_growth(self, params: Mapping[str, Tensor]) -> None:
         """Refuses parameters that shrank since they were measured."""
@@ -145,7 +150,11 @@ class OpenTask:
     @torch.no_grad()
     def omega(self) -> dict[str, Tensor]:
         """Ω: the sums over the number of samples."""
-        return {name: total / self.counts[name] for name, total in self.sums.items()}
+        return {name: total / self.counts[name] for name, total in self.counted().items()}
+
+    def counted(self) -> dict[str, Tensor]:
+        """The sums that have samples."""
+        return {name: total for name, total in self.sums.items() if name in self.counts}
 
 
 def _check_growth(name: str, old: Tensor, new: Tensor) -> None:

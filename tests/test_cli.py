@@ -94,6 +94,7 @@ def test_bench_runs_the_package_of_the_working_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "__init__.py").touch()  # Opacus installs a package of that name
     program = "import sys; print(sys.argv[1:]); sys.exit(7)"
     (tmp_path / "benchmarks" / "__main__.py").write_text(program)
     monkeypatch.chdir(tmp_path)

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 import mas_ext
 from mas_ext import estimate_importance
-from mas_ext.importance import local
+from mas_ext.importance.per_sample import convolution
 from tests.models import assert_same
 from tests.test_importance import assert_untouched, broken_half_way, snapshot, used_model
 
@@ -120,19 +120,8 @@ def test_the_size_of_a_chunk_changes_nothing(chunk, monkeypatch):
     model = nn.Sequential(nn.Conv1d(3, 4, 3), nn.ReLU(), nn.Linear(8, 5), nn.ReLU()).double()
     x = normal(6, 3, 10)
     whole = measure(model, [x], max_samples=5)
-    monkeypatch.setattr(local, "CHUNK", chunk)
+    monkeypatch.setattr(convolution, "_PATCH_ELEMENTS", chunk)
     assert_same(measure(model, [x], max_samples=5), dict(whole))
-
-
-def test_abs_matmul_allocates_no_more_than_chunks():
-    left, right = torch.randn(8, 2, 512), torch.randn(8, 2, 4096)
-    omega = torch.zeros(512, 4096)
-    with torch.profiler.profile(profile_memory=True) as profile:
-        local.add_abs_matmul(omega, left, right)
-    most = max(event.self_cpu_memory_usage / event.count for event in profile.key_averages())
-    assert most <= 4 * local.CHUNK < 8 * 4 * omega.numel()
-    expected = torch.einsum("btp,btd->bpd", left, right).abs().sum(0)
-    torch.testing.assert_close(omega, expected)
 
 
 # -- followed by ReLU, or not --------------------------------------------------------------------
@@ -291,6 +280,18 @@ def test_tied_weights_with_biases_of_their_own():
     torch.testing.assert_close(omega["2.bias"], 2 * y.mean(0), rtol=1e-12, atol=0)
 
 
+def test_tied_convolutions_that_walk_differently():
+    first, second = nn.Conv1d(2, 2, 3).double(), nn.Conv1d(2, 2, 3, stride=2, padding=1).double()
+    second.weight = first.weight
+    x = normal(5, 2, 11)
+    hidden = first(x).detach()
+    expected = torch.zeros_like(first.weight)
+    for k in range(5):
+        scalar = first(x[k : k + 1]).square().sum() + second(hidden[k : k + 1]).square().sum()
+        expected += torch.autograd.grad(scalar, first.weight)[0].abs() / 5
+    assert_same({"w": measure(nn.Sequential(first, second), [x])["0.weight"]}, {"w": expected})
+
+
 # -- which rows are a sample's -------------------------------------------------------------------
 
 
@@ -383,6 +384,9 @@ def test_other_parameters_are_named_in_one_warning():
         omega = measure(model, x.split(2))
     assert len(warned) == 1
     assert warned[0].filename == __file__
+    with pytest.warns(UserWarning, match=message) as warned:
+        mas_ext.MAS(model).update_importance(x.split(2), estimator="local")
+    assert [w.filename for w in warned] == [__file__]
     left_out = [name for name, path in omega.coverage.items() if path == "none"]
     assert left_out == ["1.weight", "1.bias", "3.weight", "3.bias"]
     assert not any(omega[name].any() for name in left_out)

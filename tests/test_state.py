@@ -113,21 +113,25 @@ def test_what_is_not_measured_in_a_task_keeps_its_importance():
 
 
 def test_open_task_adds_up_and_follows_growth():
-    first = OpenTask().plus(FlatTensors({"w": torch.zeros(2)}), 1)
+    first = OpenTask().opened({"w": torch.zeros(2)})
     first.sums["w"].fill_(3.0)
-    sums = FlatTensors({"w": torch.zeros(3)})
-    sums["w"].fill_(1.0)
-    both = first.plus(sums, 3)
+    first.count(["w"], 1)
+    both = first.opened({"w": torch.zeros(3)})
+    both.sums["w"].add_(1.0)
+    both.count(["w"], 3)
     assert both.counts == {"w": 4}
     assert torch.equal(both.omega()["w"], torch.tensor([1.0, 1.0, 0.25]))
     assert torch.equal(first.sums["w"], torch.tensor([3.0, 3.0])), "the first stayed as it was"
+    assert first.counts == {"w": 1}
 
 
 def test_open_task_counts_samples_a_parameter():
-    task = OpenTask().plus(FlatTensors({"w": torch.zeros(1)}), 3)
-    later = FlatTensors({"w": torch.zeros(1), "thawed": torch.zeros(1)})
-    later["thawed"].fill_(2.0)
-    task = task.plus(later, 2)
+    task = OpenTask().opened({"w": torch.zeros(1)})
+    task.count(["w"], 3)
+    task = task.opened({"w": torch.zeros(1), "thawed": torch.zeros(1)})
+    assert set(task.omega()) == {"w"}, "what has no samples yet has no importance"
+    task.sums["thawed"].fill_(2.0)
+    task.count(["w", "thawed"], 2)
     assert task.counts == {"w": 5, "thawed": 2}
     assert task.omega()["thawed"] == 1.0
 

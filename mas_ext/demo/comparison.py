@@ -57,9 +57,8 @@ def compare(network: nn.Module, task: Task, settings: Settings, tick: Tick) -> d
         return torch.cat([values.flatten() for values in omega.values()]).double().numpy()
 
     exact = measure("per_sample", settings.batch_size)
-    counted = (
-        exact > 0
-    )  # what no sample moves (the weights of a black pixel) all estimates agree on
+    # What no sample moves (the weights of a black pixel) all estimates agree on.
+    counted = exact > 0
     sizes = _sizes(len(images))
     return {
         "task": task.name,

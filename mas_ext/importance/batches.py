@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,23 @@ from torch.utils._pytree import tree_leaves, tree_map
 Forward = Callable[[nn.Module, Any], Tensor]
 
 _LABELS = ("labels", "label")
+
+
+class Batch(Protocol):
+    """Some samples, ready for the model."""
+
+    def forward(self, model: nn.Module) -> Any:
+        """What the model returns for them."""
+
+    def check_rows(self, output: Tensor) -> Tensor:
+        """The output, if it has one row a sample."""
+
+    def take(self, indices: Sequence[int], size: int) -> Batch:
+        """Some of the ``size`` samples; Indivisible if it is not known how."""
+
+
+class Indivisible(Exception):
+    """A batch that cannot be cut into samples; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -40,22 +57,19 @@ class Inputs:
             "first item is the input, a mapping of keyword arguments, or pass forward="
         )
 
-    def tensors(self) -> list[Tensor]:
-        """All tensors, in order."""
-        return [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
+    def placed(self, device: torch.device) -> Inputs:
+        """On the model's device, and usable by autograd when made in inference mode."""
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> Inputs:
-        """The same with every tensor replaced."""
+        def place(tensor: Tensor) -> Tensor:
+            moved = tensor.to(device, non_blocking=True)
+            return _leaf(moved.clone() if moved.is_inference() else moved, tensor)
 
-        def apply(leaf: Any) -> Any:
-            return function(leaf) if isinstance(leaf, Tensor) else leaf
-
-        args, kwargs = tree_map(apply, (self.args, self.kwargs))
-        return Inputs(args, kwargs)
+        return self._map(place)
 
     def size(self) -> int:
         """The number of samples: the first tensor's dimension 0."""
-        sized = [tensor for tensor in self.tensors() if tensor.dim() > 0]
+        leaves = tree_leaves((self.args, self.kwargs))
+        sized = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > 0]
         if not sized:
             raise TypeError(
                 "data: a batch holds no tensor with a sample dimension; pass forward= for batches "
@@ -63,39 +77,101 @@ class Inputs:
             )
         return len(sized[0])
 
-    def samples(self, count: int) -> Iterator[Inputs]:
-        """The first ``count`` samples as batches of one; what has no sample dimension is shared."""
-        size = self.size()
+    def forward(self, model: nn.Module) -> Any:
+        """``model(*args, **kwargs)``, of copies: what the model writes to stays as it was."""
+        fresh = self._map(_fresh)
+        return model(*fresh.args, **fresh.kwargs)
 
-        def is_batched(tensor: Tensor) -> bool:
-            return tensor.dim() > 0 and len(tensor) == size
+    def check_rows(self, output: Tensor) -> Tensor:
+        """The output, if it has one row a sample."""
+        if len(output) != self.size():
+            raise ValueError(
+                f"the model's output has no sample dimension: {self.size()} samples gave an output "
+                f"of shape {list(output.shape)}; dimension 0 must be the sample, or pass forward="
+            )
+        return output
 
-        for k in range(count):
-            sample = self.map(lambda t, k=k: t[k : k + 1] if is_batched(t) else t)  # type: ignore[misc]
-            yield Inputs(sample.args, {n: _item(v, k, size) for n, v in sample.kwargs.items()})
+    def take(self, indices: Sequence[int], size: int) -> Inputs:
+        """Some samples; what has no sample dimension is shared."""
+        chosen = self._map(lambda tensor: _rows(tensor, indices, size))
+        listed = {name: _items(v, indices, size) for name, v in chosen.kwargs.items()}
+        return Inputs(chosen.args, listed)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Inputs:
+        args, kwargs = _map_tensors(function, (self.args, self.kwargs))
+        return Inputs(args, kwargs)
 
 
-def _item(value: Any, k: int, size: int) -> Any:
-    """Of a plain list with a value a sample (lengths, say) the k-th, as a list of one."""
+@dataclass(frozen=True)
+class CustomBatch:
+    """A batch that only the user's ``forward`` understands.
+
+    Attributes:
+        rows: how many samples it has, if it was cut out of a larger one.
+    """
+
+    batch: Any
+    function: Forward
+    rows: int | None = None
+
+    def forward(self, model: nn.Module) -> Any:
+        """``forward(model, batch)``; Indivisible if that does not work on a part of a batch."""
+        fresh = _map_tensors(_fresh, self.batch)
+        if self.rows is None:
+            return self.function(model, fresh)
+        try:
+            return self.function(model, fresh)
+        except Exception as problem:
+            raise Indivisible(f"forward fails for a part of it ({problem})") from problem
+
+    def check_rows(self, output: Tensor) -> Tensor:
+        """How many samples a whole batch has is what the output says."""
+        if self.rows is not None and len(output) != self.rows:
+            raise Indivisible(f"{self.rows} samples of it give {len(output)} rows")
+        return output
+
+    def take(self, indices: Sequence[int], size: int) -> CustomBatch:
+        """Some samples, of every tensor in it that has as many rows as the output."""
+        tensors = [leaf for leaf in tree_leaves(self.batch) if isinstance(leaf, Tensor)]
+        if not any(t.dim() > 0 and len(t) == size for t in tensors):
+            raise Indivisible("no tensor in it has as many rows as the output")
+        chosen = _map_tensors(lambda tensor: _rows(tensor, indices, size), self.batch)
+        return CustomBatch(chosen, self.function, len(indices))
+
+
+def _map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    return tree_map(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def _rows(tensor: Tensor, indices: Sequence[int], size: int) -> Tensor:
+    if tensor.dim() == 0 or len(tensor) != size:
+        return tensor
+    first, count = indices[0], len(indices)
+    if list(indices) == list(range(first, first + count)):
+        return _leaf(tensor[first : first + count], tensor)
+    return _leaf(tensor[torch.tensor(indices, device=tensor.device)], tensor)
+
+
+def _fresh(tensor: Tensor) -> Tensor:
+    return _leaf(tensor.clone(), tensor)
+
+
+def _leaf(tensor: Tensor, like: Tensor) -> Tensor:
+    """Without a history, so that nothing before the model is differentiated."""
+    return tensor.detach().requires_grad_(like.requires_grad)
+
+
+def _items(value: Any, indices: Sequence[int], size: int) -> Any:
+    """Of a plain list with a value a sample (lengths, say) the chosen ones."""
     is_listed = isinstance(value, (list, tuple)) and len(value) == size
     if is_listed and not any(isinstance(leaf, Tensor) for leaf in tree_leaves(value)):
-        return value[k : k + 1]
+        return type(value)([value[k] for k in indices])
     return value
 
 
 def _describe(batch: Any) -> str:
     empty = isinstance(batch, (tuple, list, Mapping)) and not batch
     return f"an empty {type(batch).__name__}" if empty else f"a {type(batch).__name__}"
-
-
-def placed(inputs: Inputs, device: torch.device) -> Inputs:
-    """On the model's device, and usable by autograd when made in inference mode."""
-
-    def place(tensor: Tensor) -> Tensor:
-        moved = tensor.to(device, non_blocking=True)
-        return moved.clone() if moved.is_inference() else moved
-
-    return inputs.map(place)
 
 
 def output_tensor(output: Any) -> Tensor:
@@ -121,13 +197,3 @@ def output_tensor(output: Any) -> Tensor:
             "or pass forward= that does"
         )
     return found
-
-
-def check_rows(output: Tensor, samples: int) -> Tensor:
-    """The output, if it has one row a sample."""
-    if len(output) != samples:
-        raise ValueError(
-            f"the model's output has no sample dimension: {samples} samples gave an output of "
-            f"shape {list(output.shape)}; dimension 0 must be the sample, or pass forward="
-        )
-    return output

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mas_ext.flat import FlatTensors
-from mas_ext.importance import estimators, local, objectives
-from mas_ext.importance.batches import Forward
-from mas_ext.importance.isolation import differentiable, undisturbed
+from mas_ext.importance import estimators
+from mas_ext.importance.batches import Batch, CustomBatch, Forward, Inputs
+from mas_ext.importance.estimation import PATHS, Estimation
+from mas_ext.importance.isolation import differentiable, no_hidden_parameters, undisturbed
 from mas_ext.importance.objectives import Objective
 from mas_ext.parameters import ParameterIndex, Selection, select_some
 from mas_ext.reference import accumulation_dtype
@@ -99,8 +100,9 @@ def estimate_importance(
     Source: Aljundi et al., ECCV 2018, equations 1 and 2.
     """
     named = select_some(ParameterIndex(model).named(), params)
-    coverage: dict[str, str] = {}
-    sums, num_samples = sum_importance(
+    sums = FlatTensors(named, accumulation_dtype)
+    num_samples, coverage = add_importance_(
+        sums,
         model,
         data,
         named,
@@ -109,14 +111,15 @@ def estimate_importance(
         forward=forward,
         max_samples=max_samples,
         progress=progress,
-        coverage=coverage,
     )
     for total in sums.values():
         total.div_(num_samples)
-    return Importance(sums, num_samples, dict.fromkeys(sums, estimator) | coverage)
+    return Importance(sums, num_samples, coverage)
 
 
-def sum_importance(
+@torch.no_grad()
+def add_importance_(
+    sums: Mapping[str, Tensor],
     model: nn.Module,
     data: Iterable[Any],
     named: Mapping[str, Tensor],
@@ -126,44 +129,48 @@ def sum_importance(
     forward: Forward | None = None,
     max_samples: int | None = None,
     progress: Progress = None,
-    coverage: dict[str, str] | None = None,
-) -> tuple[FlatTensors, int]:
-    """Σ over samples and their number: what importance is before the division by N.
+    counted: Callable[[int], None] = lambda samples: None,
+) -> tuple[int, dict[str, str]]:
+    """Adds Σ over samples, what importance is before the division by N, batch by batch.
 
-    Sums of several runs can be added, so a short batch or run counts for what it holds.
-    ``coverage`` is filled in where a parameter took another path than the estimator's own.
+    Args:
+        sums: by name, what is added to; after an error it holds what was added before it.
+        named: θ by name, the parameters that are measured.
+        counted: called with the size of every batch once all of it is in ``sums``.
+
+    Returns:
+        The number of samples, and which path served each parameter.
     """
     limit = _check_max_samples(max_samples)
-    add_batch = estimators.resolve(estimator)
-    if estimator == "local":
-        local.check_objective(objective)
+    estimation = Estimation(model, dict(named), dict(sums), objective)
+    chosen = estimators.make(estimator, estimation)
     _check_data(data)
     _check_samples_are_independent(model)
-    sums = FlatTensors(named, accumulation_dtype)
-    estimation = estimators.Estimation(
-        model, dict(named), dict(sums), objectives.resolve(objective), forward
-    )
     done = 0
-    with undisturbed(model), closing(_Reporter(progress)) as reporter:
-        for batch in data:
+    with no_hidden_parameters(), undisturbed(model), closing(_Reporter(progress)) as reporter:
+        for raw in data:
             with differentiable():
-                done += add_batch(estimation, batch, limit - done)
+                batch = _read(model, raw, forward, limit - done)
+                samples = chosen.add_batch(batch, limit - done)
+            done = estimation.seen = done + samples
+            counted(samples)
             reporter.show(done)
             if done >= limit:
                 break
     if done == 0:
         raise ValueError("data: it gave no samples; an exhausted iterator or an empty set?")
-    if not estimation.found_gradient:
-        raise ValueError(
-            "the objective depends on no parameter that is measured: the forward or the objective "
-            "detaches its result or runs under no_grad, or params selects nothing that is used"
-        )
     _check_finite(sums)
-    if estimator == "local":
-        local.report_coverage(estimation)
-    if coverage is not None:
-        coverage |= estimation.coverage
-    return sums, done
+    chosen.finish()
+    return done, {name: estimation.coverage.get(name, PATHS[0]) for name in named}
+
+
+def _read(model: nn.Module, raw: Any, forward: Forward | None, limit: int) -> Batch:
+    """A batch of whatever form, on the model's device; at most ``limit`` samples if it is ours."""
+    if forward is not None:
+        return CustomBatch(raw, forward)
+    inputs = Inputs.of(raw).placed(next(model.parameters()).device)
+    size = inputs.size()
+    return inputs.take(range(limit), size) if size > limit else inputs
 
 
 def _check_max_samples(max_samples: int | None) -> int:
@@ -193,7 +200,8 @@ def _check_samples_are_independent(model: nn.Module) -> None:
 
 def _check_finite(sums: Mapping[str, Tensor]) -> None:
     for name, total in sums.items():
-        if not torch.isfinite(total).all():
+        # Of numbers that are not negative, the sum tells, and takes one pass over memory.
+        if not torch.isfinite(total.sum()) and not torch.isfinite(total).all():
             raise ValueError(
                 f"the gradient of parameter {name!r} is NaN or Inf for some sample; nothing was "
                 "changed. Check the objective, or compute in a wider dtype"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -22,9 +24,14 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         stack.enter_context(_modes(model))
         stack.enter_context(_gradients(model))
         stack.enter_context(_buffers(model))
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and it takes long to load
+            # Compiled code is one operation whose inside cannot be seen.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
-            # cuDNN cannot differentiate a recurrent layer in evaluation mode.
+            # cuDNN cannot differentiate a recurrent layer in evaluation mode, and a recurrent layer
+            # that oneDNN runs is one operation.
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
         yield
 
 
@@ -35,6 +42,24 @@ def differentiable() -> Iterator[None]:
     """
     with torch.inference_mode(False), torch.enable_grad():
         yield
+
+
+@contextmanager
+def no_hidden_parameters() -> Iterator[None]:
+    """Refuses what PyTorch only warns of: checkpointing that drops gradients of parameters.
+
+    Raises:
+        ValueError: reentrant checkpointing of a part whose input needs no gradient.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="None of the inputs have requires_grad=True")
+        try:
+            yield
+        except UserWarning as warning:
+            raise ValueError(
+                "the model uses activation checkpointing with use_reentrant=True, which hides the "
+                "parameters inside; use use_reentrant=False"
+            ) from warning
 
 
 @contextmanager

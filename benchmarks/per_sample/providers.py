@@ -1,0 +1,195 @@
+"""Ω of one batch, Ω = 1/B Σ_k |∂‖F(x_k)‖²/∂θ|: every function below is one way to get it.
+
+Each prepares once, outside the measurement, what a user would prepare once, and returns the call
+that is measured. That call makes an Ω of zeros and adds to it, as importance is accumulated. It
+may attach to the model it is given, which is its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves, tree_map
+
+from benchmarks.per_sample.workloads import Batch
+from mas_ext import estimate_importance
+
+Step = Callable[[], Mapping[str, Tensor]]
+Prepare = Callable[[nn.Module, Batch], Step]
+
+OURS, BY_HAND, BATCH, SINGLY = "mas_ext", "batch-mean", "batch-mean, mas_ext", "batch size 1"
+VMAP, UNCHUNKED = "vmap(grad)", "vmap(grad), unchunked"
+OPACUS, BACKPACK = "Opacus", "BackPACK"
+BATCH_MEANS = (BY_HAND, BATCH)  # inexact: what cancels within the batch is lost
+
+
+class Unsupported(Exception):
+    """Why a provider cannot do a model."""
+
+
+def size(batch: Batch) -> int:
+    return len(tree_leaves(batch)[0])
+
+
+def take(batch: Batch, start: int, stop: int) -> Batch:
+    return tree_map(lambda t: t[start:stop], batch)
+
+
+def chunks(batch: Batch, length: int) -> Iterator[Batch]:
+    for start in range(0, size(batch), length):
+        yield take(batch, start, start + length)
+
+
+def arguments(batch: Batch) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    return ((), batch) if isinstance(batch, dict) else ((batch,), {})
+
+
+def total(output: object) -> Tensor:
+    """Σ_k ‖F(x_k)‖² of what a model returned."""
+    return getattr(output, "logits", output).square().sum()
+
+
+def objective(model: nn.Module, batch: Batch) -> Tensor:
+    args, kwargs = arguments(batch)
+    return total(model(*args, **kwargs))
+
+
+def zeros(model: nn.Module) -> dict[str, Tensor]:
+    return {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+
+
+def add_abs(omega: dict[str, Tensor], grads: Iterable[Tensor], scale: float) -> None:
+    for o, g in zip(omega.values(), grads, strict=True):
+        o.add_(g.abs(), alpha=scale)
+
+
+def add_abs_of_each(omega: dict[str, Tensor], per_sample: Iterable[Tensor], scale: float) -> None:
+    """From gradients [samples, …], whose absolute value is taken in place: they are ours."""
+    for o, g in zip(omega.values(), per_sample, strict=True):
+        o.add_(g.detach().abs_().sum(0), alpha=scale)
+
+
+def ours(model: nn.Module, batch: Batch, estimator: str = "per_sample") -> Step:
+    return lambda: estimate_importance(model, [batch], estimator=estimator)
+
+
+def in_chunks(model: nn.Module, batch: Batch, length: int) -> Step:
+    """The absolute value of each chunk's gradient, as loops over a DataLoader are written."""
+    params = list(model.parameters())
+
+    def step() -> dict[str, Tensor]:
+        omega = zeros(model)
+        for chunk in chunks(batch, length):
+            grads = torch.autograd.grad(objective(model, chunk), params)
+            add_abs(omega, grads, 1 / size(batch))
+        return omega
+
+    return step
+
+
+def batch_mean(model: nn.Module, batch: Batch) -> Step:
+    return in_chunks(model, batch, size(batch))
+
+
+def vmapped(model: nn.Module, batch: Batch, length: int) -> Step:
+    """Gradients of ``length`` samples at a time."""
+    params = {name: p.detach() for name, p in model.named_parameters()}
+
+    def of_one(params: dict[str, Tensor], sample: Batch) -> Tensor:
+        return total(functional_call(model, params, *arguments(_as_batch(sample))))
+
+    of_each = vmap(grad(of_one), in_dims=(None, 0))
+
+    @sdpa_kernel(SDPBackend.MATH)  # the fused attention has no rule for vmap: it loops
+    def step() -> dict[str, Tensor]:
+        omega = zeros(model)
+        for chunk in chunks(batch, length):
+            add_abs_of_each(omega, of_each(params, chunk).values(), 1 / size(batch))
+        return omega
+
+    return step
+
+
+def _as_batch(sample: Batch) -> Batch:
+    return tree_map(lambda t: t.unsqueeze(0), sample)
+
+
+def opacus(model: nn.Module, batch: Batch) -> Step:
+    from opacus.grad_sample import GradSampleModule
+
+    # Its hooks look away in evaluation mode. No workload has dropout, and it refuses BatchNorm.
+    wrapped = GradSampleModule(model.train(), loss_reduction="sum")
+    batch = _with_positions(model, batch)
+
+    def step() -> dict[str, Tensor]:
+        objective(wrapped, batch).backward()
+        omega = zeros(model)
+        add_abs_of_each(omega, (p.grad_sample for p in model.parameters()), 1 / size(batch))
+        wrapped.zero_grad(set_to_none=True)  # grad_sample too
+        return omega
+
+    return step
+
+
+def _with_positions(model: nn.Module, batch: Batch) -> Batch:
+    """GPT-2 makes positions [1, T] itself, which Opacus takes for a batch of one sample."""
+    if getattr(getattr(model, "config", None), "model_type", None) != "gpt2":
+        return batch
+    ids = batch["input_ids"]
+    return {**batch, "position_ids": torch.arange(ids.shape[1]).expand_as(ids)}
+
+
+def backpack(model: nn.Module, batch: Batch) -> Step:
+    from backpack import backpack as extended_backward
+    from backpack.extensions import BatchGrad
+
+    extended = _extended(model)
+
+    def step() -> dict[str, Tensor]:
+        with extended_backward(BatchGrad()):
+            objective(extended, batch).backward()
+        _check_each_has(extended, "grad_batch")
+        omega = zeros(extended)
+        add_abs_of_each(omega, (p.grad_batch for p in extended.parameters()), 1 / size(batch))
+        for p in extended.parameters():
+            p.grad, p.grad_batch = None, None
+        return omega
+
+    return step
+
+
+def _extended(model: nn.Module) -> nn.Module:
+    """Its hooks forbid in-place operations on a layer's output; its converter rewrites those."""
+    from backpack import extend
+
+    if isinstance(model, nn.Sequential):
+        return extend(model)
+    try:
+        return extend(model, use_converter=True)
+    except Exception:  # whatever torch.fx says of a model that it cannot trace
+        return extend(model)
+
+
+def _check_each_has(model: nn.Module, attribute: str) -> None:
+    missing = [n for n, p in model.named_parameters() if getattr(p, attribute, None) is None]
+    if missing:
+        count = len(list(model.parameters()))
+        raise Unsupported(f"no rule for {len(missing)} of {count} parameters, as {missing[0]}")
+
+
+def providers(chunk: int) -> dict[str, Prepare]:
+    """All that are timed, ours first; ``chunk`` is that of vmap."""
+    return {
+        OURS: ours,
+        BY_HAND: batch_mean,
+        BATCH: partial(ours, estimator="batch"),
+        SINGLY: partial(in_chunks, length=1),
+        VMAP: partial(vmapped, length=chunk),
+        OPACUS: opacus,
+        BACKPACK: backpack,
+    }

@@ -1,0 +1,67 @@
+// The arguments of accumulate_abs_matmul_ as kernels see them: pointers, sizes, strides.
+#pragma once
+
+#include <cstdint>
+#include <utility>
+
+#include "checks.h"
+
+namespace mas_ext {
+
+// left or right: [sample, position, row of Ω (or column)], strides in elements.
+struct Factor {
+  const void* data;
+  int64_t sample_stride, position_stride, row_stride;
+};
+
+struct AbsMatmul {
+  void* omega;
+  int64_t row_stride, column_stride;
+  Factor left, right;
+  int64_t samples, positions, rows, columns;
+  ScalarType dtype;
+  double scale;
+  // Whether the factors are read as magnitudes: with one position a sample |Σ_t l·r| = |l|·|r|, so
+  // that samples may be summed like positions.
+  bool absolute;
+
+  bool is_empty() const { return samples == 0 || positions == 0 || rows == 0 || columns == 0; }
+};
+
+inline Factor factor_of(const Tensor& tensor) {
+  return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+}
+
+// Ω is seen transposed where that makes its columns the ones that lie side by side.
+inline void turn_columns_innermost(AbsMatmul& call) {
+  const bool rows_are_inner =
+      call.columns == 1 || (call.rows > 1 && call.row_stride < call.column_stride);
+  if (rows_are_inner) {
+    std::swap(call.left, call.right);
+    std::swap(call.rows, call.columns);
+    std::swap(call.row_stride, call.column_stride);
+  }
+}
+
+inline void turn_samples_into_positions(AbsMatmul& call) {
+  if (call.positions == 1) {
+    call.left.position_stride = call.left.sample_stride;
+    call.right.position_stride = call.right.sample_stride;
+    call.positions = std::exchange(call.samples, 1);
+    call.absolute = true;
+  }
+}
+
+// Checks the arguments of `op`; nothing is written if they are refused.
+inline AbsMatmul prepare_abs_matmul(const char* op, const Tensor& omega, const Tensor& left,
+                                    const Tensor& right, double scale) {
+  check_abs_matmul(op, omega, left, right, scale);
+  AbsMatmul call{omega.data_ptr(), omega.stride(0),    omega.stride(1), factor_of(left),
+                 factor_of(right), left.size(0),       left.size(1),    omega.size(0),
+                 omega.size(1),    left.scalar_type(), scale,           false};
+  turn_columns_innermost(call);
+  turn_samples_into_positions(call);
+  return call;
+}
+
+}  // namespace mas_ext

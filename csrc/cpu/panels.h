@@ -1,0 +1,104 @@
+// Packing for accumulate_abs_matmul_: from tensors of any strides and dtype to panels that a tile
+// reads from front to back, [sample, position, Width], in the accumulation dtype.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+#include "abs_tile.h"
+#include "multiversion.h"
+
+namespace mas_ext::cpu {
+
+constexpr int kStep = 16;  // positions transposed at a time: a cache line of float32
+
+template <class A, class T>
+MAS_ALWAYS_INLINE A read_as(T value, bool absolute) {
+  const A number = static_cast<A>(value);
+  return absolute && number < A(0) ? -number : number;
+}
+
+// A square of kUnit rows that lie `row_stride` apart, into as many that lie Width apart.
+template <int Width, class A>
+MAS_ALWAYS_INLINE void transpose_square(A* to, const A* from, int64_t row_stride) {
+  static_assert(kUnit == 4);
+  using L = Lanes<A, 4 * sizeof(A)>;
+  const typename L::Vector a = L::at(from), b = L::at(from + row_stride),
+                           c = L::at(from + 2 * row_stride), d = L::at(from + 3 * row_stride);
+  const auto ab_low = __builtin_shufflevector(a, b, 0, 4, 1, 5);
+  const auto ab_high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+  const auto cd_low = __builtin_shufflevector(c, d, 0, 4, 1, 5);
+  const auto cd_high = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+  L::at(to) = __builtin_shufflevector(ab_low, cd_low, 0, 1, 4, 5);
+  L::at(to + Width) = __builtin_shufflevector(ab_low, cd_low, 2, 3, 6, 7);
+  L::at(to + 2 * Width) = __builtin_shufflevector(ab_high, cd_high, 0, 1, 4, 5);
+  L::at(to + 3 * Width) = __builtin_shufflevector(ab_high, cd_high, 2, 3, 6, 7);
+}
+
+// `count` positions of kUnit rows, which hold their positions side by side.
+template <int Width, class A>
+MAS_ALWAYS_INLINE void transpose_rows(A* to, const A* from, int64_t row_stride, int64_t count) {
+  int64_t k = 0;
+  for (; k + kUnit <= count; k += kUnit) {
+    transpose_square<Width>(to + k * Width, from + k, row_stride);
+  }
+  for (; k < count; ++k) {
+    for (int row = 0; row < kUnit; ++row) {
+      to[k * Width + row] = from[row * row_stride + k];
+    }
+  }
+}
+
+// The same for rows of any dtype and stride, of which only `n` may be there.
+template <int Width, class A, class T>
+MAS_ALWAYS_INLINE void convert_rows(A* to, const T* from, int64_t row_stride, int64_t stride,
+                                    int64_t n, int64_t count, bool absolute) {
+  A block[kUnit][kStep] = {};
+  for (int64_t row = 0; row < std::min<int64_t>(n, kUnit); ++row) {
+    const T* source = from + row * row_stride;
+    if (stride == 1 && count == kStep) {
+      for (int k = 0; k < kStep; ++k) {
+        block[row][k] = read_as<A>(source[k], absolute);
+      }
+    } else {
+      for (int64_t k = 0; k < count; ++k) {
+        block[row][k] = read_as<A>(source[k * stride], absolute);
+      }
+    }
+  }
+  transpose_rows<Width>(to, block[0], kStep, count);
+}
+
+// One sample's panel of Width rows; where there are only `n`, zeros stand for the others.
+template <int Width, class A, class T>
+MAS_MULTIVERSION void pack_panel(A* __restrict__ panel, const T* __restrict__ rows,
+                                 int64_t row_stride, int64_t stride, int64_t n, int64_t positions,
+                                 bool absolute) {
+  if (row_stride == 1 && n >= Width) {
+    for (int64_t k = 0; k < positions; ++k) {
+      for (int row = 0; row < Width; ++row) {
+        panel[k * Width + row] = read_as<A>(rows[k * stride + row], absolute);
+      }
+    }
+    return;
+  }
+  // All rows of a cache line's positions before the next: with row strides that are powers of two
+  // the lines of all rows compete for one place in the cache.
+  for (int64_t k = 0; k < positions; k += kStep) {
+    const int64_t count = std::min<int64_t>(kStep, positions - k);
+    for (int64_t row = 0; row < Width; row += kUnit) {
+      A* to = panel + k * Width + row;
+      const T* from = rows + row * row_stride + k * stride;
+      if constexpr (std::is_same_v<A, T>) {
+        if (stride == 1 && n - row >= kUnit && !absolute) {
+          transpose_rows<Width>(to, from, row_stride, count);
+          continue;
+        }
+      }
+      convert_rows<Width>(to, from, row_stride, stride, n - row, count, absolute);
+    }
+  }
+}
+
+}  // namespace mas_ext::cpu

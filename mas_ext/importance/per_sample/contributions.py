@@ -1,0 +1,158 @@
+"""What one operation adds to a parameter's per-sample gradients M_k, in the form it comes in.
+
+Each form knows how to add Σ_k |M_k| without a buffer of B × the parameter's size, and how to give
+one sample's M_k where several uses of a parameter have to be summed before the absolute value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mas_ext import functional
+from mas_ext.reference import accumulation_dtype
+
+_STACK = 1 << 20  # elements of a temporary that is still cheap to write and read again
+
+
+class Contribution(Protocol):
+    """M_k for every sample of a batch, in the shape of the tensor that was used."""
+
+    def add_magnitudes_(self, omega: Tensor) -> None:
+        """Ω += Σ_k |M_k|; Ω may be any view."""
+
+    def samples(self) -> Iterator[Tensor]:
+        """M_1, …, M_B, one at a time."""
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """In the dtype that sums are formed in."""
+    return tensor.to(accumulation_dtype(tensor.dtype))
+
+
+@dataclass
+class Stacked:
+    """M as it is: small, or made by the backward pass anyway.
+
+    Attributes:
+        values: [B, *shape].
+    """
+
+    values: Tensor
+
+    def add_magnitudes_(self, omega: Tensor) -> None:
+        """Σ over the first dimension."""
+        if self.values.numel() <= _STACK:
+            omega += wide(self.values).abs().sum(0)
+            return
+        for value in self.values:
+            functional.accumulate_importance_([omega], [value])
+
+    def samples(self) -> Iterator[Tensor]:
+        """As they are."""
+        return iter(wide(self.values))
+
+
+@dataclass
+class Outer:
+    """M_k = Σ_t left_kt right_ktᵀ: a matrix multiplied at T positions.
+
+    Attributes:
+        left: [B, T, p], of any strides.
+        right: [B, T, d], of any strides.
+        shape: of the tensor, where it is not the matrix [p, d] itself.
+    """
+
+    left: Tensor
+    right: Tensor
+    shape: tuple[int, ...] | None = None
+
+    def add_magnitudes_(self, omega: Tensor) -> None:
+        """The kernel's: Σ_k |Σ_t …| in tiles of Ω."""
+        if self.shape is None:
+            functional.accumulate_abs_matmul_(omega, self.left, self.right)
+        elif omega.is_contiguous():
+            matrix = omega.view(self.left.shape[2], -1)
+            functional.accumulate_abs_matmul_(matrix, self.left, self.right)
+        else:
+            matrix = omega.new_zeros(self.left.shape[2], self.right.shape[2])
+            functional.accumulate_abs_matmul_(matrix, self.left, self.right)
+            omega += matrix.view(self.shape)
+
+    def samples(self) -> Iterator[Tensor]:
+        """One matrix product each."""
+        for left, right in zip(self.left, self.right, strict=True):
+            product = wide(left).t() @ wide(right)
+            yield product if self.shape is None else product.view(self.shape)
+
+    def transposed(self) -> Outer:
+        """The same of the matrix's transpose."""
+        return Outer(self.right, self.left)
+
+    @staticmethod
+    def joined(parts: Sequence[Outer]) -> Outer:
+        """Several uses of one matrix: more positions."""
+        if len(parts) == 1:
+            return parts[0]
+        left = torch.cat([part.left for part in parts], 1)
+        return Outer(left, torch.cat([part.right for part in parts], 1))
+
+
+@dataclass
+class Blocks:
+    """A stack of matrices, each used by itself: M_k[h] = Σ_t left_kht right_khtᵀ.
+
+    Attributes:
+        parts: for each matrix of the stack, its Outer.
+    """
+
+    parts: list[Outer]
+
+    def add_magnitudes_(self, omega: Tensor) -> None:
+        """Matrix by matrix."""
+        for block, part in zip(omega, self.parts, strict=True):
+            part.add_magnitudes_(block)
+
+    def samples(self) -> Iterator[Tensor]:
+        """Stacked again."""
+        return map(torch.stack, zip(*(part.samples() for part in self.parts), strict=True))
+
+
+@dataclass
+class Rows:
+    """M_k[i] = Σ over the positions t with index_kt = i of values_kt: a table looked up.
+
+    Attributes:
+        index: [B, T], which row; negative where nothing is looked up.
+        values: [B, T, *row shape].
+        shape: that of the table.
+    """
+
+    index: Tensor
+    values: Tensor
+    shape: tuple[int, ...]
+
+    def add_magnitudes_(self, omega: Tensor) -> None:
+        """Summed within each sample, then by row."""
+        rows, sums = self.summed()
+        omega.index_add_(0, rows, sums.abs())
+
+    def summed(self) -> tuple[Tensor, Tensor]:
+        """Row numbers and the sum of each sample's values there; a row once for each sample."""
+        samples = torch.arange(len(self.index), device=self.index.device)
+        keys = (samples[:, None] * self.shape[0] + self.index).flatten()
+        used = self.index.flatten() >= 0
+        values = wide(self.values).flatten(0, 1)
+        keys, places = torch.unique(keys[used], return_inverse=True)
+        sums = values.new_zeros(len(keys), *values.shape[1:]).index_add_(0, places, values[used])
+        return keys % self.shape[0], sums
+
+    def samples(self) -> Iterator[Tensor]:
+        """Tables of zeros but for the rows looked up."""
+        for index, values in zip(self.index, wide(self.values), strict=True):
+            used = index >= 0
+            yield values.new_zeros(self.shape).index_add_(0, index[used], values[used])

@@ -1,0 +1,148 @@
+"""The weight's gradient of a convolution, sample by sample.
+
+A convolution is a matrix product with patches of its input: M_k = Σ_t g_kt · patch_ktᵀ over the
+output's pixels t. A transposed one is the same with input and output exchanged. Patches are laid
+out for a few samples at a time, so the buffer stays in cache and does not grow with the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import product
+from math import prod
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from mas_ext.importance.per_sample.contributions import Blocks, Contribution, Outer, Stacked, wide
+from mas_ext.importance.per_sample.layout import Layout
+
+_PATCH_ELEMENTS = 1 << 20  # of the patches laid out at a time
+
+
+@dataclass
+class Geometry:
+    """How a convolution walks over its input."""
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+
+    def patches(self, inputs: Tensor, out: tuple[int, ...]) -> Tensor:
+        """[N, C, *space] → [N, C, *kernel, *out]: a view of the padded input."""
+        if any(self.padding):
+            inputs = F.pad(inputs, [p for p in reversed(self.padding) for _ in range(2)])
+        steps = inputs.stride()[2:]
+        within = [s * d for s, d in zip(steps, self.dilation, strict=True)]
+        between = [s * d for s, d in zip(steps, self.stride, strict=True)]
+        return inputs.as_strided(
+            (*inputs.shape[:2], *self.kernel, *out),
+            (*inputs.stride()[:2], *within, *between),
+            inputs.storage_offset(),
+        )
+
+
+@dataclass
+class Convolution:
+    """M_k of a convolution's weight [P, C / groups, *kernel].
+
+    Attributes:
+        pixels: [B, m, P, *out], what the weight's first dimension belongs to.
+        inputs: [B, m, C, *space], what patches are taken from.
+        geometry: how.
+        groups: P and C fall into so many groups.
+    """
+
+    pixels: Tensor
+    inputs: Tensor
+    geometry: Geometry
+    groups: int
+
+    @classmethod
+    def of(cls, saved: Callable[[str], Any], grad: Tensor, layout: Layout) -> Contribution:
+        """From what the operation saved and the gradient of its output."""
+        inputs, weight = saved("input"), saved("weight")
+        space = weight.dim() - 2
+        sizes = (_spread(saved(name), space) for name in ("stride", "padding", "dilation"))
+        pixels, patched = (inputs, grad) if saved("transposed") else (grad, inputs)
+        pixels, patched = (layout.split(t, 0).flatten(1, 2) for t in (pixels, patched))
+        geometry = Geometry(tuple(weight.shape[2:]), *sizes)
+        return cls(pixels, patched, geometry, saved("groups"))
+
+    def is_depthwise(self) -> bool:
+        """Whether every channel is convolved by itself."""
+        return self.groups > 1 and self.pixels.shape[2] == self.groups == self.inputs.shape[2]
+
+    def _chunks(self) -> Iterator[Contribution]:
+        """The same, a few samples at a time."""
+        out = self.pixels.shape[3:]
+        per_sample = self.inputs.shape[1:3].numel() * prod(self.geometry.kernel)
+        if not self.is_depthwise():
+            per_sample *= out.numel()
+        step = max(1, _PATCH_ELEMENTS // max(1, per_sample))
+        part = self._depthwise if self.is_depthwise() else self._blocks
+        for start in range(0, len(self.pixels), step):
+            yield part(slice(start, start + step))
+
+    def _depthwise(self, chosen: slice) -> Stacked:
+        """[n, C, 1, *kernel]: so few numbers that they are formed as they are."""
+        pixels, inputs = wide(self.pixels[chosen]), wide(self.inputs[chosen])
+        samples, m, kernel = len(pixels), pixels.shape[1], self.geometry.kernel
+        flat = pixels.flatten(0, 1)
+        patches = self.geometry.patches(inputs.flatten(0, 1), tuple(pixels.shape[3:]))
+        values = pixels.new_empty(*flat.shape[:2], prod(kernel))
+        for place, index in enumerate(product(*map(range, kernel))):
+            window = patches.movedim((0, 1), (-2, -1))[index].movedim((-2, -1), (0, 1))
+            values[:, :, place] = (window * flat).flatten(2).sum(2)
+        summed = values.view(samples, m, *values.shape[1:]).sum(1)
+        return Stacked(summed.view(samples, -1, 1, *kernel))
+
+    def _blocks(self, chosen: slice) -> Contribution:
+        pixels, inputs = self.pixels[chosen], self.inputs[chosen]
+        samples, m, out = len(pixels), pixels.shape[1], tuple(pixels.shape[3:])
+        patches = self.geometry.patches(inputs.flatten(0, 1), out)
+        kernel = self.geometry.kernel
+        shape = (pixels.shape[2] // self.groups, inputs.shape[2] // self.groups, *kernel)
+        left = pixels.reshape(samples, m, self.groups, -1, prod(out))
+        right = patches.reshape(samples, m, self.groups, -1, prod(out))
+        parts = [
+            Outer(_positions(left[:, :, g]), _positions(right[:, :, g]), shape)
+            for g in range(self.groups)
+        ]
+        return parts[0] if self.groups == 1 else Grouped(parts)
+
+    def add_magnitudes_(self, omega: Tensor) -> None:
+        """A few samples at a time."""
+        for chunk in self._chunks():
+            chunk.add_magnitudes_(omega)
+
+    def samples(self) -> Iterator[Tensor]:
+        """A few samples at a time."""
+        for chunk in self._chunks():
+            yield from chunk.samples()
+
+
+@dataclass
+class Grouped(Blocks):
+    """Blocks that follow each other along the weight's first dimension."""
+
+    def add_magnitudes_(self, omega: Tensor) -> None:
+        """Group by group."""
+        super().add_magnitudes_(omega.unflatten(0, (len(self.parts), -1)))
+
+    def samples(self) -> Iterator[Tensor]:
+        """Joined again."""
+        return (stacked.flatten(0, 1) for stacked in super().samples())
+
+
+def _spread(values: list[int], space: int) -> tuple[int, ...]:
+    """One number for each dimension of space."""
+    return tuple(values) if len(values) == space else (values[0],) * space
+
+
+def _positions(values: Tensor) -> Tensor:
+    """[B, m, n, pixels] → [B, m·pixels, n], a view where m = 1."""
+    return values.transpose(2, 3).flatten(1, 2)

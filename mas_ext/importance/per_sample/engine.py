@@ -1,0 +1,213 @@
+"""The exact estimator for a batch: make a plan once, check it, then one backward pass a batch."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from mas_ext.importance.batches import Batch, Indivisible, Inputs
+from mas_ext.importance.estimation import Estimation
+from mas_ext.importance.per_sample import selfcheck
+from mas_ext.importance.per_sample.graph import Graph
+from mas_ext.importance.per_sample.passes import Accumulation, confirm_layouts
+from mas_ext.importance.per_sample.plan import LARGE, SMALL, Plan, Unplannable, make_plan
+
+_KEPT = 64  # plans a model; one for every shape of input it was shown
+
+
+class Plans:
+    """The plans of one model, the last used ones; None where none can be made."""
+
+    def __init__(self) -> None:
+        self._plans: OrderedDict[object, Plan] = OrderedDict()
+
+    def find(self, graph: Graph, samples: int) -> Plan | None:
+        """The plan for a graph, if it was made before."""
+        key = (graph.signature, graph.shapes, samples)
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = next((p for p in self._plans.values() if p.fits(graph, samples)), None)
+        if plan is not None:
+            self.keep(graph, samples, plan)
+        return plan
+
+    def keep(self, graph: Graph, samples: int, plan: Plan) -> None:
+        """Remembers a plan for graphs like this one."""
+        key = (graph.signature, graph.shapes, samples)
+        self._plans[key] = plan
+        self._plans.move_to_end(key)
+        if len(self._plans) > _KEPT:
+            self._plans.popitem(last=False)
+
+    def forget(self, plan: Plan) -> None:
+        """For a plan that no longer says all."""
+        for key in [key for key, kept in self._plans.items() if kept is plan]:
+            del self._plans[key]
+
+
+_plans: WeakKeyDictionary[nn.Module, Plans] = WeakKeyDictionary()
+
+
+def add_batch(estimation: Estimation, batch: Batch, limit: int) -> int:
+    """Adds Σ_k |∂s_k/∂θ| of a batch, of at most ``limit`` samples, and returns of how many."""
+    scalars = _undisturbed_by_chance(estimation, batch)
+    count = min(len(scalars), limit)
+    if len(scalars) == 1:
+        estimation.add_gradient(scalars[0])
+    elif count > 0 and scalars.requires_grad:
+        _add_several(estimation, batch, scalars, count)
+    return count
+
+
+def _add_several(estimation: Estimation, batch: Batch, scalars: Tensor, count: int) -> None:
+    graph = Graph(scalars, {id(p): name for name, p in estimation.params.items()})
+    plans = _plans.setdefault(estimation.model, Plans())
+    plan = plans.find(graph, len(scalars))
+    if plan is not None:
+        _check_decisions(estimation, batch, scalars.detach(), plan)
+    else:
+        try:
+            plan = _checked_plan(estimation, batch, graph)
+            plans.keep(graph, len(scalars), plan)
+        except Unplannable as problem:
+            reasons = dict.fromkeys(estimation.params, str(problem))
+            _add_alone(estimation, batch, reasons, scalars, count)
+            return
+    weights = torch.ones_like(scalars)
+    weights[count:] = 0
+    unserved = Accumulation(plan, graph, estimation.sums).run(weights) if plan.groups else {}
+    estimation.covered(plan.coverage())
+    if unserved:
+        plans.forget(plan)
+    _add_alone(estimation, batch, plan.singles | unserved, scalars, count)
+
+
+def _add_alone(
+    estimation: Estimation, batch: Batch, reasons: Mapping[str, str], scalars: Tensor, count: int
+) -> None:
+    """One sample at a time, for the parameters that nothing faster is right for."""
+    if not reasons:
+        return
+    estimation.warn_of_slow(reasons)
+    estimation.covered(dict.fromkeys(reasons, "one sample at a time"))
+    if isinstance(batch, Inputs):
+        for k in range(count):
+            alone = estimation.scalars(batch.take([k], len(scalars)))
+            estimation.add_gradient(alone[0], reasons)
+        return
+    # How to cut a custom batch is only a guess: one backward pass a sample over all of it.
+    scalars = estimation.scalars(batch)
+    for k in range(count):
+        estimation.add_gradient(scalars[k], reasons, keep_graph=k + 1 < count)
+
+
+def _undisturbed_by_chance(estimation: Estimation, batch: Batch) -> Tensor:
+    """The batch's scalars, if they do not depend on random numbers."""
+    before = torch.get_rng_state()
+    scalars = estimation.scalars(batch)
+    drawn = not torch.equal(before, torch.get_rng_state())
+    if drawn:
+        with torch.no_grad():
+            again = estimation.scalars(batch)
+        if not torch.equal(scalars, again):
+            raise ValueError(
+                "the model's output depends on random numbers, also in evaluation mode: the "
+                "importance for a sample is not defined. Look for dropout and noise that do not "
+                "ask whether the module is training"
+            )
+    return scalars
+
+
+def _checked_plan(estimation: Estimation, batch: Batch, graph: Graph) -> Plan:
+    """A plan for the graph of a batch that has stood the comparison with ordinary autograd.
+
+    Raises:
+        Unplannable: there is none for graphs like this.
+        ValueError: importance per sample is not defined.
+    """
+    scalars = graph.root.detach()
+    size = len(scalars)
+    chosen = [0, size - 1, size // 2]
+    try:
+        large = estimation.scalars(batch.take(chosen, size))
+        small = estimation.scalars(batch.take(chosen[:SMALL], size))
+        with selfcheck.watching_for_decisions() as decisions:
+            first = estimation.unchecked_scalars(batch.take(chosen[:1], size))
+        second = estimation.scalars(batch.take(chosen[1:2], size))
+    except Indivisible as problem:
+        raise Unplannable(f"the batch cannot be cut into samples: {problem}") from problem
+    _check_samples_do_not_meet(estimation, batch, scalars[chosen], large)
+    _check_samples_do_not_meet(
+        estimation, batch, scalars[chosen[:SMALL]], torch.cat([first, second])
+    )
+    if decisions.names:
+        _check_samples(estimation, batch, scalars, range(size), decisions.names[0])
+    names = {id(p): name for name, p in estimation.params.items()}
+    pair = Graph(small, names)
+    plan = make_plan(Graph(large, names), pair, estimation.params)
+    if not plan.fits(graph, size):
+        raise Unplannable(
+            f"the forward pass takes another course for {size} samples than for {LARGE}"
+        )
+    if plan.boundaries:
+        confirm_layouts(plan, graph)
+        _check_sums(estimation, plan, pair, [first, second])
+    plan.decides = decisions.names[0] if decisions.names else None
+    plan.decides_on_values = decisions.on_values
+    return plan
+
+
+def _check_sums(estimation: Estimation, plan: Plan, pair: Graph, alone: list[Tensor]) -> None:
+    """Takes out of the plan what does not come out as ordinary autograd has it."""
+    if not plan.groups:
+        return
+    ours = {name: torch.zeros_like(total) for name, total in estimation.sums.items()}
+    failed = Accumulation(plan, pair, ours, learn=True).run(torch.ones_like(pair.root))
+    served = {name for group in plan.groups for name in group.names} - set(failed)
+    exact = {name: torch.zeros_like(estimation.sums[name]) for name in served}
+    for scalars in alone:
+        estimation.add_gradient(scalars[0], names=served, sums=exact)
+    wrong = selfcheck.disagreeing(ours, exact, estimation.dtype)
+    plan.give_up(wrong, "the result in a batch differs from that of a sample by itself")
+
+
+def _check_samples_do_not_meet(
+    estimation: Estimation, batch: Batch, whole: Tensor, part: Tensor
+) -> None:
+    if selfcheck.agree(whole, part.detach(), estimation.dtype):
+        return
+    if isinstance(batch, Inputs):
+        raise ValueError(_NOT_A_FUNCTION)
+    raise Unplannable("a part of the batch gives other outputs than the whole")
+
+
+def _check_decisions(estimation: Estimation, batch: Batch, scalars: Tensor, plan: Plan) -> None:
+    """Later batches: every sample where values decide, one of them where only masks do."""
+    if plan.decides is None:
+        return
+    size = len(scalars)
+    chosen = range(size) if plan.decides_on_values else [int(estimation.seen % size)]
+    _check_samples(estimation, batch, scalars, chosen, plan.decides)
+
+
+def _check_samples(
+    estimation: Estimation, batch: Batch, scalars: Tensor, chosen: Sequence[int], decision: str
+) -> None:
+    """Where the forward pass reads data, it may take another course for a sample by itself."""
+    size = len(scalars)
+    with torch.no_grad():
+        alone = torch.cat([estimation.scalars(batch.take([k], size)) for k in chosen])
+    if not selfcheck.agree(scalars[list(chosen)], alone, estimation.dtype):
+        raise ValueError(f"{_NOT_A_FUNCTION} (It looks at the batch with {decision}.)")
+
+
+_NOT_A_FUNCTION = (
+    "the model's output for a sample depends on the other samples in its batch, or on the call: "
+    "importance per sample is not defined. Look for batch statistics, operations across dimension "
+    "0, a dimension 0 that is not the sample, and state that forward changes; normalisation has to "
+    'be in evaluation mode. estimator="batch" measures the batch as a whole'
+)

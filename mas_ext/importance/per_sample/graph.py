@@ -1,0 +1,180 @@
+"""The autograd graph of a forward pass, as a list that two passes can be compared by.
+
+After a forward pass the graph says exactly which operation used which parameter, and holds what
+that operation saved: all that per-sample gradients need, whatever the modules look like.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+Shape = tuple[int, ...]
+Edge = tuple[int, int]  # (position of a node in the graph, which of its outputs)
+
+_LEAF = "torch::autograd::AccumulateGrad"
+
+
+@dataclass(eq=False)
+class Node:
+    """One operation of the forward pass.
+
+    Attributes:
+        fn: autograd's node.
+        position: its place in the graph's depth-first order.
+        edges: for each of the operation's inputs, the node that made it; None where no gradient
+            is needed.
+        leaf: for a leaf that is a measured parameter, its name.
+    """
+
+    fn: Any
+    position: int
+    name: str
+    edges: tuple[Edge | None, ...] = ()
+    leaf: str | None = None
+    _saved: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def shapes(self) -> tuple[Shape, ...]:
+        """The shapes of the operation's outputs, which are those of the gradients it receives."""
+        return tuple(tuple(m.shape) if m is not None else () for m in self.fn._input_metadata)
+
+    @property
+    def is_leaf(self) -> bool:
+        """Whether it is where a gradient would be accumulated: a parameter or an input."""
+        return self.name == _LEAF
+
+    @property
+    def operation(self) -> str:
+        """Its name without the number of the overload: AddBackward0 → AddBackward."""
+        return self.name.rstrip("0123456789")
+
+    def output(self, index: int) -> GradientEdge:
+        """Where the gradient of an output arrives."""
+        return GradientEdge(self.fn, index)
+
+    def saved(self, name: str) -> Any:
+        """What the operation saved for its backward, read at most once."""
+        if name not in self._saved:
+            with _beside_the_backward_pass():
+                self._saved[name] = _signed(getattr(self.fn, f"_saved_{name}"))
+        return self._saved[name]
+
+    def forget(self) -> None:
+        """Lets go of what was read."""
+        self._saved.clear()
+
+    def backward(self, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The operation's own backward, called outside of a backward pass."""
+        call = self.fn if callable(self.fn) else self.fn.apply  # those written in Python
+        result = call(*grads)
+        return result if isinstance(result, tuple) else (result,)
+
+
+class Graph:
+    """The nodes that lead from an output back to the measured parameters and other leaves.
+
+    Args:
+        root: the output, which has a history.
+        names: the measured parameters' names, by identity of the tensor.
+
+    Raises:
+        ValueError: part of the graph is hidden.
+    """
+
+    def __init__(self, root: Tensor, names: Mapping[int, str]) -> None:
+        self.root = root
+        self.nodes: list[Node] = []
+        self._visit(root.grad_fn, names)
+        if any(node.name == "CheckpointFunctionBackward" for node in self.nodes):
+            raise ValueError(
+                "the model uses activation checkpointing with use_reentrant=True, which hides the "
+                "parameters inside; use use_reentrant=False"
+            )
+
+    def _visit(self, root: Any, names: Mapping[int, str]) -> None:
+        known: dict[Any, Node] = {}
+        stack = [root]
+        while stack:
+            fn = stack.pop()
+            if fn in known:
+                continue
+            node = known[fn] = Node(fn, len(self.nodes), fn.name())
+            self.nodes.append(node)
+            if node.is_leaf:
+                node.leaf = names.get(id(fn.variable))
+            stack.extend(child for child, _ in reversed(fn.next_functions) if child is not None)
+        for node in self.nodes:
+            node.edges = tuple(
+                None if child is None else (known[child].position, output)
+                for child, output in node.fn.next_functions
+            )
+
+    @cached_property
+    def signature(self) -> tuple[Any, ...]:
+        """What two passes of one program have in common, whatever their number of samples."""
+        return tuple((node.name, node.edges, node.leaf) for node in self.nodes)
+
+    @cached_property
+    def shapes(self) -> tuple[tuple[Shape, ...], ...]:
+        """The shapes of all nodes' outputs."""
+        return tuple(node.shapes for node in self.nodes)
+
+    def children(self, node: Node) -> list[Node]:
+        """The nodes that made the inputs of one."""
+        return [self.nodes[edge[0]] for edge in node.edges if edge is not None]
+
+    def reaching(self, targets: Iterable[Node]) -> set[int]:
+        """Positions of the nodes whose gradient flows into any of the targets, themselves too."""
+        parents: dict[int, list[int]] = {}
+        for node in self.nodes:
+            for child in self.children(node):
+                parents.setdefault(child.position, []).append(node.position)
+        found = {node.position for node in targets}
+        stack = list(found)
+        while stack:
+            for parent in parents.get(stack.pop(), ()):
+                if parent not in found:
+                    found.add(parent)
+                    stack.append(parent)
+        return found
+
+
+def backward(
+    graph: Graph, weights: Tensor, edges: list[GradientEdge], keep: bool
+) -> list[Tensor | None]:
+    """Gradients of Σ_k weights_k·s_k that arrive at the edges.
+
+    The engine computes what leads there and nothing else: no weight's gradient, and nothing is
+    accumulated anywhere.
+    """
+    if not edges:
+        return []
+    return list(
+        torch.autograd.grad(
+            [graph.root], edges, grad_outputs=[weights], allow_unused=True, retain_graph=keep
+        )
+    )
+
+
+def _signed(value: Any) -> Any:
+    """Saved integers are shown unsigned: −1 as 2⁶⁴ − 1."""
+    return value - 2**64 if isinstance(value, int) and value >= 2**63 else value
+
+
+def _beside_the_backward_pass() -> AbstractContextManager[Any]:
+    """Lets a checkpointed activation be read in a hook and again by the pass the hook is in.
+
+    Activation checkpointing recomputes once for each pass, and gives each tensor once: reading is
+    declared to be a pass of its own.
+    """
+    group = getattr(torch.utils.checkpoint, "GraphExecGroup", nullcontext)
+    return group()

@@ -1,0 +1,116 @@
+"""From contributions to Ω: added at once, or summed over a parameter's uses first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from mas_ext import functional
+from mas_ext.importance.per_sample.contributions import Contribution, Outer
+from mas_ext.importance.per_sample.graph import Graph
+from mas_ext.importance.per_sample.plan import Group, Use
+
+
+class Sink:
+    """Takes a group's contributions as they come, and adds Σ_k |Σ_uses M_k| to the raw sums."""
+
+    def __init__(self, group: Group, graph: Graph, sums: Mapping[str, Tensor]) -> None:
+        self._group, self._graph = group, graph
+        self._sums = {name: sums[name] for name in group.names}
+        self._waiting: dict[Use, Contribution] = {}
+        self._failure: str | None = None
+
+    def fail(self, reason: str) -> None:
+        """A use could not be served: nothing is added."""
+        assert not self._group.is_direct
+        self._failure = reason
+
+    def put(self, use: Use, contribution: Contribution) -> None:
+        """What one use contributes; added at once where it is the only one."""
+        if self._group.is_direct:
+            assert use.view is not None
+            contribution.add_magnitudes_(use.view(self._sums[self._group.names[0]]))
+        else:
+            self._waiting[use] = contribution
+
+    def finish(self) -> dict[str, str]:
+        """Adds what had to wait for the other uses; one without a gradient contributes nothing.
+
+        Returns:
+            The parameters to which nothing was added, and why.
+        """
+        if self._failure is not None:
+            return dict.fromkeys(self._group.names, self._failure)
+        if self._waiting:
+            matrix = self._as_one_matrix()
+            if matrix is not None:
+                matrix.add_magnitudes_(self._sums[self._group.names[0]])
+            else:
+                self._add_sample_by_sample()
+        return {}
+
+    def _as_one_matrix(self) -> Outer | None:
+        """Several products with one matrix are one product at more positions."""
+        if len(self._sums) != 1:
+            return None
+        (omega,) = self._sums.values()
+        parts = []
+        for use, part in self._waiting.items():
+            if use.view is None or not isinstance(part, Outer) or part.shape is not None:
+                return None
+            turned = _orientation(use.view(omega), omega)
+            if turned is None:
+                return None
+            parts.append(part.transposed() if turned else part)
+        return Outer.joined(parts)
+
+    def _add_sample_by_sample(self) -> None:
+        uses = list(self._waiting)
+        totals = {name: torch.zeros_like(omega) for name, omega in self._sums.items()}
+        for parts in zip(*(self._waiting[use].samples() for use in uses), strict=True):
+            for total in totals.values():
+                total.zero_()
+            self._sum_uses(dict(zip(uses, parts, strict=True)), totals)
+            functional.accumulate_importance_(list(self._sums.values()), list(totals.values()))
+
+    def _sum_uses(self, parts: Mapping[Use, Tensor], totals: Mapping[str, Tensor]) -> None:
+        """M_k of every parameter of the group, from one sample's gradient at every use."""
+        made = {}
+        for use, part in parts.items():
+            if use.view is None:
+                made[use] = part
+            else:
+                (name,) = use.names
+                use.view(totals[name]).add_(part)
+        for name, grad in self._pulled(made):
+            totals[name].add_(grad)
+
+    def _pulled(self, parts: Mapping[Use, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Gradients pulled through what computes the used tensors from the parameters."""
+        if not parts:
+            return
+        leaves = {n.leaf: n.fn.variable for n in self._graph.nodes if n.leaf in self._sums}
+        sources = [self._graph.nodes[use.source[0]] for use in parts]
+        edges = [s.output(u.source[1]) for s, u in zip(sources, parts, strict=True)]
+        dtypes = [
+            s.fn._input_metadata[u.source[1]].dtype for s, u in zip(sources, parts, strict=True)
+        ]
+        values = [p.to(dtype) for p, dtype in zip(parts.values(), dtypes, strict=True)]
+        grads = torch.autograd.grad(
+            edges, list(leaves.values()), values, allow_unused=True, retain_graph=True
+        )
+        for name, grad in zip(leaves, grads, strict=True):
+            if grad is not None:
+                yield str(name), grad
+
+
+def _orientation(view: Tensor, whole: Tensor) -> bool | None:
+    """False if a view is the whole matrix, True if it is its transpose, None if neither."""
+    if whole.dim() != 2 or view.data_ptr() != whole.data_ptr():
+        return None
+    if (view.shape, view.stride()) == (whole.shape, whole.stride()):
+        return False
+    turned = whole.t()
+    return True if (view.shape, view.stride()) == (turned.shape, turned.stride()) else None

@@ -1,0 +1,342 @@
+"""What a graph has to say about per-sample gradients, found out once with a few samples.
+
+Two forward passes with different numbers of samples show which operations carry samples: those
+whose output grows with the batch. Everything else depends on parameters only. Where the one meets
+the other, a parameter is *used*: that is where its per-sample gradients are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from mas_ext.importance.per_sample.graph import Graph, Node, Shape, backward
+from mas_ext.importance.per_sample.layout import Extent, Layout, extent, find_layout, pattern
+from mas_ext.importance.per_sample.views import View, view_of
+
+LARGE, SMALL = 3, 2  # samples in the two passes
+
+
+class Unplannable(Exception):
+    """No plan can be made for a graph; the message says why."""
+
+
+@dataclass(frozen=True, eq=False)
+class Use:
+    """A parameter, or something made from parameters only, that an operation on samples takes in.
+
+    Attributes:
+        position: the operation, and ``input`` which of its inputs.
+        shape: what it takes in has.
+        source: the node and output that what it takes in comes from.
+        names: the measured parameters that it is made from.
+        view: of the one parameter that it is a view of, if it is one.
+    """
+
+    position: int
+    input: int
+    shape: Shape
+    source: tuple[int, int]
+    names: frozenset[str]
+    view: View | None
+
+
+@dataclass
+class Boundary:
+    """An operation on samples with uses among its inputs.
+
+    Attributes:
+        extents: for each output, how it grows; None for one that has no gradient or is irregular.
+        layouts: for each output, which entries are whose; None where that is not known.
+    """
+
+    uses: list[Use]
+    extents: list[Extent | None]
+    layouts: list[Layout | None] = field(default_factory=list)
+
+    @property
+    def names(self) -> set[str]:
+        """The parameters that are used."""
+        return {name for use in self.uses for name in use.names}
+
+
+@dataclass(eq=False)
+class Group:
+    """Uses that have to be added up before the absolute value, and the parameters they share.
+
+    Attributes:
+        may_fail: nothing may be added to Ω before the pass is over, since a use has no layout yet.
+    """
+
+    names: list[str]
+    uses: list[Use]
+    may_fail: bool = False
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether what arrives can be added to Ω at once."""
+        return len(self.uses) == 1 and self.uses[0].view is not None and not self.may_fail
+
+
+@dataclass
+class Plan:
+    """How the importance of a graph like this is computed in one backward pass.
+
+    Attributes:
+        boundaries: by position in the graph.
+        frontier: those of them that no other lies behind.
+        groups: every served parameter is in one group, or in several that do not overlap.
+        singles: parameters that need another way, and why.
+        generic: uses whose operation has no rule.
+        decides: the operation by which the forward pass reads its data, if it does.
+        decides_on_values: whether that data is made from floating-point numbers.
+    """
+
+    signature: object
+    extents: list[tuple[Extent | None, ...]]
+    shapes: tuple[tuple[Shape, ...], ...]
+    boundaries: dict[int, Boundary] = field(default_factory=dict)
+    frontier: set[int] = field(default_factory=set)
+    groups: list[Group] = field(default_factory=list)
+    singles: dict[str, str] = field(default_factory=dict)
+    generic: set[Use] = field(default_factory=set)
+    decides: str | None = None
+    decides_on_values: bool = False
+
+    def fits(self, graph: Graph, samples: int) -> bool:
+        """Whether a graph is this one at that number of samples, in every shape."""
+        if graph.signature != self.signature:
+            return False
+        expected = zip(self.shapes, self.extents, graph.shapes, strict=True)
+        return all(
+            shape == (like if grows is None else grows.shape(like, samples))
+            for likes, grow, shapes in expected
+            for like, grows, shape in zip(likes, grow, shapes, strict=True)
+        )
+
+    @property
+    def keeps_graph(self) -> bool:
+        """Whether something is left to compute when the backward pass is over."""
+        return bool(self.generic)
+
+    def give_up(self, names: Iterable[str], reason: str) -> None:
+        """Serves these parameters, and those that share a group with them, in another way."""
+        wanted = set(names)
+        while lost := [g for g in self.groups if wanted & set(g.names)]:
+            self.groups = [g for g in self.groups if g not in lost]
+            wanted |= {name for group in lost for name in group.names}
+        for name in wanted:
+            self.singles.setdefault(name, reason)
+
+    def coverage(self) -> dict[str, str]:
+        """Parameter name → which path computes it, for all that the graph reaches."""
+        result = dict.fromkeys(self.singles, "one sample at a time")
+        for group in self.groups:
+            path = "direct"
+            if any(use in self.generic for use in group.uses):
+                path = "generic"
+            if any(use.view is None for use in group.uses):
+                path = "subgraph"
+            result |= dict.fromkeys(group.names, path)
+        return result
+
+
+def make_plan(large: Graph, small: Graph, params: Mapping[str, Tensor]) -> Plan:
+    """The plan for graphs like these, which came from LARGE and SMALL samples."""
+    if large.signature != small.signature:
+        raise Unplannable(
+            f"the forward pass takes another course for {SMALL} samples than for {LARGE}"
+        )
+    carriers = _carriers(large, small)
+    extents = [
+        tuple(extent(few, SMALL, more, LARGE) for few, more in zip(a.shapes, b.shapes, strict=True))
+        for a, b in zip(small.nodes, large.nodes, strict=True)
+    ]
+    _check_nothing_mixes(large, carriers)
+    plan = Plan(large.signature, extents, large.shapes)
+    for use in _uses(large, carriers, params):
+        boundary = Boundary([], list(extents[use.position]))
+        plan.boundaries.setdefault(use.position, boundary).uses.append(use)
+    plan.frontier = _frontier(large, plan.boundaries)
+    uses = [use for boundary in plan.boundaries.values() for use in boundary.uses]
+    plan.groups = list(_grouped(uses, params))
+    if uses:
+        _find_layouts(plan, large)
+        _hold_back(plan)
+    return plan
+
+
+def _carriers(large: Graph, small: Graph) -> set[int]:
+    """Positions of the operations that carry samples: some output's shape follows the batch."""
+    pairs = zip(large.nodes, small.nodes, strict=True)
+    return {a.position for a, b in pairs if a.shapes != b.shapes}
+
+
+def _check_nothing_mixes(graph: Graph, carriers: set[int]) -> None:
+    """What is made from samples but has no sample dimension is made from several of them."""
+    made_from_samples = graph.reaching(graph.nodes[p] for p in carriers)
+    for position in made_from_samples - carriers:
+        raise Unplannable(
+            f"an operation ({graph.nodes[position].name}) on the way to the output has lost the "
+            "sample dimension: it mixes the samples of a batch"
+        )
+
+
+def _uses(graph: Graph, carriers: set[int], params: Mapping[str, Tensor]) -> list[Use]:
+    leaves = [node for node in graph.nodes if node.leaf is not None]
+    measured = graph.reaching(leaves)
+    behind = _leaves_behind(graph, measured - carriers)
+    uses = []
+    for position in sorted(carriers & measured):
+        for i, edge in enumerate(graph.nodes[position].edges):
+            if edge is not None and edge[0] in behind:
+                uses.append(_use(graph, (position, i), edge, behind[edge[0]], params))
+    return uses
+
+
+def _use(
+    graph: Graph,
+    place: tuple[int, int],
+    source: tuple[int, int],
+    names: frozenset[str],
+    params: Mapping[str, Tensor],
+) -> Use:
+    node = graph.nodes[source[0]]
+    shape = node.shapes[source[1]]
+    name, view = view_of(graph, node, source[1]) or (None, None)
+    if name is not None and not _applies(view, params[name], shape):
+        view = None
+    return Use(*place, shape, source, names, view)
+
+
+def _applies(view: View | None, param: Tensor, shape: Shape) -> bool:
+    """Whether the view can be taken of contiguous memory, as Ω's is."""
+    assert view is not None
+    try:
+        return tuple(view(torch.empty(param.shape, device="meta")).shape) == shape
+    except RuntimeError:
+        return False
+
+
+def _leaves_behind(graph: Graph, positions: set[int]) -> dict[int, frozenset[str]]:
+    """For nodes that depend on parameters only, which measured ones."""
+    result: dict[int, frozenset[str]] = {}
+
+    def names(node: Node) -> frozenset[str]:
+        stack = [node]
+        while stack:
+            top = stack[-1]
+            children = [c for c in graph.children(top) if c.position in positions]
+            waiting = [c for c in children if c.position not in result]
+            if waiting:
+                stack.extend(waiting)
+                continue
+            own = frozenset() if top.leaf is None else frozenset([top.leaf])
+            result[top.position] = own.union(*(result[c.position] for c in children))
+            stack.pop()
+        return result[node.position]
+
+    for position in positions:
+        names(graph.nodes[position])
+    return result
+
+
+def _frontier(graph: Graph, boundaries: Mapping[int, Boundary]) -> set[int]:
+    leading = graph.reaching(graph.nodes[p] for p in boundaries)
+    return {
+        p
+        for p in boundaries
+        if not any(child.position in leading for child in graph.children(graph.nodes[p]))
+    }
+
+
+# ================================================================================================
+# Groups
+# ================================================================================================
+def _grouped(uses: list[Use], params: Mapping[str, Tensor]) -> Iterable[Group]:
+    """Uses that share a parameter, unless they look at different parts of it."""
+    for group in _connected(uses):
+        if len(group.names) == 1 and _disjoint(group, params[group.names[0]]):
+            yield from (Group(group.names, [use]) for use in group.uses)
+        else:
+            yield group
+
+
+def _connected(uses: list[Use]) -> list[Group]:
+    groups: list[Group] = []
+    for use in uses:
+        touching = [g for g in groups if use.names & set(g.names)]
+        groups = [g for g in groups if g not in touching]
+        names = set(use.names).union(*(g.names for g in touching))
+        groups.append(Group(sorted(names), [u for g in touching for u in g.uses] + [use]))
+    return groups
+
+
+def _disjoint(group: Group, param: Tensor) -> bool:
+    """Whether the uses are views of different elements of the parameter."""
+    if len(group.uses) == 1:
+        return group.uses[0].view is not None
+    seen = torch.zeros(param.shape, dtype=torch.uint8)
+    for use in group.uses:
+        if use.view is None:
+            return False
+        use.view(seen).add_(1)
+    return int(seen.max()) <= 1
+
+
+# ================================================================================================
+# Layouts
+# ================================================================================================
+def _find_layouts(plan: Plan, graph: Graph) -> None:
+    """Runs the backward pass for one sample after the other and looks where gradients arrive."""
+    places = [
+        (p, j)
+        for p, boundary in plan.boundaries.items()
+        for j, grows in enumerate(boundary.extents)
+        if grows is not None
+    ]
+    edges = [graph.nodes[p].output(j) for p, j in places]
+    patterns: dict[tuple[int, int], list[Tensor]] = {place: [] for place in places}
+    for sample in range(LARGE):
+        weights = torch.zeros_like(graph.root)
+        weights[sample] = 1
+        for (p, j), grad in zip(places, backward(graph, weights, edges, keep=True), strict=True):
+            grows = plan.boundaries[p].extents[j]
+            if grad is not None and grows is not None:
+                patterns[p, j].append(pattern(grad, grows.dim))
+    _set_layouts(plan, graph, patterns)
+
+
+def _set_layouts(
+    plan: Plan, graph: Graph, patterns: Mapping[tuple[int, int], list[Tensor]]
+) -> None:
+    for position, boundary in plan.boundaries.items():
+        name = graph.nodes[position].name
+        for j, grows in enumerate(boundary.extents):
+            found = patterns.get((position, j), [])
+            arrived = any(bool(p.any()) for p in found)
+            layout = find_layout(grows, found) if grows is not None and arrived else None
+            boundary.layouts.append(layout)
+            if arrived and layout is None:
+                plan.give_up(boundary.names, f"the rows of {name} are not in the samples' order")
+        if all(grows is None for grows in boundary.extents):
+            plan.give_up(boundary.names, f"{name} does not grow in proportion to the batch")
+
+
+def _hold_back(plan: Plan) -> None:
+    """Where no gradient arrived, whose rows are whose is not known: to be found out if one does."""
+    unknown = {
+        name
+        for boundary in plan.boundaries.values()
+        if not any(boundary.layouts)
+        for name in boundary.names
+    }
+    for name in unknown:
+        sharing = [group for group in plan.groups if name in group.names]
+        if sharing:
+            names = sorted({n for group in sharing for n in group.names})
+            joined = Group(names, [use for group in sharing for use in group.uses], may_fail=True)
+            plan.groups = [group for group in plan.groups if group not in sharing] + [joined]

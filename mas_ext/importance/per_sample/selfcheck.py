@@ -1,0 +1,114 @@
+"""Is it so? What a plan assumes is held against ordinary autograd before it is used.
+
+A plan assumes that samples do not meet, that the forward pass is a function, and that the graph
+tells all. None of that is taken on trust: a few samples of the batch are run alone, and outputs
+and importances have to be the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+# How far two computations of one thing may be apart, by dtype: rounding stays well below, a wrong
+# assumption well above.
+_TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-2}
+_LOOSE = 0.25  # half precision
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Relative, for the sum over a tensor."""
+    return _TOLERANCE.get(dtype, _LOOSE)
+
+
+def agree(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
+    """Whether two vectors of per-sample scalars, computed in ``dtype``, are the same."""
+    scale = torch.maximum(a.abs(), b.abs()).max()
+    return bool((a - b).abs().max() <= tolerance(dtype) * scale)
+
+
+def disagreeing(
+    ours: Mapping[str, Tensor], exact: Mapping[str, Tensor], dtype: torch.dtype
+) -> list[str]:
+    """The parameters whose sums Σ_k |M_k| differ by more than rounding.
+
+    A gradient that is truly zero (the key's bias in softmax attention) is only noise, so there is
+    a floor: the rounding of the largest one.
+    """
+    largest = max((float(t.max()) for t in exact.values() if t.numel()), default=0.0)
+    noise = 16 * torch.finfo(dtype).eps * largest
+    return [
+        name
+        for name, total in exact.items()
+        if not float((ours[name] - total).abs().sum())
+        <= tolerance(dtype) * float(total.sum()) + noise * total.numel()
+    ]
+
+
+@dataclass
+class Decisions:
+    """What a forward pass reads from its data into the program, which may then branch on it.
+
+    Attributes:
+        names: the operations that read.
+        on_values: whether one of them read something computed from floating-point numbers; else
+            it was only masks, lengths and the like.
+    """
+
+    names: list[str] = field(default_factory=list)
+    on_values: bool = False
+
+
+@contextmanager
+def watching_for_decisions() -> Iterator[Decisions]:
+    """Collects the decisions of a forward pass."""
+    found = Decisions()
+    with _Watch(found):
+        yield found
+
+
+class _Watch(TorchDispatchMode):
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else the first of all modes loads torch._dynamo, which takes two seconds
+
+    def __init__(self, found: Decisions) -> None:
+        super().__init__()
+        self._found = found
+        self._from_values = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        inputs = _tensors((args, kwargs))
+        from_values = any(t.is_floating_point() or t in self._from_values for t in inputs)
+        if _reads(func, inputs):
+            self._found.names.append(str(func))
+            self._found.on_values |= from_values
+        result = func(*args, **(kwargs or {}))
+        if from_values:
+            for tensor in _tensors(result):
+                self._from_values[tensor] = True
+        return result
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _reads(func: Any, inputs: list[Tensor]) -> bool:
+    if torch.Tag.data_dependent_output in func.tags:
+        return True
+    if torch.Tag.dynamic_output_shape not in func.tags:
+        return False
+    # Indexing has a shape of its own making only with masks.
+    is_index = func.name().startswith("aten::index")
+    return not is_index or any(t.dtype in (torch.bool, torch.uint8) for t in inputs[1:])

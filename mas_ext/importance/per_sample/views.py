@@ -1,0 +1,107 @@
+"""Views of a parameter: what the graph says an operation looks at, found again in Ω.
+
+The importance of a transposed, sliced, split or cast parameter lies at the same places, so a rule
+can add to the same view of Ω.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from mas_ext.importance.per_sample.graph import Graph, Node
+
+View = Callable[[Tensor], Tensor]
+
+
+def _same(node: Node, output: int) -> View:
+    return lambda tensor: tensor
+
+
+def _reshape(node: Node, output: int) -> View:
+    shape = node.shapes[output]
+    return lambda tensor: tensor.view(shape)
+
+
+def _t(node: Node, output: int) -> View:
+    return lambda tensor: tensor.t()
+
+
+def _transpose(node: Node, output: int) -> View:
+    dims = node.saved("dim0"), node.saved("dim1")
+    return lambda tensor: tensor.transpose(*dims)
+
+
+def _permute(node: Node, output: int) -> View:
+    dims = node.saved("dims")
+    return lambda tensor: tensor.permute(dims)
+
+
+def _slice(node: Node, output: int) -> View:
+    dim = node.saved("dim")
+    index = slice(node.saved("start"), node.saved("end"), node.saved("step"))
+    return lambda tensor: tensor.movedim(dim, 0)[index].movedim(0, dim)
+
+
+def _select(node: Node, output: int) -> View:
+    where = node.saved("dim"), node.saved("index")
+    return lambda tensor: tensor.select(*where)
+
+
+def _split(node: Node, output: int) -> View:
+    size, dim = node.saved("split_size"), node.saved("dim")
+    return lambda tensor: tensor.split(size, dim)[output]
+
+
+def _split_with_sizes(node: Node, output: int) -> View:
+    sizes, dim = list(node.saved("split_sizes")), node.saved("dim")
+    return lambda tensor: tensor.split(sizes, dim)[output]
+
+
+def _unbind(node: Node, output: int) -> View:
+    dim = node.saved("dim")
+    return lambda tensor: tensor.unbind(dim)[output]
+
+
+# For each operation, what its output looks at, given the tensor it was applied to.
+VIEWS: dict[str, Callable[[Node, int], View]] = {
+    "AliasBackward": _same,
+    "CloneBackward": _same,
+    "PermuteBackward": _permute,
+    "ReshapeAliasBackward": _reshape,
+    "SelectBackward": _select,
+    "SliceBackward": _slice,
+    "SplitBackward": _split,
+    "SplitWithSizesBackward": _split_with_sizes,
+    "SqueezeBackward": _reshape,
+    "TBackward": _t,
+    "ToCopyBackward": _same,
+    "TransposeBackward": _transpose,
+    "UnbindBackward": _unbind,
+    "UnsafeSplitBackward": _split,
+    "UnsafeViewBackward": _reshape,
+    "UnsqueezeBackward": _reshape,
+    "ViewBackward": _reshape,
+}
+
+
+def view_of(graph: Graph, node: Node, output: int) -> tuple[str, View] | None:
+    """The parameter that a node's output is a view of, and the view; None if it is not one."""
+    steps: list[View] = []
+    while not node.is_leaf:
+        edges = [edge for edge in node.edges if edge is not None]
+        if node.operation not in VIEWS or len(edges) != 1:
+            return None
+        steps.append(VIEWS[node.operation](node, output))
+        node, output = graph.nodes[edges[0][0]], edges[0][1]
+    return None if node.leaf is None else (node.leaf, _chain(steps[::-1]))
+
+
+def _chain(steps: list[View]) -> View:
+    def view(tensor: Tensor) -> Tensor:
+        for step in steps:
+            tensor = step(tensor)
+        return tensor
+
+    return view
