@@ -216,6 +216,12 @@ def test_a_warning_points_at_the_caller():
     assert [w.filename for w in (*warned, *warned_by_mas)] == [__file__] * 2
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_warning_that_is_an_error_stays_what_it_is():
+    with pytest.raises(UserWarning, match="one sample at a time"):
+        estimate_importance(mlp(), [list(vectors())], forward=stacked)
+
+
 @pytest.mark.parametrize("inside", [False, True], ids=["around the call", "in the forward"])
 @pytest.mark.parametrize(("make", "data"), [(mlp, vectors), (convnet, images)])
 def test_saved_tensors_kept_elsewhere(make, data, inside):
