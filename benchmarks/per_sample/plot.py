@@ -45,7 +45,9 @@ def _panel(axes: Axes, result: dict[str, Any]) -> None:
     axes.minorticks_off()
     tidy(axes, NAMES)
     axes.set_title(
-        f"{result['title']}, B={result['batch_size']}{_vmap_memory(result)}", size=9.5, loc="left"
+        f"{result['title']} {result['details']}, B={result['batch_size']}{_vmap_memory(result)}",
+        size=9.5,
+        loc="left",
     )
 
 

@@ -122,6 +122,9 @@ def _as_batch(sample: Batch) -> Batch:
 def opacus(model: nn.Module, batch: Batch) -> Step:
     from opacus.grad_sample import GradSampleModule
 
+    refused = GradSampleModule.validate(model)
+    if refused:
+        raise Unsupported(f"refuses {len(refused)} modules that have buffers, as BatchNorm")
     # Its hooks look away in evaluation mode. No workload has dropout, and it refuses BatchNorm.
     wrapped = GradSampleModule(model.train(), loss_reduction="sum")
     batch = _with_positions(model, batch)

@@ -75,6 +75,7 @@ def summary(measured: Measurement) -> dict[str, Any]:
     memory = _extra_memory(measured)
     result = {
         "title": measured.workload.title,
+        "details": measured.workload.details,
         "batch_size": measured.workload.batch_size,
         "parameters": measured.parameters,
         "rounds": measured.rounds,
@@ -171,7 +172,7 @@ def _notes(result: dict[str, Any]) -> str:
 
 def table(result: dict[str, Any]) -> Table:
     shown = Table(
-        title=f"{result['title']}, B={result['batch_size']}: "
+        title=f"{result['title']}: {result['details']}, B={result['batch_size']}\n"
         f"{result['parameters'] / 1e6:.3g} M parameters, medians of {result['rounds']} rounds",
         caption=_notes(result),
         caption_justify="left",

@@ -19,6 +19,7 @@ WIDTH, LENGTH, LAYERS, HEADS, VOCABULARY = 256, 64, 4, 4, 8192  # of the languag
 @dataclass(frozen=True)
 class Workload:
     title: str
+    details: str
     build: Callable[[], nn.Module]
     sample: Callable[[int], Batch]  # from the number of samples
     batch_size: int = 32
@@ -119,11 +120,11 @@ def _tokens(count: int) -> dict[str, Tensor]:
 
 _LANGUAGE = f"d={WIDTH}, T={LENGTH}, {LAYERS} layers, vocabulary {VOCABULARY:,}"
 WORKLOADS = {
-    "mlp": Workload("MLP 784-1024-1024-10", mlp, _vectors, batch_size=128, goal=1.0),
-    "cnn": Workload("CNN 32-64-128-128, 32×32", cnn, _images(32), goal=1.0),
-    "resnet18": Workload("ResNet-18, 64×64", resnet, _images(64)),
-    "vit": Workload("ViT d=192, T=65, 6 layers", vit, _images(32)),
-    "gpt2": Workload(f"GPT-2 {_LANGUAGE}, tied head", gpt2, _tokens),
-    "llama": Workload(f"Llama {_LANGUAGE}", llama, _tokens),
+    "mlp": Workload("MLP", "784-1024-1024-10", mlp, _vectors, batch_size=128, goal=1.0),
+    "cnn": Workload("CNN", "3×32×32, 32-64-128-128", cnn, _images(32), goal=1.0),
+    "resnet18": Workload("ResNet-18", "3×64×64", resnet, _images(64)),
+    "vit": Workload("ViT", "d=192, T=65, 6 layers", vit, _images(32)),
+    "gpt2": Workload("GPT-2", f"{_LANGUAGE}, tied head", gpt2, _tokens),
+    "llama": Workload("Llama", _LANGUAGE, llama, _tokens),
 }
 QUICK = ("mlp", "cnn", "vit")

@@ -48,7 +48,6 @@ class Estimation:
     objective: Objective
     coverage: dict[str, str] = field(default_factory=dict)
     seen: int = 0
-    dtype: torch.dtype = torch.float32  # of the model's last output
     _warned: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -56,9 +55,7 @@ class Estimation:
 
     def output(self, batch: Batch) -> Tensor:
         """F's output, with one row a sample."""
-        output = batch.check_rows(output_tensor(batch.forward(self.model)))
-        self.dtype = output.dtype
-        return output
+        return batch.check_rows(output_tensor(batch.forward(self.model)))
 
     def scalars(self, batch: Batch) -> Tensor:
         """s_k for every sample of a batch.

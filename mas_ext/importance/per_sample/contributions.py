@@ -74,13 +74,13 @@ class Outer:
     def add_magnitudes_(self, omega: Tensor) -> None:
         """The kernel's: Σ_k |Σ_t …| in tiles of Ω."""
         if self.shape is None:
-            functional.accumulate_abs_matmul_(omega, self.left, self.right)
+            _add_abs_matmul_(omega, self.left, self.right)
         elif omega.is_contiguous():
             matrix = omega.view(self.left.shape[2], -1)
-            functional.accumulate_abs_matmul_(matrix, self.left, self.right)
+            _add_abs_matmul_(matrix, self.left, self.right)
         else:
             matrix = omega.new_zeros(self.left.shape[2], self.right.shape[2])
-            functional.accumulate_abs_matmul_(matrix, self.left, self.right)
+            _add_abs_matmul_(matrix, self.left, self.right)
             omega += matrix.view(self.shape)
 
     def samples(self) -> Iterator[Tensor]:
@@ -100,6 +100,14 @@ class Outer:
             return parts[0]
         left = torch.cat([part.left for part in parts], 1)
         return Outer(left, torch.cat([part.right for part in parts], 1))
+
+
+def _add_abs_matmul_(omega: Tensor, left: Tensor, right: Tensor) -> None:
+    if left.shape[1] == 1 and left.dtype == omega.dtype:
+        # One position: |l r| = |l||r|, an ordinary product, which BLAS does best.
+        omega.addmm_(left[:, 0].abs().t(), right[:, 0].abs())
+    else:
+        functional.accumulate_abs_matmul_(omega, left, right)
 
 
 @dataclass
@@ -138,21 +146,57 @@ class Rows:
 
     def add_magnitudes_(self, omega: Tensor) -> None:
         """Summed within each sample, then by row."""
-        rows, sums = self.summed()
+        _, rows, sums = self.summed()
         omega.index_add_(0, rows, sums.abs())
 
-    def summed(self) -> tuple[Tensor, Tensor]:
-        """Row numbers and the sum of each sample's values there; a row once for each sample."""
-        samples = torch.arange(len(self.index), device=self.index.device)
-        keys = (samples[:, None] * self.shape[0] + self.index).flatten()
+    def summed(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The sums M_k[i] that are not zero: samples k in order, rows i, values."""
+        numbers = torch.arange(len(self.index), device=self.index.device)
+        keys = (numbers[:, None] * self.shape[0] + self.index).flatten()
         used = self.index.flatten() >= 0
         values = wide(self.values).flatten(0, 1)
         keys, places = torch.unique(keys[used], return_inverse=True)
         sums = values.new_zeros(len(keys), *values.shape[1:]).index_add_(0, places, values[used])
-        return keys % self.shape[0], sums
+        return keys // self.shape[0], keys % self.shape[0], sums
 
     def samples(self) -> Iterator[Tensor]:
         """Tables of zeros but for the rows looked up."""
         for index, values in zip(self.index, wide(self.values), strict=True):
             used = index >= 0
             yield values.new_zeros(self.shape).index_add_(0, index[used], values[used])
+
+    @staticmethod
+    def joined(parts: Sequence[Rows]) -> Rows:
+        """Several uses of one table: more positions."""
+        index = torch.cat([part.index for part in parts], 1)
+        return Rows(index, torch.cat([wide(part.values) for part in parts], 1), parts[0].shape)
+
+
+@dataclass
+class Tied:
+    """A matrix that is also looked up row by row: an embedding that is the last layer, too.
+
+    Few rows are looked up in a sample, so Σ_k |H_k + E_k| is Σ_k |H_k| for the matrix, set right
+    in those rows.
+    """
+
+    matrix: Outer
+    table: Rows
+
+    def add_magnitudes_(self, omega: Tensor) -> None:
+        """Σ_k |H_k|, then |H_k[i] + E_k[i]| − |H_k[i]| for every row that was looked up."""
+        self.matrix.add_magnitudes_(omega)
+        samples, rows, looked_up = self.table.summed()
+        counts = torch.bincount(samples, minlength=len(self.matrix.left)).tolist()
+        products = [
+            wide(left[:, chosen]).t() @ wide(right)
+            for left, right, chosen in zip(
+                self.matrix.left, self.matrix.right, rows.split(counts), strict=True
+            )
+        ]
+        product = torch.cat(products)
+        omega.index_add_(0, rows, (product + looked_up).abs_() - product.abs())
+
+    def samples(self) -> Iterator[Tensor]:
+        """Both."""
+        return map(torch.add, self.matrix.samples(), self.table.samples())

@@ -35,6 +35,10 @@ class Plans:
             self.keep(graph, samples, plan)
         return plan
 
+    def know(self, graph: Graph) -> bool:
+        """Whether there is a plan for such a graph, of other shapes maybe."""
+        return any(plan.signature == graph.signature for plan in self._plans.values())
+
     def keep(self, graph: Graph, samples: int, plan: Plan) -> None:
         """Remembers a plan for graphs like this one."""
         key = (graph.signature, graph.shapes, samples)
@@ -68,10 +72,10 @@ def _add_several(estimation: Estimation, batch: Batch, scalars: Tensor, count: i
     plans = _plans.setdefault(estimation.model, Plans())
     plan = plans.find(graph, len(scalars))
     if plan is not None:
-        _check_decisions(estimation, batch, scalars.detach(), plan)
+        _check_decisions(estimation, batch, graph, plan)
     else:
         try:
-            plan = _checked_plan(estimation, batch, graph)
+            plan = _checked_plan(estimation, batch, graph, plans.know(graph))
             plans.keep(graph, len(scalars), plan)
         except Unplannable as problem:
             reasons = dict.fromkeys(estimation.params, str(problem))
@@ -122,15 +126,17 @@ def _undisturbed_by_chance(estimation: Estimation, batch: Batch) -> Tensor:
     return scalars
 
 
-def _checked_plan(estimation: Estimation, batch: Batch, graph: Graph) -> Plan:
+def _checked_plan(estimation: Estimation, batch: Batch, graph: Graph, is_known: bool) -> Plan:
     """A plan for the graph of a batch that has stood the comparison with ordinary autograd.
+
+    Args:
+        is_known: a graph like this was planned before, with other shapes.
 
     Raises:
         Unplannable: there is none for graphs like this.
         ValueError: importance per sample is not defined.
     """
-    scalars = graph.root.detach()
-    size = len(scalars)
+    size = len(graph.root)
     chosen = [0, size - 1, size // 2]
     try:
         large = estimation.scalars(batch.take(chosen, size))
@@ -140,12 +146,10 @@ def _checked_plan(estimation: Estimation, batch: Batch, graph: Graph) -> Plan:
         second = estimation.scalars(batch.take(chosen[1:2], size))
     except Indivisible as problem:
         raise Unplannable(f"the batch cannot be cut into samples: {problem}") from problem
-    _check_samples_do_not_meet(estimation, batch, scalars[chosen], large)
-    _check_samples_do_not_meet(
-        estimation, batch, scalars[chosen[:SMALL]], torch.cat([first, second])
-    )
+    _check_samples_do_not_meet(batch, graph, chosen, large)
+    _check_samples_do_not_meet(batch, graph, chosen[:SMALL], torch.cat([first, second]))
     if decisions.names:
-        _check_samples(estimation, batch, scalars, range(size), decisions.names[0])
+        _check_samples(estimation, batch, graph, range(size), decisions.names[0])
     names = {id(p): name for name, p in estimation.params.items()}
     pair = Graph(small, names)
     plan = make_plan(Graph(large, names), pair, estimation.params)
@@ -153,9 +157,9 @@ def _checked_plan(estimation: Estimation, batch: Batch, graph: Graph) -> Plan:
         raise Unplannable(
             f"the forward pass takes another course for {size} samples than for {LARGE}"
         )
-    if plan.boundaries:
+    if not is_known:
         confirm_layouts(plan, graph)
-        _check_sums(estimation, plan, pair, [first, second])
+    _check_sums(estimation, plan, pair, [first, second])
     plan.decides = decisions.names[0] if decisions.names else None
     plan.decides_on_values = decisions.on_values
     return plan
@@ -171,37 +175,38 @@ def _check_sums(estimation: Estimation, plan: Plan, pair: Graph, alone: list[Ten
     exact = {name: torch.zeros_like(estimation.sums[name]) for name in served}
     for scalars in alone:
         estimation.add_gradient(scalars[0], names=served, sums=exact)
-    wrong = selfcheck.disagreeing(ours, exact, estimation.dtype)
+    wrong = selfcheck.disagreeing(ours, exact, pair.dtype)
     plan.give_up(wrong, "the result in a batch differs from that of a sample by itself")
 
 
 def _check_samples_do_not_meet(
-    estimation: Estimation, batch: Batch, whole: Tensor, part: Tensor
+    batch: Batch, graph: Graph, chosen: Sequence[int], part: Tensor
 ) -> None:
-    if selfcheck.agree(whole, part.detach(), estimation.dtype):
+    """Those samples of the batch must give by themselves what they give in it."""
+    if selfcheck.agree(graph.root.detach()[list(chosen)], part.detach(), graph.dtype):
         return
     if isinstance(batch, Inputs):
         raise ValueError(_NOT_A_FUNCTION)
     raise Unplannable("a part of the batch gives other outputs than the whole")
 
 
-def _check_decisions(estimation: Estimation, batch: Batch, scalars: Tensor, plan: Plan) -> None:
+def _check_decisions(estimation: Estimation, batch: Batch, graph: Graph, plan: Plan) -> None:
     """Later batches: every sample where values decide, one of them where only masks do."""
     if plan.decides is None:
         return
-    size = len(scalars)
-    chosen = range(size) if plan.decides_on_values else [int(estimation.seen % size)]
-    _check_samples(estimation, batch, scalars, chosen, plan.decides)
+    size = len(graph.root)
+    chosen = range(size) if plan.decides_on_values else [estimation.seen % size]
+    _check_samples(estimation, batch, graph, chosen, plan.decides)
 
 
 def _check_samples(
-    estimation: Estimation, batch: Batch, scalars: Tensor, chosen: Sequence[int], decision: str
+    estimation: Estimation, batch: Batch, graph: Graph, chosen: Sequence[int], decision: str
 ) -> None:
     """Where the forward pass reads data, it may take another course for a sample by itself."""
-    size = len(scalars)
+    size = len(graph.root)
     with torch.no_grad():
         alone = torch.cat([estimation.scalars(batch.take([k], size)) for k in chosen])
-    if not selfcheck.agree(scalars[list(chosen)], alone, estimation.dtype):
+    if not selfcheck.agree(graph.root.detach()[list(chosen)], alone, graph.dtype):
         raise ValueError(f"{_NOT_A_FUNCTION} (It looks at the batch with {decision}.)")
 
 

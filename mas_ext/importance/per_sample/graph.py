@@ -128,6 +128,12 @@ class Graph:
         """The shapes of all nodes' outputs."""
         return tuple(node.shapes for node in self.nodes)
 
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The coarsest of the floating-point dtypes that the pass computed in."""
+        dtypes = {m.dtype for node in self.nodes for m in node.fn._input_metadata if m is not None}
+        return max((d for d in dtypes if d.is_floating_point), key=lambda d: torch.finfo(d).eps)
+
     def children(self, node: Node) -> list[Node]:
         """The nodes that made the inputs of one."""
         return [self.nodes[edge[0]] for edge in node.edges if edge is not None]
@@ -158,11 +164,9 @@ def backward(
     """
     if not edges:
         return []
-    return list(
-        torch.autograd.grad(
-            [graph.root], edges, grad_outputs=[weights], allow_unused=True, retain_graph=keep
-        )
-    )
+    with torch.enable_grad():
+        total = torch.dot(graph.root, weights)
+    return list(torch.autograd.grad(total, edges, allow_unused=True, retain_graph=keep))
 
 
 def _signed(value: Any) -> Any:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mas_ext import functional
-from mas_ext.importance.per_sample.contributions import Contribution, Outer
+from mas_ext.importance.per_sample.contributions import Contribution, Outer, Rows, Tied
 from mas_ext.importance.per_sample.graph import Graph
 from mas_ext.importance.per_sample.plan import Group, Use
 
@@ -44,27 +44,31 @@ class Sink:
         if self._failure is not None:
             return dict.fromkeys(self._group.names, self._failure)
         if self._waiting:
-            matrix = self._as_one_matrix()
-            if matrix is not None:
-                matrix.add_magnitudes_(self._sums[self._group.names[0]])
+            whole = self._as_one()
+            if whole is not None:
+                whole.add_magnitudes_(self._sums[self._group.names[0]])
             else:
                 self._add_sample_by_sample()
         return {}
 
-    def _as_one_matrix(self) -> Outer | None:
-        """Several products with one matrix are one product at more positions."""
+    def _as_one(self) -> Contribution | None:
+        """Products with one matrix are one product at more positions, and so are look-ups."""
         if len(self._sums) != 1:
             return None
         (omega,) = self._sums.values()
-        parts = []
+        outers, rows = [], []
         for use, part in self._waiting.items():
-            if use.view is None or not isinstance(part, Outer) or part.shape is not None:
+            turned = None if use.view is None else _orientation(use.view(omega), omega)
+            if isinstance(part, Outer) and part.shape is None and turned is not None:
+                outers.append(part.transposed() if turned else part)
+            elif isinstance(part, Rows) and turned is False:
+                rows.append(part)
+            else:
                 return None
-            turned = _orientation(use.view(omega), omega)
-            if turned is None:
-                return None
-            parts.append(part.transposed() if turned else part)
-        return Outer.joined(parts)
+        if not rows:
+            return Outer.joined(outers)
+        table = Rows.joined(rows)
+        return Tied(Outer.joined(outers), table) if outers else table
 
     def _add_sample_by_sample(self) -> None:
         uses = list(self._waiting)

@@ -90,16 +90,13 @@ Rule = Callable[[Visit, int], Contribution]  # (what is visited, which input is 
 
 def _sum_to(layout: Layout, values: Tensor, shape: Shape) -> Tensor:
     """[…, outer·B·inner, …] → [B, *shape], summed as broadcasting from ``shape`` demands."""
-    parts = layout.split(values)  # [B, …, outer, inner, …]
-    if layout.dim - (values.dim() - len(shape)) >= 0 and _at(shape, layout.dim, values) != 1:
-        raise NoRule("the parameter has a row of its own for every sample")
-    parts = parts.flatten(layout.dim + 1, layout.dim + 2).sum(layout.dim + 1, keepdim=True)
     padded = (1,) * (values.dim() - len(shape)) + shape
-    return parts.sum_to_size(len(parts), *padded).reshape(len(parts), *shape)
-
-
-def _at(shape: Shape, dim: int, values: Tensor) -> int:
-    return shape[dim - (values.dim() - len(shape))]
+    _need(padded[layout.dim] == 1, "the parameter has a row of its own for every sample")
+    parts = layout.split(values)  # [B, …, outer, inner, …]
+    repeated = [d for d, size in enumerate(padded) if size == 1 and d != layout.dim]
+    dims = [d + 1 if d < layout.dim else d + 2 for d in repeated]
+    dims = [d for d in (*dims, layout.dim + 1, layout.dim + 2) if parts.shape[d] > 1]
+    return (parts.sum(dims) if dims else parts).reshape(len(parts), *shape)
 
 
 def _need(condition: bool, what: str) -> None:
