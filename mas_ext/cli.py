@@ -56,7 +56,7 @@ def _add_demo(commands: Any) -> None:
         "demo",
         help="learn a sequence of tasks with and without MAS, and write a report",
         description="Learns tasks in turn with fine-tuning, L2 and MAS, and writes results.json, "
-        "accuracy.png, importance.png and report.html.",
+        "accuracy.png, importance.png, estimators.png and report.html.",
         argument_default=argparse.SUPPRESS,  # the defaults are those of Settings
     )
     demo.set_defaults(run=_demo, usage_error=demo.error)

@@ -6,18 +6,19 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("mlxtend", reason="needs mas_ext[demo]")
 
-from mas_ext.demo import Run, Settings, metrics, run_demo
+from mas_ext.demo import Run, Settings, comparison, metrics, run_demo
 from mas_ext.demo.data import Digits, load_digits, split_by_class
-from mas_ext.demo.learning import METHODS, make_model, measured_batches, within
+from mas_ext.demo.learning import METHODS, accuracy, make_model, measured_batches, within
 from mas_ext.demo.scenarios import make_tasks, permutations, rotate
 
 QUICK = Settings(tasks=2, epochs=1, importance_samples=128)
-FILES = {"results.json", "accuracy.png", "importance.png", "report.html"}
+FILES = {"results.json", "accuracy.png", "importance.png", "estimators.png", "report.html"}
 NUMBERS = {"average_accuracy", "forgetting", "backward_transfer", "accuracy_matrix", "seconds"}
 
 
@@ -41,7 +42,7 @@ def run(folder: Path) -> Run:
 
 def test_writes_its_files(run: Run, folder: Path) -> None:
     assert {path.name for path in folder.iterdir()} == FILES
-    for name in ("accuracy.png", "importance.png"):
+    for name in ("accuracy.png", "importance.png", "estimators.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
 
 
@@ -135,7 +136,72 @@ def test_report_says_what_matters(run: Run, folder: Path) -> None:
         assert words in page
     assert QUICK.command() in re.sub(r"</?span>", "", page)
     assert run.results["versions"]["torch"] in page
-    assert page.count("<svg") == 4
+    assert page.count("<svg") == 5
+
+
+# -- the exact Ω against that of batches ---------------------------------------------------------
+
+
+def test_comparison_of_the_estimators(run: Run, folder: Path) -> None:
+    compared = json.loads((folder / "results.json").read_text("utf-8"))["estimators"]
+    assert compared["samples"] == QUICK.importance_samples
+    rows = {row.pop("batch_size"): row for row in compared["batch"]}
+    assert list(rows) == [1, 2, 4, 8, 16, 32, 64, 128]
+    assert rows[1] == pytest.approx({"mass": 1, "rank_correlation": 1, "top_overlap": 1}, abs=1e-3)
+    # Batches are joined from smaller ones: |a + b| is at most |a| + |b|.
+    masses = [row["mass"] for row in rows.values()]
+    assert masses == sorted(masses, reverse=True)
+    assert masses[-1] < 0.9
+    assert all(0 < row["top_overlap"] <= 1 for row in rows.values())
+    page = (folder / "report.html").read_text("utf-8")
+    assert f"{100 * rows[64]['mass']:.1f} % of Ω is left" in page
+    assert f"{100 * (1 - rows[64]['top_overlap']):.1f} % of the" in page
+    for words in comparison.DEFINITIONS.values():
+        assert words in page
+
+
+def test_comparison_is_of_the_network_after_the_first_task(
+    run: Run, digits: tuple[Digits, Digits]
+) -> None:
+    torch.set_num_threads(1)  # as in the run: to the bit
+    networks = [outcome.first_network for outcome in run.outcomes.values()]
+    first = [accuracy(network, run.tasks[0]) for network in networks]
+    assert first == [outcome.accuracy_matrix[0][0] for outcome in run.outcomes.values()]
+    again = comparison.compare(networks[-1], run.tasks[0], QUICK, lambda doing, step: None)
+    assert again == run.estimators
+
+
+def test_comparison_ticks_as_often_as_it_says(run: Run) -> None:
+    done = []
+    network, task = run.outcomes["mas"].first_network, run.tasks[0]
+    comparison.compare(network, task, QUICK, lambda doing, step: done.append(step))
+    assert sum(done) == comparison.work(task, QUICK)
+
+
+def test_agreement_by_hand() -> None:
+    exact = np.arange(20.0) + 1
+    assert comparison.agreement(exact, exact / 2) == {
+        "mass": 0.5,
+        "rank_correlation": pytest.approx(1),
+        "top_overlap": 1,
+    }
+    swapped = exact.copy()
+    swapped[[0, 19]] = swapped[[19, 0]]  # of the two largest one is now the smallest
+    found = comparison.agreement(exact, swapped)
+    assert found["mass"] == 1
+    assert found["top_overlap"] == 0.5
+    assert found["rank_correlation"] == pytest.approx(1 - 6 * 2 * 19**2 / (20 * (20**2 - 1)))
+
+
+def test_ranks_of_equal_values_are_their_mean() -> None:
+    assert comparison.ranks(np.array([3.0, 1.0, 3.0, 0.0, 3.0])).tolist() == [4, 2, 4, 1, 4]
+
+
+def test_rank_correlation_is_that_of_scipy() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    a, b = np.random.randint(1, 9, (2, 50)).astype(float)
+    expected = stats.spearmanr(a, b).statistic
+    assert comparison.agreement(a, b)["rank_correlation"] == pytest.approx(expected)
 
 
 # -- metrics -------------------------------------------------------------------------------------

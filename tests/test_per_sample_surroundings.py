@@ -202,6 +202,26 @@ def test_reentrant_checkpointing_is_refused_or_exact(first_too, nested):
         assert_exact(estimate_importance(model, x.split(4)), expected)
 
 
+def stacked(model: nn.Module, samples: list[Tensor]) -> Tensor:
+    """A forward for batches that are not known how to cut."""
+    return model(torch.stack(samples))
+
+
+def test_a_warning_points_at_the_caller():
+    model, data = mlp(), [list(vectors())]
+    with pytest.warns(UserWarning, match="one sample at a time") as warned:
+        estimate_importance(model, data, forward=stacked)
+    with pytest.warns(UserWarning, match="one sample at a time") as warned_by_mas:
+        MAS(model).update_importance(data, forward=stacked)
+    assert [w.filename for w in (*warned, *warned_by_mas)] == [__file__] * 2
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_warning_that_is_an_error_stays_what_it_is():
+    with pytest.raises(UserWarning, match="one sample at a time"):
+        estimate_importance(mlp(), [list(vectors())], forward=stacked)
+
+
 @pytest.mark.parametrize("inside", [False, True], ids=["around the call", "in the forward"])
 @pytest.mark.parametrize(("make", "data"), [(mlp, vectors), (convnet, images)])
 def test_saved_tensors_kept_elsewhere(make, data, inside):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass, field
 
 import torch
@@ -94,8 +95,8 @@ class Mas(FineTuning):
         """Measures Ω on the task's images, sample by sample, and takes θ* ← θ."""
         self.mas.consolidate(
             batches,
-            objective=_squared_l2_of(task.classes),
-            progress=_steps(tick),
+            objective=measured_objective(task),
+            progress=steps(tick, "measuring Ω"),
         )
 
     def importance(self) -> dict[str, Tensor]:
@@ -131,12 +132,14 @@ class Outcome:
         seconds: of learning and measuring Ω, without testing.
         importance_seconds: the part of it that measured Ω.
         importance: for each task, Ω after it by parameter name; empty without Ω.
+        first_network: a copy of the network as it was after the first task.
     """
 
     accuracy_matrix: list[list[float]] = field(default_factory=list)
     seconds: float = 0.0
     importance_seconds: float = 0.0
     importance: list[dict[str, Tensor]] = field(default_factory=list)
+    first_network: nn.Module | None = None
 
 
 def learn(method: str, tasks: list[Task], settings: Settings, tick: Tick) -> Outcome:
@@ -156,6 +159,7 @@ def learn(method: str, tasks: list[Task], settings: Settings, tick: Tick) -> Out
         outcome.seconds += time.perf_counter() - start
         outcome.accuracy_matrix.append([accuracy(model, tested) for tested in tasks])
         outcome.importance.append(learner.importance())
+        outcome.first_network = outcome.first_network or deepcopy(model)
     return outcome
 
 
@@ -225,21 +229,21 @@ def accuracy(model: nn.Module, task: Task) -> float:
     return float((predicted == within(task, task.test.labels)).double().mean())
 
 
-def _squared_l2_of(classes: tuple[int, ...]) -> str | Callable[[Tensor], Tensor]:
+def measured_objective(task: Task) -> str | Callable[[Tensor], Tensor]:
     """‖F‖² of the outputs that a task reads: the others were never taught to say anything."""
-    if len(classes) == CLASSES:
+    if len(task.classes) == CLASSES:
         return "squared_l2"
-    columns = list(classes)
+    columns = list(task.classes)
     return lambda output: output[:, columns].square().sum(dim=1)
 
 
-def _steps(tick: Tick) -> Callable[[int], None]:
+def steps(tick: Tick, doing: str) -> Callable[[int], None]:
     """A progress callable for totals, from one for steps."""
     done = 0
 
     def show(total: int) -> None:
         nonlocal done
-        tick("measuring Ω", total - done)
+        tick(doing, total - done)
         done = total
 
     return show

@@ -20,7 +20,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from mas_ext.demo import metrics
+from mas_ext.demo import comparison, metrics
 from mas_ext.demo.data import SIDE
 from mas_ext.demo.learning import METHODS
 from mas_ext.demo.results import Run
@@ -242,6 +242,41 @@ def _draw_maps(figure: Any, maps: list[np.ndarray], names: list[str]) -> None:
         fontsize=11,
         fontweight="bold",
     )
+
+
+def estimators(run: Run) -> Figure:
+    """What is left of the exact Ω in that of a batch's mean gradient, by batch size."""
+    rows = run.estimators["batch"]
+    sizes = [row["batch_size"] for row in rows]
+    with matplotlib.rc_context(STYLE):
+        figure = _figure(10.5, 3.2)
+        axes = figure.subplots(1, len(comparison.LABELS), sharey=True)
+        for ax, (key, title) in zip(axes, comparison.LABELS.items(), strict=True):
+            _draw_agreement(ax, sizes, [row[key] for row in rows])
+            ax.set_title(title, loc="left")
+        axes[0].set_yticks([0, 0.5, 1])
+        axes[0].set_ylim(min(0.0, *(row["rank_correlation"] for row in rows)), 1.06)
+    return figure
+
+
+def _draw_agreement(ax: Axes, sizes: list[int], values: list[float]) -> None:
+    ax.axhline(1.0, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
+    ax.plot(sizes, values, color=COLOURS["mas"], marker=MARKERS["mas"], markersize=5, linewidth=2)
+    ax.annotate(
+        f"{values[-1]:.2f}",
+        (sizes[-1], values[-1]),
+        xytext=(0, 8 if values[-1] < 0.85 else -16),  # clear of the line at 1
+        textcoords="offset points",
+        ha="center",
+        color=COLOURS["mas"],
+    )
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(sizes, [str(size) for size in sizes])
+    ax.set_xlabel("images in a batch (1: exact)")
+    ax.tick_params(which="both", length=0)
+    ax.minorticks_off()
+    ax.grid(axis="y")
+    ax.spines[["left"]].set_visible(False)
 
 
 def samples(run: Run, count: int = 10) -> Figure:

@@ -8,7 +8,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from mas_ext.demo import metrics, plots
+from mas_ext.demo import comparison, metrics, plots
 from mas_ext.demo.learning import HIDDEN, METHODS
 from mas_ext.demo.results import Run
 
@@ -110,11 +110,22 @@ def _values(run: Run) -> dict[str, Any]:
         "facts": facts(run),
         "versions": _versions(run.results["versions"]),
         "measured": measured[0] if measured else "",
+        "usual": _usual(run),
+        "comparison_words": {
+            comparison.LABELS[name]: words for name, words in comparison.DEFINITIONS.items()
+        },
         "samples_svg": _svg(plots.samples(run), "Images of every task"),
         "accuracy_svg": _svg(plots.accuracy_matrices(run), "Accuracy matrices of every method"),
         "curves_svg": _svg(plots.learning_curves(run), "Accuracy after each task"),
         "importance_svg": _svg(plots.importance(run), "Importance of each layer and each pixel"),
+        "estimators_svg": _svg(plots.estimators(run), "The exact Ω against that of batches"),
     }
+
+
+def _usual(run: Run) -> dict[str, Any]:
+    """The comparison at this run's batch size, or the nearest one below it that was measured."""
+    rows = run.estimators["batch"]
+    return [row for row in rows if row["batch_size"] <= run.settings.batch_size][-1]
 
 
 def _best(methods: dict[str, Any]) -> str:

@@ -21,11 +21,13 @@ class Run:
         settings: what was asked for.
         tasks: what was learned.
         outcomes: method → accuracies, times and Ω.
+        estimators: see :func:`mas_ext.demo.comparison.compare`.
     """
 
     settings: Settings
     tasks: list[Task]
     outcomes: dict[str, Outcome]
+    estimators: dict[str, Any]
 
     @cached_property
     def results(self) -> dict[str, Any]:
@@ -34,6 +36,7 @@ class Run:
             "scenario": self.settings.scenario,
             "settings": self.settings.as_dict(),
             "methods": {method: _summary(outcome) for method, outcome in self.outcomes.items()},
+            "estimators": self.estimators,
             "tasks": [task.name for task in self.tasks],
             "command": self.settings.command(),
             "versions": build_info(),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from mas_ext.demo import plots, report
+from mas_ext.demo import comparison, plots, report
 from mas_ext.demo.data import load_digits
 from mas_ext.demo.learning import METHODS, Outcome, learn
 from mas_ext.demo.progress import bars
@@ -26,7 +26,7 @@ def run_demo(
     Args:
         settings: what to run; the permuted scenario with its defaults if None.
         out: a folder, made if need be, for ``results.json``, ``accuracy.png``,
-            ``importance.png`` and ``report.html``; None writes nothing.
+            ``importance.png``, ``estimators.png`` and ``report.html``; None writes nothing.
         progress: whether to show progress bars.
 
     Returns:
@@ -44,19 +44,25 @@ def run_demo(
         for method in settings.methods:
             with bar(METHODS[method].label, _work(method, tasks, settings)) as tick:
                 outcomes[method] = learn(method, tasks, settings, tick)
-    run = Run(settings, tasks, outcomes)
+        # After the first task, with nothing held in place yet, every method has the same network.
+        network = next(iter(outcomes.values())).first_network
+        assert network is not None
+        with bar("Ω, compared", comparison.work(tasks[0], settings)) as tick:
+            estimators = comparison.compare(network, tasks[0], settings, tick)
+    run = Run(settings, tasks, outcomes, estimators)
     if out is not None:
         write(run, Path(out))
     return run
 
 
 def write(run: Run, folder: Path) -> None:
-    """Writes the four files of a run into ``folder``."""
+    """Writes the files of a run into ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(run.results, indent=2, ensure_ascii=False)
     (folder / "results.json").write_text(text + "\n", encoding="utf-8")
     plots.save_png(plots.accuracy_matrices(run), folder / "accuracy.png")
     plots.save_png(plots.importance(run), folder / "importance.png")
+    plots.save_png(plots.estimators(run), folder / "estimators.png")
     (folder / "report.html").write_text(report.render(run), encoding="utf-8")
 
 

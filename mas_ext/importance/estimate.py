@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mas_ext.flat import FlatTensors
-from mas_ext.importance import estimators, objectives
+from mas_ext.importance import estimators
 from mas_ext.importance.batches import Batch, CustomBatch, Forward, Inputs
-from mas_ext.importance.estimation import Estimation
+from mas_ext.importance.estimation import PATHS, Estimation
 from mas_ext.importance.isolation import differentiable, no_hidden_parameters, undisturbed
 from mas_ext.importance.objectives import Objective
 from mas_ext.parameters import ParameterIndex, Selection, select_some
@@ -27,7 +27,7 @@ class Importance(Mapping[str, Tensor]):
 
     Attributes:
         num_samples: N, how many samples it is the mean of.
-        coverage: parameter name → which path computed it.
+        coverage: parameter name → which path computed it; ``"none"`` where none could, and Ω is 0.
     """
 
     def __init__(self, tensors: FlatTensors, num_samples: int, coverage: dict[str, str]) -> None:
@@ -75,7 +75,11 @@ def estimate_importance(
             numbers are put back, a shuffling DataLoader draws the same order each time, unless it
             has a ``generator`` of its own.
         estimator: ``"per_sample"``, exact, or ``"batch"``, the absolute value of each batch's mean
-            gradient weighted by batch size, which loses what cancels within a batch.
+            gradient weighted by batch size, which loses what cancels within a batch; or
+            ``"local"``, the paper's Hebbian variant, one forward pass a batch: of a Linear or Conv
+            layer followed by ReLU it takes ‖·‖² of that layer's own output instead of the network's
+            (without ReLU, of its linear output). Other parameters get 0, coverage ``"none"``, and
+            a warning.
         objective: ``"squared_l2"`` ‖F‖², ``"l2"`` ‖F‖, ``"l1"`` Σ|F|, each over all but
             dimension 0, or a callable from the output [B, …] to scalars [B].
         forward: ``callable(model, batch) -> Tensor`` for batches of another form; its output has
@@ -138,16 +142,16 @@ def add_importance_(
         The number of samples, and which path served each parameter.
     """
     limit = _check_max_samples(max_samples)
-    add_batch = estimators.resolve(estimator)
+    estimation = Estimation(model, dict(named), dict(sums), objective)
+    chosen = estimators.make(estimator, estimation)
     _check_data(data)
     _check_samples_are_independent(model)
-    estimation = Estimation(model, dict(named), dict(sums), objectives.resolve(objective))
     done = 0
     with no_hidden_parameters(), undisturbed(model), closing(_Reporter(progress)) as reporter:
         for raw in data:
             with differentiable():
                 batch = _read(model, raw, forward, limit - done)
-                samples = add_batch(estimation, batch, limit - done)
+                samples = chosen.add_batch(batch, limit - done)
             done = estimation.seen = done + samples
             counted(samples)
             reporter.show(done)
@@ -155,14 +159,9 @@ def add_importance_(
                 break
     if done == 0:
         raise ValueError("data: it gave no samples; an exhausted iterator or an empty set?")
-    coverage = {name: estimation.coverage.get(name, "unused") for name in named}
-    if set(coverage.values()) == {"unused"}:
-        raise ValueError(
-            "the objective depends on no parameter that is measured: the forward or the objective "
-            "detaches its result or runs under no_grad, or params selects nothing that is used"
-        )
     _check_finite(sums)
-    return done, coverage
+    chosen.finish()
+    return done, {name: estimation.coverage.get(name, PATHS[0]) for name in named}
 
 
 def _read(model: nn.Module, raw: Any, forward: Forward | None, limit: int) -> Batch:

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from mas_ext import functional
+from mas_ext.importance import objectives
 from mas_ext.importance.batches import Batch, output_tensor
+from mas_ext.importance.objectives import Objective
 
 # The paths a parameter can take, from none to the slowest: one that took several shows the last.
-PATHS = ("unused", "batch", "direct", "generic", "subgraph", "one sample at a time")
+PATHS = (
+    "unused",
+    "none",
+    "local",
+    "batch",
+    "direct",
+    "generic",
+    "subgraph",
+    "one sample at a time",
+)
+_INSIDE = ("mas_ext.", "torch.", "contextlib")
 
 
 @dataclass
@@ -24,7 +37,7 @@ class Estimation:
         model: F.
         params: θ, by canonical name.
         sums: Σ over samples, what the estimators add to.
-        objective: from the output [B, …] to one scalar a sample, [B].
+        objective: as the user named or gave it.
         coverage: parameter name → the path that served it, so far.
         seen: samples so far.
     """
@@ -32,10 +45,17 @@ class Estimation:
     model: nn.Module
     params: dict[str, Tensor]
     sums: dict[str, Tensor]
-    objective: Callable[[Tensor], Tensor]
+    objective: Objective
     coverage: dict[str, str] = field(default_factory=dict)
     seen: int = 0
     _warned: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self._to_scalars = objectives.resolve(self.objective)
+
+    def output(self, batch: Batch) -> Tensor:
+        """F's output, with one row a sample."""
+        return batch.check_rows(output_tensor(batch.forward(self.model)))
 
     def scalars(self, batch: Batch) -> Tensor:
         """s_k for every sample of a batch.
@@ -47,7 +67,7 @@ class Estimation:
 
     def unchecked_scalars(self, batch: Batch) -> Tensor:
         """The same, of whatever value."""
-        return self.objective(batch.check_rows(output_tensor(batch.forward(self.model))))
+        return self._to_scalars(self.output(batch))
 
     def _finite(self, scalars: Tensor) -> Tensor:
         finite = torch.isfinite(scalars)
@@ -107,11 +127,18 @@ class Estimation:
         self._warned.update(new)
         name, why = next(iter(new.items()))
         others = f" and {len(new) - 1} more" if len(new) > 1 else ""
-        warnings.warn(
+        warn(
             f"the importance of {name!r}{others} is computed one sample at a time, which is exact "
-            f"but slow: {why}",
-            stacklevel=2,
+            f"but slow: {why}"
         )
+
+
+def warn(message: str) -> None:
+    """A warning that points at the line which called this package, however far up that is."""
+    frame, level = inspect.currentframe(), 0
+    while frame is not None and frame.f_globals.get("__name__", "").startswith(_INSIDE):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level + 1)
 
 
 def _dense(grad: Tensor) -> Tensor:

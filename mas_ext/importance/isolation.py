@@ -10,6 +10,8 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import nn
 
+_HIDDEN = "None of the inputs have requires_grad=True"  # what torch's checkpointing warns of
+
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
@@ -52,10 +54,12 @@ def no_hidden_parameters() -> Iterator[None]:
         ValueError: reentrant checkpointing of a part whose input needs no gradient.
     """
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="None of the inputs have requires_grad=True")
+        warnings.filterwarnings("error", message=_HIDDEN)
         try:
             yield
         except UserWarning as warning:
+            if not str(warning).startswith(_HIDDEN):  # one that the user turned into an error
+                raise
             raise ValueError(
                 "the model uses activation checkpointing with use_reentrant=True, which hides the "
                 "parameters inside; use use_reentrant=False"

@@ -64,9 +64,10 @@ class Accumulation:
 
     def run(self, weights: Tensor) -> dict[str, str]:
         """Returns the parameters that could not be served, to which nothing was added, and why."""
-        visit_boundaries(self._plan, self._graph, weights, self._visit, self._keeps_graph)
         unserved: dict[str, str] = {}
-        with torch.no_grad():
+        # The caller's autocast is for the forward pass: sums are formed in Ω's dtype.
+        with torch.autocast(weights.device.type, enabled=False), torch.no_grad():
+            visit_boundaries(self._plan, self._graph, weights, self._visit, self._keeps_graph)
             for use, generic in self._later:
                 self._sinks[use].put(use, generic)
             for sink in dict.fromkeys(self._sinks.values()):

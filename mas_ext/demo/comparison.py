@@ -1,0 +1,104 @@
+"""The exact Ω against the one of a batch's mean gradient, on the network after the first task."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import mas_ext
+from mas_ext.demo.learning import Tick, measured_objective, steps
+from mas_ext.demo.scenarios import Task
+from mas_ext.demo.settings import Settings
+
+MOST_SAMPLES = 512
+BATCH_SIZES = tuple(2**n for n in range(9))  # 1 to 256
+TOP = 0.1
+
+LABELS = {
+    "mass": "Share of Ω that is left",
+    "rank_correlation": "Rank correlation with the exact Ω",
+    "top_overlap": f"Overlap of the top {100 * TOP:.0f} %",
+}
+DEFINITIONS = {
+    "mass": "Σ Ω_batch / Σ Ω_exact: 1 at batch size 1, less where gradients cancel.",
+    "rank_correlation": "Spearman’s, over the parameters whose exact Ω is above 0; equal values "
+    "share the mean of their ranks.",
+    "top_overlap": f"Of the {100 * TOP:.0f} % of these parameters with the largest exact Ω, the "
+    f"part that is also among the {100 * TOP:.0f} % with the largest Ω_batch.",
+}
+
+
+def work(task: Task, settings: Settings) -> int:
+    """How many images are measured in all."""
+    samples = _sample_count(task, settings)
+    return samples * (1 + len(_sizes(samples)))
+
+
+def compare(network: nn.Module, task: Task, settings: Settings, tick: Tick) -> dict[str, Any]:
+    """Measures Ω of the same images exactly and by batches of every size.
+
+    Returns:
+        What ``results.json`` holds under ``"estimators"``: the number of samples, and of
+        parameters whose exact Ω is above 0, and for each batch size what :data:`DEFINITIONS` says.
+    """
+    images = _samples(task, settings)
+
+    def measure(estimator: str, batch_size: int) -> np.ndarray:
+        omega = mas_ext.estimate_importance(
+            network,
+            images.split(batch_size),
+            estimator=estimator,
+            objective=measured_objective(task),
+            progress=steps(tick, "comparing"),
+        )
+        return torch.cat([values.flatten() for values in omega.values()]).double().numpy()
+
+    exact = measure("per_sample", settings.batch_size)
+    # What no sample moves (the weights of a black pixel) all estimates agree on.
+    counted = exact > 0
+    sizes = _sizes(len(images))
+    return {
+        "task": task.name,
+        "samples": len(images),
+        "parameters": int(counted.sum()),
+        "top_fraction": TOP,
+        "batch": [
+            {"batch_size": size, **agreement(exact[counted], measure("batch", size)[counted])}
+            for size in sizes
+        ],
+    }
+
+
+def agreement(exact: np.ndarray, other: np.ndarray) -> dict[str, float]:
+    """How like the exact Ω another one is; see :data:`DEFINITIONS`."""
+    top = max(1, round(TOP * len(exact)))
+    common = np.intersect1d(np.argsort(exact)[-top:], np.argsort(other)[-top:])
+    return {
+        "mass": float(other.sum() / exact.sum()),
+        "rank_correlation": float(np.corrcoef(ranks(exact), ranks(other))[0, 1]),
+        "top_overlap": len(common) / top,
+    }
+
+
+def ranks(values: np.ndarray) -> np.ndarray:
+    """The position of each value in ascending order; equal ones share the mean of theirs."""
+    _, position, count = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(count) - (count - 1) / 2)[position]
+
+
+def _samples(task: Task, settings: Settings) -> Tensor:
+    # In random order: the bundled digits come sorted, and a batch of one class is no usual batch.
+    random = torch.Generator().manual_seed(settings.seed)
+    order = torch.randperm(len(task.train), generator=random)
+    return task.train.images[order[: _sample_count(task, settings)]]
+
+
+def _sample_count(task: Task, settings: Settings) -> int:
+    return min(MOST_SAMPLES, len(task.train), settings.importance_samples or MOST_SAMPLES)
+
+
+def _sizes(samples: int) -> list[int]:
+    return [size for size in BATCH_SIZES if size <= samples]

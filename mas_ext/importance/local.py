@@ -1,0 +1,192 @@
+r"""The paper's local variant: Ω of a layer from what goes in and what comes out, no gradients.
+
+Each layer is measured by the length of its own output, not of the network's. For a linear layer
+followed by ReLU, :math:`y = \mathrm{ReLU}(Wx + b)`, and a single position,
+
+.. math:: \Omega_{ji} = \frac{1}{N} \sum_k \left|\frac{\partial \|y_k\|_2^2}{\partial W_{ji}}\right|
+    = \frac{1}{N} \sum_k 2\, y_{kj}\, |x_{ki}|, \qquad \Omega_j = \frac{1}{N} \sum_k 2\, y_{kj}
+
+(the bias): neurons that fire together are wired together, Hebb's rule. With more positions in a
+sample (sequences, convolutions) the sum over positions comes before the absolute value,
+:math:`|\sum_t 2\, y_t x_t^\top|`, and so does the sum over several uses of the same weights.
+
+Source: Aljundi et al., ECCV 2018, section 4.3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mas_ext import functional
+from mas_ext.importance.batches import Batch, Inputs
+from mas_ext.importance.estimation import Estimation, warn
+from mas_ext.importance.per_sample.contributions import Contribution, Outer
+from mas_ext.importance.uses import Use, Watch
+
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class Local:
+    r"""Adds :math:`\sum_k |\partial \|y_k\|^2 / \partial\theta|`, y the parameter's layer's output.
+
+    y is after the ReLU where one follows directly (``nn.ReLU``, ``relu``, ``clamp(min=0)``, in
+    place or not), else the layer's own linear output: before a normalisation, GELU or the end.
+    One forward pass a batch, no graph. It holds the inputs and outputs of all layers until the
+    pass has ended, as training would.
+
+    What is neither weight nor bias of a Linear or Conv layer that was called adds nothing; nor
+    does the use of such a weight elsewhere, as in an embedding tied to the last layer.
+    """
+
+    def __init__(self, estimation: Estimation) -> None:
+        _check_objective(estimation.objective)
+        self._estimation = estimation
+        self._names = {id(p): name for name, p in estimation.params.items()}
+        self._layers = [
+            module
+            for module in estimation.model.modules()
+            if _is_layer(module) and any(id(p) in self._names for p in _own(module))
+        ]
+        # Whether dimension 0 of every layer's input is the sample; None: not known.
+        self._samples_first: bool | None = None
+        if not self._layers:
+            raise ValueError(
+                "estimator='local' is defined for Linear and Conv layers, and no parameter that "
+                "is measured belongs to one; use estimator='per_sample'"
+            )
+
+    def add_batch(self, batch: Batch, limit: int) -> int:
+        """One forward pass; one a sample where a layer's rows are not the samples."""
+        with torch.no_grad(), _not_fused():
+            if isinstance(batch, Inputs):
+                return self._add_inputs(batch)
+            return self._add_custom_batch(batch, limit)
+
+    def finish(self) -> None:
+        """Says which parameters no pass has measured, and warns."""
+        estimation = self._estimation
+        left_out = [name for name in estimation.params if name not in estimation.coverage]
+        if len(left_out) == len(estimation.params):
+            raise ValueError(
+                "estimator='local': none of the Linear and Conv layers that are measured was "
+                "called as a module by the forward; use estimator='per_sample'"
+            )
+        estimation.covered(dict.fromkeys(left_out, "none"))
+        if left_out:
+            some = ", ".join(left_out[:5]) + (", …" if len(left_out) > 5 else "")
+            warn(
+                "estimator='local' is defined for Linear and Conv layers that are called as "
+                f"modules: {len(left_out)} of {len(estimation.params)} parameters ({some}) are of "
+                "no such layer; their importance is 0 and they are left unprotected. "
+                "estimator='per_sample' measures them"
+            )
+
+    # -- which rows are a sample's ---------------------------------------------------------------
+
+    def _add_inputs(self, inputs: Inputs) -> int:
+        size = inputs.size()
+        if size > 1 and self._samples_first is None:
+            # One sample alone must be one row everywhere: not time first, not positions among the
+            # rows. With as many positions as samples, shapes of the whole batch would not tell.
+            alone, _ = self._watched(inputs.take([0], size))
+            self._samples_first = all(use.rows == 1 for use in alone)
+        if size == 1 or self._samples_first:
+            uses, _ = self._watched(inputs)
+            if size == 1 or all(use.rows == size for use in uses):
+                self._add(uses, size)
+                return size
+        for k in range(size):
+            self._add(self._watched(inputs.take([k], size))[0], 1)
+        return size
+
+    def _add_custom_batch(self, batch: Batch, limit: int) -> int:
+        """How to cut such a batch into samples is only a guess: its dimension 0 has to be that."""
+        uses, size = self._watched(batch)
+        wrong = [use for use in uses if size > 1 and use.rows != size]
+        if wrong:
+            name = next(self._names[id(p)] for p in _own(wrong[0].layer) if id(p) in self._names)
+            raise ValueError(
+                f"the layer of parameter {name!r} got an input of shape "
+                f"{list(wrong[0].inputs.shape)} for {size} samples; with forward= and "
+                "estimator='local' its dimension 0 must be the sample: yield batches of one sample"
+            )
+        if size > limit:
+            for use in uses:
+                use.inputs, use.outputs = use.inputs[:limit], use.outputs[:limit]
+        self._add(uses, min(size, limit))
+        return min(size, limit)
+
+    def _watched(self, batch: Batch) -> tuple[list[Use], int]:
+        """What the layers did in a forward pass, and how many samples came out."""
+        with ExitStack() as stack:
+            watch = stack.enter_context(Watch())
+            for layer in self._layers:
+                # First of the hooks: a user's may replace the output.
+                handle = layer.register_forward_hook(watch.record, prepend=True, with_kwargs=True)
+                stack.callback(handle.remove)
+            return watch.uses, len(self._estimation.output(batch))
+
+    # -- from inputs and outputs to Ω ------------------------------------------------------------
+
+    def _add(self, uses: list[Use], size: int) -> None:
+        """Adds ``size`` samples; of one, all rows are its own."""
+        weights: dict[str, list[Use]] = {}
+        biases: dict[str, list[Use]] = {}
+        for use in uses if size else []:
+            for param, found in ((use.layer.weight, weights), (use.layer.bias, biases)):
+                if id(param) in self._names:
+                    found.setdefault(self._names[id(param)], []).append(use)
+        for name, used in weights.items():
+            with torch.autocast(used[0].outputs.device.type, enabled=False):
+                _add_magnitudes(self._estimation.sums[name], [use.product(size) for use in used])
+        for name, used in biases.items():
+            total = torch.stack([use.gradient(size).sum(1) for use in used]).sum(0)
+            self._estimation.sums[name].add_(total.abs().sum(0))
+        self._estimation.covered(dict.fromkeys([*weights, *biases], "local"))
+
+
+def _check_objective(objective: Any) -> None:
+    """There is nothing to choose: each layer's ‖y‖² is what the variant is."""
+    if objective != "squared_l2":
+        raise ValueError(
+            f"objective is {objective!r}, but estimator='local' has one of its own, the squared "
+            "length of each layer's output; leave objective out, or use estimator='per_sample'"
+        )
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """Not a subclass that computes something else: its output is not Wx + b."""
+    return any(isinstance(module, k) and type(module).forward is k.forward for k in LAYERS)
+
+
+def _own(module: nn.Module) -> Iterator[nn.Parameter | None]:
+    """Not those of a parametrization."""
+    return iter(module._parameters.values())
+
+
+@contextmanager
+def _not_fused() -> Iterator[None]:
+    """A fused transformer layer calls no hooks."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def _add_magnitudes(omega: Tensor, parts: list[Contribution]) -> None:
+    """Ω += Σ_k |Σ M_k|, over the uses of one weight."""
+    products = [part for part in parts if isinstance(part, Outer)]
+    if len(products) == len(parts):
+        Outer.joined(products).add_magnitudes_(omega)
+    elif len(parts) == 1:
+        parts[0].add_magnitudes_(omega)
+    else:
+        for values in zip(*(part.samples() for part in parts), strict=True):
+            functional.accumulate_importance_([omega], [torch.stack(values).sum(0)])

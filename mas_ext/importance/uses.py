@@ -1,0 +1,135 @@
+"""A forward pass, watched: what went into each layer and what came out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from mas_ext.importance.per_sample.contributions import Contribution, Outer, wide
+from mas_ext.importance.per_sample.convolution import Convolution, Geometry
+
+_aten = torch.ops.aten
+_RELU = {_aten.relu.default, _aten.relu_.default}
+_CLAMP = {getattr(_aten, name).default for name in ("clamp", "clamp_", "clamp_min", "clamp_min_")}
+
+
+@dataclass
+class Use:
+    """One call of a layer.
+
+    Attributes:
+        inputs, outputs: x [rows, …, in] and y [rows, …, out]; channels second for convolutions.
+        rectified: whether a ReLU was applied to y.
+    """
+
+    layer: Any
+    inputs: Tensor
+    outputs: Tensor
+    rectified: bool = False
+
+    @property
+    def rows(self) -> int | None:
+        """The size of dimension 0 where the shape leaves room for a sample dimension."""
+        smallest = 2 if isinstance(self.layer, nn.Linear) else self.layer.weight.dim()
+        return len(self.inputs) if self.inputs.dim() >= smallest else None
+
+    def gradient(self, size: int) -> Tensor:
+        """∂‖y‖²/∂(Wx + b) = 2y by sample and position: [B, T, out]."""
+        y = self._doubled() if isinstance(self.layer, nn.Linear) else self._pixels().movedim(1, -1)
+        return y.reshape(size, -1, y.shape[-1])
+
+    def product(self, size: int) -> Contribution:
+        """What it adds to ∂‖y‖²/∂W of every sample."""
+        if isinstance(self.layer, nn.Linear):
+            x = wide(self.inputs)
+            return Outer(self.gradient(size), x.reshape(size, -1, x.shape[-1]))
+        layer, space = self.layer, self.layer.weight.dim() - 2
+        x = self._with_rows(wide(self.inputs))
+        if any(layer._reversed_padding_repeated_twice):
+            mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+            x = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
+        pixels, x = (t.unflatten(0, (size, -1)) for t in (self._pixels(), x))
+        geometry = Geometry(layer.kernel_size, layer.stride, (0,) * space, layer.dilation)
+        return Convolution(pixels, x, geometry, layer.groups)
+
+    def _doubled(self) -> Tensor:
+        y = wide(self.outputs)
+        return 2 * (y.clamp(min=0) if self.rectified else y)
+
+    def _pixels(self) -> Tensor:
+        """Of a convolution: 2y [rows, out, …]."""
+        return self._with_rows(self._doubled())
+
+    def _with_rows(self, tensor: Tensor) -> Tensor:
+        return tensor if tensor.dim() == self.layer.weight.dim() else tensor.unsqueeze(0)
+
+
+class Watch(TorchDispatchMode):
+    """Keeps every call of the layers as it was, and sees which outputs a ReLU is applied to.
+
+    Below autograd and autocast it meets every operation, whichever way it was called. A tensor
+    that is about to be overwritten is copied first; from then on it is not a layer's output.
+    """
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else the first of all modes loads torch._dynamo, which takes two seconds
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.uses: list[Use] = []
+        self._by_output: dict[int, Use] = {}
+        self._by_storage: dict[int, list[Use]] = {}
+
+    def record(self, layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+        """A forward hook."""
+        use = Use(layer, args[0] if args else kwargs["input"], output)
+        self.uses.append(use)
+        self._by_output[id(output)] = use
+        for tensor in (use.inputs, use.outputs):
+            self._by_storage.setdefault(_storage(tensor), []).append(use)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if _is_relu(func, args, kwargs) and id(args[0]) in self._by_output:
+            self._by_output[id(args[0])].rectified = True
+        if func._schema.is_mutable:
+            for tensor in _overwritten(func, args, kwargs):
+                self._rescue(_storage(tensor))
+        return func(*args, **kwargs)
+
+    def _rescue(self, storage: int) -> None:
+        for use in self._by_storage.pop(storage, []):
+            if _storage(use.inputs) == storage:
+                use.inputs = use.inputs.clone()
+            if _storage(use.outputs) == storage:
+                self._by_output.pop(id(use.outputs), None)
+                use.outputs = use.outputs.clone()
+
+
+def _is_relu(func: Any, args: Any, kwargs: Any) -> bool:
+    if func not in _CLAMP:  # x.clamp(min=0) is ReLU too
+        return func in _RELU
+    low = args[1] if len(args) > 1 else kwargs.get("min")
+    high = args[2] if len(args) > 2 else kwargs.get("max")
+    return low == 0 and high is None
+
+
+def _overwritten(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
+    for n, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[n] if n < len(args) else kwargs.get(argument.name)
+            for leaf in tree_leaves(value):
+                if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
+                    yield leaf
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
