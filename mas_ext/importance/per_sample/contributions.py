@@ -16,7 +16,7 @@ from torch import Tensor
 from mas_ext import functional
 from mas_ext.reference import accumulation_dtype
 
-_STACK = 1 << 20  # elements of a temporary that is still cheap to write and read again
+_SMALL = 4096  # elements for which the call of an operator costs more than a temporary
 
 
 class Contribution(Protocol):
@@ -46,7 +46,7 @@ class Stacked:
 
     def add_magnitudes_(self, omega: Tensor) -> None:
         """Σ over the first dimension."""
-        if self.values.numel() <= _STACK:
+        if omega.numel() <= _SMALL:
             omega += wide(self.values).abs().sum(0)
             return
         for value in self.values:

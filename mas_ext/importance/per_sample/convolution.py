@@ -21,7 +21,7 @@ from mas_ext.importance.per_sample.contributions import Blocks, Contribution, Ou
 from mas_ext.importance.per_sample.layout import Layout
 
 _PATCHES = 1 << 19  # elements of the patches laid out at a time
-_GRADIENTS = 1 << 18  # elements of the gradients formed at a time
+_GRADIENTS = 1 << 19  # elements of the gradients formed at a time
 # With so many pixels, so many channels and so small a weight, its gradients cost less than patches.
 _MANY_PIXELS, _MANY_CHANNELS, _SMALL_WEIGHT = 256, 16, 1 << 17
 
@@ -117,7 +117,8 @@ class Convolution:
             samples * m * self.groups,
             [False, True, False],
         )
-        return Stacked(gradient.view(samples, m, *shape).sum(1))
+        values = gradient.view(samples, m, *shape)
+        return Stacked(values[:, 0] if m == 1 else values.sum(1))
 
     def _depthwise(self, chosen: slice) -> Stacked:
         """[n, C, 1, *kernel]: so few numbers that they are formed as they are."""
