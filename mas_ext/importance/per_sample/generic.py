@@ -8,15 +8,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mas_ext.importance.per_sample.contributions import wide
-from mas_ext.importance.per_sample.rules import Visit
+from mas_ext.importance.per_sample.contributions import Stacked, wide
+from mas_ext.importance.per_sample.rules import Grads, NoRule, Visit
 
 
 @dataclass
 class Generic:
     """M_k is the operation's backward of g with the rows of all other samples set to zero.
 
-    Exact for any operation, and as slow as one call of its backward for every sample.
+    Exact for any operation, and as slow as one call of its backward for every sample. An operation
+    that works element by element shows itself: the gradient it returns still has the shape of its
+    output, since what broadcasting repeated is left for the engine to sum. One call is enough then.
 
     Attributes:
         visit: the operation, whose saved tensors must still be there.
@@ -32,18 +34,35 @@ class Generic:
             omega += sample.abs()
 
     def samples(self) -> Iterator[Tensor]:
-        """A call each."""
+        """A call each, or one for all."""
+        by_element = self._by_element()
+        if by_element is not None:
+            yield from by_element.samples()
+            return
         for k in range(self._count()):
-            masked = [
-                None if grad is None or layout is None else layout.masked(grad, k)
-                for grad, layout in zip(self.visit.grads, self.visit.layouts, strict=True)
-            ]
-            with torch.no_grad():
-                grad = self.visit.node.backward(*masked)[self.input]
-            if grad is None:
-                grad = self._any_grad().new_zeros(self.visit.shape)
-            # A node leaves what broadcasting repeated to be summed by the engine.
-            yield wide(grad).sum_to_size(self.visit.shape)
+            yield wide(self._backward(self._masked(k))).sum_to_size(self.visit.shape)
+
+    def _by_element(self) -> Stacked | None:
+        output = self.visit.grads[0]
+        if output is None or output.shape == self.visit.shape or self.visit.layouts[0] is None:
+            return None
+        grad = self._backward(self.visit.grads)
+        try:
+            return self.visit.summed(grad) if grad.shape == output.shape else None
+        except NoRule:
+            return None
+
+    def _masked(self, sample: int) -> Grads:
+        pairs = zip(self.visit.grads, self.visit.layouts, strict=True)
+        return tuple(
+            None if grad is None or layout is None else layout.masked(grad, sample)
+            for grad, layout in pairs
+        )
+
+    def _backward(self, grads: Grads) -> Tensor:
+        with torch.no_grad():
+            grad = self.visit.node.backward(*grads)[self.input]
+        return self._any_grad().new_zeros(self.visit.shape) if grad is None else grad
 
     def _count(self) -> int:
         """B."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from mas_ext import functional
 from mas_ext.importance.per_sample.contributions import Contribution, Outer, Rows, Tied
 from mas_ext.importance.per_sample.graph import Graph
 from mas_ext.importance.per_sample.plan import Group, Use
+from mas_ext.importance.per_sample.subgraph import pulled
 
 
 class Sink:
@@ -29,11 +30,20 @@ class Sink:
 
     def put(self, use: Use, contribution: Contribution) -> None:
         """What one use contributes; added at once where it is the only one."""
-        if self._group.is_direct:
-            assert use.view is not None
+        if not self._group.is_direct:
+            self._waiting[use] = contribution
+        elif use.view is not None:
             contribution.add_magnitudes_(use.view(self._sums[self._group.names[0]]))
         else:
-            self._waiting[use] = contribution
+            self._add_elsewhere(use, contribution)
+
+    def _add_elsewhere(self, use: Use, contribution: Contribution) -> None:
+        """Where no view of Ω lies as what is used does: summed there, then put back."""
+        (omega,) = self._sums.values()
+        total = omega.new_zeros(use.shape)
+        contribution.add_magnitudes_(total)
+        for _, places in pulled(self._graph, [use.source], [total], self._sums):
+            omega += places
 
     def finish(self) -> dict[str, str]:
         """Adds what had to wait for the other uses; one without a gradient contributes nothing.
@@ -88,26 +98,9 @@ class Sink:
             else:
                 (name,) = use.names
                 use.view(totals[name]).add_(part)
-        for name, grad in self._pulled(made):
+        sources = [use.source for use in made]
+        for name, grad in pulled(self._graph, sources, list(made.values()), self._sums):
             totals[name].add_(grad)
-
-    def _pulled(self, parts: Mapping[Use, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Gradients pulled through what computes the used tensors from the parameters."""
-        if not parts:
-            return
-        leaves = {n.leaf: n.fn.variable for n in self._graph.nodes if n.leaf in self._sums}
-        sources = [self._graph.nodes[use.source[0]] for use in parts]
-        edges = [s.output(u.source[1]) for s, u in zip(sources, parts, strict=True)]
-        dtypes = [
-            s.fn._input_metadata[u.source[1]].dtype for s, u in zip(sources, parts, strict=True)
-        ]
-        values = [p.to(dtype) for p, dtype in zip(parts.values(), dtypes, strict=True)]
-        grads = torch.autograd.grad(
-            edges, list(leaves.values()), values, allow_unused=True, retain_graph=True
-        )
-        for name, grad in zip(leaves, grads, strict=True):
-            if grad is not None:
-                yield str(name), grad
 
 
 def _orientation(view: Tensor, whole: Tensor) -> bool | None:

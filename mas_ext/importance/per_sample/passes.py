@@ -12,9 +12,7 @@ from mas_ext.importance.per_sample.generic import Generic
 from mas_ext.importance.per_sample.graph import Graph, backward
 from mas_ext.importance.per_sample.groups import Sink
 from mas_ext.importance.per_sample.plan import Boundary, Plan, Use
-from mas_ext.importance.per_sample.rules import RULES, NoRule, Rule, Visit
-
-Grads = tuple[Tensor | None, ...]
+from mas_ext.importance.per_sample.rules import RULES, Grads, NoRule, Rule, Visit
 
 
 def visit_boundaries(

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from mas_ext.importance.per_sample.graph import Graph, Node, Shape, backward
 from mas_ext.importance.per_sample.layout import Extent, Layout, extent, find_layout, pattern
-from mas_ext.importance.per_sample.views import View, view_of
+from mas_ext.importance.per_sample.subgraph import pulled
+from mas_ext.importance.per_sample.views import View, is_placement, view_of
 
 LARGE, SMALL = 3, 2  # samples in the two passes
 
@@ -34,6 +35,7 @@ class Use:
         source: the node and output that what it takes in comes from.
         names: the measured parameters that it is made from.
         view: of the one parameter that it is a view of, if it is one.
+        is_placement: it is elements of one parameter, each at most once.
     """
 
     position: int
@@ -42,6 +44,7 @@ class Use:
     source: tuple[int, int]
     names: frozenset[str]
     view: View | None
+    is_placement: bool
 
 
 @dataclass
@@ -78,7 +81,7 @@ class Group:
     @property
     def is_direct(self) -> bool:
         """Whether what arrives can be added to Ω at once."""
-        return len(self.uses) == 1 and self.uses[0].view is not None and not self.may_fail
+        return len(self.uses) == 1 and self.uses[0].is_placement and not self.may_fail
 
 
 @dataclass
@@ -138,7 +141,7 @@ class Plan:
             path = "direct"
             if any(use in self.generic for use in group.uses):
                 path = "generic"
-            if any(use.view is None for use in group.uses):
+            if not all(use.is_placement for use in group.uses):
                 path = "subgraph"
             result |= dict.fromkeys(group.names, path)
         return result
@@ -162,7 +165,7 @@ def make_plan(large: Graph, small: Graph, params: Mapping[str, Tensor]) -> Plan:
         plan.boundaries.setdefault(use.position, boundary).uses.append(use)
     plan.frontier = _frontier(large, plan.boundaries)
     uses = [use for boundary in plan.boundaries.values() for use in boundary.uses]
-    plan.groups = list(_grouped(uses, params))
+    plan.groups = list(_grouped(large, uses, params))
     if uses:
         _find_layouts(plan, large)
         _hold_back(plan)
@@ -209,7 +212,7 @@ def _use(
     name, view = view_of(graph, node, source[1]) or (None, None)
     if name is not None and not _applies(view, params[name], shape):
         view = None
-    return Use(*place, shape, source, names, view)
+    return Use(*place, shape, source, names, view, is_placement(graph, node))
 
 
 def _applies(view: View | None, param: Tensor, shape: Shape) -> bool:
@@ -256,10 +259,10 @@ def _frontier(graph: Graph, boundaries: Mapping[int, Boundary]) -> set[int]:
 # ================================================================================================
 # Groups
 # ================================================================================================
-def _grouped(uses: list[Use], params: Mapping[str, Tensor]) -> Iterable[Group]:
+def _grouped(graph: Graph, uses: list[Use], params: Mapping[str, Tensor]) -> Iterable[Group]:
     """Uses that share a parameter, unless they look at different parts of it."""
     for group in _connected(uses):
-        if len(group.names) == 1 and _disjoint(group, params[group.names[0]]):
+        if len(group.names) == 1 and _disjoint(graph, group, params[group.names[0]]):
             yield from (Group(group.names, [use]) for use in group.uses)
         else:
             yield group
@@ -275,16 +278,18 @@ def _connected(uses: list[Use]) -> list[Group]:
     return groups
 
 
-def _disjoint(group: Group, param: Tensor) -> bool:
-    """Whether the uses are views of different elements of the parameter."""
+def _disjoint(graph: Graph, group: Group, param: Tensor) -> bool:
+    """Whether the uses are different elements of the parameter."""
+    if not all(use.is_placement for use in group.uses):
+        return False
     if len(group.uses) == 1:
-        return group.uses[0].view is not None
-    seen = torch.zeros(param.shape, dtype=torch.uint8)
+        return True
+    seen = torch.zeros_like(param)
     for use in group.uses:
-        if use.view is None:
-            return False
-        use.view(seen).add_(1)
-    return int(seen.max()) <= 1
+        ones = torch.ones(use.shape, device=param.device)
+        for _, places in pulled(graph, [use.source], [ones], group.names):
+            seen += places
+    return float(seen.max()) <= 1
 
 
 # ================================================================================================

@@ -41,6 +41,8 @@ from mas_ext.importance.per_sample.convolution import Convolution
 from mas_ext.importance.per_sample.graph import Node, Shape
 from mas_ext.importance.per_sample.layout import Layout
 
+Grads = tuple[Tensor | None, ...]
+
 
 class NoRule(Exception):
     """A rule does not cover this case of its operation."""
@@ -58,7 +60,7 @@ class Visit:
     """
 
     node: Node
-    grads: tuple[Tensor | None, ...]
+    grads: Grads
     layouts: tuple[Layout | None, ...]
     shape: Shape
 

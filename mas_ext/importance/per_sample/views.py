@@ -86,6 +86,33 @@ VIEWS: dict[str, Callable[[Node, int], View]] = {
 }
 
 
+def is_placement(graph: Graph, node: Node) -> bool:
+    """Whether a node's output is a parameter's elements, each at most once, in any order.
+
+    Then magnitudes may be summed over samples before they are put back where they come from.
+    """
+    while not node.is_leaf:
+        edges = [edge for edge in node.edges if edge is not None]
+        if len(edges) != 1 or not (node.operation in VIEWS or _selects_distinct_rows(node)):
+            return False
+        node = graph.nodes[edges[0][0]]
+    return node.leaf is not None
+
+
+def _selects_distinct_rows(node: Node) -> bool:
+    if node.operation == "EmbeddingBackward":
+        index, padding = node.saved("indices"), node.saved("padding_idx")
+        plain = not node.saved("scale_grad_by_freq") and not bool((index == padding).any())
+        return plain and _is_distinct(index)
+    if node.operation == "IndexSelectBackward":
+        return _is_distinct(node.saved("index"))
+    return False
+
+
+def _is_distinct(index: Tensor) -> bool:
+    return len(index.unique()) == index.numel()
+
+
 def view_of(graph: Graph, node: Node, output: int) -> tuple[str, View] | None:
     """The parameter that a node's output is a view of, and the view; None if it is not one."""
     steps: list[View] = []
