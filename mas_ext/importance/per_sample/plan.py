@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mas_ext.importance.per_sample.graph import Graph, Node, Shape, backward
+from mas_ext.importance.per_sample.graph import Graph, Shape, backward
 from mas_ext.importance.per_sample.layout import Extent, Layout, extent, find_layout, pattern
-from mas_ext.importance.per_sample.subgraph import pulled
+from mas_ext.importance.per_sample.subgraph import leaves_behind, pulled
 from mas_ext.importance.per_sample.views import View, is_placement, view_of
 
 LARGE, SMALL = 3, 2  # samples in the two passes
@@ -136,15 +136,17 @@ class Plan:
 
     def coverage(self) -> dict[str, str]:
         """Parameter name → which path computes it, for all that the graph reaches."""
-        result = dict.fromkeys(self.singles, "one sample at a time")
-        for group in self.groups:
-            path = "direct"
-            if any(use in self.generic for use in group.uses):
-                path = "generic"
-            if not all(use.is_placement for use in group.uses):
-                path = "subgraph"
-            result |= dict.fromkeys(group.names, path)
-        return result
+        result: dict[str, str] = {}
+        for path in ("direct", "generic", "subgraph"):  # the slower one counts
+            for group in self.groups:
+                if path == self._path(group):
+                    result |= dict.fromkeys(group.names, path)
+        return result | dict.fromkeys(self.singles, "one sample at a time")
+
+    def _path(self, group: Group) -> str:
+        if not all(use.is_placement for use in group.uses):
+            return "subgraph"
+        return "generic" if any(use in self.generic for use in group.uses) else "direct"
 
 
 def make_plan(large: Graph, small: Graph, params: Mapping[str, Tensor]) -> Plan:
@@ -191,7 +193,7 @@ def _check_nothing_mixes(graph: Graph, carriers: set[int]) -> None:
 def _uses(graph: Graph, carriers: set[int], params: Mapping[str, Tensor]) -> list[Use]:
     leaves = [node for node in graph.nodes if node.leaf is not None]
     measured = graph.reaching(leaves)
-    behind = _leaves_behind(graph, measured - carriers)
+    behind = leaves_behind(graph, measured - carriers)
     uses = []
     for position in sorted(carriers & measured):
         for i, edge in enumerate(graph.nodes[position].edges):
@@ -216,35 +218,12 @@ def _use(
 
 
 def _applies(view: View | None, param: Tensor, shape: Shape) -> bool:
-    """Whether the view can be taken of contiguous memory, as Ω's is."""
+    """Whether the view can be taken of Ω, which lies in memory as the parameter does."""
     assert view is not None
     try:
-        return tuple(view(torch.empty(param.shape, device="meta")).shape) == shape
+        return tuple(view(torch.empty_like(param, device="meta")).shape) == shape
     except RuntimeError:
         return False
-
-
-def _leaves_behind(graph: Graph, positions: set[int]) -> dict[int, frozenset[str]]:
-    """For nodes that depend on parameters only, which measured ones."""
-    result: dict[int, frozenset[str]] = {}
-
-    def names(node: Node) -> frozenset[str]:
-        stack = [node]
-        while stack:
-            top = stack[-1]
-            children = [c for c in graph.children(top) if c.position in positions]
-            waiting = [c for c in children if c.position not in result]
-            if waiting:
-                stack.extend(waiting)
-                continue
-            own = frozenset() if top.leaf is None else frozenset([top.leaf])
-            result[top.position] = own.union(*(result[c.position] for c in children))
-            stack.pop()
-        return result[node.position]
-
-    for position in positions:
-        names(graph.nodes[position])
-    return result
 
 
 def _frontier(graph: Graph, boundaries: Mapping[int, Boundary]) -> set[int]:

@@ -10,6 +10,25 @@ from torch import Tensor
 from mas_ext.importance.per_sample.graph import Edge, Graph
 
 
+def leaves_behind(graph: Graph, positions: Collection[int]) -> dict[int, frozenset[str]]:
+    """For nodes that depend on parameters only: which measured ones."""
+    result: dict[int, frozenset[str]] = {}
+    # Reversed, the depth-first order has most nodes after those they are made from.
+    for position in sorted(positions, reverse=True):
+        stack = [graph.nodes[position]]
+        while stack:
+            node = stack[-1]
+            children = [c for c in graph.children(node) if c.position in positions]
+            waiting = [c for c in children if c.position not in result]
+            if waiting:
+                stack.extend(waiting)
+                continue
+            own = frozenset[str]() if node.leaf is None else frozenset([node.leaf])
+            result[node.position] = own.union(*(result[c.position] for c in children))
+            stack.pop()
+    return result
+
+
 def pulled(
     graph: Graph, sources: Sequence[Edge], values: Sequence[Tensor], names: Collection[str]
 ) -> Iterator[tuple[str, Tensor]]:
