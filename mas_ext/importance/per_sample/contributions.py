@@ -30,8 +30,8 @@ class Contribution(Protocol):
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """In the dtype that sums are formed in."""
-    return tensor.to(accumulation_dtype(tensor.dtype))
+    """In the dtype that sums are formed in; complex numbers stay what they are."""
+    return tensor if tensor.is_complex() else tensor.to(accumulation_dtype(tensor.dtype))
 
 
 @dataclass
@@ -50,7 +50,10 @@ class Stacked:
             omega += wide(self.values).abs().sum(0)
             return
         for value in self.values:
-            functional.accumulate_importance_([omega], [value])
+            if accumulation_dtype(value.dtype) == omega.dtype:
+                functional.accumulate_importance_([omega], [value])
+            else:
+                omega += value.abs()
 
     def samples(self) -> Iterator[Tensor]:
         """As they are."""
@@ -103,7 +106,13 @@ class Outer:
 
 
 def _add_abs_matmul_(omega: Tensor, left: Tensor, right: Tensor) -> None:
-    if left.shape[1] == 1 and left.dtype == omega.dtype:
+    dtype = torch.promote_types(left.dtype, right.dtype)
+    left, right = left.to(dtype), right.to(dtype)
+    if accumulation_dtype(dtype) != omega.dtype:  # part of the model computes in another dtype
+        total = torch.zeros_like(omega, dtype=accumulation_dtype(dtype))
+        _add_abs_matmul_(total, left, right)
+        omega += total
+    elif left.shape[1] == 1 and left.dtype == omega.dtype:
         # One position: |l r| = |l||r|, an ordinary product, which BLAS does best.
         omega.addmm_(left[:, 0].abs().t(), right[:, 0].abs())
     else:
@@ -147,7 +156,7 @@ class Rows:
     def add_magnitudes_(self, omega: Tensor) -> None:
         """Summed within each sample, then by row."""
         _, rows, sums = self.summed()
-        omega.index_add_(0, rows, sums.abs())
+        omega.index_add_(0, rows, sums.abs().to(omega.dtype))
 
     def summed(self) -> tuple[Tensor, Tensor, Tensor]:
         """The sums M_k[i] that are not zero: samples k in order, rows i, values."""
@@ -195,7 +204,8 @@ class Tied:
             )
         ]
         product = torch.cat(products)
-        omega.index_add_(0, rows, (product + looked_up).abs_() - product.abs())
+        change = (product + looked_up).abs_() - product.abs()
+        omega.index_add_(0, rows, change.to(omega.dtype))
 
     def samples(self) -> Iterator[Tensor]:
         """Both."""

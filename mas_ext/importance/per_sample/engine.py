@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from weakref import WeakKeyDictionary
 
@@ -12,45 +11,39 @@ from torch import Tensor, nn
 from mas_ext.importance.batches import Batch, Indivisible, Inputs
 from mas_ext.importance.estimation import Estimation
 from mas_ext.importance.per_sample import selfcheck
-from mas_ext.importance.per_sample.graph import Graph
-from mas_ext.importance.per_sample.passes import Accumulation, confirm_layouts
-from mas_ext.importance.per_sample.plan import LARGE, SMALL, Plan, Unplannable, make_plan
+from mas_ext.importance.per_sample.accumulation import Accumulation
+from mas_ext.importance.per_sample.graph import Graph, Unplannable
+from mas_ext.importance.per_sample.owners import assign_layouts, displaced
+from mas_ext.importance.per_sample.plan import LARGE, SMALL, Plan, make_plan
 
 _KEPT = 64  # plans a model; one for every shape of input it was shown
 
 
 class Plans:
-    """The plans of one model, the last used ones; None where none can be made."""
+    """The plans of one model, the last used one last."""
 
     def __init__(self) -> None:
-        self._plans: OrderedDict[object, Plan] = OrderedDict()
+        self._plans: list[Plan] = []
 
-    def find(self, graph: Graph, samples: int) -> Plan | None:
+    def find(self, graph: Graph) -> Plan | None:
         """The plan for a graph, if it was made before."""
-        key = (graph.signature, graph.shapes, samples)
-        plan = self._plans.get(key)
-        if plan is None:
-            plan = next((p for p in self._plans.values() if p.fits(graph, samples)), None)
+        plan = next((p for p in reversed(self._plans) if p.fits(graph, len(graph.root))), None)
         if plan is not None:
-            self.keep(graph, samples, plan)
+            self.keep(plan)
         return plan
 
     def know(self, graph: Graph) -> bool:
         """Whether there is a plan for such a graph, of other shapes maybe."""
-        return any(plan.signature == graph.signature for plan in self._plans.values())
+        return any(plan.signature == graph.signature for plan in self._plans)
 
-    def keep(self, graph: Graph, samples: int, plan: Plan) -> None:
-        """Remembers a plan for graphs like this one."""
-        key = (graph.signature, graph.shapes, samples)
-        self._plans[key] = plan
-        self._plans.move_to_end(key)
-        if len(self._plans) > _KEPT:
-            self._plans.popitem(last=False)
+    def keep(self, plan: Plan) -> None:
+        """Remembers a plan."""
+        self.forget(plan)
+        self._plans = [*self._plans, plan][-_KEPT:]
 
     def forget(self, plan: Plan) -> None:
         """For a plan that no longer says all."""
-        for key in [key for key, kept in self._plans.items() if kept is plan]:
-            del self._plans[key]
+        self._plans = [kept for kept in self._plans if kept is not plan]
 
 
 _plans: WeakKeyDictionary[nn.Module, Plans] = WeakKeyDictionary()
@@ -68,26 +61,34 @@ def add_batch(estimation: Estimation, batch: Batch, limit: int) -> int:
 
 
 def _add_several(estimation: Estimation, batch: Batch, scalars: Tensor, count: int) -> None:
-    graph = Graph(scalars, {id(p): name for name, p in estimation.params.items()})
-    plans = _plans.setdefault(estimation.model, Plans())
-    plan = plans.find(graph, len(scalars))
-    if plan is not None:
-        _check_decisions(estimation, batch, graph, plan)
-    else:
-        try:
-            plan = _checked_plan(estimation, batch, graph, plans.know(graph))
-            plans.keep(graph, len(scalars), plan)
-        except Unplannable as problem:
-            reasons = dict.fromkeys(estimation.params, str(problem))
-            _add_alone(estimation, batch, reasons, scalars, count)
-            return
     weights = torch.ones_like(scalars)
     weights[count:] = 0
-    unserved = Accumulation(plan, graph, estimation.sums).run(weights) if plan.groups else {}
-    estimation.covered(plan.coverage())
-    if unserved:
-        plans.forget(plan)
-    _add_alone(estimation, batch, plan.singles | unserved, scalars, count)
+    try:
+        graph = Graph(scalars, {id(p): name for name, p in estimation.params.items()})
+        plan = _plan_for(estimation, batch, graph)
+    except Unplannable as problem:
+        reasons = dict.fromkeys(estimation.params, str(problem))
+    else:
+        unserved = Accumulation(plan, graph, estimation.sums).run(weights) if plan.groups else {}
+        estimation.covered(plan.coverage())
+        if unserved:
+            _plans[estimation.model].forget(plan)
+        reasons = plan.singles | unserved
+    _add_alone(estimation, batch, reasons, scalars, count)
+
+
+def _plan_for(estimation: Estimation, batch: Batch, graph: Graph) -> Plan:
+    """A plan for this batch, made if need be, and found to hold for it."""
+    plans = _plans.setdefault(estimation.model, Plans())
+    plan = plans.find(graph)
+    if plan is None:
+        plan = _checked_plan(estimation, batch, graph, plans.know(graph))
+        plans.keep(plan)
+    else:
+        _check_decisions(estimation, batch, graph, plan)
+        if not plan.moves_rows:
+            return plan
+    return plan.without(displaced(plan, graph)) if plan.moves_rows else plan
 
 
 def _add_alone(
@@ -101,12 +102,12 @@ def _add_alone(
     if isinstance(batch, Inputs):
         for k in range(count):
             alone = estimation.scalars(batch.take([k], len(scalars)))
-            estimation.add_gradient(alone[0], reasons)
+            estimation.add_gradient(alone[0], reasons, keep_graph=True)
         return
     # How to cut a custom batch is only a guess: one backward pass a sample over all of it.
     scalars = estimation.scalars(batch)
     for k in range(count):
-        estimation.add_gradient(scalars[k], reasons, keep_graph=k + 1 < count)
+        estimation.add_gradient(scalars[k], reasons, keep_graph=True)
 
 
 def _undisturbed_by_chance(estimation: Estimation, batch: Batch) -> Tensor:
@@ -151,14 +152,13 @@ def _checked_plan(estimation: Estimation, batch: Batch, graph: Graph, is_known: 
     if decisions.names:
         _check_samples(estimation, batch, graph, range(size), decisions.names[0])
     names = {id(p): name for name, p in estimation.params.items()}
-    pair = Graph(small, names)
-    plan = make_plan(Graph(large, names), pair, estimation.params)
+    pair, three = Graph(small, names), Graph(large, names)
+    plan = make_plan(three, pair, estimation.params)
     if not plan.fits(graph, size):
         raise Unplannable(
             f"the forward pass takes another course for {size} samples than for {LARGE}"
         )
-    if not is_known:
-        confirm_layouts(plan, graph)
+    assign_layouts(plan, three if is_known or size < LARGE else graph)
     _check_sums(estimation, plan, pair, [first, second])
     plan.decides = decisions.names[0] if decisions.names else None
     plan.decides_on_values = decisions.on_values
@@ -174,9 +174,11 @@ def _check_sums(estimation: Estimation, plan: Plan, pair: Graph, alone: list[Ten
     served = {name for group in plan.groups for name in group.names} - set(failed)
     exact = {name: torch.zeros_like(estimation.sums[name]) for name in served}
     for scalars in alone:
-        estimation.add_gradient(scalars[0], names=served, sums=exact)
+        estimation.add_gradient(scalars[0], names=served, sums=exact, keep_graph=True)
     wrong = selfcheck.disagreeing(ours, exact, pair.dtype)
     plan.give_up(wrong, "the result in a batch differs from that of a sample by itself")
+    for name, reason in failed.items():
+        plan.give_up([name], reason)
 
 
 def _check_samples_do_not_meet(

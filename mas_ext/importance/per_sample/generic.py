@@ -62,12 +62,14 @@ class Generic:
     def _backward(self, grads: Grads) -> Tensor:
         with torch.no_grad():
             grad = self.visit.node.backward(*grads)[self.input]
-        return self._any_grad().new_zeros(self.visit.shape) if grad is None else grad
+        if grad is None:
+            return torch.zeros(self.visit.shape, dtype=self.visit.dtype, device=self._device())
+        return grad.real if grad.is_complex() and not self.visit.dtype.is_complex else grad
 
     def _count(self) -> int:
         """B."""
         pairs = zip(self.visit.grads, self.visit.layouts, strict=True)
         return next(len(layout.split(g)) for g, layout in pairs if g is not None and layout)
 
-    def _any_grad(self) -> Tensor:
-        return next(grad for grad in self.visit.grads if grad is not None)
+    def _device(self) -> torch.device:
+        return next(grad.device for grad in self.visit.grads if grad is not None)

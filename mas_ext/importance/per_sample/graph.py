@@ -23,6 +23,10 @@ Edge = tuple[int, int]  # (position of a node in the graph, which of its outputs
 _LEAF = "torch::autograd::AccumulateGrad"
 
 
+class Unplannable(Exception):
+    """No plan can be made for a graph; the message says why."""
+
+
 @dataclass(eq=False)
 class Node:
     """One operation of the forward pass.
@@ -45,7 +49,10 @@ class Node:
     @cached_property
     def shapes(self) -> tuple[Shape, ...]:
         """The shapes of the operation's outputs, which are those of the gradients it receives."""
-        return tuple(tuple(m.shape) if m is not None else () for m in self.fn._input_metadata)
+        try:
+            return tuple(tuple(m.shape) if m is not None else () for m in self.fn._input_metadata)
+        except RuntimeError as problem:
+            raise Unplannable(f"{self.name} has an output without a plain shape") from problem
 
     @property
     def is_leaf(self) -> bool:
@@ -68,14 +75,28 @@ class Node:
                 self._saved[name] = _signed(getattr(self.fn, f"_saved_{name}"))
         return self._saved[name]
 
+    def constants(self) -> dict[str, Any]:
+        """All that it saved but floating-point tensors: dimensions, sizes, indices."""
+        names = [
+            name.removeprefix("_saved_") for name in dir(self.fn) if name.startswith("_saved_")
+        ]
+        found = {name: self.saved(name) for name in names if "sym_" not in name}
+        return {name: value for name, value in found.items() if not _is_values(value)}
+
     def forget(self) -> None:
         """Lets go of what was read."""
         self._saved.clear()
 
     def backward(self, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """The operation's own backward, called outside of a backward pass."""
-        call = self.fn if callable(self.fn) else self.fn.apply  # those written in Python
-        result = call(*grads)
+        if callable(self.fn):
+            result = self.fn(*grads)
+        else:  # written in Python: it is never given None, as the engine sees to
+            filled = [
+                torch.zeros(m.shape, dtype=m.dtype, device=m.device) if grad is None else grad
+                for grad, m in zip(grads, self.fn._input_metadata, strict=True)
+            ]
+            result = self.fn.apply(*filled)
         return result if isinstance(result, tuple) else (result,)
 
 
@@ -134,6 +155,11 @@ class Graph:
         dtypes = {m.dtype for node in self.nodes for m in node.fn._input_metadata if m is not None}
         return max((d for d in dtypes if d.is_floating_point), key=lambda d: torch.finfo(d).eps)
 
+    def dtype_at(self, edge: Edge) -> torch.dtype:
+        """The dtype of a node's output."""
+        position, output = edge
+        return self.nodes[position].fn._input_metadata[output].dtype
+
     def children(self, node: Node) -> list[Node]:
         """The nodes that made the inputs of one."""
         return [self.nodes[edge[0]] for edge in node.edges if edge is not None]
@@ -171,7 +197,15 @@ def backward(
 
 def _signed(value: Any) -> Any:
     """Saved integers are shown unsigned: −1 as 2⁶⁴ − 1."""
-    return value - 2**64 if isinstance(value, int) and value >= 2**63 else value
+    if isinstance(value, (tuple, list)):
+        return tuple(_signed(item) for item in value)
+    is_wrapped = isinstance(value, int) and value >= 2**63
+    return value - 2**64 if is_wrapped else value
+
+
+def _is_values(value: Any) -> bool:
+    items = value if isinstance(value, (tuple, list)) else [value]
+    return any(isinstance(item, Tensor) and item.dtype.is_floating_point for item in items)
 
 
 def _beside_the_backward_pass() -> AbstractContextManager[Any]:

@@ -25,21 +25,21 @@ class Sink:
 
     def fail(self, reason: str) -> None:
         """A use could not be served: nothing is added."""
-        assert not self._group.is_direct
         self._failure = reason
 
     def put(self, use: Use, contribution: Contribution) -> None:
         """What one use contributes; added at once where it is the only one."""
-        if not self._group.is_direct:
-            self._waiting[use] = contribution
-        elif use.view is not None:
-            contribution.add_magnitudes_(use.view(self._sums[self._group.names[0]]))
+        if self._group.is_direct:
+            self._add(use, contribution)
         else:
-            self._add_elsewhere(use, contribution)
+            self._waiting[use] = contribution
 
-    def _add_elsewhere(self, use: Use, contribution: Contribution) -> None:
-        """Where no view of Ω lies as what is used does: summed there, then put back."""
+    def _add(self, use: Use, contribution: Contribution) -> None:
+        """Where no view of Ω lies as what is used does, it is summed there and then put back."""
         (omega,) = self._sums.values()
+        if use.view is not None:
+            contribution.add_magnitudes_(use.view(omega))
+            return
         total = omega.new_zeros(use.shape)
         contribution.add_magnitudes_(total)
         for _, places in pulled(self._graph, [use.source], [total], self._sums):
@@ -53,6 +53,11 @@ class Sink:
         """
         if self._failure is not None:
             return dict.fromkeys(self._group.names, self._failure)
+        if len(self._waiting) == 1 and len(self._sums) == 1:
+            ((use, contribution),) = self._waiting.items()
+            if use.is_placement:
+                self._add(use, contribution)
+                return {}
         if self._waiting:
             whole = self._as_one()
             if whole is not None:
@@ -97,7 +102,7 @@ class Sink:
                 made[use] = part
             else:
                 (name,) = use.names
-                use.view(totals[name]).add_(part)
+                use.view(totals[name]).add_(part.view(use.shape))
         sources = [use.source for use in made]
         for name, grad in pulled(self._graph, sources, list(made.values()), self._sums):
             totals[name].add_(grad)

@@ -2,19 +2,20 @@
 
 A linear layer on [B, T, d] sees B·T rows: row // T is the sample where the batch comes first, and
 row % B where time does (recurrent layers, attention). Nothing in the graph says which, so it is
-found out: with all but one sample's output gradient set to zero, the rows that are not zero are
-that sample's.
+found out from the gradients themselves (:mod:`.owners`) and put in this form.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from mas_ext.importance.per_sample.graph import Shape
+
+NOBODY, MANY = -1, -2  # instead of a sample: no gradient arrived, or that of several samples
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,11 @@ class Layout:
     def positions(self, tensor: Tensor) -> Tensor:
         """[…, outer·B·inner, …, n] → [B, T, n], all but the last dimension being positions."""
         return self.split(tensor).flatten(1, -2)
+
+    def owners(self, samples: int) -> Tensor:
+        """Whose each entry is: [outer·B·inner]."""
+        sample = torch.arange(samples).view(1, samples, 1)
+        return sample.expand(self.outer, samples, self.inner).flatten()
 
     def masked(self, tensor: Tensor, sample: int) -> Tensor:
         """The tensor with the rows of all other samples set to zero."""
@@ -72,36 +78,26 @@ def extent(small: Shape, small_size: int, large: Shape, large_size: int) -> Exte
     return Extent(d, small[d] // small_size)
 
 
-def find_layout(extent: Extent, patterns: Sequence[Tensor]) -> Layout | None:
-    """The layout in which every entry that is not zero belongs to the sample that caused it.
+def find_layout(extent: Extent, owners: Tensor) -> Layout | None:
+    """The layout that gives every entry with a known owner to that owner, if there is just one.
 
     Args:
         extent: the dimension that grows with the batch.
-        patterns: for each sample, which entries of that dimension are not zero when only its
-            output gradient is not.
+        owners: for each entry of that dimension whose it is, or NOBODY.
 
-    Batch-first is tried first and batch-last last: with three samples no other order of the data
-    can pass for the first, however few entries are not zero.
+    Batch-first is tried first and batch-last last. With three samples or more alive, no other order
+    of the data can pass for an earlier one; with fewer, only what nothing else fits is accepted.
     """
-    samples = len(patterns)
+    known = owners != NOBODY
+    samples = len(owners) // extent.per_sample
+    fitting = []
     for outer, inner in _factorings(extent.per_sample):
         layout = Layout(extent.dim, outer, inner)
-        owners = layout.split(torch.arange(extent.per_sample * samples), 0)
-        if all(_only(pattern, owners[k]) for k, pattern in enumerate(patterns)):
-            return layout
-    return None
+        if torch.equal(layout.owners(samples)[known], owners[known]):
+            fitting.append(layout)
+    is_clear = len(fitting) == 1 or len(owners[known].unique()) >= 3
+    return fitting[0] if fitting and is_clear else None
 
 
 def _factorings(size: int) -> Iterator[tuple[int, int]]:
     return ((outer, size // outer) for outer in range(1, size + 1) if size % outer == 0)
-
-
-def _only(pattern: Tensor, owned: Tensor) -> bool:
-    """Whether all that is set lies at the owned entries."""
-    return int(pattern.sum()) == int(pattern[owned.flatten()].sum())
-
-
-def pattern(grad: Tensor, dim: int) -> Tensor:
-    """Which entries along a dimension have anything but zeros."""
-    nonzero = grad.detach().ne(0).movedim(dim, 0)
-    return nonzero.flatten(1).any(1).cpu() if nonzero.dim() > 1 else nonzero.cpu()

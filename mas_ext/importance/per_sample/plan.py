@@ -8,21 +8,27 @@ the other, a parameter is *used*: that is where its per-sample gradients are.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mas_ext.importance.per_sample.graph import Graph, Shape, backward
-from mas_ext.importance.per_sample.layout import Extent, Layout, extent, find_layout, pattern
+from mas_ext.importance.per_sample.graph import Graph, Shape, Unplannable
+from mas_ext.importance.per_sample.layout import Extent, Layout, extent
 from mas_ext.importance.per_sample.subgraph import leaves_behind, pulled
 from mas_ext.importance.per_sample.views import View, is_placement, view_of
 
 LARGE, SMALL = 3, 2  # samples in the two passes
-
-
-class Unplannable(Exception):
-    """No plan can be made for a graph; the message says why."""
+# Operations that put rows where their data says: whose is whose may change from batch to batch.
+MOVERS = {
+    f"{name}Backward"
+    for name in (
+        "Gather", "Index", "IndexAdd", "IndexCopy", "IndexFill", "IndexPut", "IndexSelect",
+        "MaskedScatter", "MaskedSelect", "PackPaddedSequence", "Scatter", "ScatterAdd",
+        "ScatterReduce", "Sort", "Take", "Topk",
+    )
+}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +100,8 @@ class Plan:
         groups: every served parameter is in one group, or in several that do not overlap.
         singles: parameters that need another way, and why.
         generic: uses whose operation has no rule.
+        constants: what the way from parameters to their uses depends on: (position, name, value).
+        moves_rows: the data may decide which rows belong to which sample.
         decides: the operation by which the forward pass reads its data, if it does.
         decides_on_values: whether that data is made from floating-point numbers.
     """
@@ -106,12 +114,14 @@ class Plan:
     groups: list[Group] = field(default_factory=list)
     singles: dict[str, str] = field(default_factory=dict)
     generic: set[Use] = field(default_factory=set)
+    constants: list[tuple[int, str, Any]] = field(default_factory=list)
+    moves_rows: bool = False
     decides: str | None = None
     decides_on_values: bool = False
 
     def fits(self, graph: Graph, samples: int) -> bool:
         """Whether a graph is this one at that number of samples, in every shape."""
-        if graph.signature != self.signature:
+        if graph.signature != self.signature or not self._same_constants(graph):
             return False
         expected = zip(self.shapes, self.extents, graph.shapes, strict=True)
         return all(
@@ -120,10 +130,45 @@ class Plan:
             for like, grows, shape in zip(likes, grow, shapes, strict=True)
         )
 
+    def _same_constants(self, graph: Graph) -> bool:
+        return all(
+            torch.equal(value, now) if isinstance(value, Tensor) else value == now
+            for position, name, value in self.constants
+            for now in [graph.nodes[position].saved(name)]
+        )
+
     @property
     def keeps_graph(self) -> bool:
         """Whether something is left to compute when the backward pass is over."""
         return bool(self.generic)
+
+    def without(self, reasons: Mapping[str, str]) -> Plan:
+        """The same for one batch in which some parameters need another way."""
+        copy = replace(self, groups=list(self.groups), singles=dict(self.singles))
+        for name, reason in reasons.items():
+            copy.give_up([name], reason)
+        return copy
+
+    def hold_back(self, graph: Graph) -> None:
+        """Where whose rows are whose is not known yet: nothing is added before the pass is over."""
+        arriving = {edge for node in graph.nodes for edge in node.edges if edge is not None}
+        arriving.add((0, 0))
+        unknown = {
+            name
+            for position, boundary in self.boundaries.items()
+            if any(
+                layout is None and (position, j) in arriving
+                for j, layout in enumerate(boundary.layouts)
+            )
+            for name in boundary.names
+        }
+        for name in unknown:
+            sharing = [group for group in self.groups if name in group.names]
+            if sharing:
+                names = sorted({n for group in sharing for n in group.names})
+                uses = [use for group in sharing for use in group.uses]
+                others = [group for group in self.groups if group not in sharing]
+                self.groups = [*others, Group(names, uses, may_fail=True)]
 
     def give_up(self, names: Iterable[str], reason: str) -> None:
         """Serves these parameters, and those that share a group with them, in another way."""
@@ -168,9 +213,8 @@ def make_plan(large: Graph, small: Graph, params: Mapping[str, Tensor]) -> Plan:
     plan.frontier = _frontier(large, plan.boundaries)
     uses = [use for boundary in plan.boundaries.values() for use in boundary.uses]
     plan.groups = list(_grouped(large, uses, params))
-    if uses:
-        _find_layouts(plan, large)
-        _hold_back(plan)
+    plan.constants = _constants(large, uses)
+    plan.moves_rows = any(large.nodes[p].operation in MOVERS for p in carriers)
     return plan
 
 
@@ -226,6 +270,21 @@ def _applies(view: View | None, param: Tensor, shape: Shape) -> bool:
         return False
 
 
+def _constants(graph: Graph, uses: list[Use]) -> list[tuple[int, str, Any]]:
+    """Which slice, which rows: what the same operations may do otherwise in the next batch."""
+    behind, stack = set(), [use.source[0] for use in uses]
+    while stack:
+        position = stack.pop()
+        if position not in behind:
+            behind.add(position)
+            stack.extend(child.position for child in graph.children(graph.nodes[position]))
+    return [
+        (position, name, value)
+        for position in sorted(behind)
+        for name, value in graph.nodes[position].constants().items()
+    ]
+
+
 def _frontier(graph: Graph, boundaries: Mapping[int, Boundary]) -> set[int]:
     leading = graph.reaching(graph.nodes[p] for p in boundaries)
     return {
@@ -268,59 +327,6 @@ def _disjoint(graph: Graph, group: Group, param: Tensor) -> bool:
         ones = torch.ones(use.shape, device=param.device)
         for _, places in pulled(graph, [use.source], [ones], group.names):
             seen += places
-    return float(seen.max()) <= 1
-
-
-# ================================================================================================
-# Layouts
-# ================================================================================================
-def _find_layouts(plan: Plan, graph: Graph) -> None:
-    """Runs the backward pass for one sample after the other and looks where gradients arrive."""
-    places = [
-        (p, j)
-        for p, boundary in plan.boundaries.items()
-        for j, grows in enumerate(boundary.extents)
-        if grows is not None
-    ]
-    edges = [graph.nodes[p].output(j) for p, j in places]
-    patterns: dict[tuple[int, int], list[Tensor]] = {place: [] for place in places}
-    for sample in range(LARGE):
-        weights = torch.zeros_like(graph.root)
-        weights[sample] = 1
-        for (p, j), grad in zip(places, backward(graph, weights, edges, keep=True), strict=True):
-            grows = plan.boundaries[p].extents[j]
-            if grad is not None and grows is not None:
-                patterns[p, j].append(pattern(grad, grows.dim))
-    _set_layouts(plan, graph, patterns)
-
-
-def _set_layouts(
-    plan: Plan, graph: Graph, patterns: Mapping[tuple[int, int], list[Tensor]]
-) -> None:
-    for position, boundary in plan.boundaries.items():
-        name = graph.nodes[position].name
-        for j, grows in enumerate(boundary.extents):
-            found = patterns.get((position, j), [])
-            arrived = any(bool(p.any()) for p in found)
-            layout = find_layout(grows, found) if grows is not None and arrived else None
-            boundary.layouts.append(layout)
-            if arrived and layout is None:
-                plan.give_up(boundary.names, f"the rows of {name} are not in the samples' order")
-        if all(grows is None for grows in boundary.extents):
-            plan.give_up(boundary.names, f"{name} does not grow in proportion to the batch")
-
-
-def _hold_back(plan: Plan) -> None:
-    """Where no gradient arrived, whose rows are whose is not known: to be found out if one does."""
-    unknown = {
-        name
-        for boundary in plan.boundaries.values()
-        if not any(boundary.layouts)
-        for name in boundary.names
-    }
-    for name in unknown:
-        sharing = [group for group in plan.groups if name in group.names]
-        if sharing:
-            names = sorted({n for group in sharing for n in group.names})
-            joined = Group(names, [use for group in sharing for use in group.uses], may_fail=True)
-            plan.groups = [group for group in plan.groups if group not in sharing] + [joined]
+        if float(seen.max()) > 1:
+            return False
+    return True

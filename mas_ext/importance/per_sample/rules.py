@@ -56,13 +56,14 @@ class Visit:
         node: the operation.
         grads: the gradients of its outputs.
         layouts: which entries of these belong to which sample.
-        shape: that of the parameter, as the operation sees it.
+        shape, dtype: those of the parameter, as the operation sees it.
     """
 
     node: Node
     grads: Grads
     layouts: tuple[Layout | None, ...]
     shape: Shape
+    dtype: torch.dtype
 
     @property
     def grad(self) -> Tensor:
@@ -331,6 +332,7 @@ def mul(visit: Visit, parameter: int) -> Contribution:
 def div(visit: Visit, parameter: int) -> Contribution:
     """y = a / b, with the parameter a."""
     _need(parameter == 0, "the parameter divides")
+    _need(visit.node.name == "DivBackward0", "the quotient is rounded")
     return visit.summed(wide(visit.grad) / visit.saved("other"))
 
 
