@@ -186,6 +186,139 @@ def whisper() -> tuple:
     return model, {"input_features": noise(6, 16), "decoder_input_ids": ids(4, below=19)}
 
 
+def segmentation() -> tuple:
+    """Outputs in a dictionary: a forward of the user's picks one."""
+    from torchvision.models.segmentation import lraspp_mobilenet_v3_large
+
+    model = lraspp_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=4)
+    return model, noise(3, 32, 32), lambda model, images: model(images)["out"]
+
+
+def small_swin_v2() -> tuple:
+    """Attention by cosine, its position bias made by a small network of parameters only."""
+    from torchvision.models import swin_transformer as swin
+
+    model = swin.SwinTransformer(
+        *([4, 4], 16, [1, 1], [2, 4], [4, 4]),
+        num_classes=10,
+        block=swin.SwinTransformerBlockV2,
+        downsample_layer=swin.PatchMergingV2,
+    )
+    return model, noise(3, 36, 36)
+
+
+def small_maxvit() -> tuple:
+    from torchvision.models import MaxVit
+
+    return MaxVit((64, 64), 16, 2, [16, 32], [1, 1], 8, 0.2, num_classes=10), noise(3, 64, 64)
+
+
+def small_video_swin() -> tuple:
+    from torchvision.models.video.swin_transformer import SwinTransformer3d
+
+    model = SwinTransformer3d([2, 4, 4], 16, [1, 1], [2, 4], [2, 4, 4], num_classes=10)
+    return model, noise(3, 4, 32, 32)
+
+
+def albert() -> tuple:
+    """All layers are one."""
+    model = transformer(
+        "AlbertForMaskedLM",
+        "AlbertConfig",
+        **{**_TINY, **_HEADS, "embedding_size": 8, "max_position_embeddings": 8},
+    )
+    return model, text()
+
+
+def deberta() -> tuple:
+    """Relative positions go through the same projections as the tokens."""
+    model = transformer(
+        "DebertaV2ForSequenceClassification",
+        "DebertaV2Config",
+        **{**_TINY, **_HEADS, "max_position_embeddings": 8, "relative_attention": True},
+        **{"pos_att_type": ["c2p", "p2c"], "position_buckets": 4, "share_att_key": True},
+        **{"norm_rel_ebd": "layer_norm", "conv_kernel_size": 3},
+    )
+    return model, text()
+
+
+def longformer() -> tuple:
+    """Windows along the sequence, padding to whole ones, and tokens that see all others."""
+    model = transformer(
+        "LongformerForMaskedLM",
+        "LongformerConfig",
+        **{**_TINY, **_HEADS, "attention_window": 4, "pad_token_id": 0},
+        max_position_embeddings=16,
+    )
+    first = torch.zeros(B, 6, dtype=torch.long).index_fill_(1, torch.tensor([0]), 1)
+    return model, text(global_attention_mask=first)
+
+
+def bloom() -> tuple:
+    model = transformer(
+        "BloomForCausalLM",
+        "BloomConfig",
+        **{"vocab_size": 19, "hidden_size": 16, "n_layer": 2, "n_head": 4, **_SPECIAL},
+    )
+    return model, text()
+
+
+def mamba2() -> tuple:
+    """A state-space model: depthwise convolutions and scans in chunks."""
+    model = transformer(
+        "Mamba2ForCausalLM",
+        "Mamba2Config",
+        **{"vocab_size": 19, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4},
+        **{"num_heads": 4, "head_dim": 8, "n_groups": 2, "chunk_size": 4, "use_cache": False},
+        **_SPECIAL,
+    )
+    return model, {"input_ids": ids(6, below=19)}
+
+
+def wav2vec2() -> tuple:
+    """Convolutions over samples of sound, one of them weight-normalised along dimension 2."""
+    model = transformer(
+        "Wav2Vec2ForCTC",
+        "Wav2Vec2Config",
+        **{**_TINY, **_HEADS, "conv_dim": (8, 8), "conv_stride": (4, 2), "conv_kernel": (5, 3)},
+        **{"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2},
+        mask_time_prob=0,
+    )
+    return model, {"input_values": noise(100)}
+
+
+def segformer() -> tuple:
+    model = transformer(
+        "SegformerForSemanticSegmentation",
+        "SegformerConfig",
+        **{"hidden_sizes": [8, 8, 16, 16], "depths": [1] * 4, "decoder_hidden_size": 8},
+        **{"num_attention_heads": [1, 2, 2, 2], "mlp_ratios": [2] * 4},
+    )
+    return model, {"pixel_values": noise(3, 64, 64)}
+
+
+def peft_llama(kind: str, **options: Any) -> tuple:
+    import peft
+
+    model = transformer("LlamaForCausalLM", "LlamaConfig", **_GROUPED, **_SPECIAL)
+    return peft.get_peft_model(model, getattr(peft, kind)(**options)), text()
+
+
+class SmallConvNet(nn.Sequential):
+    """Something for adapters of convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten())
+        self.append(nn.Linear(8 * 16, 3))
+
+
+def peft_cnn(kind: str, **options: Any) -> tuple:
+    import peft
+
+    config = getattr(peft, kind)(r=2, target_modules=["0", "2", "4"], **options)
+    return peft.get_peft_model(SmallConvNet(), config), noise(3, 8, 8)
+
+
 def peft_gpt2(**options: Any) -> tuple:
     import peft
 
@@ -215,6 +348,12 @@ MODELS: dict[str, Callable[[], tuple]] = {
     "resnet18, partly frozen": partly_frozen,
     "mobilenet_v3_small": lambda: vision("mobilenet_v3_small"),
     "efficientnet_b0": lambda: vision("efficientnet_b0"),
+    "squeezenet1_1": lambda: vision("squeezenet1_1", 40),
+    "shufflenet_v2_x0_5": lambda: vision("shufflenet_v2_x0_5"),
+    "lraspp": segmentation,
+    "maxvit, small": small_maxvit,
+    "swin v2, small": small_swin_v2,
+    "video swin, small": small_video_swin,
     "densenet121": lambda: vision("densenet121"),
     "regnet_y_400mf": lambda: vision("regnet_y_400mf"),
     "googlenet": lambda: vision("googlenet", aux_logits=False, init_weights=False),
@@ -238,6 +377,33 @@ MODELS: dict[str, Callable[[], tuple]] = {
     "whisper": whisper,
     "peft lora": peft_gpt2,
     "peft dora": lambda: peft_gpt2(use_dora=True),
+    "peft ia3": lambda: peft_llama(
+        "IA3Config", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]
+    ),
+    "peft loha": lambda: peft_llama("LoHaConfig", target_modules=["q_proj", "down_proj"], r=2),
+    "peft oft": lambda: peft_llama(
+        "OFTConfig", target_modules=["q_proj", "v_proj"], r=0, oft_block_size=4
+    ),
+    "peft fourier": lambda: peft_llama("FourierFTConfig", target_modules=["q_proj"], n_frequency=6),
+    "peft prompt": lambda: peft_llama(
+        "PromptTuningConfig", task_type="CAUSAL_LM", num_virtual_tokens=3
+    ),
+    "peft dora, convolutions": lambda: peft_cnn("LoraConfig", use_dora=True),
+    "peft lokr, convolutions": lambda: peft_cnn("LoKrConfig", decompose_both=True),
+    "albert": albert,
+    "deberta": deberta,
+    "longformer": longformer,
+    "bloom": bloom,
+    "mamba2": mamba2,
+    "wav2vec2": wav2vec2,
+    "segformer": segformer,
+    "gemma3": lambda: (
+        transformer(
+            "Gemma3ForCausalLM", "Gemma3TextConfig", **_GROUPED, head_dim=4, sliding_window=3
+        ),
+        text(),
+    ),
+    "neox": lambda: (transformer("GPTNeoXForCausalLM", "GPTNeoXConfig", **_TINY, **_HEADS), text()),
     "encoder, batch first": lambda: (encoder(True), noise(6, 8)),
     "encoder, time first": lambda: (layers.TimeFirst(encoder(False)), noise(6, 8)),
     "encoder, norm first, gelu, padded": lambda: (
@@ -267,6 +433,9 @@ LARGE_MODELS: dict[str, Callable[[], tuple]] = {
     "convnext_tiny": lambda: vision("convnext_tiny"),
     "vit_b_16": lambda: vision("vit_b_16", image_size=32),
     "swin_t": lambda: vision("swin_t", 64),
+    "inception_v3": lambda: vision("inception_v3", 80, aux_logits=False, init_weights=False),
+    "resnext50_32x4d": lambda: vision("resnext50_32x4d"),
+    "efficientnet_v2_s": lambda: vision("efficientnet_v2_s"),
 }
 
 
