@@ -132,9 +132,8 @@ class Plan:
 
     def _same_constants(self, graph: Graph) -> bool:
         return all(
-            torch.equal(value, now) if isinstance(value, Tensor) else value == now
+            _same(value, graph.nodes[position].saved(name))
             for position, name, value in self.constants
-            for now in [graph.nodes[position].saved(name)]
         )
 
     @property
@@ -268,6 +267,14 @@ def _applies(view: View | None, param: Tensor, shape: Shape) -> bool:
         return tuple(view(torch.empty_like(param, device="meta")).shape) == shape
     except RuntimeError:
         return False
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and torch.equal(a, b)
+    if isinstance(a, tuple):
+        return isinstance(b, tuple) and len(a) == len(b) and all(map(_same, a, b))
+    return bool(a == b)
 
 
 def _constants(graph: Graph, uses: list[Use]) -> list[tuple[int, str, Any]]:

@@ -14,7 +14,7 @@ Embedding(Bag), Index  table                       :math:`\sum_{t: i_{kt}=i} g_{
 Layer-, group-, batch  scale, shift                :math:`\sum_t g\odot\hat x`, :math:`\sum_t g`
 norm
 Add, Sub, Mul, Div,    any, by broadcasting        :math:`\sum_t g` times the other operand
-Expand, Addmm's bias
+Expand, Repeat
 =====================  ==========================  ===============================================
 
 An operation without a rule takes the generic path (:mod:`.generic`).
@@ -341,6 +341,18 @@ def expand(visit: Visit, parameter: int) -> Contribution:
     return visit.summed(visit.grad)
 
 
+def repeat(visit: Visit, parameter: int) -> Contribution:
+    """Laid out several times along its dimensions, one of which has the samples."""
+    layout = visit.layout
+    padded = (1,) * (visit.grad.dim() - len(visit.shape)) + visit.shape
+    _need(padded[layout.dim] == 1 or layout.outer == 1, "repeats are between the samples")
+    parts = layout.split(wide(visit.grad)).flatten(layout.dim + 1, layout.dim + 2)
+    pairs = zip(parts.shape[1:], padded, strict=True)
+    folded = parts.reshape(len(parts), *(n for size, p in pairs for n in (size // p, p)))
+    repeats = list(range(1, folded.dim(), 2))
+    return Stacked(folded.sum(repeats).reshape(len(parts), *visit.shape))
+
+
 RULES: dict[str, Rule] = {
     "AddBackward": add,
     "AddmmBackward": addmm,
@@ -361,6 +373,7 @@ RULES: dict[str, Rule] = {
     "CudnnBatchNormBackward": batch_norm,
     "NativeGroupNormBackward": group_norm,
     "NativeLayerNormBackward": layer_norm,
+    "RepeatBackward": repeat,
     "SubBackward": sub,
     "TrilinearBackward": trilinear,
 }
