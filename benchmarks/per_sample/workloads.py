@@ -118,7 +118,7 @@ def _tokens(count: int) -> dict[str, Tensor]:
     return {"input_ids": torch.randint(VOCABULARY, (count, LENGTH))}
 
 
-_LANGUAGE = f"d={WIDTH}, T={LENGTH}, {LAYERS} layers, vocabulary {VOCABULARY:,}"
+_LANGUAGE = f"d={WIDTH}, T={LENGTH}, {LAYERS} layers, V={VOCABULARY:,}"
 WORKLOADS = {
     "mlp": Workload("MLP", "784-1024-1024-10", mlp, _vectors, batch_size=128, goal=1.0),
     "cnn": Workload("CNN", "3×32×32, 32-64-128-128", cnn, _images(32), goal=1.0),

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from mas_ext.importance.per_sample.contributions import Blocks, Contribution, Outer, Stacked, wide
 from mas_ext.importance.per_sample.layout import Layout
 
-_PATCHES = 1 << 19  # elements of the patches laid out at a time
+_PATCHES = 1 << 20  # elements of the patches laid out at a time
 _GRADIENTS = 1 << 19  # elements of the gradients formed at a time
 # With so many pixels, so many channels and so small a weight, its gradients cost less than patches.
 _MANY_PIXELS, _MANY_CHANNELS, _SMALL_WEIGHT = 256, 16, 1 << 17

@@ -247,64 +247,53 @@ def index_select(visit: Visit, parameter: int) -> Contribution:
 
 
 # ================================================================================================
-# Normalisation
+# Normalisation: x̂ is formed in one buffer, since fresh memory costs more than arithmetic
 # ================================================================================================
-def _scale_or_shift(visit: Visit, parameter: int, normalised: Callable[[], Tensor]) -> Stacked:
-    _need(parameter in (1, 2), "the input is the parameter")
-    grad = wide(visit.grad)
-    return visit.summed(grad * normalised() if parameter == 1 else grad)
-
-
 def layer_norm(visit: Visit, parameter: int) -> Contribution:
     """x̂ from the mean and 1/σ that were saved for every position."""
-
-    def normalised() -> Tensor:
-        return (wide(visit.saved("input")) - visit.saved("result1")) * visit.saved("result2")
-
-    return _scale_or_shift(visit, parameter, normalised)
+    _need(parameter in (1, 2), "the input is the parameter")
+    grad = wide(visit.grad)
+    if parameter == 2:
+        return visit.summed(grad)
+    centred = wide(visit.saved("input")) - visit.saved("result1")
+    return visit.summed(centred.mul_(visit.saved("result2")).mul_(grad))
 
 
 def rms_norm(visit: Visit, parameter: int) -> Contribution:
     """x̂ from the 1/rms that was saved for every position."""
     _need(parameter == 1, "the input is the parameter")
-    return visit.summed(wide(visit.grad) * wide(visit.saved("input")) * visit.saved("result1"))
+    scaled = wide(visit.saved("input")) * visit.saved("result1")
+    return visit.summed(scaled.mul_(wide(visit.grad)))
 
 
 def group_norm(visit: Visit, parameter: int) -> Contribution:
     """x̂ from the mean and 1/σ that were saved for every sample and group."""
-
-    def normalised() -> Tensor:
-        inputs, groups = wide(visit.saved("input")), visit.saved("group")
-        grouped = inputs.reshape(len(inputs), groups, -1)
-        mean, rstd = visit.saved("result1"), visit.saved("result2")
-        return ((grouped - mean[..., None]) * rstd[..., None]).view(inputs.shape)
-
-    return _per_channel(visit, parameter, normalised)
+    _need(parameter in (1, 2), "the input is the parameter")
+    grad = wide(visit.grad)
+    if parameter == 2:
+        return _over_space(visit, grad)
+    inputs, groups = wide(visit.saved("input")), visit.saved("group")
+    mean, rstd = visit.saved("result1"), visit.saved("result2")
+    grouped = inputs.reshape(len(inputs), groups, -1) - mean[..., None]
+    return _over_space(visit, grouped.mul_(rstd[..., None]).view(inputs.shape).mul_(grad))
 
 
 def batch_norm(visit: Visit, parameter: int) -> Contribution:
-    """x̂ from the running statistics: evaluation mode."""
+    """x̂ from the running statistics: evaluation mode. 1/σ is the same at all pixels."""
     _need(not visit.saved("training"), "it normalises by the batch's statistics")
-
-    def normalised() -> Tensor:
-        inputs = wide(visit.saved("input"))
-        shape = (1, -1, *[1] * (inputs.dim() - 2))
-        mean, var = visit.saved("running_mean"), visit.saved("running_var")
-        rstd = (wide(var) + visit.saved("eps")).rsqrt()
-        return (inputs - mean.view(shape)) * rstd.view(shape)
-
-    return _per_channel(visit, parameter, normalised)
-
-
-def _per_channel(visit: Visit, parameter: int, normalised: Callable[[], Tensor]) -> Stacked:
-    """Scale and shift [C] of values [B, C, …]."""
-    _need(parameter in (1, 2) and visit.layout.dim == 0, "not a scale or shift of channels")
+    _need(parameter in (1, 2), "the input is the parameter")
     grad = wide(visit.grad)
-    return _over_space(visit, grad * normalised() if parameter == 1 else grad)
+    if parameter == 2:
+        return _over_space(visit, grad)
+    inputs = wide(visit.saved("input"))
+    mean = visit.saved("running_mean").view(-1, *[1] * (inputs.dim() - 2))
+    summed = _over_space(visit, (inputs - mean).mul_(grad))
+    return Stacked(summed.values * (wide(visit.saved("running_var")) + visit.saved("eps")).rsqrt())
 
 
 def _over_space(visit: Visit, values: Tensor) -> Stacked:
     """[rows, C, *space] → [B, C]; space, which lies side by side, is summed first."""
+    _need(visit.layout.dim == 0, "dimension 0 is not the batch")
     per_row = values.flatten(2).sum(2) if values.dim() > 2 else values
     return Stacked(visit.layout.rows(per_row).sum(1))
 
