@@ -410,3 +410,17 @@ def test_dtypes_may_be_mixed():
     omega = estimate_importance(model, [vectors()])
     assert [omega[n].dtype for n in ("low.weight", "high.weight")] == [torch.float32, torch.float64]
     assert_exact(omega, one_by_one(model, [vectors()]), rtol=1e-2)
+
+
+def test_rows_too_small_to_tell_do_not_make_it_slow():
+    """Gradients at the edge of float32's range have lost digits, and no owner can be read off."""
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4), nn.Linear(4, 3))
+    x = torch.randn(7, 6)
+    x[3:] *= 1e-26
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1e-3)
+        for layer in model:
+            layer.bias.zero_()
+    omega = estimate_importance(model, [x])
+    assert set(omega.coverage.values()) == {"direct"}

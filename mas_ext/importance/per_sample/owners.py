@@ -47,16 +47,21 @@ def _row_sums(plan: Plan, graph: Graph, weights: Tensor) -> dict[Place, Tensor]:
             zip(grads, plan.boundaries[position].extents, strict=True)
         ):
             if grad is not None and extent is not None:
-                others = [d for d in range(grad.dim()) if d != extent.dim]
-                magnitudes = grad.abs()
-                dtype = torch.float64
-                sums[position, j] = (
-                    magnitudes.sum(others, dtype=dtype) if others else magnitudes.to(dtype)
-                )
+                rows = grad.movedim(extent.dim, 0)
+                rows = rows.flatten(1) if rows.dim() > 1 else rows[:, None]
+                total = rows.abs().sum(1, dtype=torch.float64)
+                # What is so small has lost digits, and tells nothing; nor does it matter.
+                sums[position, j] = torch.where(total < _smallest(grad.dtype), 0.0, total)
 
     with torch.autocast(weights.device.type, enabled=False), torch.no_grad():
         visit_boundaries(plan, graph, weights, look, keep=True)
     return sums
+
+
+def _smallest(dtype: torch.dtype) -> float:
+    """From here on numbers have all their digits, and a few orders to spare where they can."""
+    limits = torch.finfo(dtype)
+    return limits.tiny if dtype == torch.float16 else limits.tiny / limits.eps
 
 
 def _digits(plain: Tensor, scaled: Tensor) -> Tensor:
