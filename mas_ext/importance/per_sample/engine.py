@@ -86,8 +86,6 @@ def _plan_for(estimation: Estimation, batch: Batch, graph: Graph) -> Plan:
         plans.keep(plan)
     else:
         _check_decisions(estimation, batch, graph, plan)
-        if not plan.moves_rows:
-            return plan
     return plan.without(displaced(plan, graph)) if plan.moves_rows else plan
 
 
