@@ -3,7 +3,8 @@
 ``estimate.py`` runs an estimator over the data; ``estimators.py`` has the estimators,
 ``per_sample/`` the exact one and ``local.py`` (with ``uses.py``) the forward-only one,
 ``estimation.py`` what they work with, ``objectives.py`` what they differentiate, ``batches.py`` how
-data becomes outputs, and ``isolation.py`` how the model is left as it was.
+data becomes outputs, ``watching.py`` what is seen of a forward pass, and ``isolation.py`` how the
+model is left as it was.
 """
 
 from mas_ext.importance.estimate import Importance, add_importance_, estimate_importance

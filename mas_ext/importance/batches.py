@@ -8,7 +8,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
+
+from mas_ext.importance.watching import tensors_in
 
 Forward = Callable[[nn.Module, Any], Tensor]
 
@@ -68,8 +70,7 @@ class Inputs:
 
     def size(self) -> int:
         """The number of samples: the first tensor's dimension 0."""
-        leaves = tree_leaves((self.args, self.kwargs))
-        sized = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > 0]
+        sized = [tensor for tensor in tensors_in((self.args, self.kwargs)) if tensor.dim() > 0]
         if not sized:
             raise TypeError(
                 "data: a batch holds no tensor with a sample dimension; pass forward= for batches "
@@ -132,8 +133,7 @@ class CustomBatch:
 
     def take(self, indices: Sequence[int], size: int) -> CustomBatch:
         """Some samples, of every tensor in it that has as many rows as the output."""
-        tensors = [leaf for leaf in tree_leaves(self.batch) if isinstance(leaf, Tensor)]
-        if not any(t.dim() > 0 and len(t) == size for t in tensors):
+        if not any(t.dim() > 0 and len(t) == size for t in tensors_in(self.batch)):
             raise Indivisible("no tensor in it has as many rows as the output")
         chosen = _map_tensors(lambda tensor: _rows(tensor, indices, size), self.batch)
         return CustomBatch(chosen, self.function, len(indices))
@@ -164,7 +164,7 @@ def _leaf(tensor: Tensor, like: Tensor) -> Tensor:
 def _items(value: Any, indices: Sequence[int], size: int) -> Any:
     """Of a plain list with a value a sample (lengths, say) the chosen ones."""
     is_listed = isinstance(value, (list, tuple)) and len(value) == size
-    if is_listed and not any(isinstance(leaf, Tensor) for leaf in tree_leaves(value)):
+    if is_listed and not tensors_in(value):
         return type(value)([value[k] for k in indices])
     return value
 

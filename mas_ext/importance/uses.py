@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from mas_ext.importance.per_sample.contributions import Contribution, Outer, wide
 from mas_ext.importance.per_sample.convolution import Convolution, Geometry
+from mas_ext.importance.watching import Watching, tensors_in
 
 _aten = torch.ops.aten
 _RELU = {_aten.relu.default, _aten.relu_.default}
@@ -71,16 +70,12 @@ class Use:
         return tensor if tensor.dim() == self.layer.weight.dim() else tensor.unsqueeze(0)
 
 
-class Watch(TorchDispatchMode):
+class Watch(Watching):
     """Keeps every call of the layers as it was, and sees which outputs a ReLU is applied to.
 
-    Below autograd and autocast it meets every operation, whichever way it was called. A tensor
-    that is about to be overwritten is copied first; from then on it is not a layer's output.
+    Whichever way an operation was called, it is met here. A tensor that is about to be overwritten
+    is copied first; from then on it is not a layer's output.
     """
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # else the first of all modes loads torch._dynamo, which takes two seconds
 
     def __init__(self) -> None:
         super().__init__()
@@ -126,9 +121,7 @@ def _overwritten(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
     for n, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = args[n] if n < len(args) else kwargs.get(argument.name)
-            for leaf in tree_leaves(value):
-                if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
-                    yield leaf
+            yield from (t for t in tensors_in(value) if t.layout == torch.strided)
 
 
 def _storage(tensor: Tensor) -> int:

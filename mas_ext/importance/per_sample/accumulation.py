@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -39,28 +40,25 @@ class Accumulation:
         with torch.autocast(weights.device.type, enabled=False), torch.no_grad():
             visit_boundaries(self._plan, self._graph, weights, self._visit, self._keeps_graph)
             for use, generic in self._later:
-                self._put(use, generic)
+                with self._failing(self._sinks[use]):
+                    self._sinks[use].put(use, generic)
             for sink in dict.fromkeys(self._sinks.values()):
                 unserved |= self._finished(sink)
         return unserved
 
     def _finished(self, sink: Sink) -> dict[str, str]:
-        if not self._learn:
+        with self._failing(sink):
             return sink.finish()
-        try:
-            return sink.finish()
-        except Exception as problem:
-            sink.fail(f"its gradient cannot be formed here ({problem})")
-            return sink.finish()
+        return sink.finish()  # now it says what failed
 
-    def _put(self, use: Use, contribution: Contribution) -> None:
-        sink = self._sinks[use]
-        if not self._learn:
-            sink.put(use, contribution)
-            return
+    @contextmanager
+    def _failing(self, sink: Sink) -> Iterator[None]:
+        """While learning, an error is the end of one way only, and a warning will tell of it."""
         try:
-            sink.put(use, contribution)
+            yield
         except Exception as problem:
+            if not self._learn:
+                raise
             sink.fail(f"its gradient cannot be formed here ({problem})")
 
     @property
@@ -88,19 +86,20 @@ class Accumulation:
         pairs = zip(visit.grads, visit.layouts, strict=True)
         if any(grad is not None and layout is None for grad, layout in pairs):
             sink.fail("no gradient arrived there when its plan was made")
-        else:
+            return
+        with self._failing(sink):
             contribution = self._contribution(use, visit)
             if isinstance(contribution, Generic):
                 self._later.append((use, contribution))
             else:
-                self._put(use, contribution)
+                sink.put(use, contribution)
 
     def _contribution(self, use: Use, visit: Visit) -> Contribution:
         if use in self._plan.generic:
             return Generic(visit, use.input)
         try:
             return _rule(visit)(visit, use.input)
-        except Exception:  # whatever it is that the rule does not cover
+        except NoRule:
             if not self._learn:
                 raise
             self._plan.generic.add(use)

@@ -46,6 +46,12 @@ class Layout:
         sample = torch.arange(samples).view(1, samples, 1)
         return sample.expand(self.outer, samples, self.inner).flatten()
 
+    def explains(self, owners: Tensor) -> bool:
+        """Whether every entry with a known owner is that owner's."""
+        known = owners != NOBODY
+        samples = len(owners) // (self.outer * self.inner)
+        return torch.equal(self.owners(samples)[known], owners[known])
+
     def masked(self, tensor: Tensor, sample: int) -> Tensor:
         """The tensor with the rows of all other samples set to zero."""
         result = torch.zeros_like(tensor)
@@ -88,15 +94,15 @@ def find_layout(extent: Extent, owners: Tensor) -> Layout | None:
     Batch-first is tried first and batch-last last. With three samples or more alive, no other order
     of the data can pass for an earlier one; with fewer, only what nothing else fits is accepted.
     """
-    known = owners != NOBODY
-    samples = len(owners) // extent.per_sample
-    fitting = []
-    for outer, inner in _factorings(extent.per_sample):
-        layout = Layout(extent.dim, outer, inner)
-        if torch.equal(layout.owners(samples)[known], owners[known]):
-            fitting.append(layout)
-    is_clear = len(fitting) == 1 or len(owners[known].unique()) >= 3
+    layouts = (Layout(extent.dim, *sizes) for sizes in _factorings(extent.per_sample))
+    fitting = [layout for layout in layouts if layout.explains(owners)]
+    is_clear = len(fitting) == 1 or enough_alive(owners)
     return fitting[0] if fitting and is_clear else None
+
+
+def enough_alive(owners: Tensor) -> bool:
+    """Whether so many samples have a gradient somewhere that their order shows."""
+    return len(owners[owners != NOBODY].unique()) >= 3
 
 
 def _factorings(size: int) -> Iterator[tuple[int, int]]:

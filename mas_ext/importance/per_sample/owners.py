@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mas_ext.importance.per_sample.graph import Graph
-from mas_ext.importance.per_sample.layout import MANY, NOBODY, Layout, find_layout
+from mas_ext.importance.per_sample.layout import MANY, NOBODY, enough_alive, find_layout
 from mas_ext.importance.per_sample.plan import Plan
 from mas_ext.importance.per_sample.rules import Grads
 from mas_ext.importance.per_sample.visits import visit_boundaries
@@ -83,7 +83,7 @@ def assign_layouts(plan: Plan, graph: Graph) -> None:
             layout = None
             if extent is not None and found is not None and arrived:
                 layout = find_layout(extent, found)
-                if layout is None and _is_hopeless(found, extent.per_sample):
+                if layout is None and _is_hopeless(found):
                     plan.give_up(boundary.names, f"the rows of {name} are not in order")
             boundary.layouts.append(layout)
         if all(extent is None for extent in boundary.extents):
@@ -91,9 +91,9 @@ def assign_layouts(plan: Plan, graph: Graph) -> None:
     plan.hold_back(graph)
 
 
-def _is_hopeless(owners: Tensor, per_sample: int) -> bool:
+def _is_hopeless(owners: Tensor) -> bool:
     """Whether it is no lack of rows that are alive which leaves the layout open."""
-    return bool((owners == MANY).any()) or len(owners[owners != NOBODY].unique()) >= 3
+    return bool((owners == MANY).any()) or enough_alive(owners)
 
 
 def displaced(plan: Plan, graph: Graph) -> dict[str, str]:
@@ -103,12 +103,7 @@ def displaced(plan: Plan, graph: Graph) -> dict[str, str]:
     for (position, j), found in owners.items():
         boundary = plan.boundaries[position]
         layout = boundary.layouts[j]
-        if layout is not None and not _as_planned(layout, found, len(graph.root)):
+        if layout is not None and not layout.explains(found):
             why = f"the data decides where the rows of {graph.nodes[position].name} are"
             reasons |= dict.fromkeys(boundary.names, why)
     return reasons
-
-
-def _as_planned(layout: Layout, owners: Tensor, samples: int) -> bool:
-    known = owners != NOBODY
-    return torch.equal(layout.owners(samples)[known], owners[known])

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
+
+from mas_ext.importance.watching import Watching, tensors_in
 
 # How far two computations of one thing may be apart, by dtype: rounding stays well below, a wrong
 # assumption well above.
@@ -75,11 +75,7 @@ def watching_for_decisions() -> Iterator[Decisions]:
         yield found
 
 
-class _Watch(TorchDispatchMode):
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # else the first of all modes loads torch._dynamo, which takes two seconds
-
+class _Watch(Watching):
     def __init__(self, found: Decisions) -> None:
         super().__init__()
         self._found = found
@@ -88,20 +84,16 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        inputs = _tensors((args, kwargs))
+        inputs = tensors_in((args, kwargs))
         from_values = any(t.is_floating_point() or t in self._from_values for t in inputs)
         if _reads(func, inputs):
             self._found.names.append(str(func))
             self._found.on_values |= from_values
         result = func(*args, **(kwargs or {}))
         if from_values:
-            for tensor in _tensors(result):
+            for tensor in tensors_in(result):
                 self._from_values[tensor] = True
         return result
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def _reads(func: Any, inputs: list[Tensor]) -> bool:
