@@ -124,3 +124,30 @@ class Cached(nn.Module):
 def test_a_graph_that_the_model_keeps():
     omega = estimate_importance(Cached(), [normal(5, D)])
     assert_exact(omega, one_by_one(Cached(), [normal(5, D)]))
+
+
+class Packed(nn.Module):
+    """Applies its layer to the positions that a mask leaves, of all samples in a row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(D, D).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = x[..., 0] > 0
+        out = torch.zeros_like(x)
+        out[mask] = self.layer(x[mask]).tanh()
+        return out
+
+
+def lengths(*counts: int) -> Tensor:
+    x = normal(len(counts), 5, D)
+    x[..., 0].abs_()
+    for k, count in enumerate(counts):
+        x[k, count:, 0] *= -1
+    return x
+
+
+def test_rows_that_the_data_places_elsewhere_in_the_next_batch():
+    model, batches = Packed(), [lengths(3, 3, 3, 3), lengths(5, 1, 4, 2)]
+    assert_exact(estimate_importance(model, batches), one_by_one(model, batches))
