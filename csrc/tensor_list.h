@@ -12,17 +12,10 @@
 #include <vector>
 
 #include "checks.h"
+#include "entry.h"
 #include "numbers.h"
 
 namespace mas_ext {
-
-// One parameter: a pointer for each argument, all to `numel` elements in the same order.
-template <size_t Streams>
-struct Entry {
-  std::array<void*, Streams> data;
-  int64_t numel;
-  ScalarType dtype;
-};
 
 // Checks the arguments of `op` and lays them out as entries, in the order they were given.
 // Where the tensors at one position do not share one dense layout, they are copied to contiguous

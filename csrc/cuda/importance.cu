@@ -1,27 +1,10 @@
 // accumulate_importance_ on CUDA: Ω += scale·|g|, 12 bytes a float32 parameter.
 #include <torch/csrc/stable/library.h>
 
-#include "../formulas.h"
 #include "launch.cuh"
 
 namespace mas_ext::cuda {
 namespace {
-
-template <class T>
-struct Accumulate {
-  using A = accumulate_t<T>;
-  static constexpr int kStreams = 2, kOmega = 0;
-  static constexpr unsigned kReads = 0b11, kWrites = 0b01;
-  static constexpr bool kSums = false;
-
-  A scale;
-
-  __device__ void begin() {}
-  __device__ A operator()(A (&element)[kStreams]) const {
-    element[0] += importance_increment(element[1], scale);
-    return A(0);
-  }
-};
 
 void accumulate_importance_(const TensorList& omega, const TensorList& grads, double scale) {
   constexpr const char* op = "accumulate_importance_";
@@ -29,8 +12,9 @@ void accumulate_importance_(const TensorList& omega, const TensorList& grads, do
   FlatList<2> list(op, {{.name = "omega", .tensors = omega, .is_omega = true, .writable = true},
                         {.name = "grads", .tensors = grads}});
   const torch::stable::accelerator::DeviceGuard guard(omega.front().get_device_index());
-  launch<Accumulate>(op, list, nullptr, current_stream(omega.front()),
-                     [&]<class T>() { return Accumulate<T>{static_cast<accumulate_t<T>>(scale)}; });
+  launch<AccumulateImportance>(op, list, nullptr, current_stream(omega.front()), [&]<class T>() {
+    return AccumulateImportance<T>{static_cast<accumulate_t<T>>(scale)};
+  });
   list.write_back();
 }
 

@@ -1,4 +1,4 @@
-// The host side of a CUDA operator: tables of pointers, launches, scalars. Nothing here waits for
+// The host side of a CUDA operator: launches and scalars. Nothing here waits for
 // the device or copies to it, so every operator can be captured in a CUDA graph.
 #pragma once
 
@@ -50,57 +50,19 @@ inline void check_non_negative(const char* op, const char* name, const Scalar& s
   }
 }
 
-inline int64_t chunks_in(int64_t numel) { return (numel + kChunk - 1) / kChunk; }
-
-// Fills a table with entries of one dtype, from `next` on, until it is full; returns its chunks.
-template <int Streams>
-int fill(Table<Streams>& table, const std::vector<Entry<Streams>>& entries, ScalarType dtype,
-         size_t& next) {
-  int64_t chunks = 0;
-  table.tensors = 0;
-  for (; next < entries.size() && table.tensors < Table<Streams>::kCapacity; ++next) {
-    const auto& entry = entries[next];
-    if (entry.dtype != dtype) {
-      continue;
-    }
-    if (chunks + chunks_in(entry.numel) > INT32_MAX) {
-      break;  // the grid is full; the next launch goes on here
-    }
-    for (int s = 0; s < Streams; ++s) {
-      table.data[s][table.tensors] = entry.data[static_cast<size_t>(s)];
-    }
-    table.numel[table.tensors] = entry.numel;
-    table.first_chunk[table.tensors++] = static_cast<int>(chunks);
-    chunks += chunks_in(entry.numel);
-  }
-  table.first_chunk[table.tensors] = static_cast<int>(chunks);
-  return static_cast<int>(chunks);
-}
-
-// Runs an operation on a list: one launch for up to Table::kCapacity tensors of one dtype.
+// Runs an operation on a list: one launch for all tensors of one dtype that a table holds.
 // `make.template operator()<T>()` gives the operation for a dtype.
 template <template <class> class Operation, size_t Streams, class Make>
 void launch(const char* op, const FlatList<Streams>& list, double* partial_sums,
             cudaStream_t stream, Make make) {
-  constexpr int streams = static_cast<int>(Streams);
-  for (ScalarType dtype :
-       {ScalarType::Float, ScalarType::Double, ScalarType::BFloat16, ScalarType::Half}) {
-    for (size_t next = 0; next < list.entries().size();) {
-      Table<streams> table;
-      const int chunks = fill<streams>(table, list.entries(), dtype, next);
-      if (chunks == 0) {
-        continue;
-      }
-      visit_dtype(dtype, [&]<class T>() {
-        chunk_kernel<Operation, T>
-            <<<chunks, kThreads, 0, stream>>>(table, make.template operator()<T>(), partial_sums);
-      });
-      check_launch(op);
-      if (partial_sums != nullptr) {
-        partial_sums += chunks;
-      }
+  for_each_table(list.entries(), [&]<class T>(const Table<Streams>& table) {
+    chunk_kernel<Operation, T><<<table.chunks(), kThreads, 0, stream>>>(
+        table, make.template operator()<T>(), partial_sums);
+    check_launch(op);
+    if (partial_sums != nullptr) {
+      partial_sums += table.chunks();
     }
-  }
+  });
 }
 
 // The same for an operation that sums: returns λ/2 of the sum as a 0-dim tensor on the device.
@@ -109,10 +71,7 @@ Tensor launch_penalty(const char* op, const FlatList<Streams>& list, const Tenso
                       const Scalar& lambda, Make make) {
   const torch::stable::accelerator::DeviceGuard guard(home.get_device_index());
   const cudaStream_t stream = current_stream(home);
-  int64_t chunks = 0;
-  for (const auto& entry : list.entries()) {
-    chunks += chunks_in(entry.numel);
-  }
+  const int64_t chunks = chunks_in(list.entries());
   const Tensor partial = torch::stable::new_empty(home, {chunks}, ScalarType::Double);
   const Tensor value = torch::stable::new_empty(home, {}, list.value_dtype());
   auto* sums = static_cast<double*>(partial.mutable_data_ptr());

@@ -5,47 +5,10 @@
 #include <optional>
 #include <tuple>
 
-#include "../formulas.h"
 #include "launch.cuh"
 
 namespace mas_ext::cuda {
 namespace {
-
-template <class T>
-struct Energy {
-  using A = accumulate_t<T>;
-  static constexpr int kStreams = 3, kOmega = 2;
-  static constexpr unsigned kReads = 0b111, kWrites = 0;
-  static constexpr bool kSums = true;
-
-  __device__ void begin() {}
-  __device__ A operator()(A (&element)[kStreams]) const {
-    return penalty_energy(element[0] - element[1], element[2]);
-  }
-};
-
-template <class T, bool Add>
-struct GradientBase {
-  using A = accumulate_t<T>;
-  static constexpr int kStreams = 4, kOmega = 3;
-  static constexpr unsigned kReads = Add ? 0b1111 : 0b1110, kWrites = 0b0001;
-  static constexpr bool kSums = true;
-
-  Scalar lambda, grad_scale;
-  A coefficient;
-
-  __device__ void begin() { coefficient = finite<A>(lambda.load() * grad_scale.load()); }
-  __device__ A operator()(A (&element)[kStreams]) const {
-    const A delta = element[1] - element[2], omega = element[3];
-    const A gradient = penalty_gradient(delta, omega, coefficient);
-    element[0] = Add ? element[0] + gradient : gradient;
-    return penalty_energy(delta, omega);
-  }
-};
-template <class T>
-using Gradient = GradientBase<T, false>;
-template <class T>
-using AddGradient = GradientBase<T, true>;
 
 constexpr Scalar kOne{nullptr, 1.0, true};
 
@@ -56,8 +19,8 @@ Tensor penalty(const TensorList& params, const TensorList& anchors, const Tensor
   FlatList<3> list(op, {{.name = "params", .tensors = params},
                         {.name = "anchors", .tensors = anchors},
                         {.name = "omega", .tensors = omega, .is_omega = true}});
-  return launch_penalty<Energy>(op, list, home(params, lambda_reg), lambda,
-                                [&]<class T>() { return Energy<T>{}; });
+  return launch_penalty<PenaltyEnergy>(op, list, home(params, lambda_reg), lambda,
+                                       [&]<class T>() { return PenaltyEnergy<T>{}; });
 }
 
 std::tuple<Tensor, TensorList> penalty_and_grad(const TensorList& params, const TensorList& anchors,
@@ -72,9 +35,9 @@ std::tuple<Tensor, TensorList> penalty_and_grad(const TensorList& params, const 
                         {.name = "params", .tensors = params},
                         {.name = "anchors", .tensors = anchors},
                         {.name = "omega", .tensors = omega, .is_omega = true}});
-  const Tensor value =
-      launch_penalty<Gradient>(op, list, home(params, lambda_reg), lambda,
-                               [&]<class T>() { return Gradient<T>{lambda, kOne, 0}; });
+  const Tensor value = launch_penalty<PenaltyGradient>(
+      op, list, home(params, lambda_reg), lambda,
+      [&]<class T>() { return PenaltyGradient<T>{lambda, kOne, 0}; });
   list.write_back();
   return {value, grads};
 }
@@ -91,9 +54,9 @@ Tensor add_penalty_grad_(const TensorList& grads, const TensorList& params,
                         {.name = "params", .tensors = params},
                         {.name = "anchors", .tensors = anchors},
                         {.name = "omega", .tensors = omega, .is_omega = true}});
-  const Tensor value =
-      launch_penalty<AddGradient>(op, list, home(params, lambda_reg), lambda,
-                                  [&]<class T>() { return AddGradient<T>{lambda, scale, 0}; });
+  const Tensor value = launch_penalty<AddPenaltyGradient>(
+      op, list, home(params, lambda_reg), lambda,
+      [&]<class T>() { return AddPenaltyGradient<T>{lambda, scale, 0}; });
   list.write_back();
   return value;
 }

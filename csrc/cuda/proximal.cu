@@ -1,31 +1,10 @@
 // proximal_step_ on CUDA: θ ← (θ + ηλΩθ*)/(1 + ηλΩ), 16 bytes a float32 parameter.
 #include <torch/csrc/stable/library.h>
 
-#include "../formulas.h"
 #include "launch.cuh"
 
 namespace mas_ext::cuda {
 namespace {
-
-// The sum is taken at the parameters as they are stored afterwards.
-template <class T>
-struct Proximal {
-  using A = accumulate_t<T>;
-  static constexpr int kStreams = 3, kOmega = 2;
-  static constexpr unsigned kReads = 0b111, kWrites = 0b001;
-  static constexpr bool kSums = true;
-
-  Scalar lambda, lr;
-  A step_times_lambda;
-
-  __device__ void begin() { step_times_lambda = finite<A>(lambda.load() * lr.load()); }
-  __device__ A operator()(A (&element)[kStreams]) const {
-    const A param = element[0], anchor = element[1], omega = element[2];
-    const T moved = static_cast<T>(proximal_point(param, param - anchor, omega, step_times_lambda));
-    element[0] = static_cast<A>(moved);
-    return penalty_energy(element[0] - anchor, omega);
-  }
-};
 
 Tensor proximal_step_(const TensorList& params, const TensorList& anchors, const TensorList& omega,
                       const Tensor& lambda_reg, const Tensor& lr) {
@@ -38,8 +17,8 @@ Tensor proximal_step_(const TensorList& params, const TensorList& anchors, const
                         {.name = "anchors", .tensors = anchors},
                         {.name = "omega", .tensors = omega, .is_omega = true}});
   const Tensor value =
-      launch_penalty<Proximal>(op, list, home(params, lambda_reg), lambda,
-                               [&]<class T>() { return Proximal<T>{lambda, rate, 0}; });
+      launch_penalty<ProximalStep>(op, list, home(params, lambda_reg), lambda,
+                                   [&]<class T>() { return ProximalStep<T>{lambda, rate, 0}; });
   list.write_back();
   return value;
 }
