@@ -97,6 +97,7 @@ def kernels(torch, home):
     return Extension(
         "mas_ext._kernels",
         sources,
+        depends=sorted(str(p) for p in Path("csrc").rglob("*.*h")),
         include_dirs=[str(home / "include")] if home else [],
         library_dirs=cpp_extension.library_paths(),
         libraries=["torch_cpu"],

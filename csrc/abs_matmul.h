@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <utility>
 
-#include "checks.h"
+#include "numbers.h"
 
 namespace mas_ext {
 
@@ -28,10 +28,6 @@ struct AbsMatmul {
   bool is_empty() const { return samples == 0 || positions == 0 || rows == 0 || columns == 0; }
 };
 
-inline Factor factor_of(const Tensor& tensor) {
-  return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
-}
-
 // Ω is seen transposed where that makes its columns the ones that lie side by side.
 inline void turn_columns_innermost(AbsMatmul& call) {
   const bool rows_are_inner =
@@ -50,18 +46,6 @@ inline void turn_samples_into_positions(AbsMatmul& call) {
     call.positions = std::exchange(call.samples, 1);
     call.absolute = true;
   }
-}
-
-// Checks the arguments of `op`; nothing is written if they are refused.
-inline AbsMatmul prepare_abs_matmul(const char* op, const Tensor& omega, const Tensor& left,
-                                    const Tensor& right, double scale) {
-  check_abs_matmul(op, omega, left, right, scale);
-  AbsMatmul call{omega.data_ptr(), omega.stride(0),    omega.stride(1), factor_of(left),
-                 factor_of(right), left.size(0),       left.size(1),    omega.size(0),
-                 omega.size(1),    left.scalar_type(), scale,           false};
-  turn_columns_innermost(call);
-  turn_samples_into_positions(call);
-  return call;
 }
 
 }  // namespace mas_ext

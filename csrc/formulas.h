@@ -15,10 +15,15 @@
 
 namespace mas_ext {
 
+template <class A>
+MAS_HOST_DEVICE A magnitude(A value) {
+  return value < A(0) ? -value : value;
+}
+
 // Ω_i += scale · |g_i|
 template <class A>
 MAS_HOST_DEVICE A importance_increment(A grad, A scale) {
-  return scale * (grad < A(0) ? -grad : grad);
+  return scale * magnitude(grad);
 }
 
 // Ω_i δ_i², the parameter's share of the penalty; the sum is multiplied by λ/2 once, at the end.

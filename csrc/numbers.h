@@ -9,11 +9,19 @@
 #include <stdexcept>
 #include <type_traits>
 
+#include "formulas.h"
+
 namespace mas_ext {
 
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
+
+// The sign is one bit; through float a magnitude would cost two conversions.
+MAS_HOST_DEVICE BFloat16 magnitude(BFloat16 value) {
+  return BFloat16(value.x & 0x7fffu, BFloat16::from_bits());
+}
+MAS_HOST_DEVICE Half magnitude(Half value) { return Half(value.x & 0x7fffu, Half::from_bits()); }
 
 // float64 stays float64; everything narrower is computed, and its Ω kept, in float32.
 template <class T>

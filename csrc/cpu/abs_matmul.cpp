@@ -3,8 +3,6 @@
 // A matrix product whose inner dimension is (sample, position), with the magnitude taken wherever
 // a sample ends: blocked and packed as one, a group of samples at a time. Every element of Ω is
 // formed in one order whatever the blocks, so the number of threads does not change a bit.
-#include "../abs_matmul.h"
-
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -12,6 +10,7 @@
 #include <memory>
 #include <new>
 
+#include "../abs_matmul_arguments.h"
 #include "abs_tile.h"
 #include "multiversion.h"
 #include "panels.h"

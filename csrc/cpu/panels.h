@@ -16,7 +16,7 @@ constexpr int kStep = 16;  // positions transposed at a time: a cache line of fl
 template <class A, class T>
 MAS_ALWAYS_INLINE A read_as(T value, bool absolute) {
   const A number = static_cast<A>(value);
-  return absolute && number < A(0) ? -number : number;
+  return absolute ? magnitude(number) : number;
 }
 
 // A strided run of numbers. The first loop is the second, for the vectoriser.

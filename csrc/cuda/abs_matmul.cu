@@ -1,6 +1,7 @@
 // accumulate_abs_matmul_ on CUDA: Ω[p,d] += scale·Σ_b |Σ_t left[b,t,p]·right[b,t,d]|.
 #include <torch/csrc/stable/library.h>
 
+#include "../abs_matmul_arguments.h"
 #include "abs_matmul.cuh"
 #include "launch.cuh"
 
@@ -19,7 +20,7 @@ void accumulate_abs_matmul_(const Tensor& omega, const Tensor& left, const Tenso
   const torch::stable::accelerator::DeviceGuard guard(omega.get_device_index());
   const auto blocks = static_cast<unsigned>(tiles_of(call.rows) * tiles_of(call.columns));
   visit_dtype(call.dtype, [&]<class T>() {
-    abs_matmul_kernel<T><<<blocks, kTileThreads, 0, current_stream(omega)>>>(call);
+    abs_matmul_kernel<T><<<blocks, TileFor<T>::kThreads, 0, current_stream(omega)>>>(call);
   });
   check_launch(op);
 }

@@ -8,19 +8,13 @@
 
 #include "../numbers.h"
 #include "operations.cuh"
+#include "pack.cuh"
 #include "reduce.cuh"
 #include "table.cuh"
 
 namespace mas_ext::cuda {
 
-constexpr int kVectorBytes = 16;  // the widest access of a thread
-constexpr int kUnroll = 2;        // that many of them a thread has under way on every stream
-
-// N neighbours, as one access where they are no wider than that, and as several otherwise.
-template <class T, int N>
-struct alignas(N * sizeof(T) < kVectorBytes ? N * sizeof(T) : kVectorBytes) Pack {
-  T values[N];
-};
+constexpr int kUnroll = 2;  // vectors that a thread has under way on every stream
 
 // N neighbouring elements of every stream, in registers.
 template <class Op, int N>

@@ -1,0 +1,113 @@
+// The factors of accumulate_abs_matmul_ in shared memory, a few positions of a few samples at a
+// time, for the tile of Ω that a block owns.
+//
+// What is summed over are slots: the positions of all samples, one sample behind the other, each
+// filled up to a multiple of what a tile multiplies in one step. Slots that are no position hold
+// zero, as does whatever lies beyond the matrix.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "../abs_matmul.h"
+#include "../formulas.h"
+#include "pack.cuh"
+
+namespace mas_ext::cuda {
+
+constexpr int kTile = 64;   // rows and columns of Ω a block
+constexpr int kSlots = 32;  // staged at a time
+
+template <class T>
+struct Stage {
+  // Rows stay aligned, to 16 bytes as vectors need and to 32 as tensor cores do every 16 rows; and
+  // one slot's banks are not the next one's.
+  static constexpr int kPitch = kTile + kVectorBytes / static_cast<int>(sizeof(T));
+  using Rows = T[kSlots][kPitch];
+
+  alignas(32) Rows left;
+  alignas(32) Rows right;
+  int64_t left_offset[kSlots], right_offset[kSlots];  // where slots begin, or kNone
+};
+
+constexpr int64_t kNone = INT64_MIN;
+
+// A thread a slot, so that the division is done once.
+template <class T>
+__device__ void find_slots(Stage<T>& stage, const AbsMatmul& call, int64_t first,
+                           int64_t slots_per_sample) {
+  const int k = static_cast<int>(threadIdx.x);
+  if (k < kSlots) {
+    const int64_t sample = (first + k) / slots_per_sample;
+    const int64_t position = (first + k) % slots_per_sample;
+    const bool is_position = sample < call.samples && position < call.positions;
+    const auto offset = [&](const Factor& factor) {
+      return is_position ? sample * factor.sample_stride + position * factor.position_stride
+                         : kNone;
+    };
+    stage.left_offset[k] = offset(call.left);
+    stage.right_offset[k] = offset(call.right);
+  }
+}
+
+// Whether all that lies in memory side by side are whole vectors of rows.
+template <class T>
+__device__ bool in_vectors(const Factor& factor, int64_t rows) {
+  constexpr int kVector = kVectorBytes / sizeof(T);
+  return factor.row_stride == 1 && reinterpret_cast<uintptr_t>(factor.data) % kVectorBytes == 0 &&
+         (factor.sample_stride | factor.position_stride | rows) % kVector == 0;
+}
+
+template <class T, int Threads>
+__device__ void stage_vectors(typename Stage<T>::Rows& tile, const Factor& factor,
+                              const int64_t* offsets, int64_t first_row, int64_t rows,
+                              bool absolute) {
+  constexpr int kVector = kVectorBytes / sizeof(T), kAcross = kTile / kVector;
+#pragma unroll 4  // loads under way
+  for (int i = static_cast<int>(threadIdx.x); i < kAcross * kSlots; i += Threads) {
+    const int slot = i / kAcross, row = i % kAcross * kVector;
+    Pack<T, kVector> pack = {};
+    if (offsets[slot] != kNone && first_row + row < rows) {
+      const T* data = static_cast<const T*>(factor.data) + offsets[slot] + first_row + row;
+      pack = *reinterpret_cast<const Pack<T, kVector>*>(data);
+    }
+#pragma unroll
+    for (T& value : pack.values) {
+      value = absolute ? magnitude(value) : value;
+    }
+    *reinterpret_cast<Pack<T, kVector>*>(&tile[slot][row]) = pack;
+  }
+}
+
+// Neighbouring threads read along the rows where those lie side by side, else along the slots.
+template <class T, int Threads>
+__device__ void stage_elements(typename Stage<T>::Rows& tile, const Factor& factor,
+                               const int64_t* offsets, int64_t first_row, int64_t rows,
+                               bool absolute) {
+  const bool along_rows = factor.row_stride == 1;
+#pragma unroll 4
+  for (int i = static_cast<int>(threadIdx.x); i < kTile * kSlots; i += Threads) {
+    const int slot = along_rows ? i / kTile : i % kSlots;
+    const int row = along_rows ? i % kTile : i / kSlots;
+    T value = T(0);
+    if (offsets[slot] != kNone && first_row + row < rows) {
+      value =
+          static_cast<const T*>(factor.data)[offsets[slot] + (first_row + row) * factor.row_stride];
+    }
+    tile[slot][row] = absolute ? magnitude(value) : value;
+  }
+}
+
+template <class T, int Threads>
+__device__ void stage_factor(typename Stage<T>::Rows& tile, const Factor& factor,
+                             const int64_t* offsets, int64_t first_row, int64_t rows,
+                             bool absolute) {
+  if (in_vectors<T>(factor, rows)) {
+    stage_vectors<T, Threads>(tile, factor, offsets, first_row, rows, absolute);
+  } else {
+    stage_elements<T, Threads>(tile, factor, offsets, first_row, rows, absolute);
+  }
+}
+
+}  // namespace mas_ext::cuda

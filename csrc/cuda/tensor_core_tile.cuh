@@ -1,0 +1,108 @@
+// A tile of |products| on tensor cores: bfloat16 and float16 factors, whose products are exact in
+// the float32 they are summed in.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <mma.h>
+
+#include <type_traits>
+
+#include "../formulas.h"
+#include "../numbers.h"
+#include "stage.cuh"
+
+namespace mas_ext::cuda {
+
+namespace wmma = nvcuda::wmma;
+
+// Four warps, a quarter of the tile each, in fragments of 16 × 16. A fragment's elements are spread
+// over the warp in an order that is the hardware's own; magnitudes and sums go element by element,
+// so it need not be known. Positions of two samples never share a multiplication: a sample is
+// filled up to 16 slots with zeros.
+template <class T>
+class TensorCoreTile {
+  using Element = std::conditional_t<std::is_same_v<T, BFloat16>, __nv_bfloat16, __half>;
+  static constexpr int kSide = 16;      // of a fragment
+  static constexpr int kFragments = 2;  // rows and columns of them a warp
+  static constexpr int kWarpTile = kSide * kFragments;
+  static constexpr int kAcross = kTile / kWarpTile;  // warps that share rows
+
+  using Left = wmma::fragment<wmma::matrix_a, kSide, kSide, kSide, Element, wmma::col_major>;
+  using Right = wmma::fragment<wmma::matrix_b, kSide, kSide, kSide, Element, wmma::row_major>;
+  using Sum = wmma::fragment<wmma::accumulator, kSide, kSide, kSide, float>;
+
+ public:
+  static constexpr int kThreads = 32 * kAcross * kAcross;
+  static constexpr int kStep = kSide;  // slots a multiplication
+
+  __device__ TensorCoreTile() {
+#pragma unroll
+    for (int r = 0; r < kFragments; ++r) {
+#pragma unroll
+      for (int c = 0; c < kFragments; ++c) {
+        wmma::fill_fragment(product_[r][c], 0.0f);
+        wmma::fill_fragment(sums_[r][c], 0.0f);
+      }
+    }
+  }
+
+  __device__ void multiply(const Stage<T>& stage, int slot) {
+    Left left[kFragments];
+    Right right[kFragments];
+#pragma unroll
+    for (int i = 0; i < kFragments; ++i) {
+      wmma::load_matrix_sync(left[i], elements(&stage.left[slot][row(i)]), Stage<T>::kPitch);
+      wmma::load_matrix_sync(right[i], elements(&stage.right[slot][column(i)]), Stage<T>::kPitch);
+    }
+#pragma unroll
+    for (int r = 0; r < kFragments; ++r) {
+#pragma unroll
+      for (int c = 0; c < kFragments; ++c) {
+        wmma::mma_sync(product_[r][c], left[r], right[c], product_[r][c]);
+      }
+    }
+  }
+
+  __device__ void end_sample() {
+#pragma unroll
+    for (int r = 0; r < kFragments; ++r) {
+#pragma unroll
+      for (int c = 0; c < kFragments; ++c) {
+#pragma unroll
+        for (int i = 0; i < Sum::num_elements; ++i) {
+          sums_[r][c].x[i] += magnitude(product_[r][c].x[i]);
+        }
+        wmma::fill_fragment(product_[r][c], 0.0f);
+      }
+    }
+  }
+
+  template <int Pitch>
+  __device__ void store(float (&tile)[kTile][Pitch]) const {
+#pragma unroll
+    for (int r = 0; r < kFragments; ++r) {
+#pragma unroll
+      for (int c = 0; c < kFragments; ++c) {
+        wmma::store_matrix_sync(&tile[row(r)][column(c)], sums_[r][c], Pitch, wmma::mem_row_major);
+      }
+    }
+  }
+
+ private:
+  // Where the warp's i-th fragment begins.
+  __device__ static int row(int i) {
+    return static_cast<int>(threadIdx.x) / 32 / kAcross * kWarpTile + i * kSide;
+  }
+  __device__ static int column(int i) {
+    return static_cast<int>(threadIdx.x) / 32 % kAcross * kWarpTile + i * kSide;
+  }
+  __device__ static const Element* elements(const T* staged) {
+    return reinterpret_cast<const Element*>(staged);
+  }
+
+  Sum product_[kFragments][kFragments], sums_[kFragments][kFragments];
+};
+
+}  // namespace mas_ext::cuda
