@@ -1,0 +1,190 @@
+// Whether a run on a list did what its operation should do, and nothing else.
+#pragma once
+
+#include <algorithm>
+#include <cinttypes>
+#include <cstring>
+
+#include "lists.h"
+#include "program.h"
+
+namespace harness {
+
+struct PenaltyValue {
+  long double exact = 0, bound = 0;
+};
+
+template <class Operation>
+class Judge {
+  static constexpr Role kWritten = Operation::roles[0];
+
+ public:
+  Judge(Program& program, const Told& told, const List& before, const List& after)
+      : program_(program), told_(told), before_(before), after_(after) {}
+
+  void lists() const {
+    for (size_t p = 0; p < before_.size(); ++p) {
+      untouched(p);
+      if constexpr (Operation::writes) {
+        visit_dtype(before_[p].shape.dtype, [&]<class T>() { written<T>(p); });
+      }
+    }
+  }
+
+  // The partial sums; λ/2 of their sum, and how far from it the penalty may be.
+  PenaltyValue sums(const Buffer& partial) const {
+    const auto pieces = pieces_of(before_);
+    const long double half = static_cast<long double>(told_.lambda.value()) / 2;
+    PenaltyValue penalty;
+    for (size_t i = 0; i < pieces.size(); ++i) {
+      const Parameter& parameter = before_[pieces[i].parameter];
+      const double actual = partial.as<double>()[i];
+      visit_dtype(parameter.shape.dtype, [&]<class T>() {
+        const long double sum = check_sum<T>(pieces[i], actual);
+        penalty.exact += half * sum;
+        penalty.bound += half * sum * kSum<T>;
+      });
+    }
+    return penalty;
+  }
+
+ private:
+  // What is only read keeps its bits, and so does what lies in front of a tensor.
+  void untouched(size_t p) const {
+    for (const Role role : {kOmegaRole, kGrad, kParam, kAnchor}) {
+      const bool may_change = Operation::writes && role == kWritten;
+      program_.expect(may_change || same_bytes(after_[p].of[role], before_[p].of[role]),
+                      "tensor %zu: argument %d was written", p, role);
+      program_.expect(after_[p].of[role].gap_is_untouched(),
+                      "tensor %zu: memory in front of argument %d was written", p, role);
+    }
+  }
+
+  template <class T>
+  void written(size_t p) const {
+    using A = accumulate_t<T>;
+    using Stored = std::conditional_t<kWritten == kOmegaRole, A, T>;
+    const auto* stored = after_[p].of[kWritten].template as<Stored>();
+    const auto* original = before_[p].of[kWritten].template as<Stored>();
+    for (int64_t i = 0; i < before_[p].shape.numel; ++i) {
+      const Values values = before_[p].values<T>(i);
+      const Exact exact = Operation::template exact<A>(values, told_);
+      // Where Ω = 0 a proximal step keeps a parameter's bits, even those of a NaN.
+      const bool keeps = std::is_same_v<Operation, Proximal> && values.of[kOmegaRole] == 0;
+      const bool right = keeps ? std::memcmp(&stored[i], &original[i], sizeof(Stored)) == 0
+                               : near(stored[i], exact);
+      if (!program_.expect(right, "tensor %zu, element %" PRId64 ": %.9g is not %.9Lg", p, i,
+                           static_cast<double>(stored[i]), exact.value)) {
+        return;
+      }
+    }
+  }
+
+  // The penalty after a proximal step is that of the θ it has stored.
+  template <class T>
+  long double check_sum(const Piece& piece, double actual) const {
+    const Parameter& before = before_[piece.parameter];
+    const Parameter& after = after_[piece.parameter];
+    long double sum = 0;
+    for (int64_t i = piece.begin; i < piece.end; ++i) {
+      Values values = before.values<T>(i);
+      values.of[kParam] = after.values<T>(i).of[kParam];
+      sum += values.energy();
+    }
+    const bool right = within(actual, sum, kSum<T> * sum, kLargest<double>);
+    program_.expect(right,
+                    "tensor %zu, elements %" PRId64 " to %" PRId64 ": sum %.17g is not %.17Lg",
+                    piece.parameter, piece.begin, piece.end, actual, sum);
+    return sum;
+  }
+
+  Program& program_;
+  const Told& told_;
+  const List& before_;
+  const List& after_;
+};
+
+struct ListCase {
+  std::vector<Shape> shapes;
+  Strengths strengths = {};
+  void (*spoil)(List& list) = nullptr;  // sets values of its own
+  bool finishes = true;                 // also runs finish_penalty
+};
+
+// λ/2 of the sum, by the kernel that ends every penalty.
+template <class Value>
+void check_value(Program& program, const Buffer& partial, const Told& told,
+                 const PenaltyValue& penalty) {
+  const Buffer value(sizeof(Value), 0);
+  const auto count = static_cast<int64_t>(partial.size() / sizeof(double));
+  simt::run({1, {0}}, kThreads, [&] {
+    mas_ext::cuda::finish_penalty<Value>(partial.as<double>(), count, told.lambda.scalar(),
+                                         value.as<Value>());
+  });
+  const Value actual = *value.as<Value>();
+  const long double rounding = kArithmetic<Value> * penalty.exact + kSmallest<Value>;
+  program.expect(within(actual, penalty.exact, penalty.bound + rounding, kLargest<Value>),
+                 "value %.17g is not %.17Lg", static_cast<double>(actual), penalty.exact);
+}
+
+template <class Operation>
+class Comparison {
+ public:
+  Comparison(Program& program, const ListCase& c, uint64_t seed)
+      : program_(program), case_(c), seed_(seed), told_(c.strengths) {}
+
+  void run() {
+    const List before = make(), after = make();
+    const size_t blocks = pieces_of(before).size();
+    const Buffer partial(8 * blocks, 0);
+    harness::run<Operation>(after, told_, partial, Blocks::kAscending);
+    check(before, after, partial);
+    if (blocks > 1) {
+      check_order(after, partial);
+    }
+  }
+
+ private:
+  List make() const {
+    List list = make_list(case_.shapes, seed_);
+    if (case_.spoil != nullptr) {
+      case_.spoil(list);
+    }
+    return list;
+  }
+
+  void check(const List& before, const List& after, const Buffer& partial) {
+    const Judge<Operation> judge(program_, told_, before, after);
+    judge.lists();
+    if constexpr (Operation::sums) {
+      const PenaltyValue value = judge.sums(partial);
+      const auto is_double = [](const Shape& s) { return s.dtype == ScalarType::Double; };
+      if (!case_.finishes) {
+      } else if (std::any_of(case_.shapes.begin(), case_.shapes.end(), is_double)) {
+        check_value<double>(program_, partial, told_, value);
+      } else {
+        check_value<float>(program_, partial, told_, value);
+      }
+    }
+  }
+
+  // Nothing depends on the order in which blocks run.
+  void check_order(const List& after, const Buffer& partial) {
+    const List again = make();
+    const Buffer sums(partial.size(), 0);
+    harness::run<Operation>(again, told_, sums,
+                            seed_ % 2 ? Blocks::kDescending : Blocks::kShuffled);
+    bool same = same_bytes(sums, partial);
+    for (size_t p = 0; p < again.size(); ++p) {
+      same &= same_bytes(again[p].of[Operation::roles[0]], after[p].of[Operation::roles[0]]);
+    }
+    program_.expect(same, "other bits where blocks run in another order");
+  }
+
+  Program& program_;
+  const ListCase& case_;
+  uint64_t seed_;
+  Told told_;
+};
+
+}  // namespace harness

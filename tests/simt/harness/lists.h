@@ -1,0 +1,175 @@
+// Lists of tensors as the operators get them, and running an operation on one.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "csrc/cuda/multi_tensor.cuh"
+#include "memory.h"
+#include "numbers.h"
+#include "operations.h"
+#include "shim/grid.h"
+
+namespace harness {
+
+using mas_ext::Entry;
+using mas_ext::ScalarType;
+using mas_ext::visit_dtype;
+using mas_ext::cuda::kChunk;
+using mas_ext::cuda::kThreads;
+using mas_ext::cuda::Table;
+
+// The elements that lie in front of each role's tensor, beyond a 64-byte boundary.
+using Ahead = std::array<int64_t, 4>;
+
+struct Shape {
+  ScalarType dtype;
+  int64_t numel;
+  Ahead ahead = {};
+};
+
+inline size_t width(ScalarType dtype, Role role) {
+  const ScalarType held = role == kOmegaRole ? mas_ext::accumulate_dtype(dtype) : dtype;
+  return visit_dtype(held, []<class T>() { return sizeof(T); });
+}
+
+// One tensor of every role.
+struct Parameter {
+  Shape shape;
+  std::vector<Buffer> of;  // by role
+
+  explicit Parameter(const Shape& s) : shape(s) {
+    for (const Role role : {kOmegaRole, kGrad, kParam, kAnchor}) {
+      const size_t bytes = width(s.dtype, role);
+      of.emplace_back(static_cast<size_t>(s.numel) * bytes,
+                      static_cast<size_t>(s.ahead[role]) * bytes);
+    }
+  }
+
+  template <class T>
+  Values values(int64_t i) const {
+    const auto wide = [](auto x) { return static_cast<long double>(static_cast<double>(x)); };
+    return {{wide(of[kOmegaRole].as<accumulate_t<T>>()[i]), wide(of[kGrad].as<T>()[i]),
+             wide(of[kParam].as<T>()[i]), wide(of[kAnchor].as<T>()[i])}};
+  }
+};
+
+using List = std::vector<Parameter>;
+
+// Ω ≥ 0, with a quarter of exact zeros, as a network with dead units has.
+template <class T>
+void fill(const Parameter& parameter, Random& random) {
+  for (int64_t i = 0; i < parameter.shape.numel; ++i) {
+    const double omega = random.below(4) == 0 ? 0 : 2 * random.uniform();
+    parameter.of[kOmegaRole].as<accumulate_t<T>>()[i] = static_cast<accumulate_t<T>>(omega);
+    for (const Role role : {kGrad, kParam, kAnchor}) {
+      parameter.of[role].as<T>()[i] = static_cast<T>(4 * random.uniform() - 2);
+    }
+  }
+}
+
+inline List make_list(const std::vector<Shape>& shapes, uint64_t seed) {
+  Random random(seed);
+  List list;
+  for (const Shape& shape : shapes) {
+    list.emplace_back(shape);
+    visit_dtype(shape.dtype, [&]<class T>() { fill<T>(list.back(), random); });
+  }
+  return list;
+}
+
+// A chunk of one tensor, in the order of partial sums: dtype after dtype, tensor after tensor.
+struct Piece {
+  size_t parameter;
+  int64_t begin, end;
+};
+
+inline std::vector<Piece> pieces_of(const List& list) {
+  std::vector<Piece> pieces;
+  for (const ScalarType dtype :
+       {ScalarType::Float, ScalarType::Double, ScalarType::BFloat16, ScalarType::Half}) {
+    for (size_t p = 0; p < list.size(); ++p) {
+      const int64_t numel = list[p].shape.dtype == dtype ? list[p].shape.numel : 0;
+      for (int64_t begin = 0; begin < numel; begin += kChunk) {
+        pieces.push_back({p, begin, std::min(begin + kChunk, numel)});
+      }
+    }
+  }
+  return pieces;
+}
+
+// All that the block of a piece may touch.
+inline void open_piece(const List& list, const std::vector<Piece>& pieces, size_t index,
+                       const Buffer& partial) {
+  for (const Parameter& parameter : list) {
+    for (const Buffer& buffer : parameter.of) {
+      buffer.close();
+    }
+  }
+  const Piece& piece = pieces[index];
+  const Parameter& parameter = list[piece.parameter];
+  for (const Role role : {kOmegaRole, kGrad, kParam, kAnchor}) {
+    const size_t bytes = width(parameter.shape.dtype, role);
+    parameter.of[role].open(static_cast<size_t>(piece.begin) * bytes,
+                            static_cast<size_t>(piece.end - piece.begin) * bytes);
+  }
+  partial.close();
+  partial.open(8 * index, 8);
+}
+
+inline void open_all(const List& list, const Buffer& partial) {
+  for (const Parameter& parameter : list) {
+    for (const Buffer& buffer : parameter.of) {
+      buffer.open();
+    }
+  }
+  partial.open();
+}
+
+template <class Operation>
+auto entries_of(const List& list) {
+  std::vector<Entry<Operation::roles.size()>> entries;
+  for (const Parameter& parameter : list) {
+    auto& entry = entries.emplace_back();
+    entry.numel = parameter.shape.numel, entry.dtype = parameter.shape.dtype;
+    for (size_t s = 0; s < Operation::roles.size(); ++s) {
+      entry.data[s] = parameter.of[Operation::roles[s]].template as<void>();
+    }
+  }
+  return entries;
+}
+
+enum class Blocks { kAscending, kDescending, kShuffled };
+
+inline std::vector<unsigned> order_of(Blocks blocks, unsigned count) {
+  std::vector<unsigned> order(count);
+  for (unsigned b = 0; b < count; ++b) {
+    order[b] = blocks == Blocks::kDescending ? count - 1 - b : b;
+  }
+  return blocks == Blocks::kShuffled ? Random(count).shuffled(count) : order;
+}
+
+// As csrc/cuda/launch.cuh: a launch a table, the partial sums of one behind those of the other. A
+// block may touch its own piece of every tensor and its own partial sum, and nothing else.
+template <class Operation>
+void run(const List& list, const Told& told, const Buffer& partial, Blocks blocks) {
+  const auto pieces = pieces_of(list);
+  double* sums = Operation::sums ? partial.as<double>() : nullptr;
+  size_t first = 0;
+  mas_ext::cuda::for_each_table(entries_of<Operation>(list), [&]<class T>(const auto& table) {
+    const auto count = static_cast<unsigned>(table.chunks());
+    const auto open = [&](unsigned b) { open_piece(list, pieces, first + b, partial); };
+    const auto operation = Operation::template make<T>(told);
+    simt::run({count, order_of(blocks, count), open}, kThreads, [&] {
+      mas_ext::cuda::chunk_kernel<Operation::template Operation, T>(table, operation, sums);
+    });
+    first += count;
+    sums += Operation::sums ? count : 0;
+    open_all(list, partial);
+  });
+}
+
+}  // namespace harness

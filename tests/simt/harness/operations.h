@@ -1,0 +1,164 @@
+// What each operation should compute: the formulas as the paper has them, in long double. Written
+// without a look at csrc/formulas.h, which is what is being tested.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+
+#include "csrc/cuda/multi_tensor.cuh"
+#include "numbers.h"
+
+namespace harness {
+
+using mas_ext::cuda::Scalar;
+
+enum Role { kOmegaRole, kGrad, kParam, kAnchor };
+struct Values {
+  long double of[4];  // by role
+  long double delta() const { return of[kParam] - of[kAnchor]; }
+  long double energy() const { return of[kOmegaRole] * delta() * delta(); }
+};
+
+// Where a kernel finds λ, the learning rate and the gradients' scale.
+enum class Where { kHost, kDeviceDouble, kDeviceFloat };
+
+// Numbers that float32 cannot hold exactly, so that a rounding too many is seen.
+struct Strengths {
+  double lambda = 0.7, grad_scale = 1.9, lr = 0.3, scale = 0.6;
+  Where where = Where::kHost;
+};
+
+// A number, as a kernel is told it and as the oracle takes it.
+class Strength {
+ public:
+  Strength(double value, Where where) : double_(value), float_(static_cast<float>(value)) {
+    where_ = where;
+  }
+  Scalar scalar() const {
+    switch (where_) {
+      case Where::kHost: return {nullptr, double_, true};
+      case Where::kDeviceDouble: return {&double_, NAN, true};
+      default: return {&float_, NAN, false};
+    }
+  }
+  double value() const {
+    return where_ == Where::kDeviceFloat ? static_cast<double>(float_) : double_;
+  }
+
+ private:
+  double double_;
+  float float_;
+  Where where_;
+};
+
+struct Told {
+  explicit Told(const Strengths& s)
+      : lambda(s.lambda, s.where),
+        grad_scale(s.grad_scale, s.where),
+        lr(s.lr, s.where),
+        scale(s.scale) {}
+  Strength lambda, grad_scale, lr;
+  double scale;
+};
+
+// A product of strengths that is too large for A counts as A's largest number.
+template <class A>
+long double limited(double product) {
+  return std::min<long double>(product, kLargest<A>);
+}
+
+inline constexpr Scalar kOne{nullptr, 1.0, true};
+
+struct Importance {
+  template <class T>
+  using Operation = mas_ext::cuda::AccumulateImportance<T>;
+  static constexpr const char* name = "accumulate_importance";
+  static constexpr std::array roles{kOmegaRole, kGrad};
+  static constexpr bool writes = true, sums = false;
+
+  template <class T>
+  static Operation<T> make(const Told& told) {
+    return {static_cast<accumulate_t<T>>(told.scale)};
+  }
+  template <class A>
+  static Exact exact(const Values& v, const Told& told) {
+    const long double value = v.of[kOmegaRole] + told.scale * std::abs(v.of[kGrad]);
+    return {value, value};
+  }
+};
+
+struct Penalty {
+  template <class T>
+  using Operation = mas_ext::cuda::PenaltyEnergy<T>;
+  static constexpr const char* name = "penalty";
+  static constexpr std::array roles{kParam, kAnchor, kOmegaRole};
+  static constexpr bool writes = false, sums = true;
+
+  template <class T>
+  static Operation<T> make(const Told&) {
+    return {};
+  }
+};
+
+template <bool Add>
+struct GradientOf {
+  static constexpr std::array roles{kGrad, kParam, kAnchor, kOmegaRole};
+  static constexpr bool writes = true, sums = true;
+
+  template <class A>
+  static Exact exact(const Values& v, const Told& told) {
+    const double product = told.lambda.value() * (Add ? told.grad_scale.value() : 1.0);
+    const long double step = limited<A>(product) * v.of[kOmegaRole] * v.delta();
+    const long double before = Add ? v.of[kGrad] : 0;
+    return {before + step, std::abs(before) + std::abs(step)};
+  }
+};
+
+struct Gradient : GradientOf<false> {
+  template <class T>
+  using Operation = mas_ext::cuda::PenaltyGradient<T>;
+  static constexpr const char* name = "penalty_gradient";
+
+  template <class T>
+  static Operation<T> make(const Told& told) {
+    return {told.lambda.scalar(), kOne, NAN};
+  }
+};
+
+struct AddGradient : GradientOf<true> {
+  template <class T>
+  using Operation = mas_ext::cuda::AddPenaltyGradient<T>;
+  static constexpr const char* name = "add_penalty_gradient";
+
+  template <class T>
+  static Operation<T> make(const Told& told) {
+    return {told.lambda.scalar(), told.grad_scale.scalar(), NAN};
+  }
+};
+
+struct Proximal {
+  template <class T>
+  using Operation = mas_ext::cuda::ProximalStep<T>;
+  static constexpr const char* name = "proximal_step";
+  static constexpr std::array roles{kParam, kAnchor, kOmegaRole};
+  static constexpr bool writes = true, sums = true;
+
+  template <class T>
+  static Operation<T> make(const Told& told) {
+    return {told.lambda.scalar(), told.lr.scalar(), NAN};
+  }
+  template <class A>
+  static Exact exact(const Values& v, const Told& told) {
+    const long double param = v.of[kParam], anchor = v.of[kAnchor], omega = v.of[kOmegaRole];
+    if (omega == 0) {
+      return {param, 0};
+    }
+    const long double c = limited<A>(told.lambda.value() * told.lr.value()) * omega;
+    long double value = std::isinf(c) ? anchor : (param + c * anchor) / (1 + c);
+    value = std::isinf(param) ? NAN : value;  // from infinity there is no step
+    return {value, std::abs(param) + std::abs(anchor)};
+  }
+};
+
+}  // namespace harness

@@ -1,0 +1,95 @@
+// A test program: runs named cases, says which failed, and how many there were.
+//
+//   program [--list] [--shard i/n] [FILTER]     cases whose name contains FILTER; of them, every
+//   nth
+#pragma once
+
+#include <signal.h>
+#include <unistd.h>
+
+#include <cstdarg>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+
+namespace harness {
+
+constexpr unsigned kSecondsPerCase = 60;
+
+// A number from a name, so that a case has its data whichever other cases run.
+inline uint64_t seed_of(const std::string& name) {
+  uint64_t hash = 14695981039346656037u;
+  for (const char c : name) {
+    hash = (hash ^ static_cast<unsigned char>(c)) * 1099511628211u;
+  }
+  return hash;
+}
+
+class Program {
+ public:
+  Program(int argc, char** argv) {
+    for (int i = 1; i < argc; ++i) {
+      if (std::strcmp(argv[i], "--list") == 0) {
+        list_ = true;
+      } else if (std::strcmp(argv[i], "--shard") == 0 && i + 1 < argc) {
+        std::sscanf(argv[++i], "%u/%u", &shard_, &shards_);
+      } else {
+        filter_ = argv[i];
+      }
+    }
+    signal(SIGALRM, [](int) {
+      constexpr char message[] = "simt: the case took too long\n";
+      [[maybe_unused]] const auto written = write(STDERR_FILENO, message, sizeof message - 1);
+      _exit(4);
+    });
+  }
+
+  // Runs body(seed) if the case is asked for.
+  template <class Body>
+  void test(const std::string& name, Body body) {
+    if (name.find(filter_) == std::string::npos || matching_++ % shards_ != shard_) {
+      return;
+    }
+    name_ = name, failed_ = false;
+    ++cases_;
+    if (list_) {
+      std::printf("%s\n", name.c_str());
+      return;
+    }
+    alarm(kSecondsPerCase);
+    body(seed_of(name));
+    alarm(0);
+    failures_ += failed_;
+  }
+
+  // The first thing wrong in a case is printed.
+  __attribute__((format(printf, 3, 4))) bool expect(bool right, const char* format, ...) {
+    if (!right && !failed_) {
+      failed_ = true;
+      std::printf("wrong value in %s: ", name_.c_str());
+      std::va_list arguments;
+      va_start(arguments, format);
+      std::vprintf(format, arguments);
+      va_end(arguments);
+      std::printf("\n");
+      std::fflush(stdout);
+    }
+    return right;
+  }
+
+  const std::string& name() const { return name_; }
+
+  int finish() const {
+    std::printf("%u cases, %u failed\n", cases_, failures_);
+    return cases_ > 0 && failures_ == 0 ? 0 : 1;
+  }
+
+ private:
+  std::string filter_, name_;
+  unsigned shard_ = 0, shards_ = 1, matching_ = 0, cases_ = 0, failures_ = 0;
+  bool list_ = false, failed_ = false;
+};
+
+}  // namespace harness

@@ -1,0 +1,159 @@
+// Tables of pointers (csrc/cuda/table.cuh), which are never followed here; and sums of any number
+// of partial sums (csrc/cuda/reduce.cuh).
+#include <algorithm>
+#include <climits>
+#include <string>
+#include <vector>
+
+#include "harness/lists.h"
+#include "harness/program.h"
+
+namespace {
+
+using namespace harness;
+using mas_ext::cuda::tensor_of_chunk;
+
+// ================================================================================================
+// Tables
+// ================================================================================================
+constexpr ScalarType kTypes[] = {ScalarType::Float, ScalarType::Double, ScalarType::BFloat16,
+                                 ScalarType::Half};
+
+template <size_t Streams>
+using Entries = std::vector<Entry<Streams>>;
+
+template <size_t Streams>
+Entries<Streams> make_entries(const std::vector<int64_t>& sizes, Random& random) {
+  Entries<Streams> entries;
+  for (const int64_t numel : sizes) {
+    auto& entry = entries.emplace_back();
+    for (void*& data : entry.data) {
+      data = reinterpret_cast<void*>(random.bits());
+    }
+    entry.numel = numel, entry.dtype = kTypes[random.below(4)];
+  }
+  return entries;
+}
+
+// Every entry of a dtype comes once, in order, with all its chunks.
+template <size_t Streams>
+void check_table(Program& program, const Table<Streams>& table, const Entries<Streams>& entries,
+                 size_t& next) {
+  int64_t chunk = 0;
+  for (int t = 0; t < table.tensors; ++t, ++next) {
+    if (!program.expect(next < entries.size(), "a tensor too many")) {
+      return;
+    }
+    const Entry<Streams>& entry = entries[next];
+    const int64_t chunks = entry.numel / kChunk + (entry.numel % kChunk != 0);
+    bool right = table.numel[t] == entry.numel && table.first_chunk[t] == chunk;
+    for (size_t s = 0; s < Streams; ++s) {
+      right &= table.data[s][t] == entry.data[s];
+    }
+    for (const int64_t mine : {int64_t{0}, chunks / 2, chunks - 1}) {
+      right &= chunks == 0 || tensor_of_chunk(table, static_cast<int>(chunk + mine)) == t;
+    }
+    program.expect(right, "tensor %zu is not as it was given", next);
+    chunk += chunks;
+  }
+  program.expect(table.chunks() == chunk && chunk <= INT_MAX, "number of chunks");
+}
+
+template <size_t Streams>
+void check_tables(Program& program, const std::vector<int64_t>& sizes, uint64_t seed) {
+  Random random(seed);
+  const Entries<Streams> entries = make_entries<Streams>(sizes, random);
+  std::vector<Entries<Streams>> by_dtype(4);
+  std::vector<size_t> next(4);
+  for (const auto& entry : entries) {
+    by_dtype[static_cast<size_t>(std::find(kTypes, kTypes + 4, entry.dtype) - kTypes)].push_back(
+        entry);
+  }
+  size_t latest = 0;
+  mas_ext::cuda::for_each_table(entries, [&]<class T>(const Table<Streams>& table) {
+    const size_t d = std::is_same_v<T, float>      ? 0
+                     : std::is_same_v<T, double>   ? 1
+                     : std::is_same_v<T, BFloat16> ? 2
+                                                   : 3;
+    program.expect(d >= latest && table.chunks() > 0, "dtypes out of order, or an empty table");
+    latest = d;
+    check_table(program, table, by_dtype[d], next[d]);
+  });
+  for (size_t d = 0; d < 4; ++d) {
+    for (; next[d] < by_dtype[d].size(); ++next[d]) {
+      program.expect(by_dtype[d][next[d]].numel == 0, "a tensor is missing");
+    }
+  }
+}
+
+template <size_t Streams>
+void test_tables(Program& program) {
+  const int64_t capacity = Table<Streams>::kCapacity, all = int64_t{INT_MAX} * kChunk;
+  const auto add = [&](const std::string& name, const std::vector<int64_t>& sizes) {
+    program.test("tables/" + std::to_string(Streams) + " streams/" + name,
+                 [&](uint64_t seed) { check_tables<Streams>(program, sizes, seed); });
+  };
+  for (const int64_t n : {int64_t{0}, int64_t{1}, 4 * capacity - 1, 4 * capacity, 9 * capacity}) {
+    for (const int64_t numel : {int64_t{1}, kChunk - 1, kChunk, kChunk + 1, 3 * kChunk}) {
+      add(std::to_string(n) + " of " + std::to_string(numel),
+          std::vector<int64_t>(static_cast<size_t>(n), numel));
+    }
+  }
+  add("as many chunks as a grid has blocks", {all, all, 1, all, 5, all - kChunk, kChunk, 1});
+  add("one chunk too many", std::vector<int64_t>(12, all / 2 / kChunk * kChunk + kChunk));
+  for (int i = 0; i < 8; ++i) {
+    Random random(static_cast<uint64_t>(i) + 1);
+    std::vector<int64_t> sizes(static_cast<size_t>(random.below(3000)));
+    for (int64_t& numel : sizes) {
+      numel = random.below(4) == 0 ? 0 : random.below(int64_t{1} << random.below(45));
+    }
+    add("random " + std::to_string(i), sizes);
+  }
+}
+
+// ================================================================================================
+// The end of a penalty
+// ================================================================================================
+template <class Value>
+void check_finish(Program& program, size_t count, Where where, uint64_t seed) {
+  Random random(seed);
+  const Buffer partial(8 * count, 0), value(sizeof(Value), 0);
+  long double sum = 0;
+  for (size_t i = 0; i < count; ++i) {
+    sum += partial.as<double>()[i] = random.uniform();
+  }
+  const Strength lambda(0.7, where);
+  simt::run({1, {0}}, kThreads, [&] {
+    mas_ext::cuda::finish_penalty<Value>(partial.as<double>(), static_cast<int64_t>(count),
+                                         lambda.scalar(), value.as<Value>());
+  });
+  const long double exact = static_cast<long double>(lambda.value()) / 2 * sum;
+  const Value actual = *value.as<Value>();
+  program.expect(within(actual, exact, (kSum<double> + kArithmetic<Value>)*exact, kLargest<Value>),
+                 "%zu partial sums: %.17g is not %.17Lg", count, static_cast<double>(actual),
+                 exact);
+}
+
+void test_finish(Program& program) {
+  for (const size_t count : {0, 1, 2, 31, 32, 33, 255, 256, 257, 511, 512, 513, 2047, 2049, 9999}) {
+    for (const Where where : {Where::kHost, Where::kDeviceDouble, Where::kDeviceFloat}) {
+      const std::string name =
+          std::to_string(count) + " sums/strength " + std::to_string(static_cast<int>(where));
+      program.test("finish/float32/" + name,
+                   [&](uint64_t seed) { check_finish<float>(program, count, where, seed); });
+      program.test("finish/float64/" + name,
+                   [&](uint64_t seed) { check_finish<double>(program, count, where, seed); });
+    }
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  Program program(argc, argv);
+  test_tables<2>(program);
+  test_tables<3>(program);
+  test_tables<4>(program);
+  test_finish(program);
+  return program.finish();
+}

@@ -1,0 +1,173 @@
+// Offsets of more than 2³¹ elements: address space without memory, in which only the places that
+// some blocks should touch are real.
+#include <algorithm>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "harness/judge.h"
+#include "harness/lists.h"
+#include "harness/matmul.h"
+#include "harness/program.h"
+
+namespace {
+
+using namespace harness;
+
+// ================================================================================================
+// A list of 77 elements and of more than 2³²
+// ================================================================================================
+constexpr int64_t kEdge = (int64_t{1} << 31) / kChunk;  // the chunk that begins at element 2³¹
+constexpr int64_t kNumel = (2 * kEdge + 2) * kChunk + 5;
+constexpr int64_t kAround = 64;  // elements on either side of a chunk that are looked at
+
+// One stream of the vast tensor, and where a chunk of it comes from and goes to.
+struct Stream {
+  Role role;
+  size_t bytes;  // an element
+  VastBuffer memory;
+
+  unsigned char* at(int64_t element) const {
+    return memory.as<unsigned char>() + static_cast<size_t>(element) * bytes;
+  }
+  void copy_in(int64_t begin, const Parameter& chunk) const {
+    std::memcpy(at(begin), chunk.of[role].as<void>(), chunk.of[role].size());
+  }
+  void copy_out(int64_t begin, const Parameter& chunk) const {
+    std::memcpy(chunk.of[role].as<void>(), at(begin), chunk.of[role].size());
+  }
+  bool is_zero(int64_t begin, int64_t end) const {
+    return std::all_of(at(std::max<int64_t>(begin, 0)), at(std::min(end, kNumel)),
+                       [](unsigned char byte) { return byte == 0; });
+  }
+};
+
+template <class Operation, class T>
+class VastList {
+ public:
+  VastList(Program& program, ScalarType dtype, uint64_t seed)
+      : program_(program), dtype_(dtype), seed_(seed), told_(Strengths{}) {
+    for (const Role role : Operation::roles) {
+      const size_t bytes = width(dtype, role);
+      streams_.push_back({role, bytes, VastBuffer(static_cast<size_t>(kNumel) * bytes, 0)});
+    }
+  }
+
+  void run() {
+    const Buffer partial(8 * (2 * kEdge + 4), 0);
+    for (const int64_t chunk : kChunks) {
+      for (const Stream& stream : streams_) {
+        stream.copy_in(chunk * kChunk, make(chunk).front());
+      }
+    }
+    launch(partial);
+    for (const int64_t chunk : kChunks) {
+      check(chunk, partial.as<double>() + 1 + chunk);
+    }
+  }
+
+ private:
+  static constexpr int64_t kChunks[] = {0, kEdge, 2 * kEdge, 2 * kEdge + 2};
+
+  static int64_t size_of(int64_t chunk) { return std::min(kChunk, kNumel - chunk * kChunk); }
+
+  List make(int64_t chunk) const {
+    return make_list({{dtype_, size_of(chunk), {}}}, seed_ + static_cast<uint64_t>(chunk));
+  }
+
+  void launch(const Buffer& partial) const {
+    const List small = make_list({{dtype_, 77, {}}}, seed_);
+    auto entries = entries_of<Operation>(small);
+    auto& entry = entries.emplace_back();
+    for (size_t s = 0; s < streams_.size(); ++s) {
+      entry.data[s] = streams_[s].at(0);
+    }
+    entry.numel = kNumel, entry.dtype = dtype_;
+    mas_ext::cuda::for_each_table(entries, [&]<class>(const auto& table) {
+      simt::Launch grid{static_cast<unsigned>(table.chunks()), {0}};
+      for (const int64_t chunk : kChunks) {
+        grid.blocks.push_back(static_cast<unsigned>(1 + chunk));  // behind that of the small one
+      }
+      const auto operation = Operation::template make<T>(told_);
+      simt::run(grid, kThreads, [&] {
+        mas_ext::cuda::chunk_kernel<Operation::template Operation, T>(table, operation,
+                                                                      partial.as<double>());
+      });
+    });
+  }
+
+  void check(int64_t chunk, const double* sum) const {
+    const int64_t begin = chunk * kChunk, end = begin + size_of(chunk);
+    const List before = make(chunk), after = make(chunk);
+    for (const Stream& stream : streams_) {
+      stream.copy_out(begin, after.front());
+      program_.expect(stream.is_zero(begin - kAround, begin) && stream.is_zero(end, end + kAround),
+                      "memory around chunk %ld was written", static_cast<long>(chunk));
+    }
+    const Judge<Operation> judge(program_, told_, before, after);
+    judge.lists();
+    if constexpr (Operation::sums) {
+      const Buffer partial(8, 0);
+      *partial.as<double>() = *sum;
+      judge.sums(partial);
+    }
+  }
+
+  Program& program_;
+  const ScalarType dtype_;
+  const uint64_t seed_;
+  const Told told_;
+  std::vector<Stream> streams_;
+};
+
+template <class Operation>
+void test_list(Program& program) {
+  const std::string name = std::string("vast/") + Operation::name;
+  program.test(name + "/bfloat16", [&](uint64_t seed) {
+    VastList<Operation, BFloat16>(program, ScalarType::BFloat16, seed).run();
+  });
+  program.test(name + "/float32", [&](uint64_t seed) {
+    VastList<Operation, float>(program, ScalarType::Float, seed).run();
+  });
+}
+
+// ================================================================================================
+// Factors and an Ω whose elements lie far apart
+// ================================================================================================
+constexpr int64_t kFar = int64_t{1} << 31;
+
+const std::vector<Layouts> kLayouts{
+    {"samples of left", kRowMajor, {"", {2, 1, 0}, 1, {0, kFar}}, kContiguous},
+    {"positions of right", kRowMajor, kContiguous, {"", {2, 1, 0}, 1, {kFar / 2}}},
+    {"rows of left", kRowMajor, {"", {2, 1, 0}, kFar / 64}, kContiguous},
+    {"rows of omega", {"", {1, 0}, 1, {kFar / 32}}, kContiguous, kContiguous},
+    {"columns of omega", {"", {0, 1}, 1, {kFar / 32}}, kContiguous, kContiguous},
+};
+
+template <class T>
+void test_matmul(Program& program, const std::string& dtype) {
+  for (const Layouts& layouts : kLayouts) {
+    program.test("vast/abs_matmul/" + dtype + "/" + layouts.name, [&](uint64_t seed) {
+      const MatmulCase c{{3, 3, 66, 67}, layouts};
+      Problem<T, VastBuffer> before(c), after(c);
+      before.fill(seed, 0);
+      after.fill(seed, 0);
+      launch(after, c.scale, false);
+      check_omega(program, before, after, c.scale);
+    });
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  Program program(argc, argv);
+  test_list<Importance>(program);
+  test_list<harness::Penalty>(program);
+  test_list<Gradient>(program);
+  test_list<AddGradient>(program);
+  test_list<Proximal>(program);
+  test_matmul<float>(program, "float32");
+  test_matmul<BFloat16>(program, "bfloat16");
+  return program.finish();
+}
