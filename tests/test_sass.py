@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from torch.utils import cpp_extension
 
+from tests.sass import __main__ as command
 from tests.sass import table
 from tests.sass.expectations import ARCHITECTURES, DTYPES, EXPECTATIONS, accesses
 from tests.sass.listing import Instruction, Kernel, assemble, read
@@ -269,15 +270,32 @@ def test_a_kernel_nobody_expects_and_kernels_that_are_missing():
     assert "sm_80 AccumulateImportance float32: not in there" in absent
 
 
+@pytest.mark.parametrize(("absent", "status"), [([], 0), (["sm_80 …: not in there"], 1)])
+def test_the_command_prints_the_table_and_fails_where_something_is_wrong(
+    monkeypatch, capsys, tmp_path, absent, status
+):
+    arguments = ["tests.sass", "some.so", "--markdown", str(tmp_path / "table.md")]
+    monkeypatch.setattr("sys.argv", arguments)
+    monkeypatch.setattr(command, "read", lambda library: assemble(*listings()))
+    monkeypatch.setattr(command, "missing", lambda proofs: absent)
+    assert command.main() == status
+    out = capsys.readouterr().out
+    assert "AccumulateImportance  float32" in out
+    assert [line for line in out.splitlines() if line.startswith("WRONG")] == [
+        f"WRONG: {problem}" for problem in absent
+    ]
+    assert "| AccumulateImportance | float32 | 4 + 2 | 64 |" in (tmp_path / "table.md").read_text()
+
+
 def compile_importance(csrc: Path, fatbin: Path) -> None:
     """One source file for one architecture: seconds."""
-    command = [
+    nvcc = [
         *("nvcc", "-fatbin", "-gencode=arch=compute_90,code=sm_90", "-O3", "-std=c++20"),
         *("--expt-relaxed-constexpr", "-DTORCH_TARGET_VERSION=0x020d000000000000"),
         *(f"-isystem={path}" for path in cpp_extension.include_paths()),
         *(str(csrc / "cuda" / "importance.cu"), "-o", str(fatbin)),
     ]
-    subprocess.run(command, check=True)
+    subprocess.run(nvcc, check=True)
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="compiles with nvcc, which is not here")

@@ -15,8 +15,8 @@ hot loop   of 16 bytes each, the loads + stores of global memory in one turn; of
 in flight  bytes that a thread of that loop loads before it waits for any of them
 shared     bytes of shared memory a block
 spills     bytes of stack, loads and stores of local memory
-sm_...     registers a thread, the share of a multiprocessor's threads that this leaves room for,
-           and KiB in flight there (its share of the memory's speed takes {NEEDED})
+sm_...     registers a thread, the share of a multiprocessor's threads that there is room for, and
+           KiB in flight on one; to keep the memory busy takes {NEEDED}
 Where architectures differ, a column has a value for each, in their order."""
 
 
