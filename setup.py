@@ -21,7 +21,9 @@ CUDA_ARCHS = "8.0;9.0;10.0;12.0+PTX"
 CXX_FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden", "-fno-trapping-math", "-fno-math-errno"]
 WERROR = os.getenv("MAS_EXT_WERROR") == "1"
 WARNINGS = ["-Wall", "-Wextra", *(["-Werror"] if WERROR else [])]
-NVCC_WARNINGS = ["-Werror=all-warnings"] if WERROR else []
+# That covers ptxas, which is asked to warn of registers that do not suffice.
+PTXAS_WARNINGS = "-Xptxas=-warn-spills,-warn-lmem-usage"
+NVCC_WARNINGS = ["-Werror=all-warnings", PTXAS_WARNINGS] if WERROR else []
 
 
 def say(message):

@@ -5,6 +5,7 @@
 // A is the type sums are formed in: double for float64 parameters, float for all others.
 #pragma once
 
+#include <cmath>
 #include <limits>
 
 #if defined(__CUDACC__)
@@ -17,7 +18,7 @@ namespace mas_ext {
 
 template <class A>
 MAS_HOST_DEVICE A magnitude(A value) {
-  return value < A(0) ? -value : value;
+  return std::fabs(value);
 }
 
 // Ω_i += scale · |g_i|

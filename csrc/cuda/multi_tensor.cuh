@@ -45,7 +45,7 @@ class Elements {
 #pragma unroll
       for (int s = 0; s < Op::kStreams; ++s) {
         if (Op::kReads >> s & 1u) {
-          element[s] = s == Op::kOmega ? omega_.values[i] : static_cast<A>(values_[s].values[i]);
+          element[s] = s == Op::kOmega ? omega_.get(i) : static_cast<A>(values_[s].get(i));
         }
       }
       sum += op(element);
@@ -53,9 +53,9 @@ class Elements {
       for (int s = 0; s < Op::kStreams; ++s) {
         if (Op::kWrites >> s & 1u) {
           if (s == Op::kOmega) {
-            omega_.values[i] = element[s];
+            omega_.set(i, element[s]);
           } else {
-            values_[s].values[i] = static_cast<T>(element[s]);
+            values_[s].set(i, static_cast<T>(element[s]));
           }
         }
       }
@@ -79,7 +79,7 @@ class Elements {
  private:
   template <class V>
   __device__ static Pack<V, N>& at(void* stream, int first) {
-    return *reinterpret_cast<Pack<V, N>*>(static_cast<V*>(stream) + first);
+    return Pack<V, N>::of(static_cast<V*>(stream) + first);
   }
 
   Pack<T, N> values_[Op::kStreams];  // Ω's place in it is not used

@@ -2,15 +2,45 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 namespace mas_ext::cuda {
 
 constexpr int kVectorBytes = 16;
 
-// N neighbours, as one access where they are no wider than that, and as several otherwise.
+// N neighbours, as one access where they are no wider than that, and as several otherwise. 16-bit
+// values stay pairs until they are computed with: as an array the compiler would take them apart
+// where they are loaded, wait for them there, and need more registers.
 template <class T, int N>
-struct alignas(N * sizeof(T) < kVectorBytes ? N * sizeof(T) : kVectorBytes) Pack {
-  T values[N];
+class alignas(N * sizeof(T) < kVectorBytes ? N * sizeof(T) : kVectorBytes) Pack {
+  static constexpr bool kPairs = sizeof(T) == 2 && N % 2 == 0;
+  using Word = std::conditional_t<kPairs, uint32_t, T>;
+
+ public:
+  __device__ T get(int i) const {
+    if constexpr (kPairs) {
+      return T(static_cast<uint16_t>(words_[i / 2] >> (16 * (i % 2))), T::from_bits());
+    } else {
+      return words_[i];
+    }
+  }
+
+  // In the order of i: the first of a pair clears the second.
+  __device__ void set(int i, T value) {
+    if constexpr (kPairs) {
+      const uint32_t bits = value.x;
+      words_[i / 2] = i % 2 == 0 ? bits : words_[i / 2] | bits << 16;
+    } else {
+      words_[i] = value;
+    }
+  }
+
+  // The N values from `at` on, in memory.
+  __device__ static Pack& of(T* at) { return *reinterpret_cast<Pack*>(at); }
+  __device__ static const Pack& of(const T* at) { return *reinterpret_cast<const Pack*>(at); }
+
+ private:
+  Word words_[sizeof(T) * N / sizeof(Word)] = {};
 };
 
 }  // namespace mas_ext::cuda

@@ -67,16 +67,18 @@ __device__ void stage_vectors(typename Stage<T>::Rows& tile, const Factor& facto
 #pragma unroll 4  // loads under way
   for (int i = static_cast<int>(threadIdx.x); i < kAcross * kSlots; i += Threads) {
     const int slot = i / kAcross, row = i % kAcross * kVector;
-    Pack<T, kVector> pack = {};
+    Pack<T, kVector> pack;
     if (offsets[slot] != kNone && first_row + row < rows) {
       const T* data = static_cast<const T*>(factor.data) + offsets[slot] + first_row + row;
-      pack = *reinterpret_cast<const Pack<T, kVector>*>(data);
+      pack = Pack<T, kVector>::of(data);
     }
+    if (absolute) {
 #pragma unroll
-    for (T& value : pack.values) {
-      value = absolute ? magnitude(value) : value;
+      for (int v = 0; v < kVector; ++v) {
+        pack.set(v, magnitude(pack.get(v)));
+      }
     }
-    *reinterpret_cast<Pack<T, kVector>*>(&tile[slot][row]) = pack;
+    Pack<T, kVector>::of(&tile[slot][row]) = pack;
   }
 }
 

@@ -53,8 +53,8 @@ class TensorCoreTile {
     Right right[kFragments];
 #pragma unroll
     for (int i = 0; i < kFragments; ++i) {
-      wmma::load_matrix_sync(left[i], elements(&stage.left[slot][row(i)]), Stage<T>::kPitch);
-      wmma::load_matrix_sync(right[i], elements(&stage.right[slot][column(i)]), Stage<T>::kPitch);
+      load_staged(left[i], &stage.left[slot][row(i)]);
+      load_staged(right[i], &stage.right[slot][column(i)]);
     }
 #pragma unroll
     for (int r = 0; r < kFragments; ++r) {
@@ -98,9 +98,39 @@ class TensorCoreTile {
   __device__ static int column(int i) {
     return static_cast<int>(threadIdx.x) / 32 % kAcross * kWarpTile + i * kSide;
   }
-  __device__ static const Element* elements(const T* staged) {
-    return reinterpret_cast<const Element*>(staged);
+
+  template <class Fragment>
+  __device__ static void load_staged(Fragment& fragment, const T* staged) {
+#if defined(__CUDA_ARCH__)
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      load_shared_bfloat16(fragment, staged);
+      return;
+    }
+#endif
+    wmma::load_matrix_sync(fragment, reinterpret_cast<const Element*>(staged), Stage<T>::kPitch);
   }
+
+#if defined(__CUDA_ARCH__)
+  // The instructions of load_matrix_sync, told that the memory is shared: of bfloat16 the compiler
+  // loses sight of that, and reads 4 bytes at a time.
+  __device__ static void load_shared_bfloat16(Left& fragment, const T* staged) {
+    auto* to = reinterpret_cast<unsigned*>(fragment.x);
+    asm volatile("wmma.load.a.sync.aligned.col.m16n16k16.shared.bf16 {%0,%1,%2,%3}, [%4], %5;"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(shared_address(staged)), "r"(Stage<T>::kPitch)
+                 : "memory");
+  }
+  __device__ static void load_shared_bfloat16(Right& fragment, const T* staged) {
+    auto* to = reinterpret_cast<unsigned*>(fragment.x);
+    asm volatile("wmma.load.b.sync.aligned.row.m16n16k16.shared.bf16 {%0,%1,%2,%3}, [%4], %5;"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(shared_address(staged)), "r"(Stage<T>::kPitch)
+                 : "memory");
+  }
+  __device__ static unsigned shared_address(const T* staged) {
+    return static_cast<unsigned>(__cvta_generic_to_shared(staged));
+  }
+#endif
 
   Sum product_[kFragments][kFragments], sums_[kFragments][kFragments];
 };
