@@ -14,13 +14,18 @@ from benchmarks.predict.gpus import Gpu, find_gpu
 from benchmarks.predict.model import FAST, LIKELY, SLOW, Assumptions, duration
 from benchmarks.predict.traffic import ITEMSIZE, omega_itemsize
 
-TILE = 64  # rows and columns of Ω a block: kTile
-WARPS = 4
-DEPTH = 16  # positions of a step: kPairs, and the tensor cores' own
-SAMPLE_ENDS = 2  # instructions an element of Ω and sample: add the magnitude, start again
-# The ordinary lanes' kernel, a thread and position: it has 8 × 4 elements of Ω.
-FMAS, SHARED_LOADS, LOOP, STAGING = 32, 3, 2, 12
-SHARED_BYTES = 128  # that an SM's shared memory gives a clock
+# csrc/cuda: tests/test_predictions.py holds these against the sources.
+TILE = 64  # rows and columns of Ω a block
+FMA_ROWS = 8  # of the tile, a thread's; as many columns in float32, half of them in float64
+FRAGMENT, FRAGMENTS = 16, 2  # of the tensor cores; rows and columns of them a warp
+WARP = 32
+# Instructions, guessed from the source: what a thread issues for a slot (a step of 16 slots on
+# tensor cores) beside its multiplications, and for an element of Ω at the end of a sample.
+LOOP, STAGING = 8, 10
+STEP = 72
+SAMPLE_ENDS = 2  # add the magnitude, start again
+ISSUED = 4 * WARP  # instructions of threads that an SM issues a clock
+SHARED_BYTES = 128  # that its shared memory gives a clock
 L2_PORT = 64  # bytes that one SM can take from L2 a clock
 
 # Shares of the tallest roof that are reached: by the kernels here, which wait for every step's
@@ -107,34 +112,53 @@ def our_roofs(
     dtype: str, problem: Problem, gpu: Gpu, assume: Assumptions = LIKELY
 ) -> dict[str, float]:
     """Seconds by what bounds. A device's SMs wait for the one that has the most tiles."""
-    tensor = is_on_tensor_cores(dtype)
-    padded = -(-problem.positions // DEPTH) * DEPTH if tensor else problem.positions
-    pairs = problem.samples * padded
-    turns = -(-problem.tiles // gpu.sms)  # tiles of the busiest SM
-    tile_flops = 2 * TILE * TILE * pairs
-    ends = SAMPLE_ENDS * TILE * TILE * problem.samples / (128 * gpu.clock)
+    if problem.positions == 1:  # |l·r| = |l|·|r|: one sample, whose positions the samples are
+        problem = Problem(1, problem.samples, problem.p, problem.d)
     l2_bytes = min(assume.l2_bytes * gpu.sms, L2_PORT * min(problem.tiles, gpu.sms))
-    loaded = problem.tiles * problem.samples * problem.positions * 2 * TILE * ITEMSIZE[dtype]
-    roofs = {
+    pairs = problem.samples * problem.positions
+    loaded = problem.tiles * pairs * 2 * TILE * ITEMSIZE[dtype]
+    moved = _factors(dtype, problem) + 2 * _omega(dtype, problem)
+    local = _tensor_core_tile if is_on_tensor_cores(dtype) else _fma_tile
+    return {
         "L2": loaded / (l2_bytes * gpu.clock),
-        "memory": (_factors(dtype, problem) + 2 * _omega(dtype, problem))
-        / _memory_rate(gpu, assume),
+        "memory": moved / _memory_rate(gpu, assume),
+        **local(dtype, problem, gpu, turns=-(-problem.tiles // gpu.sms)),
     }
-    if tensor:
-        # Four warps of 32 × 32 read both factors twice, and every value is written once.
-        shared = pairs * (2 * 2 * TILE + 2 * TILE) * ITEMSIZE[dtype]
-        peak = gpu.tensor_bf16 * gpu.mma_sync / gpu.sms
-        roofs["tensor cores"] = turns * tile_flops / peak
-        roofs["samples' ends"] = turns * ends
-    else:
-        # What a warp's threads share they are given at once; each value is written once.
-        shared = pairs * (WARPS * (2 * 8 + TILE) + 2 * TILE) * omega_itemsize(dtype)
-        peak = (gpu.fp64 if dtype == "float64" else gpu.fp32) / gpu.sms
-        issued = pairs * (FMAS + SHARED_LOADS + LOOP + STAGING) / gpu.clock
-        roofs["multiply-adds"] = turns * tile_flops / peak
-        roofs["instructions"] = turns * (issued + ends)
-    roofs["shared memory"] = turns * shared / (SHARED_BYTES * gpu.clock)
-    return roofs
+
+
+def _fma_tile(dtype: str, problem: Problem, gpu: Gpu, turns: int) -> dict[str, float]:
+    """A slot is a position. A block of fewer than four warps leaves schedulers of its SM idle."""
+    columns = FMA_ROWS if dtype == "float32" else FMA_ROWS // 2
+    threads, own = TILE * TILE // (FMA_ROWS * columns), FMA_ROWS * columns
+    slots = problem.samples * problem.positions
+    busy = max(turns, ISSUED / threads)
+    peak = (gpu.fp64 if dtype == "float64" else gpu.fp32) / gpu.sms
+    issued = slots * (own + LOOP + STAGING) + problem.samples * SAMPLE_ENDS * own
+    # What several threads of a warp want is read once; each value is written once.
+    across, down = TILE // columns, WARP * columns // TILE
+    read = threads // WARP * (across * columns + down * FMA_ROWS)
+    shared = slots * (read + 2 * TILE) * ITEMSIZE[dtype]
+    return {
+        "multiply-adds": busy * 2 * TILE * TILE * slots / peak,
+        "instructions": busy * issued * threads / (ISSUED * gpu.clock),
+        "shared memory": turns * shared / (SHARED_BYTES * gpu.clock),
+    }
+
+
+def _tensor_core_tile(dtype: str, problem: Problem, gpu: Gpu, turns: int) -> dict[str, float]:
+    """Every sample is filled up to whole fragments."""
+    steps = problem.samples * -(-problem.positions // FRAGMENT)
+    warps = (TILE // (FRAGMENT * FRAGMENTS)) ** 2
+    own = TILE * TILE // (warps * WARP)
+    peak = gpu.tensor_bf16 * gpu.mma_sync / gpu.sms
+    issued = steps * STEP + problem.samples * SAMPLE_ENDS * own
+    read = warps * 2 * FRAGMENTS * FRAGMENT * FRAGMENT
+    shared = steps * (read + 2 * TILE * FRAGMENT) * ITEMSIZE[dtype]
+    return {
+        "tensor cores": turns * 2 * TILE * TILE * FRAGMENT * steps / peak,
+        "instructions": turns * issued * warps * WARP / (ISSUED * gpu.clock),
+        "shared memory": turns * shared / (SHARED_BYTES * gpu.clock),
+    }
 
 
 def _factors(dtype: str, problem: Problem) -> float:

@@ -206,7 +206,10 @@ def _elementwise(kernel: Kernel, dtype: str, numel: int, count: int, missed: int
 def _compiled(
     kernel: Kernel, way: Way, dtype: str, numel: int, count: int, gpu: Gpu, fits: bool
 ) -> Iterator[Launch]:
-    """Fused where the sum can be cut evenly; else the sum first, then the rest."""
+    """Fused where the sum can be cut evenly; else the sum first, then the rest.
+
+    A temporary ties the two halves of the fused kernel, and only those.
+    """
     if not way.sums:
         yield _elementwise(kernel, dtype, numel, count, 0 if fits else kernel.bytes(dtype))
         return
@@ -219,7 +222,8 @@ def _compiled(
     if splits > 1:
         yield Launch(4 * splits, 0, splits, 1, 4 * splits, 1, count)
     if not is_fused:
-        yield _elementwise(kernel, dtype, numel, count, 0 if fits else kernel.bytes(dtype))
+        rest = Kernel(kernel.reads.replace("m", ""), kernel.writes.replace("m", ""))
+        yield _elementwise(rest, dtype, numel, count, 0 if fits else rest.bytes(dtype))
 
 
 def _missed(

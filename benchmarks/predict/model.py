@@ -39,6 +39,7 @@ class Host:
     call: float
     tensor: float  # for each tensor of each list
     kernel: float
+    new: float = 0  # for each tensor that is made
 
 
 @dataclass(frozen=True)
@@ -60,13 +61,13 @@ FAST = Assumptions(0.94, 0.8, 40, 0.6 * MICRO, 0.2 * MICRO, 1.0 * MICRO, 1.8 * M
 SLOW = Assumptions(0.82, 0.4, 16, 1.0 * MICRO, 0.4 * MICRO, 2.5 * MICRO, 4.0 * MICRO, 1.6)
 
 # Measured on a core of an AMD EPYC (Zen 4) with tensors of one element, by
-# `python -m benchmarks.predict.host`. Of foreach a CPU tells nothing: 0.15 is assumed.
+# `python -m benchmarks.predict.host`. Of foreach and compiled code a CPU tells nothing: assumed.
 HOSTS = {
-    FUSED: Host(12 * MICRO, 0.33 * MICRO, 0),
-    FUSED_AUTOGRAD: Host(120 * MICRO, 3.4 * MICRO, 0),
-    EAGER: Host(3 * MICRO, 0, 1.5 * MICRO),
-    AUTOGRAD: Host(40 * MICRO, 0, 3.1 * MICRO),
-    FOREACH: Host(10 * MICRO, 0.15 * MICRO, 0),
+    FUSED: Host(15 * MICRO, 0.33 * MICRO, 0, 1.3 * MICRO),
+    FUSED_AUTOGRAD: Host(150 * MICRO, 1.5 * MICRO, 0),
+    EAGER: Host(3 * MICRO, 0, 1.7 * MICRO),
+    AUTOGRAD: Host(40 * MICRO, 0, 3.3 * MICRO),
+    FOREACH: Host(10 * MICRO, 0.2 * MICRO, 0),
     COMPILED: Host(25 * MICRO, 0.3 * MICRO, 0),
 }
 
@@ -83,6 +84,7 @@ class Prediction:
     host_seconds: float
     bytes: float  # read and written
     missed_bytes: float  # of them, from and to memory
+    flops: int  # of one pass, as ours is
     launches: int
     memory: float  # that the tensors and the temporaries of a call need
 
@@ -163,6 +165,7 @@ def _predict(
         host_seconds=host,
         bytes=sum(k.count * k.moved for k in kernels),
         missed_bytes=sum(k.count * k.missed for k in kernels),
+        flops=FLOPS[job] * sum(sizes),
         launches=sum(k.count for k in kernels),
         memory=_memory(way, dtype, sizes),
     )
@@ -196,16 +199,17 @@ def _waves(kernel: Launch, gpu: Gpu) -> float:
 
 def _host(way: Way, sizes: Sequence[int], kernels: int, assume: Assumptions) -> float:
     host, tensors = HOSTS[way.style], 1 if way.is_flat else len(sizes)
-    lists = sum(
-        len(set("".join(kernel.reads + kernel.writes for kernel in phase)) & set(LISTS))
-        for phase in way.phases
-    )
-    seconds = host.call + host.tensor * tensors * lists + host.kernel * kernels
+    streams = [
+        set("".join(kernel.reads + kernel.writes for kernel in phase)) for phase in way.phases
+    ]
+    given = sum(len(phase & set(LISTS)) for phase in streams)
+    new = sum(len(phase - set(LISTS)) for phase in streams)
+    seconds = host.call + tensors * (given * host.tensor + new * host.new) + kernels * host.kernel
     return assume.host * seconds + assume.launch * kernels
 
 
 def _memory(way: Way, dtype: str, sizes: Sequence[int]) -> float:
-    """The lists, and temporaries: of all tensors if a later phase needs them, else of the largest."""
+    """The lists, and what is new: of all tensors if it is kept, else of the largest."""
     phases = way.of(dtype)
     touched = [{s for k in phase for s in k.reads + k.writes} for phase in phases]
     every = set().union(*touched)

@@ -154,7 +154,7 @@ JOBS: dict[str, dict[str, Way]] = {
     },
     "proximal_step_": {
         "mas_ext": _fused("paO>p"),
-        **_compiled("paO>p"),
+        **_compiled("paOm>mp"),  # the new θ is a temporary first
         "eager, in place": Way(
             EAGER,
             phases("O>C C>E CE>C paC>p pa>d d>d Od>"),
