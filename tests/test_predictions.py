@@ -156,6 +156,7 @@ def test_a_penalty_is_two_launches_and_more_beyond_a_table():
         ([65536 * 2240 + 1], 2),
         ([65536 * 2240, 1], 2),
         ([65536] * 336 + [65536 * 3], 2),
+        ([65536 * 2241] + [1] * 336, 3),  # what is left of a tensor counts as one
     ],
 )
 def test_foreach_launches_when_its_argument_is_full(sizes, expected):
