@@ -37,7 +37,8 @@ def resnet50() -> Shapes:
 
 
 LISTS = {"1,000 tensors of 64": small_tensors, "ResNet-50": resnet50}
-LISTS_OF_A_REHEARSAL = {"20 tensors of 64": lambda: small_tensors(20)}
+# As many parameters as bandwidth.py has rehearsed with: inductor's cache has that compiled.
+LISTS_OF_A_REHEARSAL = {"129 small tensors": lambda: [*small_tensors(128), (1,)]}
 
 
 def run(session: Session) -> None:
