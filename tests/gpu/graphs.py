@@ -89,7 +89,7 @@ class Training:
         self.mas = mas_ext.MAS(self.model, lambda_reg=2.0)
         self.mas.consolidate([self.data])
         self.optimizer = torch.optim.Adam(
-            self.model.parameters(), lr=RATE, capturable=device != "cpu"
+            self.model.parameters(), lr=RATE, capturable=torch.device(device).type == "cuda"
         )
         self.handle = self.mas.attach(self.optimizer, mode=mode)
 
