@@ -2,7 +2,8 @@
 
 A file is safetensors: tensors ``importance/NAME``, ``anchor/NAME`` and ``open/NAME``, everything
 else as JSON in the metadata, with a SHA-256 over all of it (safetensors itself loads a flipped bit
-without a word).
+without a word). The libraries that files need are imported with the first file: everything else
+here needs only torch.
 """
 
 from __future__ import annotations
@@ -16,8 +17,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -100,6 +99,8 @@ def check_parameters(
 
 def write(state: StateDict, path: str | os.PathLike[str]) -> None:
     """Writes a state to ``path``, all or nothing: a crash leaves what was there before."""
+    from safetensors.torch import save
+
     target = Path(path).resolve()  # a link stays one
     tensors = {
         f"{group}/{name}": tensor.detach().cpu().contiguous()
@@ -111,7 +112,7 @@ def write(state: StateDict, path: str | os.PathLike[str]) -> None:
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     try:
         with open(temporary, "xb") as file:
-            file.write(safetensors.torch.save(tensors, metadata))
+            file.write(save(tensors, metadata))
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
@@ -129,16 +130,18 @@ def read(path: str | os.PathLike[str]) -> StateDict:
         FileNotFoundError: there is no such file.
         ValueError: it is truncated, altered, of another format or of a future version.
     """
+    from safetensors import SafetensorError, safe_open
+
     source = f"{os.fspath(path)!r}"
     if not Path(path).is_file():
         raise FileNotFoundError(f"{source} does not exist or is not a file")
     try:
-        with safetensors.safe_open(os.fspath(path), framework="pt") as file:
+        with safe_open(os.fspath(path), framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         settings = metadata["state"]
         state = json.loads(settings)
-    except (safetensors.SafetensorError, KeyError, ValueError, OSError) as error:
+    except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise ValueError(
             f"{source} cannot be read ({error}): it is truncated, corrupted, or no mas_ext state; "
             "use another copy"

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from mas_ext.flat import FlatTensors
 from mas_ext.importance import estimators
@@ -208,6 +207,12 @@ def _check_finite(sums: Mapping[str, Tensor]) -> None:
             )
 
 
+def _bar() -> Any:
+    from tqdm import tqdm  # here, so that the package needs only torch until a bar is asked for
+
+    return tqdm(desc="importance", unit=" samples")
+
+
 class _Reporter:
     """Tells the user how many samples are done: a bar, a callable, or nothing."""
 
@@ -215,7 +220,7 @@ class _Reporter:
         if not (progress is None or isinstance(progress, bool) or callable(progress)):
             raise TypeError(f"progress is {progress!r}; pass True, None or a callable(samples)")
         self._call = progress if callable(progress) else None
-        self._bar = tqdm(desc="importance", unit=" samples") if progress is True else None
+        self._bar = _bar() if progress is True else None
 
     def show(self, done: int) -> None:
         if self._bar is not None:
