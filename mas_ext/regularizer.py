@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -14,11 +13,11 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from mas_ext import checkpoint, functional
+from mas_ext import bundles, checkpoint
 from mas_ext.attachment import Attachment
+from mas_ext.bundles import Bundle, Scalar
 from mas_ext.flat import FlatTensors
 from mas_ext.importance import add_importance_
 from mas_ext.importance.batches import Forward
@@ -27,10 +26,6 @@ from mas_ext.importance.objectives import Objective
 from mas_ext.parameters import ParameterIndex, Selection, select, select_some
 from mas_ext.reference import accumulation_dtype
 from mas_ext.state import Memory, OpenTask, check_merge
-
-Scalar = float | Tensor
-# The parameters of one device, with what belongs to them.
-Bundle = tuple[list[str], list[Parameter], list[Tensor], list[Tensor]]
 
 
 class MAS:
@@ -234,10 +229,7 @@ class MAS:
         Returns:
             A 0-dim tensor to add to the loss; zero before the first :meth:`consolidate`.
         """
-        values = [
-            functional.penalty(params, anchors, omega, self._lambda_reg)
-            for _, params, anchors, omega in self._bundles()
-        ]
+        values = [bundles.penalty(bundle, self._lambda_reg) for bundle in self._bundles()]
         return self._total(values) if values else self._zero(torch.is_grad_enabled())
 
     def add_penalty_grad_(self, grad_scale: Scalar | None = None) -> Tensor:
@@ -291,32 +283,20 @@ class MAS:
         return Attachment(self, optimizer, mode)
 
     def _add_penalty_grad(self, grad_scale: Scalar | None, owned: Set[int] | None) -> Tensor:
-        values = []
-        for names, params, anchors, omega in self._bundles(owned):
-            with torch.inference_mode(False):
-                grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-            scale = _near(grad_scale, params[0])
-            with _naming(names):
-                values.append(
-                    functional.add_penalty_grad_(
-                        grads, params, anchors, omega, self._lambda_reg, scale
-                    )
-                )
-            for p, grad in zip(params, grads, strict=True):
-                if p.grad is None:
-                    p.grad = grad
-        return self._total(values)
+        return self._total(
+            [
+                bundles.add_penalty_grad_(bundle, self._lambda_reg, grad_scale)
+                for bundle in self._bundles(owned)
+            ]
+        )
 
     def _proximal_step(self, lr: Scalar, owned: Set[int] | None) -> Tensor:
-        values = []
-        for names, params, anchors, omega in self._bundles(owned):
-            with _naming(names):
-                values.append(
-                    functional.proximal_step_(
-                        params, anchors, omega, self._lambda_reg, _near(lr, params[0])
-                    )
-                )
-        return self._total(values)
+        return self._total(
+            [
+                bundles.proximal_step_(bundle, self._lambda_reg, lr)
+                for bundle in self._bundles(owned)
+            ]
+        )
 
     def _bundles(self, owned: Set[int] | None = None) -> list[Bundle]:
         """What the penalty is over: known parameters that require gradients, a bundle a device."""
@@ -333,14 +313,7 @@ class MAS:
             and (owned is None or id(named[name]) in owned)
         }
         self._memory.fit(active)
-        bundles: dict[torch.device, Bundle] = {}
-        for name, p in active.items():
-            names, params, anchors, omega = bundles.setdefault(p.device, ([], [], [], []))
-            names.append(name)
-            params.append(p)
-            anchors.append(self._memory.anchor[name])
-            omega.append(self._memory.importance[name])
-        return list(bundles.values())
+        return bundles.bundled(active, self._memory.anchor, self._memory.importance)
 
     def _warn_of_lost(self, names: list[str]) -> None:
         """Once a name: its head may have been removed, but if it was renamed it is unprotected."""
@@ -443,12 +416,6 @@ def _kept(params: Iterable[str]) -> Selection:
     return params if isinstance(params, str) else list(params)
 
 
-def _near(scalar: Any, tensor: Tensor) -> Any:
-    """A scalar of another device, where a model spans several, on the tensor's."""
-    elsewhere = isinstance(scalar, Tensor) and scalar.device.type != "cpu"
-    return scalar.to(tensor.device, non_blocking=True) if elsewhere else scalar
-
-
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
@@ -457,19 +424,3 @@ def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _fill(views: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
     for name, value in values.items():
         views[name].copy_(value)
-
-
-@contextmanager
-def _naming(names: list[str]) -> Iterator[None]:
-    """Gives an operator's error the parameter's name beside its place in the list."""
-    try:
-        yield
-    except RuntimeError as error:
-        text = re.sub(r"\[(\d+)\] (has|is)", _place_named(names), str(error))
-        if text == str(error):
-            raise
-        raise RuntimeError(text) from None
-
-
-def _place_named(names: list[str]) -> Callable[[re.Match[str]], str]:
-    return lambda found: f"[{found[1]}] ({names[int(found[1])]!r}) {found[2]}"
