@@ -18,10 +18,10 @@ from torch.optim import Optimizer
 from mas_ext import bundles, checkpoint
 from mas_ext.attachment import Attachment
 from mas_ext.bundles import Bundle, Scalar
-from mas_ext.flat import FlatTensors
 from mas_ext.importance import add_importance_
 from mas_ext.importance.batches import Forward
 from mas_ext.importance.estimate import Progress
+from mas_ext.importance.estimators import check_weighting
 from mas_ext.importance.objectives import Objective
 from mas_ext.parameters import ParameterIndex, Selection, select, select_some
 from mas_ext.reference import accumulation_dtype
@@ -56,7 +56,11 @@ class MAS:
             ``callable(name, parameter) -> bool``. Names have no ``module.``, ``_orig_mod.`` or
             ``_checkpoint_wrapped_module.``; tied parameters appear once, under their first name.
         merge: how a task's Ω joins what is there: ``"sum"`` (the paper's), ``"mean"``, ``"max"``,
-            or ``("ema", alpha)``, Ω ← αΩ + (1−α)Ω_task.
+            or ``("ema", alpha)``, Ω ← αΩ + (1−α)Ω_task, which starts with the first task's Ω;
+            ``("ema_from_zero", alpha)``, the same from Ω = 0; or ``"sum_of_sums"``, Ω_task and the
+            Ω after every task before. The last two are what others compute
+            (:func:`mas_ext.preset`): the one weakens the first task for good, the other doubles
+            the weight of every old task with each new one, and holds 4 bytes a parameter more.
         state_dtype: ``"float32"`` (float64 for float64 parameters).
 
     A parameter that stops requiring gradients keeps its Ω and θ* and is left out of the penalty
@@ -112,7 +116,7 @@ class MAS:
 
     @lambda_reg.setter
     def lambda_reg(self, value: float) -> None:
-        self._lambda_reg = _check_lambda(value)
+        self._lambda_reg = check_lambda(value)
 
     @property
     def num_tasks(self) -> int:
@@ -140,6 +144,8 @@ class MAS:
         forward: Forward | None = None,
         max_samples: int | None = None,
         progress: Progress = None,
+        weighting: str = "samples",
+        training: bool = False,
     ) -> None:
         """Adds to the open task's Ω from unlabelled data; the anchors and the penalty stay.
 
@@ -155,6 +161,8 @@ class MAS:
                 forward=forward,
                 max_samples=max_samples,
                 progress=progress,
+                weighting=weighting,
+                training=training,
             )
 
     def consolidate(
@@ -166,6 +174,8 @@ class MAS:
         forward: Forward | None = None,
         max_samples: int | None = None,
         progress: Progress = None,
+        weighting: str = "samples",
+        training: bool = False,
     ) -> None:
         """Ends a task: measures ``data`` if given, merges the task's Ω, and takes θ* ← θ.
 
@@ -184,6 +194,8 @@ class MAS:
                     forward=forward,
                     max_samples=max_samples,
                     progress=progress,
+                    weighting=weighting,
+                    training=training,
                 )
             self._end_task()
 
@@ -206,7 +218,7 @@ class MAS:
     def _measure(self, data: Iterable[Any], **how: Any) -> None:
         """Adds to the open task batch by batch, so that a state taken between two is complete."""
         named = select_some(self._index.named(), self._params)
-        self._open = task = self._open.opened(named)
+        self._open = task = self._open.opened(named, check_weighting(how["weighting"]))
         sums = {name: task.sums[name] for name in named}
         add_importance_(
             sums, self._index.model, data, named, counted=partial(task.count, named), **how
@@ -353,8 +365,10 @@ class MAS:
             "num_tasks": self._num_tasks,
             "tasks": dict(self._memory.tasks),
             "num_samples": dict(self._open.counts),
+            "weighting": self._open.weighting,
             "importance": _copies(self._memory.importance),
             "anchor": _copies(self._memory.anchor),
+            "earlier": _copies(self._memory.earlier),
             "open": _copies(self._open.counted()),
         }
 
@@ -373,20 +387,16 @@ class MAS:
         """
         named = self._index.named()
         checkpoint.check_format(state, "the state")
+        state = checkpoint.upgraded(state)
         checkpoint.check_contents(state)
         if not strict:
             state = checkpoint.known_parameters(state, named)
         checkpoint.check_parameters(state, named, select(named, self._params), strict)
-        merge, lambda_reg = check_merge(state["merge"]), _check_lambda(state["lambda_reg"])
-        memory = Memory()
-        memory.fit({name: named[name] for name in state["anchor"]})
-        memory.tasks = dict(state["tasks"])
-        _fill(memory.anchor, state["anchor"])
-        _fill(memory.importance, state["importance"])
-        sums = FlatTensors({name: named[name] for name in state["open"]}, accumulation_dtype)
-        _fill(sums, state["open"])
+        merge, lambda_reg = check_merge(state["merge"]), check_lambda(state["lambda_reg"])
+        check_weighting(state["weighting"])
+        memory, task = Memory.restored(state, named), OpenTask.restored(state, named)
         self._lambda_reg, self._merge = lambda_reg, merge
-        self._memory, self._open = memory, OpenTask(sums, state["num_samples"])
+        self._memory, self._open = memory, task
         self._num_tasks = state["num_tasks"]
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -404,7 +414,8 @@ class MAS:
         self.load_state_dict(checkpoint.read(path), strict)
 
 
-def _check_lambda(value: Any) -> float:
+def check_lambda(value: Any) -> float:
+    """A finite number that is not negative."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"lambda_reg is {value!r}; pass a number")
     if not value >= 0 or math.isinf(value):
@@ -418,9 +429,3 @@ def _kept(params: Iterable[str]) -> Selection:
 
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
-
-
-@torch.no_grad()
-def _fill(views: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    for name, value in values.items():
-        views[name].copy_(value)
