@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from mas_ext.importance.objectives import Objective
-from mas_ext.regularizer import MAS, check_lambda
-from mas_ext.state import Merge, check_merge
+from mas_ext.regularizer import MAS
+from mas_ext.state import Merge, check_lambda, check_merge
 
 
 @dataclass(frozen=True)

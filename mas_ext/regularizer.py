@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Set
@@ -25,7 +24,7 @@ from mas_ext.importance.estimators import check_weighting
 from mas_ext.importance.objectives import Objective
 from mas_ext.parameters import ParameterIndex, Selection, select, select_some
 from mas_ext.reference import accumulation_dtype
-from mas_ext.state import Memory, OpenTask, check_merge
+from mas_ext.state import Memory, OpenTask, check_lambda, check_merge
 
 
 class MAS:
@@ -151,7 +150,8 @@ class MAS:
 
         As often as wanted, in the middle of training or in deployment: every sample counts the
         same, and :meth:`consolidate` ends the task. Arguments and errors are those of
-        :func:`mas_ext.estimate_importance`; after an error everything is as it was.
+        :func:`mas_ext.estimate_importance`, and a task keeps to one ``weighting``; after an error
+        everything is as it was.
         """
         with self._restored_after_an_error():
             self._measure(
@@ -363,13 +363,8 @@ class MAS:
             "merge": self._merge,
             "state_dtype": "float32",
             "num_tasks": self._num_tasks,
-            "tasks": dict(self._memory.tasks),
-            "num_samples": dict(self._open.counts),
-            "weighting": self._open.weighting,
-            "importance": _copies(self._memory.importance),
-            "anchor": _copies(self._memory.anchor),
-            "earlier": _copies(self._memory.earlier),
-            "open": _copies(self._open.counted()),
+            **self._memory.state_dict(),
+            **self._open.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
@@ -414,18 +409,5 @@ class MAS:
         self.load_state_dict(checkpoint.read(path), strict)
 
 
-def check_lambda(value: Any) -> float:
-    """A finite number that is not negative."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"lambda_reg is {value!r}; pass a number")
-    if not value >= 0 or math.isinf(value):
-        raise ValueError(f"lambda_reg is {value}; pass a finite number that is not negative")
-    return float(value)
-
-
 def _kept(params: Iterable[str]) -> Selection:
     return params if isinstance(params, str) else list(params)
-
-
-def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in tensors.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -12,6 +13,15 @@ from mas_ext.flat import FlatTensors, leading
 from mas_ext.reference import accumulation_dtype
 
 Merge = str | tuple[str, float]
+
+
+def check_lambda(value: Any) -> float:
+    """A finite number that is not negative."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"lambda_reg is {value!r}; pass a number")
+    if not value >= 0 or math.isinf(value):
+        raise ValueError(f"lambda_reg is {value}; pass a finite number that is not negative")
+    return float(value)
 
 
 _NAMES = ("sum", "mean", "max", "sum_of_sums")
@@ -109,6 +119,15 @@ class Memory:
             self.earlier = _grown(self.earlier, like)
         self.tasks = {name: self.tasks.get(name, 0) for name in like}
 
+    def state_dict(self) -> dict[str, Any]:
+        """A copy of everything, by parameter name."""
+        return {
+            "tasks": dict(self.tasks),
+            "importance": _copies(self.importance),
+            "anchor": _copies(self.anchor),
+            "earlier": _copies(self.earlier),
+        }
+
     @classmethod
     def restored(cls, state: Mapping[str, Any], named: Mapping[str, Tensor]) -> Memory:
         """From a state dictionary that has been checked, in the shapes of this model."""
@@ -173,6 +192,14 @@ class OpenTask:
         self.counts = dict(counts or {})
         self.weighting = weighting
 
+    def state_dict(self) -> dict[str, Any]:
+        """A copy of everything, by parameter name."""
+        return {
+            "num_samples": dict(self.counts),
+            "weighting": self.weighting,
+            "open": _copies(self.counted()),
+        }
+
     @classmethod
     def restored(cls, state: Mapping[str, Any], named: Mapping[str, Tensor]) -> OpenTask:
         """From a state dictionary that has been checked, in the shapes of this model."""
@@ -216,6 +243,10 @@ class OpenTask:
     def counted(self) -> dict[str, Tensor]:
         """The sums that have samples."""
         return {name: total for name, total in self.sums.items() if name in self.counts}
+
+
+def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
 def _sums(values: Mapping[str, Tensor], named: Mapping[str, Tensor]) -> FlatTensors:

@@ -297,6 +297,7 @@ def test_the_proximal_step_is_taken_after_the_optimizers():
 
     class Steps(SupervisedPlugin):
         def before_update(self, strategy, **kwargs):
+            assert strategy.loss == strategy.criterion(), "without the penalty"
             self.parameters = copy.deepcopy(dict(model.named_parameters()))
 
         def after_update(self, strategy, **kwargs):

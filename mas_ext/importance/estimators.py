@@ -60,9 +60,8 @@ class BatchMean(_OfGradients):
     def add_batch(self, batch: Batch, limit: int) -> int:
         """The absolute value of the batch's sum, B times that of its mean; or of its mean."""
         scalars = self.estimation.scalars(batch)[:limit]
-        total = scalars.sum()
-        if self.estimation.weighting == "batches":
-            total = total / max(len(scalars), 1)
+        by_samples = self.estimation.weighting == "samples"
+        total = scalars.sum() if by_samples else scalars.mean()
         self.estimation.add_gradient(total, path="batch")
         return len(scalars)
 
