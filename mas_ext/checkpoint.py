@@ -1,9 +1,9 @@
 """The state as a dictionary and as a file: named, versioned, checksummed, written atomically.
 
-A file is safetensors: tensors ``importance/NAME``, ``anchor/NAME`` and ``open/NAME``, everything
-else as JSON in the metadata, with a SHA-256 over all of it (safetensors itself loads a flipped bit
-without a word). The libraries that files need are imported with the first file: everything else
-here needs only torch.
+A file is safetensors: tensors ``importance/NAME``, ``anchor/NAME``, ``earlier/NAME`` and
+``open/NAME``, everything else as JSON in the metadata, with a SHA-256 over all of it (safetensors
+itself loads a flipped bit without a word). The libraries that files need are imported with the
+first file: everything else here needs only torch.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 FORMAT = "mas_ext"
-VERSION = 1
-GROUPS = ("importance", "anchor", "open")
+# 2: open tasks weighted by batches, and "earlier" for the merge that needs it.
+VERSION = 2
+GROUPS = ("importance", "anchor", "earlier", "open")
 
 StateDict = dict[str, Any]
 
@@ -39,12 +40,18 @@ def check_format(state: Mapping[str, Any], source: str) -> None:
         )
 
 
+def upgraded(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The state as this version would have written it."""
+    return state if state["version"] > 1 else {**state, "weighting": "samples", "earlier": {}}
+
+
 _CONTENTS: dict[str, Any] = {
     "lambda_reg": (int, float),
     "merge": (str, tuple, list),
     "num_tasks": int,
     "tasks": Mapping,
     "num_samples": Mapping,
+    "weighting": str,
     **dict.fromkeys(GROUPS, Mapping),
 }
 
@@ -74,8 +81,8 @@ def check_parameters(
     strict: bool,
 ) -> None:
     """A state of this model: ``named`` its parameters, ``selected`` the names that MAS is about."""
-    importance, anchor, in_progress = (state[group] for group in GROUPS)
-    for name, tensor in [*importance.items(), *anchor.items(), *in_progress.items()]:
+    importance, anchor, earlier, in_progress = (state[group] for group in GROUPS)
+    for name, tensor in [item for group in GROUPS for item in state[group].items()]:
         if name not in named:
             raise ValueError(
                 f"the state has parameter {name!r}, which this model lacks; pass strict=False to "
@@ -86,8 +93,10 @@ def check_parameters(
                 f"parameter {name!r} has shape {list(named[name].shape)} in this model and "
                 f"{list(tensor.shape)} in the state; load before the model grows"
             )
-    if importance.keys() != anchor.keys():
-        raise ValueError("the state is damaged: importance and anchor name other parameters")
+    if importance.keys() != anchor.keys() or (earlier and earlier.keys() != anchor.keys()):
+        raise ValueError(
+            "the state is damaged: importance, anchor and earlier name other parameters"
+        )
     known = anchor.keys() | in_progress.keys()
     missing = [name for name in selected if name not in known]
     if strict and known and missing:
