@@ -14,7 +14,7 @@ help:
 	@echo "make install   only set up .venv, with the kernels built in place"
 	@echo "make lint      ruff, mypy, clang-format"
 	@echo "make notebook  execute examples/AMS_Train.ipynb in place"
-	@echo "make gpu       every check that needs a GPU"
+	@echo "make gpu       everything that needs a GPU: checks and timings, in out/gpu/report.md"
 
 install: $(INSTALLED)
 
@@ -41,19 +41,20 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(shell find csrc benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+	$(BIN)/clang-format --dry-run --Werror $(shell find csrc benchmarks tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(shell find csrc benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+	$(BIN)/clang-format -i $(shell find csrc benchmarks tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 notebook: install
 	$(BIN)/python examples/execute.py examples/AMS_Train.ipynb
 
-# The operators on the device against the reference on the CPU; fails where there is no GPU.
-gpu: install
-	MAS_EXT_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/test_cuda.py
+# Installs nothing: torch, nvcc and pytest are enough, in .venv or in $(PYTHON). Fails where there is
+# no GPU; `make gpu ARGS="--device cpu"` is a rehearsal.
+gpu:
+	$$(test -x $(BIN)/python && echo $(BIN)/python || echo $(PYTHON)) -m tests.gpu $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist out *.egg-info mas_ext/*.so

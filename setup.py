@@ -112,17 +112,26 @@ def kernels(torch, home):
     )
 
 
+def pybind11_headers():
+    """Of the pybind11 that is installed, or else of the one that torch carries."""
+    try:
+        import pybind11
+    except ImportError:
+        from torch.utils import cpp_extension
+
+        return cpp_extension.include_paths()[0]
+    return pybind11.get_include()
+
+
 def build_information(torch, home):
     """mas_ext._C: the build's configuration, for build_info()."""
-    import pybind11
-
     archs = os.environ["TORCH_CUDA_ARCH_LIST"] if home else ""
     values = {
         "MAS_EXT_TORCH_VERSION": torch.__version__,
         "MAS_EXT_MINIMUM_TORCH": ".".join(map(str, MINIMUM_TORCH)),
         "MAS_EXT_CUDA_ARCHS": archs,
     }
-    flags = [*CXX_FLAGS, *WARNINGS, f"-isystem{pybind11.get_include()}"]
+    flags = [*CXX_FLAGS, *WARNINGS, f"-isystem{pybind11_headers()}"]
     return Extension(
         "mas_ext._C",
         ["csrc/module.cpp"],

@@ -1,4 +1,7 @@
-"""``python -m benchmarks penalty``: every way of doing a thing, side by side, on this machine."""
+"""``python -m benchmarks penalty``: every way of doing a thing, side by side, on this machine.
+
+``predict`` alone is about another: what GPUs are predicted to take.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks import abs_matmul, accumulate, demo, penalty, per_sample, plot, report
+from benchmarks.predict import GPUS
+from benchmarks.predict import report as predict
 from benchmarks.providers import Benchmark
 from benchmarks.shapes import QUICK, SIZES
 from benchmarks.timing import measure
@@ -20,7 +25,7 @@ BENCHMARKS = {b.name: b for b in (penalty.BENCHMARK, accumulate.BENCHMARK)}
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument(
-        "benchmark", choices=[*BENCHMARKS, "abs_matmul", "per_sample", "demo", "all"]
+        "benchmark", choices=[*BENCHMARKS, "abs_matmul", "per_sample", "predict", "demo", "all"]
     )
     parser.add_argument("--sizes", nargs="+", choices=SIZES, help="default: all of them")
     parser.add_argument(
@@ -31,6 +36,7 @@ def _parse() -> argparse.Namespace:
     )
     parser.add_argument("--repeats", type=int, metavar="N", help="rounds (default 20, quick 5)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the demo")
+    parser.add_argument("--gpu", nargs="+", choices=GPUS, default=["h100"], help="of predict")
     parser.add_argument(
         "--quick", action="store_true", help=f"only {', '.join(QUICK + per_sample.QUICK)}"
     )
@@ -82,6 +88,10 @@ def main() -> None:
     arguments, console = _parse(), Console(width=max(104, Console().width))
     if arguments.benchmark == "demo":
         demo.run(arguments.seeds, arguments.out, console)
+        return
+    if arguments.benchmark in ("predict", "all"):
+        predict.run(arguments.gpu, arguments.out, console)
+    if arguments.benchmark == "predict":
         return
     machine = report.machine()
     console.print(report.describe(machine), end="\n\n")

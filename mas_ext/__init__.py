@@ -5,22 +5,26 @@
     ...
     mas.consolidate(data)            # at the end of a task; labels are not used
 
-See :class:`MAS`, :func:`estimate_importance`, :mod:`mas_ext.functional` (the operators on lists of
-tensors), :mod:`mas_ext.reference` (the same in plain PyTorch) and :func:`build_info`.
+See :class:`MAS`, :func:`estimate_importance`, :func:`preset` (what other implementations compute),
+:mod:`mas_ext.functional` (the operators on lists of tensors), :mod:`mas_ext.reference` (the same in
+plain PyTorch) and :func:`build_info`.
 """
 
 from mas_ext import functional, reference
 from mas_ext._native import build_info
 from mas_ext._version import __version__
 from mas_ext.importance import Importance, estimate_importance
+from mas_ext.presets import Preset, preset
 from mas_ext.regularizer import MAS
 
 __all__ = [
     "MAS",
     "Importance",
+    "Preset",
     "__version__",
     "build_info",
     "estimate_importance",
     "functional",
+    "preset",
     "reference",
 ]

@@ -61,14 +61,25 @@ def load() -> str | None:
 NOT_NATIVE_BECAUSE = load()
 
 
+# THE place to say what has run where; `make gpu` is how the second line changes.
+_VERIFIED = {
+    "cpu": "run by every test",
+    "cuda": (
+        "compiled for sm_80, sm_90, sm_100 and sm_120, and run thread by thread on the host "
+        "(tests/simt); never run on a GPU: `make gpu` is the test that is left"
+    ),
+}
+
+
 def build_info() -> dict[str, Any]:
-    """What was compiled and what runs.
+    """What was compiled, what runs, and how far that has been tested.
 
     Returns:
         A dictionary: ``version``, ``torch``, ``python``, ``platform``; ``native`` (whether the
         compiled kernels serve the operators) and, if not, ``reason``; ``simd`` (the instruction
         set the CPU kernels use here); ``cuda_kernels`` and ``cuda_architectures``; ``compiler``
-        and ``built_with_torch``.
+        and ``built_with_torch``; ``verified``, device → where this version's kernels for it have
+        been run by those who make it, which says nothing about this machine.
     """
     config: dict[str, str] = _C.build_config() if _C is not None else {}
     native = NOT_NATIVE_BECAUSE is None
@@ -85,4 +96,5 @@ def build_info() -> dict[str, Any]:
         "cuda_architectures": [arch for arch in architectures.split(";") if arch],
         "compiler": config.get("compiler"),
         "built_with_torch": config.get("built_with_torch"),
+        "verified": dict(_VERIFIED),
     }

@@ -12,6 +12,12 @@ from torch.optim import Optimizer
 MODES = ("gradient", "proximal")
 
 
+def check_mode(mode: str) -> None:
+    """``"gradient"`` or ``"proximal"``."""
+    if mode not in MODES:
+        raise ValueError(f"mode: {mode!r} is unknown; use 'gradient' or 'proximal'")
+
+
 class Penalty(Protocol):
     """What an attachment needs of a regularizer; ``owned`` are the ids of the parameters meant."""
 
@@ -32,8 +38,7 @@ class Attachment:
     """
 
     def __init__(self, mas: Penalty, optimizer: Optimizer, mode: str) -> None:
-        if mode not in MODES:
-            raise ValueError(f"mode: {mode!r} is unknown; use 'gradient' or 'proximal'")
+        check_mode(mode)
         if any(group.get("maximize") for group in optimizer.param_groups):
             raise ValueError(
                 "optimizer: it maximizes, and would maximize the penalty; minimise the negative"

@@ -1,8 +1,9 @@
 """The state as a dictionary and as a file: named, versioned, checksummed, written atomically.
 
-A file is safetensors: tensors ``importance/NAME``, ``anchor/NAME`` and ``open/NAME``, everything
-else as JSON in the metadata, with a SHA-256 over all of it (safetensors itself loads a flipped bit
-without a word).
+A file is safetensors: tensors ``importance/NAME``, ``anchor/NAME``, ``earlier/NAME`` and
+``open/NAME``, everything else as JSON in the metadata, with a SHA-256 over all of it (safetensors
+itself loads a flipped bit without a word). The libraries that files need are imported with the
+first file: everything else here needs only torch.
 """
 
 from __future__ import annotations
@@ -16,14 +17,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
 FORMAT = "mas_ext"
-VERSION = 1
-GROUPS = ("importance", "anchor", "open")
+# 2: open tasks weighted by batches, and "earlier" for the merge that needs it.
+VERSION = 2
+GROUPS = ("importance", "anchor", "earlier", "open")
 
 StateDict = dict[str, Any]
 
@@ -40,12 +40,18 @@ def check_format(state: Mapping[str, Any], source: str) -> None:
         )
 
 
+def upgraded(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The state as this version would have written it."""
+    return state if state["version"] > 1 else {**state, "weighting": "samples", "earlier": {}}
+
+
 _CONTENTS: dict[str, Any] = {
     "lambda_reg": (int, float),
     "merge": (str, tuple, list),
     "num_tasks": int,
     "tasks": Mapping,
     "num_samples": Mapping,
+    "weighting": str,
     **dict.fromkeys(GROUPS, Mapping),
 }
 
@@ -75,8 +81,8 @@ def check_parameters(
     strict: bool,
 ) -> None:
     """A state of this model: ``named`` its parameters, ``selected`` the names that MAS is about."""
-    importance, anchor, in_progress = (state[group] for group in GROUPS)
-    for name, tensor in [*importance.items(), *anchor.items(), *in_progress.items()]:
+    importance, anchor, earlier, in_progress = (state[group] for group in GROUPS)
+    for name, tensor in [item for group in GROUPS for item in state[group].items()]:
         if name not in named:
             raise ValueError(
                 f"the state has parameter {name!r}, which this model lacks; pass strict=False to "
@@ -87,8 +93,10 @@ def check_parameters(
                 f"parameter {name!r} has shape {list(named[name].shape)} in this model and "
                 f"{list(tensor.shape)} in the state; load before the model grows"
             )
-    if importance.keys() != anchor.keys():
-        raise ValueError("the state is damaged: importance and anchor name other parameters")
+    if importance.keys() != anchor.keys() or (earlier and earlier.keys() != anchor.keys()):
+        raise ValueError(
+            "the state is damaged: importance, anchor and earlier name other parameters"
+        )
     known = anchor.keys() | in_progress.keys()
     missing = [name for name in selected if name not in known]
     if strict and known and missing:
@@ -100,6 +108,8 @@ def check_parameters(
 
 def write(state: StateDict, path: str | os.PathLike[str]) -> None:
     """Writes a state to ``path``, all or nothing: a crash leaves what was there before."""
+    from safetensors.torch import save
+
     target = Path(path).resolve()  # a link stays one
     tensors = {
         f"{group}/{name}": tensor.detach().cpu().contiguous()
@@ -111,7 +121,7 @@ def write(state: StateDict, path: str | os.PathLike[str]) -> None:
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     try:
         with open(temporary, "xb") as file:
-            file.write(safetensors.torch.save(tensors, metadata))
+            file.write(save(tensors, metadata))
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
@@ -129,16 +139,18 @@ def read(path: str | os.PathLike[str]) -> StateDict:
         FileNotFoundError: there is no such file.
         ValueError: it is truncated, altered, of another format or of a future version.
     """
+    from safetensors import SafetensorError, safe_open
+
     source = f"{os.fspath(path)!r}"
     if not Path(path).is_file():
         raise FileNotFoundError(f"{source} does not exist or is not a file")
     try:
-        with safetensors.safe_open(os.fspath(path), framework="pt") as file:
+        with safe_open(os.fspath(path), framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         settings = metadata["state"]
         state = json.loads(settings)
-    except (safetensors.SafetensorError, KeyError, ValueError, OSError) as error:
+    except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise ValueError(
             f"{source} cannot be read ({error}): it is truncated, corrupted, or no mas_ext state; "
             "use another copy"

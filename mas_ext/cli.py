@@ -153,6 +153,8 @@ def _in_words(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, list):
         return ", ".join(value) or "–"
+    if isinstance(value, dict):
+        return "; ".join(f"{name}: {_in_words(each)}" for name, each in value.items())
     return "–" if value is None else str(value)
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import os
-import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -14,23 +12,19 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from mas_ext import checkpoint, functional
+from mas_ext import bundles, checkpoint
 from mas_ext.attachment import Attachment
-from mas_ext.flat import FlatTensors
+from mas_ext.bundles import Bundle, Scalar
 from mas_ext.importance import add_importance_
 from mas_ext.importance.batches import Forward
 from mas_ext.importance.estimate import Progress
+from mas_ext.importance.estimators import check_weighting
 from mas_ext.importance.objectives import Objective
 from mas_ext.parameters import ParameterIndex, Selection, select, select_some
 from mas_ext.reference import accumulation_dtype
-from mas_ext.state import Memory, OpenTask, check_merge
-
-Scalar = float | Tensor
-# The parameters of one device, with what belongs to them.
-Bundle = tuple[list[str], list[Parameter], list[Tensor], list[Tensor]]
+from mas_ext.state import Memory, OpenTask, check_lambda, check_merge
 
 
 class MAS:
@@ -61,7 +55,11 @@ class MAS:
             ``callable(name, parameter) -> bool``. Names have no ``module.``, ``_orig_mod.`` or
             ``_checkpoint_wrapped_module.``; tied parameters appear once, under their first name.
         merge: how a task's Ω joins what is there: ``"sum"`` (the paper's), ``"mean"``, ``"max"``,
-            or ``("ema", alpha)``, Ω ← αΩ + (1−α)Ω_task.
+            or ``("ema", alpha)``, Ω ← αΩ + (1−α)Ω_task, which starts with the first task's Ω;
+            ``("ema_from_zero", alpha)``, the same from Ω = 0; or ``"sum_of_sums"``, Ω_task and the
+            Ω after every task before. The last two are what others compute
+            (:func:`mas_ext.preset`): the one weakens the first task for good, the other doubles
+            the weight of every old task with each new one, and holds 4 bytes a parameter more.
         state_dtype: ``"float32"`` (float64 for float64 parameters).
 
     A parameter that stops requiring gradients keeps its Ω and θ* and is left out of the penalty
@@ -117,7 +115,7 @@ class MAS:
 
     @lambda_reg.setter
     def lambda_reg(self, value: float) -> None:
-        self._lambda_reg = _check_lambda(value)
+        self._lambda_reg = check_lambda(value)
 
     @property
     def num_tasks(self) -> int:
@@ -145,12 +143,15 @@ class MAS:
         forward: Forward | None = None,
         max_samples: int | None = None,
         progress: Progress = None,
+        weighting: str = "samples",
+        training: bool = False,
     ) -> None:
         """Adds to the open task's Ω from unlabelled data; the anchors and the penalty stay.
 
         As often as wanted, in the middle of training or in deployment: every sample counts the
         same, and :meth:`consolidate` ends the task. Arguments and errors are those of
-        :func:`mas_ext.estimate_importance`; after an error everything is as it was.
+        :func:`mas_ext.estimate_importance`, and a task keeps to one ``weighting``; after an error
+        everything is as it was.
         """
         with self._restored_after_an_error():
             self._measure(
@@ -160,6 +161,8 @@ class MAS:
                 forward=forward,
                 max_samples=max_samples,
                 progress=progress,
+                weighting=weighting,
+                training=training,
             )
 
     def consolidate(
@@ -171,6 +174,8 @@ class MAS:
         forward: Forward | None = None,
         max_samples: int | None = None,
         progress: Progress = None,
+        weighting: str = "samples",
+        training: bool = False,
     ) -> None:
         """Ends a task: measures ``data`` if given, merges the task's Ω, and takes θ* ← θ.
 
@@ -189,6 +194,8 @@ class MAS:
                     forward=forward,
                     max_samples=max_samples,
                     progress=progress,
+                    weighting=weighting,
+                    training=training,
                 )
             self._end_task()
 
@@ -211,7 +218,7 @@ class MAS:
     def _measure(self, data: Iterable[Any], **how: Any) -> None:
         """Adds to the open task batch by batch, so that a state taken between two is complete."""
         named = select_some(self._index.named(), self._params)
-        self._open = task = self._open.opened(named)
+        self._open = task = self._open.opened(named, check_weighting(how["weighting"]))
         sums = {name: task.sums[name] for name in named}
         add_importance_(
             sums, self._index.model, data, named, counted=partial(task.count, named), **how
@@ -234,10 +241,7 @@ class MAS:
         Returns:
             A 0-dim tensor to add to the loss; zero before the first :meth:`consolidate`.
         """
-        values = [
-            functional.penalty(params, anchors, omega, self._lambda_reg)
-            for _, params, anchors, omega in self._bundles()
-        ]
+        values = [bundles.penalty(bundle, self._lambda_reg) for bundle in self._bundles()]
         return self._total(values) if values else self._zero(torch.is_grad_enabled())
 
     def add_penalty_grad_(self, grad_scale: Scalar | None = None) -> Tensor:
@@ -291,32 +295,20 @@ class MAS:
         return Attachment(self, optimizer, mode)
 
     def _add_penalty_grad(self, grad_scale: Scalar | None, owned: Set[int] | None) -> Tensor:
-        values = []
-        for names, params, anchors, omega in self._bundles(owned):
-            with torch.inference_mode(False):
-                grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-            scale = _near(grad_scale, params[0])
-            with _naming(names):
-                values.append(
-                    functional.add_penalty_grad_(
-                        grads, params, anchors, omega, self._lambda_reg, scale
-                    )
-                )
-            for p, grad in zip(params, grads, strict=True):
-                if p.grad is None:
-                    p.grad = grad
-        return self._total(values)
+        return self._total(
+            [
+                bundles.add_penalty_grad_(bundle, self._lambda_reg, grad_scale)
+                for bundle in self._bundles(owned)
+            ]
+        )
 
     def _proximal_step(self, lr: Scalar, owned: Set[int] | None) -> Tensor:
-        values = []
-        for names, params, anchors, omega in self._bundles(owned):
-            with _naming(names):
-                values.append(
-                    functional.proximal_step_(
-                        params, anchors, omega, self._lambda_reg, _near(lr, params[0])
-                    )
-                )
-        return self._total(values)
+        return self._total(
+            [
+                bundles.proximal_step_(bundle, self._lambda_reg, lr)
+                for bundle in self._bundles(owned)
+            ]
+        )
 
     def _bundles(self, owned: Set[int] | None = None) -> list[Bundle]:
         """What the penalty is over: known parameters that require gradients, a bundle a device."""
@@ -333,14 +325,7 @@ class MAS:
             and (owned is None or id(named[name]) in owned)
         }
         self._memory.fit(active)
-        bundles: dict[torch.device, Bundle] = {}
-        for name, p in active.items():
-            names, params, anchors, omega = bundles.setdefault(p.device, ([], [], [], []))
-            names.append(name)
-            params.append(p)
-            anchors.append(self._memory.anchor[name])
-            omega.append(self._memory.importance[name])
-        return list(bundles.values())
+        return bundles.bundled(active, self._memory.anchor, self._memory.importance)
 
     def _warn_of_lost(self, names: list[str]) -> None:
         """Once a name: its head may have been removed, but if it was renamed it is unprotected."""
@@ -378,11 +363,8 @@ class MAS:
             "merge": self._merge,
             "state_dtype": "float32",
             "num_tasks": self._num_tasks,
-            "tasks": dict(self._memory.tasks),
-            "num_samples": dict(self._open.counts),
-            "importance": _copies(self._memory.importance),
-            "anchor": _copies(self._memory.anchor),
-            "open": _copies(self._open.counted()),
+            **self._memory.state_dict(),
+            **self._open.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
@@ -400,20 +382,16 @@ class MAS:
         """
         named = self._index.named()
         checkpoint.check_format(state, "the state")
+        state = checkpoint.upgraded(state)
         checkpoint.check_contents(state)
         if not strict:
             state = checkpoint.known_parameters(state, named)
         checkpoint.check_parameters(state, named, select(named, self._params), strict)
-        merge, lambda_reg = check_merge(state["merge"]), _check_lambda(state["lambda_reg"])
-        memory = Memory()
-        memory.fit({name: named[name] for name in state["anchor"]})
-        memory.tasks = dict(state["tasks"])
-        _fill(memory.anchor, state["anchor"])
-        _fill(memory.importance, state["importance"])
-        sums = FlatTensors({name: named[name] for name in state["open"]}, accumulation_dtype)
-        _fill(sums, state["open"])
+        merge, lambda_reg = check_merge(state["merge"]), check_lambda(state["lambda_reg"])
+        check_weighting(state["weighting"])
+        memory, task = Memory.restored(state, named), OpenTask.restored(state, named)
         self._lambda_reg, self._merge = lambda_reg, merge
-        self._memory, self._open = memory, OpenTask(sums, state["num_samples"])
+        self._memory, self._open = memory, task
         self._num_tasks = state["num_tasks"]
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -431,45 +409,5 @@ class MAS:
         self.load_state_dict(checkpoint.read(path), strict)
 
 
-def _check_lambda(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"lambda_reg is {value!r}; pass a number")
-    if not value >= 0 or math.isinf(value):
-        raise ValueError(f"lambda_reg is {value}; pass a finite number that is not negative")
-    return float(value)
-
-
 def _kept(params: Iterable[str]) -> Selection:
     return params if isinstance(params, str) else list(params)
-
-
-def _near(scalar: Any, tensor: Tensor) -> Any:
-    """A scalar of another device, where a model spans several, on the tensor's."""
-    elsewhere = isinstance(scalar, Tensor) and scalar.device.type != "cpu"
-    return scalar.to(tensor.device, non_blocking=True) if elsewhere else scalar
-
-
-def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
-
-
-@torch.no_grad()
-def _fill(views: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    for name, value in values.items():
-        views[name].copy_(value)
-
-
-@contextmanager
-def _naming(names: list[str]) -> Iterator[None]:
-    """Gives an operator's error the parameter's name beside its place in the list."""
-    try:
-        yield
-    except RuntimeError as error:
-        text = re.sub(r"\[(\d+)\] (has|is)", _place_named(names), str(error))
-        if text == str(error):
-            raise
-        raise RuntimeError(text) from None
-
-
-def _place_named(names: list[str]) -> Callable[[re.Match[str]], str]:
-    return lambda found: f"[{found[1]}] ({names[int(found[1])]!r}) {found[2]}"

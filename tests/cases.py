@@ -26,8 +26,9 @@ DTYPES = {
     "float16": torch.float16,
 }
 
-# The kernels keep 16 partial sums, cut tensors into chunks of 16384 elements and wake threads from
-# 131072 elements on (test_functional.py has larger ones): below, at and above the first two.
+# The CPU kernels keep 16 partial sums, cut tensors into chunks of 16384 elements and wake threads
+# from 131072 elements on (test_functional.py has larger ones). The CUDA kernels cut them into
+# chunks of 8192. Below, at and above each.
 SHAPES: dict[str, list[tuple[int, ...]]] = {
     "empty_list": [],
     "zero_size": [(0,), (3, 0, 2)],
@@ -35,6 +36,7 @@ SHAPES: dict[str, list[tuple[int, ...]]] = {
     "one_element": [(1,)],
     "odd": [(3,), (7, 5), (13,)],
     "15_16_17": [(15,), (16,), (17,)],
+    "8191_8192_8193": [(8191,), (8192,), (8193,)],
     "16383": [(16383,)],
     "16384": [(16384,)],
     "16385": [(16385,)],
@@ -63,16 +65,20 @@ def channels_last(tensor: Tensor) -> Tensor:
 
 def sliced(tensor: Tensor) -> Tensor:
     """The same values, every second place of its memory: not dense."""
-    base = torch.full((*tensor.shape, 2), math.nan, dtype=tensor.dtype)
+    base = tensor.new_full((*tensor.shape, 2), math.nan)
     base[..., 0] = tensor
     return base[..., 0]
 
 
-def unaligned(tensor: Tensor) -> Tensor:
-    """The same values, one element behind an aligned address."""
-    base = torch.full((tensor.numel() + 1,), math.nan, dtype=tensor.dtype)
-    view = base[1:].view(tensor.shape)
+def behind(tensor: Tensor, elements: int) -> Tensor:
+    """The same values, so many elements behind an aligned address, with as many after them."""
+    base = tensor.new_full((tensor.numel() + 2 * elements,), math.nan)
+    view = base[elements : elements + tensor.numel()].view(tensor.shape)
     return view.copy_(tensor)
+
+
+def unaligned(tensor: Tensor) -> Tensor:
+    return behind(tensor, 1)
 
 
 Layout = Callable[[Tensor], Tensor]
@@ -121,8 +127,12 @@ def make_state(
     shapes: Sequence[tuple[int, ...]],
     layouts: tuple[Layout, Layout, Layout, Layout] = LAYOUTS["contiguous"],
     seed: int = 0,
+    device: str | torch.device = "cpu",
 ) -> State:
-    """Normal values; Ω ≥ 0 with a quarter of exact zeros, as a network with dead units has."""
+    """Normal values; Ω ≥ 0 with a quarter of exact zeros, as a network with dead units has.
+
+    The same values on every device, where they are then laid out.
+    """
     generator = torch.Generator().manual_seed(seed)
     state = State([], [], [], [])
     for dtype, shape in zip(dtypes, shapes, strict=True):
@@ -131,7 +141,7 @@ def make_state(
         values = [params.to(dtype), anchors.to(dtype), omega, grads.to(dtype)]
         values[2] = omega.to(accumulation_dtype(dtype))
         for tensors, value, layout in zip(state.lists().values(), values, layouts, strict=True):
-            tensors.append(layout(value))
+            tensors.append(layout(value.to(device)))
     return state
 
 
@@ -152,11 +162,11 @@ class Case:
     def shapes(self) -> list[tuple[int, ...]]:
         return SHAPES[self.shapes_name]
 
-    def state(self) -> State:
-        """The case's tensors; the same values at every call, and in every layout."""
+    def state(self, device: str = "cpu") -> State:
+        """The case's tensors; the same values at every call, in every layout, on every device."""
         seed = zlib.crc32(f"{self.dtype_name}-{self.shapes_name}".encode())
         dtypes = [self.dtype] * len(self.shapes)
-        return make_state(dtypes, self.shapes, LAYOUTS[self.layout_name], seed)
+        return make_state(dtypes, self.shapes, LAYOUTS[self.layout_name], seed, device)
 
 
 def _is_worthwhile(case: Case) -> bool:

@@ -7,12 +7,16 @@ import random
 import zlib
 from collections.abc import Iterator
 
-import numpy as np
 import pytest
 import torch
 
-# These need a GPU; `make gpu` asks for them.
-collect_ignore = [] if os.environ.get("MAS_EXT_TEST_DEVICE") == "cuda" else ["test_cuda.py"]
+try:
+    import numpy as np
+except ImportError:  # `make gpu` needs only torch and pytest
+    np = None
+
+# Of `make gpu` and its rehearsal, which say on which device.
+collect_ignore = [] if os.environ.get("MAS_EXT_TEST_DEVICE") else ["test_cuda.py"]
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -25,14 +29,16 @@ def pytest_configure(config: pytest.Config) -> None:
 def isolated(request: pytest.FixtureRequest) -> Iterator[None]:
     """Seeds by the test's name, so order and selection change nothing; puts global state back."""
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    states = random.getstate(), np and np.random.get_state(), torch.get_rng_state()
     seed = zlib.crc32(request.node.nodeid.encode())
     random.seed(seed)
-    np.random.seed(seed)
+    if np:
+        np.random.seed(seed)
     torch.manual_seed(seed)
     yield
     torch.set_num_threads(threads)
     torch.set_default_dtype(dtype)
     random.setstate(states[0])
-    np.random.set_state(states[1])
+    if np:
+        np.random.set_state(states[1])
     torch.set_rng_state(states[2])

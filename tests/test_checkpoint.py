@@ -131,10 +131,47 @@ def test_every_flipped_bit_is_noticed(saved):
 
 
 def test_a_file_of_the_future_is_refused(saved, monkeypatch):
-    monkeypatch.setattr(checkpoint, "VERSION", 2)
+    monkeypatch.setattr(checkpoint, "VERSION", 3)
     used().save(saved)
     monkeypatch.undo()
-    refused(saved, "format version 2 and this mas_ext reads up to 1; install a newer")
+    refused(saved, "format version 3 and this mas_ext reads up to 2; install a newer")
+
+
+def version_1(state):
+    """What the first version of the format had."""
+    older = {k: v for k, v in state.items() if k not in ("weighting", "earlier")}
+    return {**older, "version": 1}
+
+
+def test_a_state_of_the_first_version_is_read(tmp_path, monkeypatch):
+    mas = used()
+    new = MAS(mlp(torch.float32))
+    new.load_state_dict(version_1(mas.state_dict()))
+    assert_states_equal(new.state_dict(), mas.state_dict())
+    monkeypatch.setattr(checkpoint, "GROUPS", ("importance", "anchor", "open"))
+    checkpoint.write(version_1(mas.state_dict()), tmp_path / "old")
+    monkeypatch.undo()
+    new.load(tmp_path / "old")
+    assert_states_equal(new.state_dict(), mas.state_dict())
+
+
+def test_sums_of_sums_and_of_batches_continue_to_the_same_bits(tmp_path):
+    how = {"estimator": "batch", "weighting": "batches"}
+    model = mlp(torch.float32)
+    first = MAS(model, merge="sum_of_sums")
+    for _ in range(3):
+        first.consolidate(X.split(4), **how)
+        move(model)
+    first.update_importance(X[:6].split(4), **how)
+    first.save(tmp_path / "mas")
+    second = MAS(model)
+    second.load(tmp_path / "mas")
+    for mas in (first, second):
+        mas.update_importance([X[6:]], **how)
+        mas.consolidate()
+        mas.consolidate([X])
+    assert_states_equal(second.state_dict(), first.state_dict())
+    assert (second.state_dict()["earlier"]["0.weight"] > 0).any()
 
 
 def test_other_files_are_refused(tmp_path):
@@ -175,6 +212,10 @@ def test_new_parameters_may_join_when_not_strict(saved):
         ("importance", {}),
         ("anchor", None),
         ("open", 3),
+        ("weighting", None),
+        ("weighting", "tasks"),
+        ("earlier", None),
+        ("earlier", {"0.weight": torch.zeros(8, 6)}),
         ("merge", "median"),
         ("lambda_reg", -1.0),
         ("lambda_reg", None),
@@ -186,7 +227,7 @@ def test_a_damaged_state_dict_is_refused(key, value):
     damaged = {**mas.state_dict(), "lambda_reg": 77.0, key: value}
     if value is None:
         del damaged[key]
-    with pytest.raises(ValueError, match=r"damaged|merge|lambda_reg"):
+    with pytest.raises(ValueError, match=r"damaged|merge|lambda_reg|weighting"):
         mas.load_state_dict(damaged)
     assert_states_equal(mas.state_dict(), before)
 

@@ -24,6 +24,7 @@ def test_info_as_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert mas_ext.build_info()["torch"] in out
     assert "native" in out
+    assert "never run on a GPU" in " ".join(out.split())
 
 
 def test_info_without_rich(

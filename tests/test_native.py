@@ -43,6 +43,39 @@ def test_compiled_kernels_serve_the_cpu_when_native():
         assert has_kernel(f"mas_ext::{name}", "CPU") is mas_ext.build_info()["native"]
 
 
+def test_compiled_kernels_serve_cuda_whatever_torch_was_built_with():
+    """A torch for the CPU registers them too: it never calls them, and one file serves both."""
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    for name in mas_ext._ops.SCHEMAS:
+        assert has_kernel(f"mas_ext::{name}", "CUDA") is mas_ext.build_info()["cuda_kernels"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this is about machines without a GPU")
+def test_asking_for_cuda_without_a_gpu_is_torchs_error_and_breaks_nothing():
+    code = (
+        "import mas_ext, torch\n"
+        "f = mas_ext.functional\n"
+        "def ask():\n"
+        "    x = torch.ones(3, device='cuda')\n"
+        "    f.penalty([x], [x], [x], 1.0)\n"
+        "for _ in range(2):\n"
+        "    try: ask()\n"
+        "    except (RuntimeError, AssertionError) as error: assert 'mas_ext' not in str(error)\n"
+        "    else: raise SystemExit('no error')\n"
+        "    x, zero = torch.full((3,), 2.0), torch.zeros(3)\n"
+        "    assert f.penalty([x], [zero], [torch.ones(3)], 1.0) == 6.0\n"
+        "print('works')"
+    )
+    assert run(code).stdout == "works\n"
+
+
+def test_what_has_run_where_is_stated():
+    verified = mas_ext.build_info()["verified"]
+    assert set(verified) == {"cpu", "cuda"}
+    verified["cuda"] = "changed"
+    assert mas_ext.build_info()["verified"]["cuda"] == _native._VERIFIED["cuda"]
+
+
 def test_disabling_native_is_silent_and_works():
     code = ACCUMULATE + "i = mas_ext.build_info(); assert not i['native'] and i['reason']"
     assert "mas_ext runs in plain" not in run(code, MAS_EXT_DISABLE_NATIVE="1").stderr

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
 from torch.library import opcheck
 
@@ -17,6 +19,7 @@ from tests.cases import (
     CASES,
     LAYOUTS,
     OPS,
+    PENALTY_OPS,
     READING_OPS,
     WRITING_OPS,
     Case,
@@ -61,6 +64,61 @@ def test_the_optional_scale_may_be_left_out() -> None:
     inputs = arguments("add_penalty_grad_", state, Scalars().as_tensors())
     opcheck(torch.ops.mas_ext.add_penalty_grad_.default, (*inputs[:-1], None))
     opcheck(torch.ops.mas_ext.add_penalty_grad_.default, tuple(inputs[:-1]))
+
+
+# ================================================================================================
+# Without memory: fake tensors of a GPU that need not be there, and meta tensors
+# ================================================================================================
+def assert_results_are_like(results: Sequence[Tensor], state: State, device: torch.device) -> None:
+    value, *grads = results
+    assert (value.device, value.dtype, value.shape) == (device, torch.float64, ())
+    for grad, param in zip(grads, state.params, strict=True):
+        assert (grad.device, grad.dtype, grad.shape) == (device, param.dtype, param.shape)
+
+
+def call_everything(state: State, strength: Tensor | float, device: torch.device) -> None:
+    """Every operator on lists, and accumulate_abs_matmul_; what they return is like their input."""
+    scalars = Scalars(strength, strength, strength)
+    functional.accumulate_importance_(*arguments("accumulate_importance_", state, scalars))
+    for op in PENALTY_OPS:
+        result = getattr(functional, op)(*arguments(op, state, scalars))
+        value, grads = result if op == "penalty_and_grad" else (result, state.params)
+        assert_results_are_like([value, *grads], state, device)
+    omega, left, right = (torch.empty(n, device=device) for n in ((5, 7), (2, 3, 5), (2, 3, 7)))
+    functional.accumulate_abs_matmul_(omega, left, right, 0.5)
+
+
+def empty_state(device: torch.device) -> State:
+    """Lists of both accumulation dtypes, so that a value has to be float64."""
+    state = make_state([torch.bfloat16, torch.float64, torch.float32], [(3, 4), (5,), ()])
+    return State(*([t.to(device) for t in tensors] for tensors in state.lists().values()))
+
+
+@pytest.mark.parametrize("where", ["cpu", "device", "number"])
+@pytest.mark.parametrize("name", ["cuda:0", "meta"])
+def test_without_memory(name: str, where: str) -> None:
+    device = torch.device(name)
+    with FakeTensorMode() if name == "cuda:0" else nullcontext():
+        strength: Tensor | float = 0.5
+        if where != "number":
+            strength = torch.tensor(0.5, device=device if where == "device" else "cpu")
+        call_everything(empty_state(device), strength, device)
+
+
+def test_fake_tensors_of_a_gpu_are_checked_as_real_ones_are() -> None:
+    with FakeTensorMode():
+        state = empty_state(torch.device("cuda:0"))
+        state.anchors[1] = state.anchors[1].cpu()
+        with pytest.raises(
+            RuntimeError, match=r"anchors\[1\] is on cpu but params\[0\] is on cuda"
+        ):
+            functional.penalty(state.params, state.anchors, state.omega, 0.5)
+
+
+def test_fake_results_of_an_empty_list_are_where_the_strength_is() -> None:
+    with FakeTensorMode():
+        value = functional.penalty([], [], [], torch.tensor(0.5, device="cuda"))
+    assert (value.device.type, value.dtype, value.shape) == ("cuda", torch.float32, ())
 
 
 # ================================================================================================

@@ -93,6 +93,20 @@ def test_updates_weigh_by_samples():
     assert_same(mas.importance, oracle(model, X))
 
 
+def test_batches_and_samples_are_not_mixed_in_a_task():
+    mas = MAS(mlp())
+    mas.update_importance([X[:7]], estimator="batch", weighting="batches")
+    before = mas.state_dict()
+    for call in (mas.update_importance, mas.consolidate):
+        with pytest.raises(ValueError, match=r"weighting: .* with 'batches' so far.*consolidate"):
+            call([X[7:]])
+        assert_states_equal(mas.state_dict(), before)
+    with pytest.raises(ValueError, match=r"weighting: 'tasks' is unknown"):
+        mas.update_importance([X], estimator="batch", weighting="tasks")
+    mas.consolidate()
+    mas.update_importance([X])
+
+
 def test_consolidate_without_anything_measured_is_refused():
     mas = MAS(mlp())
     with pytest.raises(RuntimeError, match=r"pass data, or call update_importance"):
@@ -113,7 +127,7 @@ def test_importance_and_anchor_are_views():
 
 
 def test_tasks_merge():
-    for merge in ("sum", "mean", "max", ("ema", 0.3)):
+    for merge in ("sum", "mean", "max", ("ema", 0.3), ("ema_from_zero", 0.3), "sum_of_sums"):
         model = mlp()
         mas = MAS(model, merge=merge)
         mas.consolidate([X])
@@ -126,6 +140,8 @@ def test_tasks_merge():
             "mean": lambda a, b: (a + b) / 2,
             "max": torch.maximum,
             ("ema", 0.3): lambda a, b: 0.3 * a + 0.7 * b,
+            ("ema_from_zero", 0.3): lambda a, b: 0.3 * a + 0.7 * b,  # a: 0.7 of the first
+            "sum_of_sums": lambda a, b: a + b,
         }[merge]
         assert_same(mas.importance, {n: expected(first[n], second[n]) for n in first})
         assert_same(mas.anchor, dict(model.named_parameters()), 0, 0)
@@ -421,7 +437,7 @@ def test_a_failed_measurement_changes_nothing(measure, data, error):
 def assert_states_equal(a, b):
     assert a.keys() == b.keys()
     for key, value in a.items():
-        if isinstance(value, dict) and key in ("importance", "anchor", "open"):
+        if isinstance(value, dict) and key in ("importance", "anchor", "earlier", "open"):
             assert_same(value, b[key], 0, 0)
         else:
             assert value == b[key], key

@@ -53,19 +53,50 @@ MERGED = {
     "mean": [2.0, 2.0],
     "max": [3.0, 4.0],
     ("ema", 0.5): [2.0, 2.0],  # ((1+3)/2 + 2)/2, ((4+0)/2 + 2)/2
+    ("ema_from_zero", 0.5): [1 / 8 + 3 / 4 + 2 / 2, 4 / 8 + 2 / 2],
+    "sum_of_sums": [2 * 1.0 + 3 + 2, 2 * 4.0 + 0 + 2],
     ("ema", 0.25): [0.25 * (0.25 * 1 + 0.75 * 3) + 0.75 * 2, 0.25 * (0.25 * 4) + 0.75 * 2],
 }
 
 
 @pytest.mark.parametrize("merge", MERGED, ids=str)
 def test_merge(merge):
-    omega = torch.zeros(2)
+    omega, earlier = torch.zeros(2), torch.zeros(2)
     for task, new in enumerate(TASKS):
-        merge_(omega, new, task, check_merge(merge))
+        merge_(omega, new, task, check_merge(merge), earlier)
     torch.testing.assert_close(omega, torch.tensor(MERGED[merge]))
 
 
-@pytest.mark.parametrize("merge", ["median", ("ema",), ("ema", 1.0), ("ema", -0.1), None, 3])
+def test_sum_of_sums_doubles_the_weight_of_every_old_task_with_each_new_one():
+    memory = Memory()
+    for task in range(5):  # a digit a task
+        p = torch.zeros(1, dtype=torch.float64)
+        memory.end_task({"w": p}, {"w": p + 10**task}, "sum_of_sums")
+    assert memory.importance["w"].item() == 11248
+
+
+def test_sum_of_sums_follows_growth_and_new_parameters():
+    memory, one = Memory(), torch.ones(1)
+    memory.end_task({"w": one}, {"w": one}, "sum_of_sums")
+    memory.end_task({"w": torch.ones(2), "v": one}, {"w": torch.ones(1), "v": one}, "sum_of_sums")
+    memory.end_task({"w": torch.ones(2), "v": one}, {"w": torch.ones(2), "v": one}, "sum_of_sums")
+    assert memory.importance["w"].tolist() == [4.0, 1.0]
+    assert memory.importance["v"].tolist() == [2.0]
+    memory.fit({"w": torch.ones(3), "v": one})
+    assert memory.earlier["w"].tolist() == [3.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("merge", ["sum", ("ema_from_zero", 0.5)], ids=str)
+def test_other_merges_need_no_memory_of_their_own(merge):
+    memory = Memory()
+    memory.end_task({"w": torch.ones(2)}, {"w": torch.ones(2)}, merge)
+    assert not memory.earlier
+
+
+BAD_MERGES = ["median", ("ema",), ("ema", 1.0), ("ema", -0.1), ("ema_from_zero", 2), None, 3]
+
+
+@pytest.mark.parametrize("merge", BAD_MERGES, ids=str)
 def test_unknown_merge_is_refused(merge):
     with pytest.raises(ValueError, match="merge"):
         check_merge(merge)

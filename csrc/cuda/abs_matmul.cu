@@ -8,7 +8,21 @@
 namespace mas_ext::cuda {
 namespace {
 
-int64_t tiles_of(int64_t n) { return (n + kTile - 1) / kTile; }
+template <class T>
+void launch(const AbsMatmul& call, const Tensor& omega, cudaStream_t stream) {
+  const int64_t size = call.rows * call.columns;
+  const int count = parts_of(call);
+  const auto blocks = static_cast<unsigned>(tiles_of(call) * count);
+  if (count == 1) {
+    abs_matmul_kernel<T><<<blocks, TileFor<T>::kThreads, 0, stream>>>(call, {1, nullptr});
+    return;
+  }
+  const Tensor sums = torch::stable::new_empty(omega, {count * size});
+  const Parts parts{count, sums.mutable_data_ptr()};
+  abs_matmul_kernel<T><<<blocks, TileFor<T>::kThreads, 0, stream>>>(call, parts);
+  const auto rest = static_cast<unsigned>((size + kThreads - 1) / kThreads);
+  add_parts<accumulate_t<T>><<<rest, kThreads, 0, stream>>>(call, parts);
+}
 
 void accumulate_abs_matmul_(const Tensor& omega, const Tensor& left, const Tensor& right,
                             double scale) {
@@ -18,10 +32,7 @@ void accumulate_abs_matmul_(const Tensor& omega, const Tensor& left, const Tenso
     return;
   }
   const torch::stable::accelerator::DeviceGuard guard(omega.get_device_index());
-  const auto blocks = static_cast<unsigned>(tiles_of(call.rows) * tiles_of(call.columns));
-  visit_dtype(call.dtype, [&]<class T>() {
-    abs_matmul_kernel<T><<<blocks, TileFor<T>::kThreads, 0, current_stream(omega)>>>(call);
-  });
+  visit_dtype(call.dtype, [&]<class T>() { launch<T>(call, omega, current_stream(omega)); });
   check_launch(op);
 }
 

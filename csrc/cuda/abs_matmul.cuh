@@ -1,5 +1,5 @@
-// Ω[p,d] += scale·Σ_b |Σ_t left[b,t,p]·right[b,t,d]|: one block a tile of Ω. It alone writes the
-// tile, and sums all samples in order, so nothing depends on the grid and no atomics are needed.
+// Ω[p,d] += scale·Σ_b |Σ_t left[b,t,p]·right[b,t,d]|: one block a tile of Ω, or one for some of the
+// samples. Sums are formed in a fixed order and without atomics: the same bits on every run.
 //
 // A block stages a few slots of both factors in shared memory (stage.cuh) and multiplies them into
 // accumulators in registers (fma_tile.cuh, tensor_core_tile.cuh); at the end of a sample the
@@ -8,6 +8,7 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <type_traits>
 
@@ -15,6 +16,7 @@
 #include "../formulas.h"
 #include "../numbers.h"
 #include "fma_tile.cuh"
+#include "reduce.cuh"
 #include "stage.cuh"
 #include "tensor_core_tile.cuh"
 
@@ -34,33 +36,81 @@ union Shared {
   alignas(32) A sums[kTile][kPitch];
 };
 
+// Where Ω has too few tiles to fill a device, the samples are dealt out: each part of them is a
+// block a tile, which writes its sums behind those of the part before, and add_parts adds them in
+// that order. How many there are depends on the problem alone, so that a result does not on the
+// device.
+struct Parts {
+  int count;
+  void* sums;  // [count, rows, columns] where there is more than one
+};
+
+constexpr int64_t kBlocks = 512;      // keep the largest of today's devices busy
+constexpr int64_t kLeastPairs = 128;  // (sample, position) pairs that are worth a part
+
+MAS_HOST_DEVICE int64_t tiles_of(int64_t n) { return (n + kTile - 1) / kTile; }
+MAS_HOST_DEVICE int64_t tiles_of(const AbsMatmul& call) {
+  return tiles_of(call.rows) * tiles_of(call.columns);
+}
+
+inline int parts_of(const AbsMatmul& call) {
+  const int64_t pairs = call.samples * call.positions;
+  const int64_t divisible = call.absolute ? pairs : call.samples;
+  const int64_t parts = std::min({kBlocks / tiles_of(call), pairs / kLeastPairs, divisible});
+  return static_cast<int>(std::max<int64_t>(parts, 1));
+}
+
+// The slots of one part. Magnitudes may be cut anywhere, other products only between samples.
+struct Slots {
+  int64_t first, last;
+
+  __device__ Slots(const AbsMatmul& call, int64_t per_sample, int step, int parts, int part) {
+    const int64_t all = call.samples * per_sample;
+    const int64_t unit = call.absolute ? step : per_sample;
+    const int64_t size = (all / unit + parts - 1) / parts * unit;
+    first = part * size;
+    last = first + size < all ? first + size : all;
+  }
+};
+
+template <class A>
+__device__ A& omega_at(const AbsMatmul& call, int64_t row, int64_t column) {
+  return static_cast<A*>(call.omega)[row * call.row_stride + column * call.column_stride];
+}
+
+// The tile's sums, to where they belong.
 template <class T, int Threads>
-__device__ void add_to_omega(const AbsMatmul& call, const Shared<T>& shared, int64_t first_row,
-                             int64_t first_column) {
+__device__ void put(const AbsMatmul& call, const Shared<T>& shared, const Parts& parts, int part,
+                    int64_t first_row, int64_t first_column) {
   using A = accumulate_t<T>;
   const A scale = finite<A>(call.scale);
   for (int i = static_cast<int>(threadIdx.x); i < kTile * kTile; i += Threads) {
     const int64_t row = first_row + i / kTile, column = first_column + i % kTile;
     if (row < call.rows && column < call.columns) {
-      static_cast<A*>(call.omega)[row * call.row_stride + column * call.column_stride] +=
-          importance_increment(shared.sums[i / kTile][i % kTile], scale);
+      const A sum = shared.sums[i / kTile][i % kTile];
+      if (parts.count == 1) {
+        omega_at<A>(call, row, column) += importance_increment(sum, scale);
+      } else {
+        static_cast<A*>(parts.sums)[(part * call.rows + row) * call.columns + column] = sum;
+      }
     }
   }
 }
 
 template <class T, class Tile>
-__device__ void abs_matmul_tile(const AbsMatmul& call, Shared<T>& shared) {
+__device__ void abs_matmul_tile(const AbsMatmul& call, const Parts& parts, Shared<T>& shared) {
   constexpr int kThreads = Tile::kThreads, kStep = Tile::kStep;
-  const int64_t column_tiles = (call.columns + kTile - 1) / kTile;
-  const int64_t first_row = blockIdx.x / column_tiles * kTile;
-  const int64_t first_column = blockIdx.x % column_tiles * kTile;
+  const int part = static_cast<int>(blockIdx.x / tiles_of(call));
+  const int64_t at = blockIdx.x % tiles_of(call);
+  const int64_t first_row = at / tiles_of(call.columns) * kTile;
+  const int64_t first_column = at % tiles_of(call.columns) * kTile;
   const int64_t slots_per_sample = (call.positions + kStep - 1) / kStep * kStep;
-  const int64_t slots = call.samples * slots_per_sample;
+  const Slots slots(call, slots_per_sample, kStep, parts.count, part);
   Stage<T>& stage = shared.stage;
 
   Tile tile;
   int64_t multiplied = 0;  // slots of the sample at hand
-  for (int64_t first = 0; first < slots; first += kSlots) {
+  for (int64_t first = slots.first; first < slots.last; first += kSlots) {
     find_slots(stage, call, first, slots_per_sample);
     __syncthreads();  // also: every thread is done with the slots before
     stage_factor<T, kThreads>(stage.left, call.left, stage.left_offset, first_row, call.rows,
@@ -68,7 +118,8 @@ __device__ void abs_matmul_tile(const AbsMatmul& call, Shared<T>& shared) {
     stage_factor<T, kThreads>(stage.right, call.right, stage.right_offset, first_column,
                               call.columns, call.absolute);
     __syncthreads();
-    for (int slot = 0; slot < kSlots && first + slot < slots; slot += kStep) {
+#pragma unroll 1  // the body is long enough
+    for (int slot = 0; slot < kSlots && first + slot < slots.last; slot += kStep) {
       tile.multiply(stage, slot);
       multiplied += kStep;
       if (multiplied == slots_per_sample) {
@@ -77,22 +128,41 @@ __device__ void abs_matmul_tile(const AbsMatmul& call, Shared<T>& shared) {
       }
     }
   }
+  if (multiplied > 0) {
+    tile.end_sample();  // of magnitudes, cut within the sample
+  }
   __syncthreads();  // the sums take the stage's place
   tile.store(shared.sums);
   __syncthreads();
-  add_to_omega<T, kThreads>(call, shared, first_row, first_column);
+  put<T, kThreads>(call, shared, parts, part, first_row, first_column);
 }
 
 template <class T>
-__global__ void __launch_bounds__(TileFor<T>::kThreads)
-    abs_matmul_kernel(const __grid_constant__ AbsMatmul call) {
+__global__ void __launch_bounds__(TileFor<T>::kThreads, TileFor<T>::kResident)
+    abs_matmul_kernel(const __grid_constant__ AbsMatmul call, Parts parts) {
   __shared__ Shared<T> shared;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
   static_assert(FmaTile<T>::kThreads == TileFor<T>::kThreads);
-  abs_matmul_tile<T, FmaTile<T>>(call, shared);
+  abs_matmul_tile<T, FmaTile<T>>(call, parts, shared);
 #else
-  abs_matmul_tile<T, TileFor<T>>(call, shared);
+  abs_matmul_tile<T, TileFor<T>>(call, parts, shared);
 #endif
+}
+
+// Ω += scale·Σ parts, a thread an element.
+template <class A>
+__global__ void __launch_bounds__(kThreads)
+    add_parts(const __grid_constant__ AbsMatmul call, Parts parts) {
+  const int64_t size = call.rows * call.columns;
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i < size) {
+    A sum = 0;
+    for (int part = 0; part < parts.count; ++part) {
+      sum += static_cast<const A*>(parts.sums)[part * size + i];
+    }
+    omega_at<A>(call, i / call.columns, i % call.columns) +=
+        importance_increment(sum, finite<A>(call.scale));
+  }
 }
 
 }  // namespace mas_ext::cuda

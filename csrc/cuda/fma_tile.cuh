@@ -23,6 +23,8 @@ class FmaTile {
 
  public:
   static constexpr int kThreads = kTile / kRows * kAcross;
+  static constexpr int kResident =
+      0;                           // blocks a multiprocessor must have room for; 0: whatever comes
   static constexpr int kStep = 1;  // slots a multiplication
 
   __device__ void multiply(const Stage<T>& stage, int slot) {

@@ -35,6 +35,7 @@ class TensorCoreTile {
 
  public:
   static constexpr int kThreads = 32 * kAcross * kAcross;
+  static constexpr int kResident = 4;  // blocks a multiprocessor must have room for
   static constexpr int kStep = kSide;  // slots a multiplication
 
   __device__ TensorCoreTile() {

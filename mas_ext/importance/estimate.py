@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from mas_ext.flat import FlatTensors
 from mas_ext.importance import estimators
@@ -58,14 +57,17 @@ def estimate_importance(
     params: Selection = None,
     max_samples: int | None = None,
     progress: Progress = None,
+    weighting: str = "samples",
+    training: bool = False,
 ) -> Importance:
     r"""Measures how sensitive the model's output is to each parameter, without labels.
 
     .. math:: \Omega_i = \frac{1}{N} \sum_{k=1}^{N}
         \left| \frac{\partial\, \|F(x_k; \theta)\|_2^2}{\partial \theta_i} \right|
 
-    Runs in evaluation mode, and leaves modes, gradients, ``requires_grad``, buffers and random
-    number generators as they were, also when it fails half-way.
+    Runs in evaluation mode (in training mode if told to), and leaves modes, gradients,
+    ``requires_grad``, buffers and random number generators as they were, also when it fails
+    half-way.
 
     Args:
         model: F. Not changed.
@@ -88,6 +90,12 @@ def estimate_importance(
             or ``callable(name, parameter) -> bool``.
         max_samples: stop after so many samples, the first ones: shuffle data that is sorted.
         progress: True for a bar, or a callable given the number of samples done.
+        weighting: of ``"batch"``, what counts the same: ``"samples"``, each batch by its size, or
+            ``"batches"``, also a short last one,
+            :math:`\Omega_i = \frac1K\sum_{b=1}^K |\frac{1}{B_b}\sum_{k\in b} g_{ki}|`.
+        training: measure ``"batch"`` with every module in training mode, as several
+            implementations do: of dropout's random networks, and with the batch's own statistics.
+            Running statistics are put back. For comparisons (:func:`mas_ext.preset`).
 
     Returns:
         Ω, with the number of samples and the path that served each parameter.
@@ -101,6 +109,7 @@ def estimate_importance(
     """
     named = select_some(ParameterIndex(model).named(), params)
     sums = FlatTensors(named, accumulation_dtype)
+    weights: list[int] = []
     num_samples, coverage = add_importance_(
         sums,
         model,
@@ -111,9 +120,12 @@ def estimate_importance(
         forward=forward,
         max_samples=max_samples,
         progress=progress,
+        weighting=weighting,
+        training=training,
+        counted=weights.append,
     )
     for total in sums.values():
-        total.div_(num_samples)
+        total.div_(sum(weights))
     return Importance(sums, num_samples, coverage)
 
 
@@ -129,31 +141,41 @@ def add_importance_(
     forward: Forward | None = None,
     max_samples: int | None = None,
     progress: Progress = None,
-    counted: Callable[[int], None] = lambda samples: None,
+    weighting: str = "samples",
+    training: bool = False,
+    counted: Callable[[int], None],
 ) -> tuple[int, dict[str, str]]:
     """Adds Σ over samples, what importance is before the division by N, batch by batch.
+
+    Weighted by batches it is Σ over batches, and N the number of batches.
 
     Args:
         sums: by name, what is added to; after an error it holds what was added before it.
         named: θ by name, the parameters that are measured.
-        counted: called with the size of every batch once all of it is in ``sums``.
+        counted: called with what every batch adds to N once all of it is in ``sums``.
 
     Returns:
         The number of samples, and which path served each parameter.
     """
     limit = _check_max_samples(max_samples)
-    estimation = Estimation(model, dict(named), dict(sums), objective)
+    estimators.check(estimator, weighting, training)
+    estimation = Estimation(model, dict(named), dict(sums), objective, weighting)
     chosen = estimators.make(estimator, estimation)
     _check_data(data)
-    _check_samples_are_independent(model)
+    if not training:
+        _check_samples_are_independent(model)
     done = 0
-    with no_hidden_parameters(), undisturbed(model), closing(_Reporter(progress)) as reporter:
+    with (
+        no_hidden_parameters(),
+        undisturbed(model, training),
+        closing(_Reporter(progress)) as reporter,
+    ):
         for raw in data:
             with differentiable():
                 batch = _read(model, raw, forward, limit - done)
                 samples = chosen.add_batch(batch, limit - done)
             done = estimation.seen = done + samples
-            counted(samples)
+            counted(samples if weighting == "samples" else min(samples, 1))
             reporter.show(done)
             if done >= limit:
                 break
@@ -208,6 +230,12 @@ def _check_finite(sums: Mapping[str, Tensor]) -> None:
             )
 
 
+def _bar() -> Any:
+    from tqdm import tqdm  # here, so that the package needs only torch until a bar is asked for
+
+    return tqdm(desc="importance", unit=" samples")
+
+
 class _Reporter:
     """Tells the user how many samples are done: a bar, a callable, or nothing."""
 
@@ -215,7 +243,7 @@ class _Reporter:
         if not (progress is None or isinstance(progress, bool) or callable(progress)):
             raise TypeError(f"progress is {progress!r}; pass True, None or a callable(samples)")
         self._call = progress if callable(progress) else None
-        self._bar = tqdm(desc="importance", unit=" samples") if progress is True else None
+        self._bar = _bar() if progress is True else None
 
     def show(self, done: int) -> None:
         if self._bar is not None:

@@ -38,6 +38,7 @@ class Estimation:
         params: θ, by canonical name.
         sums: Σ over samples, what the estimators add to.
         objective: as the user named or gave it.
+        weighting: ``"samples"``, or ``"batches"``: each counts as one, whatever its size.
         coverage: parameter name → the path that served it, so far.
         seen: samples so far.
     """
@@ -46,6 +47,7 @@ class Estimation:
     params: dict[str, Tensor]
     sums: dict[str, Tensor]
     objective: Objective
+    weighting: str = "samples"
     coverage: dict[str, str] = field(default_factory=dict)
     seen: int = 0
     _warned: set[str] = field(default_factory=set)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from mas_ext.importance import per_sample
 from mas_ext.importance.batches import Batch
@@ -50,17 +50,19 @@ class PerSample(_OfGradients):
 
 
 class BatchMean(_OfGradients):
-    r"""What others compute: :math:`B\,|\frac{1}{B}\sum_k \partial s_k / \partial\theta|`.
+    r"""What others compute: :math:`w\,|\frac{1}{B}\sum_k \partial s_k / \partial\theta|`.
 
     Gradients of opposite sign cancel before the absolute value, so this depends on how the data
-    is cut into batches, and is at most the exact sum. Weighted by batch size: a short last batch
-    counts for what it holds.
+    is cut into batches, and is at most the exact sum. The weight w is the batch's size B, so that a
+    short last batch counts for what it holds; or, weighted by batches, 1.
     """
 
     def add_batch(self, batch: Batch, limit: int) -> int:
-        """The absolute value of the batch's sum: B times that of its mean."""
+        """The absolute value of the batch's sum, B times that of its mean; or of its mean."""
         scalars = self.estimation.scalars(batch)[:limit]
-        self.estimation.add_gradient(scalars.sum(), path="batch")
+        by_samples = self.estimation.weighting == "samples"
+        total = scalars.sum() if by_samples else scalars.mean()
+        self.estimation.add_gradient(total, path="batch")
         return len(scalars)
 
 
@@ -69,11 +71,37 @@ ESTIMATORS: dict[str, Callable[[Estimation], Estimator]] = {
     "batch": BatchMean,
     "local": Local,
 }
+WEIGHTINGS = ("samples", "batches")
 
 
-def make(name: str, estimation: Estimation) -> Estimator:
-    """The estimator of that name, for one run."""
+def check_weighting(weighting: Any) -> str:
+    """``"samples"`` or ``"batches"``."""
+    if weighting not in WEIGHTINGS:
+        raise ValueError(f"weighting: {weighting!r} is unknown; use 'samples' or 'batches'")
+    return weighting
+
+
+def check(name: str, weighting: str, training: bool) -> None:
+    """Refuses what is unknown, and settings that do not go together."""
     if name not in ESTIMATORS:
         names = ", ".join(map(repr, ESTIMATORS))
         raise ValueError(f"estimator: {name!r} is unknown; use {names}")
+    check_weighting(weighting)
+    if not isinstance(training, bool):
+        raise TypeError(f"training is {training!r}; pass True or False")
+    if name != "batch" and weighting != "samples":
+        raise ValueError(
+            f"weighting: with estimator={name!r} every sample counts the same; leave "
+            f"weighting={weighting!r} out, or use estimator='batch'"
+        )
+    if name != "batch" and training:
+        raise ValueError(
+            f"training: estimator={name!r} takes one sample's gradient at a time, and in training "
+            "mode dropout and batch statistics leave it none of its own; leave training=True out, "
+            "or use estimator='batch'"
+        )
+
+
+def make(name: str, estimation: Estimation) -> Estimator:
+    """The estimator of that name, which :func:`check` has passed, for one run."""
     return ESTIMATORS[name](estimation)

@@ -14,8 +14,8 @@ _HIDDEN = "None of the inputs have requires_grad=True"  # what torch's checkpoin
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, after which everything is as it was, also after an error.
+def undisturbed(model: nn.Module, training: bool = False) -> Iterator[None]:
+    """Evaluation or training mode, after which everything is as it was, also after an error.
 
     Put back: every module's mode, every ``requires_grad`` and ``.grad`` (the same tensor with the
     same content), every buffer, and PyTorch's random number generators.
@@ -23,7 +23,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=list(devices)))
-        stack.enter_context(_modes(model))
+        stack.enter_context(_modes(model, training))
         stack.enter_context(_gradients(model))
         stack.enter_context(_buffers(model))
         if "torch._dynamo" in sys.modules:  # else nothing is compiled, and it takes long to load
@@ -67,16 +67,16 @@ def no_hidden_parameters() -> Iterator[None]:
 
 
 @contextmanager
-def _modes(model: nn.Module) -> Iterator[None]:
+def _modes(model: nn.Module, training: bool) -> Iterator[None]:
     before = [(module, module.training) for module in model.modules()]
     try:
-        # Not model.eval(): a module may do more in it, such as merge weights.
+        # Not model.eval() or train(): a module may do more in it, such as merge weights.
         for module, _ in before:
-            module.training = False
+            module.training = training
         yield
     finally:
-        for module, training in before:
-            module.training = training
+        for module, mode in before:
+            module.training = mode
 
 
 @contextmanager

@@ -83,9 +83,10 @@ EXPECTATIONS = [
         Expectation("abs_matmul", dtype, rf"abs_matmul_kernel<{dtype}>", product)
         for dtype, product in PRODUCTS.items()
     ),
-    # One block that adds a number for every 8,192 elements.
+    # One block that adds a number for every 8,192 elements; and a thread an element of a small Ω.
     *(
-        Expectation("finish_penalty", dtype, rf"finish_penalty<{dtype}>", None)
+        Expectation(name, dtype, rf"{name}<{dtype}>", None)
+        for name in ("finish_penalty", "add_parts")
         for dtype in ("float", "double")
     ),
 ]

@@ -1,0 +1,1 @@
+"""MAS inside other libraries; each module needs the library it is named after."""

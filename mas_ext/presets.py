@@ -1,0 +1,209 @@
+"""The settings under which this package computes what another implementation does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from mas_ext.importance.objectives import Objective
+from mas_ext.regularizer import MAS
+from mas_ext.state import Merge, check_lambda, check_merge
+
+
+@dataclass(frozen=True)
+class Quirk:
+    """Where an implementation differs from the paper's equations.
+
+    Attributes:
+        what: what it does.
+        cost: what comes of it.
+    """
+
+    what: str
+    cost: str
+
+
+@dataclass(frozen=True)
+class Preset:
+    r"""What :func:`preset` returns: how one implementation computes MAS.
+
+    Attributes:
+        name: as it is asked for.
+        source: where the implementation is published.
+        lambda_scale: our λ, which has the ½ of :class:`mas_ext.MAS`, over theirs: 2 where the
+            penalty is :math:`\lambda\sum_i\Omega_i\delta_i^2`, 1 where it has the ½ too.
+        merge: see :class:`mas_ext.MAS`.
+        estimator, objective, weighting, training: see :func:`mas_ext.estimate_importance`.
+        quirks: what it does unlike the paper, and what that costs.
+        notes: what is left for the caller to pass, or stays different.
+    """
+
+    name: str
+    source: str
+    lambda_scale: float
+    merge: Merge
+    estimator: str = "batch"
+    objective: Objective = "squared_l2"
+    weighting: str = "samples"
+    training: bool = False
+    quirks: tuple[Quirk, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def importance(self) -> dict[str, Any]:
+        """Arguments for ``mas.consolidate(data, **preset.importance)`` and its like."""
+        return {
+            "estimator": self.estimator,
+            "objective": self.objective,
+            "weighting": self.weighting,
+            "training": self.training,
+        }
+
+    def regularizer(self, lambda_reg: float = 1.0) -> dict[str, Any]:
+        """Arguments for ``mas_ext.MAS(model, **preset.regularizer(their_lambda))``."""
+        return {"lambda_reg": self.lambda_scale * check_lambda(lambda_reg), "merge": self.merge}
+
+    def mas(self, model: nn.Module, lambda_reg: float = 1.0, **options: Any) -> MAS:
+        """A :class:`mas_ext.MAS` with their penalty and their merging.
+
+        Args:
+            model: as for :class:`mas_ext.MAS`.
+            lambda_reg: λ as that implementation means it.
+            options: further arguments of :class:`mas_ext.MAS`; they win over the preset's.
+        """
+        return MAS(model, **{**self.regularizer(lambda_reg), **options})
+
+    def __str__(self) -> str:
+        lines = [f"{self.name} ({self.source})"]
+        lines += [f"  lambda_reg = {self.lambda_scale:g} × theirs, merge = {self.merge!r}"]
+        lines += [f"  {key} = {value!r}" for key, value in self.importance.items()]
+        lines += [f"  - {quirk.what}: {quirk.cost}" for quirk in self.quirks]
+        lines += [f"  - note: {note}" for note in self.notes]
+        return "\n".join(lines)
+
+
+_BATCH = Quirk(
+    "the absolute value is taken of a batch's mean gradient",
+    "samples of opposite sign cancel, so Ω is too small and depends on the batch size",
+)
+_EQUAL = Quirk(
+    "every batch counts the same",
+    "samples in a short last batch count for more than the others",
+)
+_TRAINING = Quirk(
+    "importance is measured in training mode",
+    "with dropout Ω is random; batch normalisation uses statistics that the network is not used "
+    "with, and mixes the samples; theirs lets the running statistics drift, which is not repeated",
+)
+_FADING = Quirk(
+    "Ω ← αΩ + (1−α)Ω_task",
+    "every new task multiplies what holds the old ones by α, by default ½",
+)
+_FROM_ZERO = Quirk(
+    "the average starts from Ω = 0",
+    "the first task is held by 1−α of its Ω, by default half, from the start",
+)
+_OUTPUT = Quirk(
+    "‖F‖ is differentiated instead of ‖F‖²",
+    "a sample's gradient is divided by 2‖F(x)‖, so those with large outputs count for less",
+)
+_HEADS = Quirk("heads are left out", "they move freely, also where they are shared by tasks")
+_LAST = Quirk("a short last batch is left out", "its samples are not measured")
+_SUMS = Quirk(
+    "each task's Ω is added to all earlier merged Ω",
+    "what holds an old task doubles with every new one: after five tasks they weigh 8, 4, 2, 1, 1",
+)
+
+_PRESETS = (
+    Preset(
+        "paper",
+        "https://arxiv.org/abs/1711.09601",
+        lambda_scale=2.0,
+        merge="sum",
+        estimator="per_sample",
+    ),
+    Preset(
+        "official",
+        "https://github.com/rahafaljundi/MAS-Memory-Aware-Synapses",
+        lambda_scale=2.0,
+        merge="sum",
+        weighting="batches",
+        quirks=(_BATCH, _EQUAL),
+        notes=("the gradient 2λΩ(θ−θ*) is added in the optimizer, as mas.attach(optimizer) does",),
+    ),
+    Preset(
+        "avalanche",
+        "https://github.com/ContinualAI/avalanche",
+        lambda_scale=2.0,
+        merge=("ema", 0.5),
+        weighting="batches",
+        training=True,
+        quirks=(_BATCH, _EQUAL, _TRAINING, _FADING),
+        notes=("see mas_ext.integrations.avalanche.MASPlugin",),
+    ),
+    Preset(
+        "facil",
+        "https://github.com/mmasana/FACIL",
+        lambda_scale=1.0,
+        merge=("ema_from_zero", 0.5),
+        objective="l2",
+        training=True,
+        quirks=(_BATCH, _OUTPUT, _TRAINING, _FADING, _FROM_ZERO, _HEADS, _LAST),
+        notes=(
+            "leave the heads out with params=, and the short last batch with drop_last=True",
+            "of several heads, join the outputs: forward=lambda model, batch: torch.cat(…, 1)",
+        ),
+    ),
+    Preset(
+        "capymoa",
+        "https://github.com/adaptive-machine-learning/CapyMOA",
+        lambda_scale=1.0,
+        merge=("ema_from_zero", 0.5),
+        weighting="batches",
+        training=True,
+        quirks=(_BATCH, _EQUAL, _TRAINING, _FADING, _FROM_ZERO),
+        notes=("its data are the last samples of the stream, by default 256 in batches of 32",),
+    ),
+    Preset(
+        "seed",
+        "the notebook that this project started from",
+        lambda_scale=1.0,
+        merge="sum_of_sums",
+        weighting="batches",
+        quirks=(_BATCH, _EQUAL, _SUMS),
+    ),
+)
+PRESETS = {known.name: known for known in _PRESETS}
+
+
+def preset(name: str, *, alpha: float | None = None) -> Preset:
+    """The settings under which Ω, the merged Ω and the penalty are another implementation's.
+
+    Its deviations from the paper are part of it; ``print(mas_ext.preset(name))`` lists them with
+    what each costs. Use::
+
+        theirs = mas_ext.preset("avalanche")
+        mas = theirs.mas(model, lambda_reg=1.0)         # λ as Avalanche means it
+        ...
+        mas.consolidate(data, **theirs.importance)      # batches as Avalanche would make them
+
+    Args:
+        name: ``"paper"``, ``"official"`` (the authors' code), ``"avalanche"``, ``"facil"``,
+            ``"capymoa"`` or ``"seed"`` (the notebook that this project started from).
+        alpha: α of those that average over tasks, if it is not the usual ½.
+
+    Raises:
+        ValueError: an unknown name; an alpha that is not in [0, 1), or for one that does not
+            average.
+    """
+    if name not in PRESETS:
+        names = ", ".join(map(repr, PRESETS))
+        raise ValueError(f"preset: {name!r} is unknown; use {names}")
+    chosen = PRESETS[name]
+    if alpha is None:
+        return chosen
+    if isinstance(chosen.merge, str):
+        raise ValueError(f"alpha: preset {name!r} merges by {chosen.merge!r}; leave alpha out")
+    return replace(chosen, merge=check_merge((chosen.merge[0], alpha)))

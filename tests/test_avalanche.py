@@ -1,0 +1,427 @@
+"""Real Avalanche strategies: their plugin and ours, side by side on three tasks of real digits."""
+
+import copy
+import importlib
+import random
+import sys
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("mlxtend", reason="needs mas_ext[demo]")
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of optional parts that are not installed
+    pytest.importorskip("avalanche", reason="needs mas_ext[avalanche]")
+    from avalanche.benchmarks import tensors_benchmark
+    from avalanche.checkpointing import maybe_load_checkpoint, save_checkpoint
+    from avalanche.core import SupervisedPlugin
+    from avalanche.models import IncrementalClassifier, MultiHeadClassifier, MultiTaskModule
+    from avalanche.training.plugins import AGEMPlugin
+    from avalanche.training.plugins import MASPlugin as TheirPlugin
+    from avalanche.training.supervised import Naive
+
+import mas_ext
+from mas_ext.demo.data import load_digits
+from mas_ext.integrations.avalanche import MASPlugin
+from tests.models import assert_same
+from tests.oracle import assert_exact, one_by_one
+
+THEIRS = mas_ext.preset("avalanche").importance
+
+
+def benchmark(task_labels=(0, 0, 0), samples=330, dtype=torch.float32):
+    """Three tasks of digits under fixed permutations of the pixels; the last batch is short."""
+    digits, _ = load_digits("bundled", "")
+    order = torch.randperm(len(digits), generator=torch.Generator().manual_seed(0))[:samples]
+    x, y = digits.images[order].to(dtype), digits.labels[order]
+    pixels = torch.Generator().manual_seed(1)
+    tasks = [(x[:, torch.randperm(x.shape[1], generator=pixels)], y) for _ in range(3)]
+    return tensors_benchmark(train_tensors=tasks, test_tensors=tasks, task_labels=list(task_labels))
+
+
+def split_benchmark(task_labels=(0, 0, 0)):
+    """Three tasks of two digits each, so that heads grow."""
+    digits, _ = load_digits("bundled", "")
+    parts = [digits.of_classes((a, a + 1)) for a in (0, 2, 4)]
+    tasks = [(part.images[::8], part.labels[::8]) for part in parts]
+    return tensors_benchmark(train_tensors=tasks, test_tensors=tasks, task_labels=list(task_labels))
+
+
+def network(dtype=torch.float32):
+    """With what makes training mode differ from evaluation mode."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(784, 32, bias=False),
+        nn.BatchNorm1d(32),
+        nn.ReLU(),
+        nn.Dropout(0.2),
+        nn.Linear(32, 10),
+    ).to(dtype)
+
+
+class Recorder(SupervisedPlugin):
+    """What a run leaves behind: every step's loss, and Ω after every experience."""
+
+    def __init__(self, plugin):
+        super().__init__()
+        self.plugin = plugin
+        self.losses, self.importance = [], []
+
+    def after_training_iteration(self, strategy, **kwargs):
+        self.losses.append(strategy.loss.item())
+
+    def after_training_exp(self, strategy, **kwargs):
+        self.importance.append(omega(self.plugin))
+
+
+def omega(plugin):
+    """Theirs keeps tensors in objects of its own, which have ``data`` too."""
+    return {name: t.data.clone() for name, t in plugin.importance.items()}
+
+
+def naive(model, plugins, lr=0.05):
+    return Naive(
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=lr),
+        criterion=nn.CrossEntropyLoss(),
+        train_mb_size=50,
+        train_epochs=1,
+        plugins=plugins,
+        evaluator=None,
+    )
+
+
+def inputs(experience, dtype=torch.float64):
+    """All of an experience's images."""
+    return torch.stack([sample[0] for sample in experience.dataset]).to(dtype)
+
+
+def run(strategy, experiences):
+    for seed, experience in enumerate(experiences):
+        # Theirs draws random numbers while it measures, ours none.
+        torch.manual_seed(seed)
+        random.seed(seed)
+        strategy.train(experience)
+
+
+def trained(plugin, experiences, model, others=(), first=True, **options):
+    """The recorder of a run of the strategy over the experiences."""
+    recorder = Recorder(plugin)
+    plugins = [plugin, *others] if first else [*others, plugin]
+    run(naive(model, [*plugins, recorder], **options), experiences)
+    return recorder
+
+
+# -- parity ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rtol"), [(torch.float32, 1e-5), (torch.float64, 1e-12)], ids=["float32", "float64"]
+)
+def test_importance_losses_and_weights_are_avalanches(dtype, rtol):
+    torch.set_default_dtype(dtype)  # Avalanche keeps Ω in the default dtype
+    experiences = benchmark(dtype=dtype).train_stream
+    models = network(dtype), network(dtype)
+    plugins = TheirPlugin(20.0, 0.3), MASPlugin(20.0, 0.3, **THEIRS)
+    theirs, ours = (trained(*both) for both in zip(plugins, [experiences] * 2, models, strict=True))
+    for a, b in zip(ours.importance, theirs.importance, strict=True):
+        assert_close(a, b, rtol)
+    assert_close(ours.plugin.params, {n: p.data for n, p in theirs.plugin.params.items()}, rtol)
+    assert ours.losses == pytest.approx(theirs.losses, rel=rtol)
+    assert_close(dict(models[1].named_parameters()), dict(models[0].named_parameters()), rtol)
+
+
+def assert_close(actual, expected, rtol):
+    """Relative to each tensor's largest element: sums of many terms are rounded to that."""
+    assert set(actual) == set(expected)
+    for name, value in expected.items():
+        error = (actual[name] - value).abs().max() / value.abs().max()
+        assert error < rtol, f"{name}: {error}"
+
+
+class Beside(SupervisedPlugin):
+    """Our MAS in a loop of one's own, by the preset, on the very model that theirs holds."""
+
+    def __init__(self, theirs, lambda_reg):
+        super().__init__()
+        self.theirs, self.lambda_reg, self.mas = theirs, lambda_reg, None
+        self.penalties = []
+
+    def before_training_exp(self, strategy, **kwargs):
+        if self.mas is None:
+            self.mas = mas_ext.preset("avalanche", alpha=0.3).mas(strategy.model, self.lambda_reg)
+
+    def before_backward(self, strategy, **kwargs):
+        self.penalties.append((self.mas.penalty().item(), strategy.loss.item()))
+
+    def after_training_exp(self, strategy, **kwargs):
+        x = inputs(strategy.experience, torch.float32)
+        self.mas.consolidate(x.split(strategy.train_mb_size), **THEIRS)
+
+
+class Losses(SupervisedPlugin):
+    """The loss before any penalty."""
+
+    def __init__(self):
+        super().__init__()
+        self.values = []
+
+    def before_backward(self, strategy, **kwargs):
+        self.values.append(strategy.loss.item())
+
+
+def test_the_preset_beside_their_plugin():
+    torch.manual_seed(0)
+    # No dropout, which theirs is measured with other random numbers of.
+    model = nn.Sequential(nn.Linear(784, 32), nn.ReLU(), nn.Linear(32, 10))
+    theirs, before = TheirPlugin(20.0, 0.3), Losses()
+    beside = Beside(theirs, 20.0)
+    run(naive(model, [before, theirs, beside]), benchmark().train_stream)
+    assert_close(beside.mas.importance, omega(theirs), 1e-5)
+    ours, total = zip(*beside.penalties, strict=True)
+    added = [a - b for a, b in zip(total, before.values, strict=True)]
+    assert len(added) == 21
+    assert added == pytest.approx(ours, rel=1e-3, abs=1e-5)
+    assert max(added) > 0.001
+
+
+def test_the_default_is_exact():
+    experiences = benchmark(samples=60).train_stream
+    model = network()
+    plugin = MASPlugin(20.0)
+    expected = None
+    strategy = naive(model, [plugin])
+    for experience in experiences:
+        strategy.train(experience)
+        reference = copy.deepcopy(model).double()
+        new = one_by_one(reference, [inputs(experience)])
+        expected = new if expected is None else {n: (expected[n] + new[n]) / 2 for n in new}
+        assert_exact(plugin.importance, expected, rtol=1e-4)
+
+
+# -- heads -----------------------------------------------------------------------------------------
+
+
+class Growing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Linear(784, 8)
+        self.head = IncrementalClassifier(8, initial_out_features=1, masking=False)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.body(x)))
+
+
+class MultiTask(MultiTaskModule):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Linear(784, 8)
+        self.head = MultiHeadClassifier(8, initial_out_features=1, masking=False)
+
+    def forward(self, x, task_labels):
+        return self.head(torch.tanh(self.body(x)), task_labels)
+
+
+@pytest.mark.parametrize(
+    ("make", "task_labels"), [(Growing, (0, 0, 0)), (MultiTask, (0, 1, 2))], ids=["grow", "multi"]
+)
+def test_heads_that_grow_and_heads_that_join(make, task_labels):
+    experiences = split_benchmark(task_labels).train_stream
+    models = make(), make()
+    plugins = TheirPlugin(20.0), MASPlugin(20.0, **THEIRS)
+    theirs, ours = (trained(*both) for both in zip(plugins, [experiences] * 2, models, strict=True))
+    for a, b in zip(ours.importance, theirs.importance, strict=True):
+        # The heads of later tasks: theirs knows them once they are there, with Ω = 0.
+        assert_close(a, b, 1e-4)
+    assert ours.losses == pytest.approx(theirs.losses, rel=1e-4)
+
+
+def test_exact_importance_of_heads_for_several_tasks():
+    experience = split_benchmark((0, 1, 2)).train_stream[0]
+    model, plugin = MultiTask(), MASPlugin()
+    naive(model, [plugin]).train(experience)
+    x = inputs(experience, torch.float32)
+    batch = (x, torch.zeros(len(x), dtype=torch.int64))
+    new = one_by_one(model, [batch], forward=lambda m, batch: m(*batch))
+    assert_exact(plugin.importance, new, rtol=1e-4)
+
+
+# -- how the penalty is applied --------------------------------------------------------------------
+
+
+class AfterBackward(SupervisedPlugin):
+    """The fused gradient, by hand, for a plugin whose own penalty is switched off."""
+
+    def __init__(self, plugin):
+        super().__init__()
+        self.plugin = plugin
+        plugin.before_backward = lambda strategy, **kwargs: None
+
+    def after_backward(self, strategy, **kwargs):
+        strategy.loss = strategy.loss.detach() + self.plugin.mas.add_penalty_grad_()
+
+
+def test_the_penalty_in_the_loss_is_the_fused_gradient():
+    experiences = benchmark().train_stream
+    models = network(), network()
+    in_loss, fused = MASPlugin(20.0), MASPlugin(20.0)
+    a = trained(in_loss, experiences, models[0])
+    b = trained(fused, experiences, models[1], [AfterBackward(fused)])
+    assert a.losses == pytest.approx(b.losses, rel=1e-5)
+    assert_close(dict(models[0].named_parameters()), dict(models[1].named_parameters()), 1e-5)
+
+
+def test_gradients_that_another_plugin_projects_have_the_penalty_in_either_order():
+    experiences = benchmark().train_stream
+    runs = []
+    for first in (True, False):
+        projecting = AGEMPlugin(patterns_per_experience=20, sample_size=20)
+        runs.append(trained(MASPlugin(20.0), experiences, network(), [projecting], first))
+    assert runs[0].losses == pytest.approx(runs[1].losses, rel=1e-6)
+    alone = trained(MASPlugin(20.0), experiences, network())
+    assert alone.losses != pytest.approx(runs[0].losses, rel=1e-3), "nothing was projected"
+
+
+def test_the_proximal_step_is_taken_after_the_optimizers():
+    experiences = benchmark().train_stream
+    plugin, model = MASPlugin(1e4, mode="proximal"), network()
+    strategy = naive(model, [plugin], lr=0.1)
+    run(strategy, experiences[:1])
+    anchor = {n: p.clone() for n, p in plugin.params.items()}
+    importance = omega(plugin)
+    taken = []
+
+    class Steps(SupervisedPlugin):
+        def before_update(self, strategy, **kwargs):
+            assert strategy.loss == strategy.criterion(), "without the penalty"
+            self.parameters = copy.deepcopy(dict(model.named_parameters()))
+
+        def after_update(self, strategy, **kwargs):
+            for n, p in model.named_parameters():
+                plain = self.parameters[n].detach() - 0.1 * p.grad
+                pull = 0.1 * 2e4 * importance[n]
+                taken.append(((plain + pull * anchor[n]) / (1 + pull), p.detach().clone()))
+
+    strategy.plugins.insert(0, Steps())
+    run(strategy, experiences[1:2])
+    assert len(taken) == 7 * len(anchor)
+    for expected, actual in taken:
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_an_experience_that_is_broken_off_leaves_no_hook():
+    experiences = benchmark().train_stream
+    plugin, model = MASPlugin(mode="proximal"), network()
+    strategy = naive(model, [plugin])
+
+    class Break(SupervisedPlugin):
+        def before_forward(self, strategy, **kwargs):
+            raise KeyboardInterrupt
+
+    strategy.plugins.append(Break())
+    with pytest.raises(KeyboardInterrupt):
+        strategy.train(experiences[0])
+    strategy.plugins.pop()
+    run(strategy, experiences[:2])
+    assert plugin.mas.num_tasks == 2
+
+
+# -- keeping ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["gradient", "proximal"])
+def test_avalanches_checkpoint_continues_to_the_same_bits(tmp_path, mode):
+    experiences = benchmark().train_stream
+    whole, model = MASPlugin(20.0, mode=mode), network()
+    strategy = naive(model, [whole])
+    run(strategy, experiences[:2])
+    # Without the optimizer: dill cannot pickle one under every torch and typing_extensions.
+    save_checkpoint(strategy, tmp_path / "strategy", exclude=["optimizer"])
+    fresh, seen = maybe_load_checkpoint(naive(network(), [MASPlugin()]), tmp_path / "strategy")
+    fresh.optimizer = torch.optim.SGD(fresh.model.parameters(), lr=0.05)
+    fresh.optimized_param_id = None
+    assert seen == 2
+    (resumed,) = (p for p in fresh.plugins if isinstance(p, MASPlugin))
+    for one in (strategy, fresh):
+        run(one, experiences[2:])
+    assert_same(omega(resumed), omega(whole), 0, 0)
+    assert_same(dict(fresh.model.named_parameters()), dict(model.named_parameters()), 0, 0)
+
+
+def test_a_model_that_is_wrapped_anew_is_followed():
+    experiences = benchmark().train_stream
+    plugin, model = MASPlugin(20.0), network()
+    strategy = naive(model, [plugin])
+    run(strategy, experiences[:1])
+    before = omega(plugin)
+    strategy.model = copy.deepcopy(model)
+    plugin.mas.lambda_reg = 3.0
+    plugin.before_training_exp(strategy)
+    assert_same(omega(plugin), before, 0, 0)
+    assert plugin.mas.lambda_reg == 3.0
+    with torch.no_grad():
+        strategy.model[4].bias.add_(1)
+    assert plugin.mas.penalty().item() == pytest.approx(1.5 * before["4.bias"].sum().item())
+
+
+def test_measuring_disturbs_nothing():
+    model, plugin = network(), MASPlugin(**THEIRS)
+    strategy = naive(model, [plugin])
+    strategy.experience = benchmark().train_stream[0]
+    state = copy.deepcopy(model.state_dict())
+    generator = torch.get_rng_state()
+    plugin.after_training_exp(strategy)
+    assert_same(model.state_dict(), state, 0, 0)
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert plugin.mas.num_tasks == 1
+
+
+# -- arguments -------------------------------------------------------------------------------------
+
+
+def test_before_the_first_experience_there_is_nothing():
+    plugin = MASPlugin()
+    assert dict(plugin.importance) == dict(plugin.params) == {}
+    assert plugin.mas is None
+
+
+def test_without_avalanche_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "avalanche.core", None)
+    monkeypatch.delitem(sys.modules, "mas_ext.integrations.avalanche")
+    with pytest.raises(ImportError, match=r"needs avalanche-lib .*pip install 'mas_ext\[avalanche"):
+        importlib.import_module("mas_ext.integrations.avalanche")
+
+
+def test_further_options_reach_mas(capsys):
+    experiences = benchmark(samples=60).train_stream
+    plugin = MASPlugin(
+        0.5, verbose=True, merge="max", params=["4.*"], estimator="batch", max_samples=20
+    )
+    strategy = naive(network(), [plugin])
+    strategy.train(experiences[0])
+    assert repr(plugin.mas).startswith("MAS(lambda_reg=1, merge='max'")
+    assert set(plugin.importance) == {"4.weight", "4.bias"}
+    assert "20 samples" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lambda_reg": -1}, "lambda_reg is -1"),
+        ({"alpha": 1.5}, r"alpha .* is 1.5; it must be in \[0, 1\)"),
+        ({"merge": "median"}, "merge: 'median' is unknown"),
+        ({"mode": "both"}, "mode: 'both' is unknown"),
+        ({"estimator": "exact"}, "estimator: 'exact' is unknown"),
+        ({"training": True}, "training: .*estimator='batch'"),
+        ({"weighting": "batches"}, "weighting: .*estimator='batch'"),
+    ],
+    ids=str,
+)
+def test_bad_arguments(options, message):
+    with pytest.raises(ValueError, match=message):
+        MASPlugin(**options)
