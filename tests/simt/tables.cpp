@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "csrc/cuda/abs_matmul.cuh"
 #include "harness/lists.h"
 #include "harness/program.h"
 
@@ -147,6 +148,43 @@ void test_finish(Program& program) {
   }
 }
 
+// ================================================================================================
+// Samples dealt out over blocks
+// ================================================================================================
+// Parts hold every slot once, in order, and are cut between samples unless magnitudes are summed.
+void check_parts(Program& program, const mas_ext::AbsMatmul& call, int step) {
+  const int64_t per_sample = (call.positions + step - 1) / step * step;
+  const int count = mas_ext::cuda::parts_of(call);
+  const int64_t unit = call.absolute ? step : per_sample;
+  int64_t next = 0;
+  for (int part = 0; part < count; ++part) {
+    const mas_ext::cuda::Slots slots(call, per_sample, step, count, part);
+    if (slots.first < slots.last) {
+      program.expect(slots.first == next && slots.first % unit == 0, "part %d", part);
+      next = slots.last;
+    }
+  }
+  program.expect(next == call.samples * per_sample, "slots are missing");
+  program.expect(count == 1 || (count * mas_ext::cuda::tiles_of(call) <= 512 &&
+                                count * 128 <= call.samples * call.positions),
+                 "%d parts", count);
+}
+
+void test_parts(Program& program) {
+  for (int i = 0; i < 100; ++i) {
+    program.test("parts/random " + std::to_string(i), [&](uint64_t seed) {
+      Random random(seed);
+      mas_ext::AbsMatmul call{};
+      call.absolute = random.below(2) == 0;
+      call.samples = call.absolute ? 1 : 1 + random.below(2000);
+      call.positions = 1 + random.below(int64_t{1} << random.below(18));
+      call.rows = 1 + random.below(int64_t{1} << random.below(12));
+      call.columns = 1 + random.below(int64_t{1} << random.below(12));
+      check_parts(program, call, random.below(2) == 0 ? 1 : 16);
+    });
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -155,5 +193,6 @@ int main(int argc, char** argv) {
   test_tables<3>(program);
   test_tables<4>(program);
   test_finish(program);
+  test_parts(program);
   return program.finish();
 }

@@ -1,12 +1,14 @@
 // Lists of tensors as the operators get them, and running an operation on one.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <cstring>
 #include <string>
 #include <vector>
 
+#include "blocks.h"
 #include "csrc/cuda/multi_tensor.cuh"
 #include "memory.h"
 #include "numbers.h"
@@ -140,16 +142,6 @@ auto entries_of(const List& list) {
     }
   }
   return entries;
-}
-
-enum class Blocks { kAscending, kDescending, kShuffled };
-
-inline std::vector<unsigned> order_of(Blocks blocks, unsigned count) {
-  std::vector<unsigned> order(count);
-  for (unsigned b = 0; b < count; ++b) {
-    order[b] = blocks == Blocks::kDescending ? count - 1 - b : b;
-  }
-  return blocks == Blocks::kShuffled ? Random(count).shuffled(count) : order;
 }
 
 // As csrc/cuda/launch.cuh: a launch a table, the partial sums of one behind those of the other. A

@@ -5,7 +5,10 @@
 #include <algorithm>
 #include <cinttypes>
 #include <cmath>
+#include <functional>
+#include <utility>
 
+#include "blocks.h"
 #include "csrc/cuda/abs_matmul.cuh"
 #include "program.h"
 #include "shim/grid.h"
@@ -16,7 +19,9 @@ namespace harness {
 using mas_ext::AbsMatmul;
 using mas_ext::Factor;
 using mas_ext::ScalarType;
+using mas_ext::cuda::kThreads;
 using mas_ext::cuda::kTile;
+using mas_ext::cuda::tiles_of;
 
 struct Size {
   int64_t samples, positions, rows, columns;
@@ -85,50 +90,107 @@ struct Problem {
 // ================================================================================================
 // Running it
 // ================================================================================================
-inline int64_t tiles(int64_t n) { return (n + kTile - 1) / kTile; }
+// The operator as csrc/cuda/abs_matmul.cu launches it. A block may touch the elements it owns of
+// what is written, and no other.
+template <class T, class Memory>
+class Launches {
+  using A = accumulate_t<T>;
 
-// What the block of a tile may write: its tile.
-template <class A, class Memory>
-void open_tile(const Strided<A, Memory>& omega, const AbsMatmul& call, unsigned block) {
-  const int64_t first_row = block / tiles(call.columns) * kTile;
-  const int64_t first_column = block % tiles(call.columns) * kTile;
-  omega.memory().close();
-  for (int64_t r = first_row; r < std::min(first_row + kTile, call.rows); ++r) {
-    for (int64_t c = first_column; c < std::min(first_column + kTile, call.columns); ++c) {
-      omega.memory().open(
-          sizeof(A) * static_cast<size_t>(r * call.row_stride + c * call.column_stride), sizeof(A));
+ public:
+  Launches(const Problem<T, Memory>& problem, double scale, Blocks order = Blocks::kAscending)
+      : omega_(problem.omega.memory()), call_(problem.call(scale)), order_(order) {}
+
+  int64_t blocks() const {
+    return call_.is_empty() ? 0 : tiles_of(call_) * mas_ext::cuda::parts_of(call_);
+  }
+
+  void run() const {
+    if (call_.is_empty()) {
+      return;
+    }
+    const int count = mas_ext::cuda::parts_of(call_);
+    if (count == 1) {
+      run_tiles({1, nullptr}, [&](unsigned b) { open_tile(omega_, b); });
+    } else {
+      const Buffer sums(sizeof(A) * static_cast<size_t>(count * elements()), 0);
+      const mas_ext::cuda::Parts parts{count, sums.as<void>()};
+      omega_.close();
+      run_tiles(parts, [&](unsigned b) { open_tile(sums, b); });
+      sums.open();
+      add(parts);
+    }
+    omega_.open();
+  }
+
+ private:
+  using Open = std::function<void(unsigned block)>;
+
+  void run_tiles(const mas_ext::cuda::Parts& parts, const Open& open) const {
+    simt::run(grid(blocks(), open), mas_ext::cuda::TileFor<T>::kThreads,
+              [&] { mas_ext::cuda::abs_matmul_kernel<T>(call_, parts); });
+  }
+
+  void add(const mas_ext::cuda::Parts& parts) const {
+    const auto open = [&](unsigned b) {
+      omega_.close();
+      const int64_t first = int64_t{b} * kThreads;
+      for (int64_t i = first; i < std::min(first + kThreads, elements()); ++i) {
+        open_element(omega_, i / call_.columns, i % call_.columns);
+      }
+    };
+    simt::run(grid((elements() + kThreads - 1) / kThreads, open), kThreads,
+              [&] { mas_ext::cuda::add_parts<A>(call_, parts); });
+  }
+
+  simt::Launch grid(int64_t blocks, const Open& open) const {
+    const auto count = static_cast<unsigned>(blocks);
+    return {count, order_of(order_, count), open};
+  }
+
+  // Of Ω, or of the sums of the block's part.
+  template <class Written>
+  void open_tile(const Written& written, unsigned block) const {
+    const int64_t part = block / tiles_of(call_), tile = block % tiles_of(call_);
+    const int64_t first_row = tile / tiles_of(call_.columns) * kTile;
+    const int64_t first_column = tile % tiles_of(call_.columns) * kTile;
+    written.close();
+    for (int64_t r = first_row; r < std::min(first_row + kTile, call_.rows); ++r) {
+      for (int64_t c = first_column; c < std::min(first_column + kTile, call_.columns); ++c) {
+        if (&written == static_cast<const void*>(&omega_)) {
+          open_element(omega_, r, c);
+        } else {
+          open_place(written, part * elements() + r * call_.columns + c);
+        }
+      }
     }
   }
-}
 
-// As csrc/cuda/abs_matmul.cu.
-template <class T, class Memory>
-void launch(const Problem<T, Memory>& problem, double scale, bool descending) {
-  const AbsMatmul call = problem.call(scale);
-  if (call.is_empty()) {
-    return;
+  void open_element(const Memory& omega, int64_t row, int64_t column) const {
+    open_place(omega, row * call_.row_stride + column * call_.column_stride);
   }
-  const auto blocks = static_cast<unsigned>(tiles(call.rows) * tiles(call.columns));
-  simt::Launch grid{blocks, {}, [&](unsigned b) { open_tile(problem.omega, call, b); }};
-  for (unsigned b = 0; b < blocks; ++b) {
-    grid.blocks.push_back(descending ? blocks - 1 - b : b);
+  template <class Written>
+  static void open_place(const Written& written, int64_t place) {
+    written.open(sizeof(A) * static_cast<size_t>(place), sizeof(A));
   }
-  simt::run(grid, mas_ext::cuda::TileFor<T>::kThreads,
-            [&] { mas_ext::cuda::abs_matmul_kernel<T>(call); });
-  problem.omega.memory().open();
-}
+
+  int64_t elements() const { return call_.rows * call_.columns; }
+
+  const Memory& omega_;
+  const AbsMatmul call_;
+  const Blocks order_;
+};
 
 inline const Layout kRowMajor{"row major", {1, 0}}, kContiguous{"contiguous", {2, 1, 0}};
 
 // On a device nothing is known of shared memory when a block begins. Here it is NaN.
 template <class T>
 void soil_shared_memory() {
-  const MatmulCase c{{2, mas_ext::cuda::kSlots, kTile, kTile},
+  const MatmulCase c{{1, mas_ext::cuda::kSlots, kTile, kTile},
                      {"", kRowMajor, kContiguous, kContiguous}};
   Problem<T> problem(c);
   problem.left.each([&](auto... i) { problem.left.at(i...) = static_cast<T>(NAN); });
   problem.right.each([&](auto... i) { problem.right.at(i...) = static_cast<T>(NAN); });
-  launch(problem, 1.0, false);
+  Launches(problem, 1.0).run();
 }
 
 // ================================================================================================

@@ -18,6 +18,20 @@ namespace harness {
 
 constexpr unsigned kSecondsPerCase = 60;
 
+// Ends the program when its time is up, whatever the kernels' threads are doing.
+class TimeLimit {
+ public:
+  explicit TimeLimit(unsigned seconds) {
+    signal(SIGALRM, [](int) {
+      constexpr char message[] = "simt: the case took too long\n";
+      [[maybe_unused]] const auto written = write(STDERR_FILENO, message, sizeof message - 1);
+      _exit(4);
+    });
+    alarm(seconds);
+  }
+  ~TimeLimit() { alarm(0); }
+};
+
 // A number from a name, so that a case has its data whichever other cases run.
 inline uint64_t seed_of(const std::string& name) {
   uint64_t hash = 14695981039346656037u;
@@ -33,23 +47,20 @@ class Program {
     for (int i = 1; i < argc; ++i) {
       if (std::strcmp(argv[i], "--list") == 0) {
         list_ = true;
+      } else if (std::strcmp(argv[i], "--fail-fast") == 0) {
+        fail_fast_ = true;
       } else if (std::strcmp(argv[i], "--shard") == 0 && i + 1 < argc) {
         std::sscanf(argv[++i], "%u/%u", &shard_, &shards_);
       } else {
-        filter_ = argv[i];
+        prefix_ = argv[i];
       }
     }
-    signal(SIGALRM, [](int) {
-      constexpr char message[] = "simt: the case took too long\n";
-      [[maybe_unused]] const auto written = write(STDERR_FILENO, message, sizeof message - 1);
-      _exit(4);
-    });
   }
 
   // Runs body(seed) if the case is asked for.
   template <class Body>
   void test(const std::string& name, Body body) {
-    if (name.find(filter_) == std::string::npos || matching_++ % shards_ != shard_) {
+    if (!name.starts_with(prefix_) || matching_++ % shards_ != shard_) {
       return;
     }
     name_ = name, failed_ = false;
@@ -58,10 +69,13 @@ class Program {
       std::printf("%s\n", name.c_str());
       return;
     }
-    alarm(kSecondsPerCase);
+    const TimeLimit limit(kSecondsPerCase);
     body(seed_of(name));
-    alarm(0);
     failures_ += failed_;
+    if (failed_ && fail_fast_) {
+      std::fflush(nullptr);
+      _exit(1);
+    }
   }
 
   // The first thing wrong in a case is printed.
@@ -87,9 +101,9 @@ class Program {
   }
 
  private:
-  std::string filter_, name_;
+  std::string prefix_, name_;
   unsigned shard_ = 0, shards_ = 1, matching_ = 0, cases_ = 0, failures_ = 0;
-  bool list_ = false, failed_ = false;
+  bool list_ = false, fail_fast_ = false, failed_ = false;
 };
 
 }  // namespace harness

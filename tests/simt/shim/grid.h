@@ -7,6 +7,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <numeric>
 #include <thread>
 #include <vector>
 
@@ -66,6 +67,12 @@ struct Launch {
   std::vector<unsigned> blocks;
   std::function<void(unsigned)> before = [](unsigned) {};
 };
+
+inline std::vector<unsigned> ascending(unsigned blocks) {
+  std::vector<unsigned> order(blocks);
+  std::iota(order.begin(), order.end(), 0u);
+  return order;
+}
 
 // The host threads of blocks of one size. They stay, as making them costs more than a launch.
 class Team {

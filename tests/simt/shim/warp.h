@@ -20,13 +20,14 @@ SIMT_UNSEEN T exchange(uint32_t mask, T value, int from, const Place& place) {
   const int lane = self.thread % kWarpSize;
   Letter letter{0, 0, from};
   std::memcpy(&letter.sent, &value, sizeof(T));
-  if ((mask >> from & 1u) == 0) {
-    fail("thread %d reads by %s (%s:%u) from lane %d, which mask 0x%x leaves out", self.thread,
-         place.operation, place.file, place.line, from, mask);
-  }
-  const auto deliver = [](void** letters) SIMT_UNSEEN {
+  const auto deliver = [&](void** letters) SIMT_UNSEEN {
     for (int l = 0; l < kWarpSize; ++l) {
-      if (auto* mine = static_cast<Letter*>(letters[l])) {
+      auto* mine = static_cast<Letter*>(letters[l]);
+      if (mine != nullptr && letters[mine->from] == nullptr) {
+        fail("lane %d reads by %s (%s:%u) from lane %d, which mask 0x%x leaves out", l,
+             place.operation, place.file, place.line, mine->from, mask);
+      }
+      if (mine != nullptr) {
         mine->received = static_cast<Letter*>(letters[mine->from])->sent;
       }
     }

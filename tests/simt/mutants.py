@@ -1,0 +1,427 @@
+"""Bugs that somebody could write into the kernels: what mutate.py plants, one at a time.
+
+THE place to add one: a name, a file under csrc/, text that occurs there once, what takes its place,
+and the runs (of test_simt.py) that should notice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
+
+Runs = tuple[tuple[str, str, str], ...]  # program, sanitizer, prefix of its cases
+
+TABLES: Runs = (("tables", "address", ""),)
+VAST: Runs = (("vast", "address", ""),)
+VAST_MATMUL: Runs = (("vast", "address", "vast/abs_matmul"),)
+LISTS: Runs = (("multi_tensor", "address", ""),)
+IMPORTANCE: Runs = (("multi_tensor", "address", "accumulate_importance/"),)
+ADD: Runs = (("multi_tensor", "address", "add_penalty_gradient/"),)
+PROXIMAL: Runs = (("multi_tensor", "address", "proximal_step/"),)
+SUMS: Runs = (("tables", "address", "finish/"),)
+SUM_RACES: Runs = (("tables", "thread", "finish/"),)
+LIST_RACES: Runs = (("multi_tensor", "thread", "penalty/"),)
+MATMUL: Runs = (("abs_matmul", "address", ""),)
+TENSOR_CORES: Runs = (("abs_matmul", "address", "abs_matmul/bfloat16"),)
+MATMUL_RACES: Runs = (("abs_matmul", "thread", ""),)
+
+
+@dataclass(frozen=True)
+class Mutant:
+    name: str
+    file: str
+    old: str
+    new: str
+    runs: Runs
+
+    def original(self) -> str:
+        return (CSRC / self.file).read_text()
+
+    def apply(self, text: str) -> str:
+        if text.count(self.old) != 1:
+            raise ValueError(
+                f"the mutant {self.name!r} is stale: its text occurs {text.count(self.old)} times "
+                f"in csrc/{self.file}"
+            )
+        return text.replace(self.old, self.new)
+
+
+def _in(file: str, *mutants: tuple[str, str, str, Runs]) -> list[Mutant]:
+    return [Mutant(name, file, old, new, runs) for name, old, new, runs in mutants]
+
+
+MUTANTS = [
+    *_in(
+        "cuda/table.cuh",
+        ("chunks rounded down", "(numel + kChunk - 1) / kChunk", "numel / kChunk", TABLES),
+        (
+            "first chunk off by one",
+            "table.first_chunk[table.tensors++] = static_cast<int>(chunks);",
+            "table.first_chunk[table.tensors++] = static_cast<int>(chunks) + 1;",
+            TABLES,
+        ),
+        (
+            "numel of the tensor before",
+            "table.numel[table.tensors] = entry.numel;",
+            "table.numel[table.tensors] = entries[next > 0 ? next - 1 : 0].numel;",
+            TABLES,
+        ),
+        ("one pointer for all streams", "= entry.data[s];", "= entry.data[0];", TABLES),
+        ("dtypes mixed", "if (entry.dtype != dtype) {", "if (false) {", TABLES),
+        ("a block more than a grid has", "> INT_MAX) {", "> INT_MAX + int64_t{1}) {", TABLES),
+        (
+            "a tensor more than a table holds",
+            "table.tensors < Table<Streams>::kCapacity",
+            "table.tensors <= Table<Streams>::kCapacity",
+            TABLES,
+        ),
+        (
+            "the tensor before the chunk's",
+            "table.first_chunk[middle] <= chunk",
+            "table.first_chunk[middle] < chunk",
+            TABLES,
+        ),
+    ),
+    *_in(
+        "cuda/multi_tensor.cuh",
+        (
+            "32-bit offset, in elements",
+            "static_cast<int64_t>(chunk - table.first_chunk[tensor]) * kChunk",
+            "static_cast<int>((chunk - table.first_chunk[tensor]) * unsigned{kChunk})",
+            VAST,
+        ),
+        ("32-bit offset, in bytes", "begin * width(s)", "static_cast<int>(begin * width(s))", VAST),
+        (
+            "chunk counted from the table's first tensor",
+            "static_cast<int64_t>(chunk - table.first_chunk[tensor])",
+            "static_cast<int64_t>(chunk)",
+            LISTS,
+        ),
+        (
+            "every chunk is whole",
+            "static_cast<int>(left < kChunk ? left : kChunk)",
+            "static_cast<int>(left < 0 ? left : kChunk)",
+            LISTS,
+        ),
+        (
+            "omega as wide as values",
+            "static_cast<int>(stream == Op::kOmega ? sizeof(A) : sizeof(T))",
+            "static_cast<int>(stream == Op::kOmega ? sizeof(T) : sizeof(T))",
+            LISTS,
+        ),
+        (
+            "head counted twice",
+            "walk<kVector>(op, head, tail)",
+            "walk<kVector>(op, 0, tail)",
+            LISTS,
+        ),
+        ("head dropped", "return walk<1>(op, 0, head) + ", "return ", LISTS),
+        ("tail dropped", " + walk<1>(op, tail, size_);", ";", LISTS),
+        (
+            "alignment of the first stream alone",
+            "aligned &= (reinterpret_cast",
+            "aligned &= s > 0 || (reinterpret_cast",
+            LISTS,
+        ),
+        (
+            "head longer than the chunk",
+            "bool aligned = head <= size_;",
+            "bool aligned = true;",
+            LISTS,
+        ),
+        (
+            "second load without a bound",
+            "if (first + u * kStride < end) {\n          elements[u].load",
+            "{\n          elements[u].load",
+            LISTS,
+        ),
+        (
+            "second load's bound one too far",
+            "if (first + u * kStride < end) {\n          elements[u].load",
+            "if (first + u * kStride <= end) {\n          elements[u].load",
+            LISTS,
+        ),
+        (
+            "second store without a bound",
+            "if (first + u * kStride < end) {\n          sum += elements[u].compute(op);\n",
+            "{\n          sum += elements[u].compute(op);\n",
+            LISTS,
+        ),
+        (
+            "rounds overlap",
+            "first += kUnroll * kStride) {",
+            "first += kStride) {",
+            LISTS,
+        ),
+        (
+            "threads overlap",
+            "constexpr int kStride = kThreads * N;",
+            "constexpr int kStride = kThreads / 2 * N;",
+            LISTS,
+        ),
+        (
+            "stored before computed",
+            "sum += elements[u].compute(op);\n"
+            "          elements[u].store(streams_, first + u * kStride);",
+            "elements[u].store(streams_, first + u * kStride);\n"
+            "          sum += elements[u].compute(op);",
+            LISTS,
+        ),
+        (
+            "all blocks in one partial sum",
+            "partial_sums[blockIdx.x] = total;",
+            "partial_sums[0] = total;",
+            LISTS,
+        ),
+        (
+            "every thread writes the sum",
+            "if (threadIdx.x == 0) {\n      partial_sums",
+            "{\n      partial_sums",
+            LIST_RACES,
+        ),
+    ),
+    *_in(
+        "cuda/pack.cuh",
+        ("first of a pair clears the second", "(word & 0xffff0000u) | bits", "bits", ADD),
+        ("pairs swapped", ">> (16 * (i % 2))", ">> (16 - 16 * (i % 2))", ADD),
+    ),
+    *_in(
+        "formulas.h",
+        ("no magnitude", "return scale * magnitude(grad);", "return scale * grad;", IMPORTANCE),
+        (
+            "scale applied twice",
+            "return scale * magnitude(grad);",
+            "return scale * scale * magnitude(grad);",
+            IMPORTANCE,
+        ),
+        ("sign", "param - delta * (c", "param + delta * (c", PROXIMAL),
+        ("not a square", "return omega * delta * delta;", "return omega * delta;", ADD),
+        (
+            "infinite strength",
+            "scalar > static_cast<double>(largest) ? largest : static_cast<A>(scalar)",
+            "scalar < 0 ? largest : static_cast<A>(scalar)",
+            PROXIMAL,
+        ),
+        (
+            "infinity over infinity",
+            "product > largest ? largest : product",
+            "product < 0 ? largest : product",
+            PROXIMAL,
+        ),
+        ("no importance, no bits kept", "omega == A(0) ? param : moved", "moved", PROXIMAL),
+    ),
+    *_in(
+        "cuda/operations.cuh",
+        (
+            "strength squared",
+            "lambda.load() * lr.load()",
+            "lambda.load() * lr.load() * lambda.load()",
+            PROXIMAL,
+        ),
+        ("no gradient scale", "lambda.load() * grad_scale.load()", "lambda.load()", ADD),
+        ("replaces where it should add", "Add ? element[0] + gradient : gradient", "gradient", ADD),
+        ("adds to what is not read", "Add ? 0b1111 : 0b1110", "Add ? 0b1110 : 0b1110", ADD),
+        (
+            "energy of the old parameter",
+            "penalty_energy(element[0] - anchor, omega)",
+            "penalty_energy(param - anchor, omega)",
+            PROXIMAL,
+        ),
+        (
+            "energy before rounding",
+            "const T moved = static_cast<T>(",
+            "const A moved = static_cast<A>(",
+            PROXIMAL,
+        ),
+    ),
+    *_in(
+        "cuda/scalar.cuh",
+        ("strength of another width", "return is_double ? *", "return !is_double ? *", SUMS),
+    ),
+    *_in(
+        "cuda/reduce.cuh",
+        ("no barrier before the warps' sums", "  __syncthreads();\n", "", SUM_RACES),
+        ("half of a warp", "offset = kWarp / 2;", "offset = kWarp / 4;", SUMS),
+        ("mask of half a warp", "0xffffffffu", "0xffffu", SUMS),
+        ("last warp forgotten", "w < kWarps;", "w < kWarps - 1;", SUMS),
+        ("warps' sums in float", "__shared__ double warp_sums", "__shared__ float warp_sums", SUMS),
+        (
+            "barrier for one warp",
+            "  __syncthreads();\n",
+            "  if (warp == 0) __syncthreads();\n",
+            SUMS,
+        ),
+        ("without the half", "0.5 * lambda.load()", "lambda.load()", SUMS),
+        ("first sum forgotten", "int64_t i = threadIdx.x;", "int64_t i = threadIdx.x + 1;", SUMS),
+        ("a sum too many", "i < count; i += kThreads", "i <= count; i += kThreads", SUMS),
+    ),
+    *_in(
+        "abs_matmul.h",
+        (
+            "samples summed with their sign",
+            "call.absolute = true;",
+            "call.absolute = false;",
+            MATMUL,
+        ),
+        ("turned, but for the factors", "std::swap(call.left, call.right);", "", MATMUL),
+    ),
+    *_in(
+        "cuda/stage.cuh",
+        ("right where left is", "offset(call.right);", "offset(call.left);", MATMUL),
+        (
+            "32-bit offset of a sample",
+            "sample * factor.sample_stride + position",
+            "static_cast<int>(sample * factor.sample_stride) + position",
+            VAST_MATMUL,
+        ),
+        (
+            "32-bit offset of a row",
+            "offsets[slot] + (first_row + row) * factor.row_stride",
+            "offsets[slot] + static_cast<int>((first_row + row) * factor.row_stride)",
+            VAST_MATMUL,
+        ),
+        (
+            "row stride left out",
+            "(first_row + row) * factor.row_stride]",
+            "first_row + row]",
+            MATMUL,
+        ),
+        (
+            "positions of the next sample",
+            "sample < call.samples && position < call.positions",
+            "sample < call.samples",
+            TENSOR_CORES,
+        ),
+        (
+            "slots beyond a sample stay as they were",
+            "tile[slot][row] = absolute ? magnitude(value) : value;",
+            "if (offsets[slot] != kNone) tile[slot][row] = absolute ? magnitude(value) : value;",
+            TENSOR_CORES,
+        ),
+        (
+            "vectors of unaligned memory",
+            "reinterpret_cast<uintptr_t>(factor.data) % kVectorBytes == 0 &&",
+            "",
+            MATMUL,
+        ),
+        (
+            "vectors of unaligned positions",
+            "(factor.sample_stride | factor.position_stride | rows)",
+            "(factor.sample_stride | rows)",
+            MATMUL,
+        ),
+        (
+            "vectors of unaligned samples",
+            "(factor.sample_stride | factor.position_stride | rows)",
+            "(factor.position_stride | rows)",
+            MATMUL,
+        ),
+        (
+            "vectors across the last row",
+            "(factor.sample_stride | factor.position_stride | rows)",
+            "(factor.sample_stride | factor.position_stride)",
+            MATMUL,
+        ),
+        (
+            "magnitude of every second value",
+            "for (int v = 0; v < kVector; ++v) {",
+            "for (int v = 0; v < kVector; v += 2) {",
+            MATMUL,
+        ),
+    ),
+    *_in(
+        "cuda/abs_matmul.cuh",
+        (
+            "no barrier before staging",
+            "__syncthreads();  // also: every thread is done with the slots before",
+            "",
+            MATMUL_RACES,
+        ),
+        (
+            "no barrier after staging",
+            "    __syncthreads();\n#pragma unroll 1",
+            "#pragma unroll 1",
+            MATMUL_RACES,
+        ),
+        (
+            "no barrier before the sums",
+            "__syncthreads();  // the sums take the stage's place",
+            "",
+            MATMUL_RACES,
+        ),
+        (
+            "no barrier after the sums",
+            "tile.store(shared.sums);\n  __syncthreads();",
+            "tile.store(shared.sums);",
+            MATMUL_RACES,
+        ),
+        (
+            "samples share a multiplication",
+            "(call.positions + kStep - 1) / kStep * kStep",
+            "call.positions",
+            TENSOR_CORES,
+        ),
+        ("a sample never ends twice", "        multiplied = 0;\n", "", MATMUL),
+        (
+            "the rest of a part is lost",
+            "if (multiplied > 0) {",
+            "if (false) {",
+            MATMUL,
+        ),
+        (
+            "parts cut within a sample",
+            "call.absolute ? step : per_sample;",
+            "true ? step : per_sample;",
+            MATMUL,
+        ),
+        ("parts rounded down", "(all / unit + parts - 1) / parts", "(all / unit) / parts", MATMUL),
+        (
+            "the last part goes on",
+            "first + size < all ? first + size : all;",
+            "first + size;",
+            MATMUL,
+        ),
+        ("slots of the next part", "first + slot < slots.last;", "true;", MATMUL),
+        ("all parts in one place", "(part * call.rows + row)", "(0 * call.rows + row)", MATMUL),
+        ("every part adds to omega", "if (parts.count == 1) {", "if (parts.count >= 1) {", MATMUL),
+        ("a part too few", "part < parts.count; ++part", "part < parts.count - 1; ++part", MATMUL),
+        ("an element too many", "if (i < size) {", "if (i <= size) {", MATMUL),
+        ("row guard one too far", "row < call.rows &&", "row <= call.rows &&", MATMUL),
+        ("column guard one too far", "column < call.columns)", "column <= call.columns)", MATMUL),
+        (
+            "columns of another tile",
+            "at / tiles_of(call.columns) * kTile",
+            "at / tiles_of(call.rows) * kTile",
+            MATMUL,
+        ),
+    ),
+    *_in(
+        "cuda/fma_tile.cuh",
+        ("product not reset", "product_[r][c] = A(0);", "", MATMUL),
+        ("sum of products with their sign", "+= magnitude(product_", "+= (product_", MATMUL),
+    ),
+    *_in(
+        "cuda/tensor_core_tile.cuh",
+        (
+            "fragment not reset",
+            "        }\n        wmma::fill_fragment(product_[r][c], 0.0f);",
+            "        }",
+            TENSOR_CORES,
+        ),
+        ("fragment with its sign", "+= magnitude(product_", "+= (product_", TENSOR_CORES),
+        (
+            "left not transposed",
+            "Element, wmma::col_major>",
+            "Element, wmma::row_major>",
+            TENSOR_CORES,
+        ),
+        (
+            "two warps, one quarter",
+            "/ 32 / kAcross * kWarpTile",
+            "/ 32 % kAcross * kWarpTile",
+            TENSOR_CORES,
+        ),
+    ),
+]
