@@ -25,11 +25,11 @@ class alignas(N * sizeof(T) < kVectorBytes ? N * sizeof(T) : kVectorBytes) Pack 
     }
   }
 
-  // In the order of i: the first of a pair clears the second.
+  // The other of a pair stays: where results replace values, it is read after this.
   __device__ void set(int i, T value) {
     if constexpr (kPairs) {
-      const uint32_t bits = value.x;
-      words_[i / 2] = i % 2 == 0 ? bits : words_[i / 2] | bits << 16;
+      const uint32_t bits = value.x, word = words_[i / 2];
+      words_[i / 2] = i % 2 == 0 ? (word & 0xffff0000u) | bits : (word & 0xffffu) | bits << 16;
     } else {
       words_[i] = value;
     }
