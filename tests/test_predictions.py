@@ -59,6 +59,8 @@ def _constants() -> dict[str, int]:
         ("kRows", abs_matmul.FMA_ROWS),
         ("kSide", abs_matmul.FRAGMENT),
         ("kFragments", abs_matmul.FRAGMENTS),
+        ("kBlocks", abs_matmul.BLOCKS),
+        ("kLeastPairs", abs_matmul.LEAST_PAIRS),
     ],
 )
 def test_constants_are_those_of_the_kernels(constant, value):
@@ -293,17 +295,38 @@ def test_positions_are_padded_on_tensor_cores_only():
     )
 
 
-def test_a_weight_of_few_tiles_leaves_most_of_the_device_idle():
+def test_one_sample_of_few_tiles_leaves_most_of_the_device_idle():
     one, many = (
-        abs_matmul.our_roofs("float32", Problem(32, 256, p, 64), H100)["multiply-adds"]
+        abs_matmul.our_roofs("float32", Problem(1, 256, p, 64), H100)["multiply-adds"]
         for p in (64, 64 * H100.sms)
     )
     assert one == many
 
 
+def test_few_tiles_deal_out_their_samples():
+    one, many = (Problem(samples, 256, 64, 64) for samples in (1, 32))
+    assert (one.parts, many.parts) == (1, 32)
+    roofs = [abs_matmul.our_roofs("float32", problem, H100) for problem in (one, many)]
+    assert roofs[0]["multiply-adds"] == roofs[1]["multiply-adds"]
+    assert roofs[0]["memory"] < roofs[1]["memory"]
+
+
+@pytest.mark.parametrize(
+    ("problem", "parts"),
+    [
+        (Problem(1000, 1, 64, 64), 7),  # by what a part is worth
+        (Problem(3, 1000, 64, 64), 3),  # by the samples
+        (Problem(1000, 1000, 64, 64 * 100), 5),  # by the blocks
+        (Problem(1000, 1000, 64 * 23, 64 * 23), 1),
+    ],
+)
+def test_parts_are_what_the_problem_allows(problem, parts):
+    assert problem.parts == parts
+
+
 def test_one_tile_of_float32_an_sm_keeps_half_of_its_schedulers_busy():
     one, two = (
-        abs_matmul.our_roofs("float32", Problem(32, 256, 64, 64 * n * H100.sms), H100)
+        abs_matmul.our_roofs("float32", Problem(1, 256, 64, 64 * n * H100.sms), H100)
         for n in (1, 2)
     )
     assert one["multiply-adds"] == two["multiply-adds"]

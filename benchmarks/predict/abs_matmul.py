@@ -18,6 +18,7 @@ from benchmarks.predict.traffic import ITEMSIZE, omega_itemsize
 TILE = 64  # rows and columns of Ω a block
 FMA_ROWS = 8  # of the tile, a thread's; as many columns in float32, half of them in float64
 FRAGMENT, FRAGMENTS = 16, 2  # of the tensor cores; rows and columns of them a warp
+BLOCKS, LEAST_PAIRS = 512, 128  # samples are dealt out over as many blocks, if each has that much
 WARP = 32
 # Instructions, guessed from the source: what a thread issues for a slot (a step of 16 slots on
 # tensor cores) beside its multiplications, and for an element of Ω at the end of a sample.
@@ -50,6 +51,23 @@ class Problem:
     @property
     def tiles(self) -> int:
         return -(-self.p // TILE) * -(-self.d // TILE)
+
+    def as_magnitudes(self) -> Problem:
+        """With one position |l·r| = |l|·|r|: one sample, whose positions the samples are."""
+        return self if self.positions > 1 else Problem(1, self.samples, self.p, self.d)
+
+    @property
+    def parts(self) -> int:
+        """Blocks a tile, each with some of the samples."""
+        divisible = self.samples if self.positions > 1 else self.samples * self.positions
+        pairs = self.samples * self.positions
+        return max(1, min(BLOCKS // self.tiles, pairs // LEAST_PAIRS, divisible))
+
+    def part(self) -> Problem:
+        """What one block sums, the largest of them."""
+        if self.positions == 1:
+            return replace(self, samples=-(-self.samples // self.parts)).as_magnitudes()
+        return replace(self, samples=-(-self.samples // self.parts))
 
 
 @dataclass(frozen=True)
@@ -88,6 +106,7 @@ def _predict(
     kernels, roofs = 1, {}
     if way == OURS:
         of_roof = OF_ROOF[OURS][number]
+        kernels = 1 if problem.parts == 1 else 2
         roofs = our_roofs(dtype, problem, gpu, assume)
     else:
         of_roof = 1.0
@@ -111,18 +130,18 @@ def is_on_tensor_cores(dtype: str) -> bool:
 def our_roofs(
     dtype: str, problem: Problem, gpu: Gpu, assume: Assumptions = LIKELY
 ) -> dict[str, float]:
-    """Seconds by what bounds. A device's SMs wait for the one that has the most tiles."""
-    if problem.positions == 1:  # |l·r| = |l|·|r|: one sample, whose positions the samples are
-        problem = Problem(1, problem.samples, problem.p, problem.d)
-    l2_bytes = min(assume.l2_bytes * gpu.sms, L2_PORT * min(problem.tiles, gpu.sms))
+    """Seconds by what bounds. A device's SMs wait for the one that has the most blocks."""
+    blocks = problem.tiles * problem.parts
+    l2_bytes = min(assume.l2_bytes * gpu.sms, L2_PORT * min(blocks, gpu.sms))
     pairs = problem.samples * problem.positions
     loaded = problem.tiles * pairs * 2 * TILE * ITEMSIZE[dtype]
-    moved = _factors(dtype, problem) + 2 * _omega(dtype, problem)
+    sums = 0 if problem.parts == 1 else problem.parts  # written, and read again
+    moved = _factors(dtype, problem) + 2 * (1 + sums) * _omega(dtype, problem)
     local = _tensor_core_tile if is_on_tensor_cores(dtype) else _fma_tile
     return {
         "L2": loaded / (l2_bytes * gpu.clock),
         "memory": moved / _memory_rate(gpu, assume),
-        **local(dtype, problem, gpu, turns=-(-problem.tiles // gpu.sms)),
+        **local(dtype, problem.part(), gpu, turns=-(-blocks // gpu.sms)),
     }
 
 

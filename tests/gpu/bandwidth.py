@@ -1,4 +1,4 @@
-"""Every operator at sizes from 10 parameters on, beside a copy of as many bytes on the device."""
+"""Every operator at sizes from 10 parameters on, beside its prediction and a copy of its bytes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from tests import cases
-from tests.gpu import clock, jobs
+from tests.gpu import clock, jobs, predicted
 from tests.gpu.checks import NeedsGpu, Session, Table
 
 COPY = "copy"
@@ -46,7 +46,8 @@ def every_operator(
             providers = jobs.providers(op, with_compile=is_largest or size == COMPILED_AT)
         seconds, moved = measure(session, op, providers, state)
         session.figures[f"{op}, {size} {name_of(dtype)}"] = {"bytes": moved, "seconds": seconds}
-        tables[op, dtype].rows.append([f"{size:,}", *row(seconds, moved)])
+        expected = predicted.operator(session, op, name_of(dtype), size)
+        tables[op, dtype].rows.append([f"{size:,}", expected, *row(seconds, moved)])
     if session.rehearsal:
         raise NeedsGpu("timed on the CPU")
     return "every provider right, then timed"
@@ -65,7 +66,7 @@ def sizes_for(session: Session) -> list[int]:
 
 
 def new_table(session: Session, op: str, dtype: torch.dtype) -> Table:
-    columns = ["parameters", "µs", "GB/s", "of a copy", *jobs.OTHERS]
+    columns = ["parameters", predicted.column(session), "µs", "GB/s", "of a copy", *jobs.OTHERS]
     note = f"{', '.join(jobs.OTHERS)}: their time over ours"
     if dtype != torch.float32:
         columns, note = columns[: -len(jobs.OTHERS)], ""

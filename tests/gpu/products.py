@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 import mas_ext
+from benchmarks import predict
 from tests.abs_matmul import Problem, assert_near, exact
-from tests.gpu import clock
+from tests.gpu import clock, predicted
 from tests.gpu.bandwidth import ROUNDS, ROUNDS_OF_A_REHEARSAL
 from tests.gpu.checks import NeedsGpu, Session, Table
 
@@ -54,7 +55,15 @@ COMPILED_LAYERS = (LAYERS[3], LAYERS[4], LAYERS_OF_A_REHEARSAL[0])  # compiling 
 
 
 def run(session: Session) -> None:
-    columns = ["p × d, positions", "µs", "TFLOP/s", "of mm", f"best {EAGER}", COMPILED]
+    columns = [
+        "p × d, positions",
+        predicted.column(session),
+        "µs",
+        "TFLOP/s",
+        "of mm",
+        f"best {EAGER}",
+        COMPILED,
+    ]
     note = f"{SAMPLES} samples, float32. of mm: speed over torch.mm's; the others: time over ours"
     table = session.table("accumulate_abs_matmul_", columns, note)
     for layer in LAYERS_OF_A_REHEARSAL if session.rehearsal else LAYERS:
@@ -64,7 +73,9 @@ def run(session: Session) -> None:
 def beside_others(session: Session, layer: Layer, table: Table) -> str:
     seconds = measure(session, layer)
     session.figures[layer.title] = {"flops": layer.flops, "seconds": seconds}
-    table.rows.append([layer.title, *row(layer, seconds)])
+    size = predict.Problem(SAMPLES, layer.positions, layer.p, layer.d)
+    expected = predicted.product(session, "float32", size)
+    table.rows.append([layer.title, expected, *row(layer, seconds)])
     if session.rehearsal:
         raise NeedsGpu("timed on the CPU")
     return "every provider right, then timed"
