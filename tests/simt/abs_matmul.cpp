@@ -21,7 +21,7 @@ template <class T>
 void compare(Program& program, const MatmulCase& c, uint64_t seed) {
   soil_shared_memory<T>();
   const auto before = make<T>(c, seed), after = make<T>(c, seed);
-  const Launches launches(after, c.scale);
+  const Launches launches(after, c);
   launches.run();
   check_omega(program, before, after, c.scale);
   program.expect(same_bytes(after.left.memory(), before.left.memory()) &&
@@ -30,7 +30,7 @@ void compare(Program& program, const MatmulCase& c, uint64_t seed) {
   program.expect(after.omega.gaps_are_untouched(), "memory between elements of omega was written");
   if (launches.blocks() > 1) {
     const auto again = make<T>(c, seed);
-    Launches(again, c.scale, Blocks::kDescending).run();
+    Launches(again, c, Blocks::kDescending).run();
     program.expect(same_bytes(after.omega.memory(), again.omega.memory()),
                    "other bits where blocks run in another order");
   }
@@ -98,14 +98,30 @@ void test(Program& program, const std::string& name, const MatmulCase& c) {
                [&](uint64_t seed) { compare<T>(program, c, seed); });
 }
 
+template <class T>
+constexpr const char* kNameOf = nullptr;
+template <>
+constexpr const char* kNameOf<float> = "float32";
+template <>
+constexpr const char* kNameOf<double> = "float64";
+template <>
+constexpr const char* kNameOf<BFloat16> = "bfloat16";
+template <>
+constexpr const char* kNameOf<Half> = "float16";
+
 // Of the two 16-bit types, which differ in a name only, one meets every layout.
 template <class T>
-void test_dtype(Program& program, const std::string& dtype) {
+void test_dtype(Program& program) {
+  const std::string dtype = kNameOf<T>;
   const size_t layouts = std::is_same_v<T, Half> ? 2 : kLayouts.size();
   for (size_t i = 0; i < layouts; ++i) {
     for (const Size& size : kSizes) {
       test<T>(program, dtype + "/" + kLayouts[i].name, {size, kLayouts[i]});
     }
+  }
+  for (const Size& size : sizeof(T) == 2 ? kSizes : std::vector<Size>{}) {
+    test<T>(program, dtype + "/without tensor cores",
+            {.size = size, .layouts = kLayouts[0], .tensor_cores = false});
   }
   for (const Size& size : kInParts) {
     test<T>(program, dtype + "/in parts", {size, kLayouts[0]});
@@ -139,9 +155,13 @@ void test_dtype(Program& program, const std::string& dtype) {
 
 int main(int argc, char** argv) {
   Program program(argc, argv);
-  test_dtype<float>(program, "float32");
-  test_dtype<double>(program, "float64");
-  test_dtype<BFloat16>(program, "bfloat16");
-  test_dtype<Half>(program, "float16");
+#ifdef SIMT_ONLY  // one of them, compiled in a third of the time: for mutate.py
+  test_dtype<SIMT_ONLY>(program);
+#else
+  test_dtype<float>(program);
+  test_dtype<double>(program);
+  test_dtype<BFloat16>(program);
+  test_dtype<Half>(program);
+#endif
   return program.finish();
 }

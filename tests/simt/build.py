@@ -41,26 +41,17 @@ ENVIRONMENT = {
 TIME_LIMIT = 600  # seconds; a case has a limit of its own (harness/program.h)
 
 
-# For a program that runs once: compiled in half the time, whatever it warns of.
-FAST = ["-O0", "-w"]
-
-
-def command(
-    program: str, sanitizer: str, root: Path, output: Path, fast: bool = False
-) -> list[str]:
+def command(program: str, sanitizer: str, root: Path, output: Path, *flags: str) -> list[str]:
     """The compiler's command for a program with the kernels in root/csrc."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or "c++"
     torch_headers = Path(torch.__file__).parent / "include"
     folders = [f"-I{HERE / 'include'}", f"-I{HERE}", f"-I{root}", f"-isystem{torch_headers}"]
-    source = str(HERE / f"{program}.cpp")
-    flags = [*FLAGS, *SANITIZERS[sanitizer], *(FAST if fast else [])]
-    return [compiler, *flags, *folders, source, "-o", str(output)]
+    all_flags = [*FLAGS, *SANITIZERS[sanitizer], *flags, *folders]
+    return [compiler, *all_flags, str(HERE / f"{program}.cpp"), "-o", str(output)]
 
 
-def compile_program(
-    program: str, sanitizer: str, root: Path, output: Path, fast: bool = False
-) -> None:
-    line = command(program, sanitizer, root, output, fast)
+def compile_program(program: str, sanitizer: str, root: Path, output: Path, *flags: str) -> None:
+    line = command(program, sanitizer, root, output, *flags)
     done = subprocess.run(line, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"{program} does not compile:\n{done.stderr}")

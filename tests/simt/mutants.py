@@ -1,31 +1,37 @@
 """Bugs that somebody could write into the kernels: what mutate.py plants, one at a time.
 
 THE place to add one: a name, a file under csrc/, text that occurs there once, what takes its place,
-and the runs (of test_simt.py) that should notice.
+and the run (of test_simt.py) that should notice.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 
-Runs = tuple[tuple[str, str, str], ...]  # program, sanitizer, prefix of its cases
 
-TABLES: Runs = (("tables", "address", ""),)
-VAST: Runs = (("vast", "address", ""),)
-VAST_MATMUL: Runs = (("vast", "address", "vast/abs_matmul"),)
-LISTS: Runs = (("multi_tensor", "address", ""),)
-IMPORTANCE: Runs = (("multi_tensor", "address", "accumulate_importance/"),)
-ADD: Runs = (("multi_tensor", "address", "add_penalty_gradient/"),)
-PROXIMAL: Runs = (("multi_tensor", "address", "proximal_step/"),)
-SUMS: Runs = (("tables", "address", "finish/"),)
-SUM_RACES: Runs = (("tables", "thread", "finish/"),)
-LIST_RACES: Runs = (("multi_tensor", "thread", "penalty/"),)
-MATMUL: Runs = (("abs_matmul", "address", ""),)
-TENSOR_CORES: Runs = (("abs_matmul", "address", "abs_matmul/bfloat16"),)
-MATMUL_RACES: Runs = (("abs_matmul", "thread", ""),)
+class Run(NamedTuple):
+    """One program of test_simt.py, or of its cases those of an operation or a dtype."""
+
+    program: str
+    sanitizer: str = "address"
+    only: str = ""  # as in C++
+
+
+TABLES = Run("tables")
+VAST = Run("vast")
+IMPORTANCE = Run("multi_tensor", only="Importance")
+ADD = Run("multi_tensor", only="AddGradient")
+PROXIMAL = Run("multi_tensor", only="Proximal")
+LIST_RACES = Run("multi_tensor", "thread", "Penalty")
+SUM_RACES = Run("tables", "thread")
+MATMUL = Run("abs_matmul", only="float")
+TENSOR_CORES = Run("abs_matmul", only="BFloat16")
+MATMUL_RACES = Run("abs_matmul", "thread", "float")
+FRAGMENT_RACES = Run("abs_matmul", "thread", "BFloat16")
 
 
 @dataclass(frozen=True)
@@ -34,7 +40,7 @@ class Mutant:
     file: str
     old: str
     new: str
-    runs: Runs
+    run: Run  # that should notice
 
     def original(self) -> str:
         return (CSRC / self.file).read_text()
@@ -48,8 +54,8 @@ class Mutant:
         return text.replace(self.old, self.new)
 
 
-def _in(file: str, *mutants: tuple[str, str, str, Runs]) -> list[Mutant]:
-    return [Mutant(name, file, old, new, runs) for name, old, new, runs in mutants]
+def _in(file: str, *mutants: tuple[str, str, str, Run]) -> list[Mutant]:
+    return [Mutant(name, file, old, new, run) for name, old, new, run in mutants]
 
 
 MUTANTS = [
@@ -97,69 +103,69 @@ MUTANTS = [
             "chunk counted from the table's first tensor",
             "static_cast<int64_t>(chunk - table.first_chunk[tensor])",
             "static_cast<int64_t>(chunk)",
-            LISTS,
+            ADD,
         ),
         (
             "every chunk is whole",
             "static_cast<int>(left < kChunk ? left : kChunk)",
             "static_cast<int>(left < 0 ? left : kChunk)",
-            LISTS,
+            ADD,
         ),
         (
             "omega as wide as values",
             "static_cast<int>(stream == Op::kOmega ? sizeof(A) : sizeof(T))",
             "static_cast<int>(stream == Op::kOmega ? sizeof(T) : sizeof(T))",
-            LISTS,
+            ADD,
         ),
         (
             "head counted twice",
             "walk<kVector>(op, head, tail)",
             "walk<kVector>(op, 0, tail)",
-            LISTS,
+            ADD,
         ),
-        ("head dropped", "return walk<1>(op, 0, head) + ", "return ", LISTS),
-        ("tail dropped", " + walk<1>(op, tail, size_);", ";", LISTS),
+        ("head dropped", "return walk<1>(op, 0, head) + ", "return ", ADD),
+        ("tail dropped", " + walk<1>(op, tail, size_);", ";", ADD),
         (
             "alignment of the first stream alone",
             "aligned &= (reinterpret_cast",
             "aligned &= s > 0 || (reinterpret_cast",
-            LISTS,
+            ADD,
         ),
         (
             "head longer than the chunk",
             "bool aligned = head <= size_;",
             "bool aligned = true;",
-            LISTS,
+            ADD,
         ),
         (
             "second load without a bound",
             "if (first + u * kStride < end) {\n          elements[u].load",
             "{\n          elements[u].load",
-            LISTS,
+            ADD,
         ),
         (
             "second load's bound one too far",
             "if (first + u * kStride < end) {\n          elements[u].load",
             "if (first + u * kStride <= end) {\n          elements[u].load",
-            LISTS,
+            ADD,
         ),
         (
             "second store without a bound",
             "if (first + u * kStride < end) {\n          sum += elements[u].compute(op);\n",
             "{\n          sum += elements[u].compute(op);\n",
-            LISTS,
+            ADD,
         ),
         (
             "rounds overlap",
             "first += kUnroll * kStride) {",
             "first += kStride) {",
-            LISTS,
+            ADD,
         ),
         (
             "threads overlap",
             "constexpr int kStride = kThreads * N;",
             "constexpr int kStride = kThreads / 2 * N;",
-            LISTS,
+            ADD,
         ),
         (
             "stored before computed",
@@ -167,13 +173,13 @@ MUTANTS = [
             "          elements[u].store(streams_, first + u * kStride);",
             "elements[u].store(streams_, first + u * kStride);\n"
             "          sum += elements[u].compute(op);",
-            LISTS,
+            ADD,
         ),
         (
             "all blocks in one partial sum",
             "partial_sums[blockIdx.x] = total;",
             "partial_sums[0] = total;",
-            LISTS,
+            ADD,
         ),
         (
             "every thread writes the sum",
@@ -202,7 +208,7 @@ MUTANTS = [
             "infinite strength",
             "scalar > static_cast<double>(largest) ? largest : static_cast<A>(scalar)",
             "scalar < 0 ? largest : static_cast<A>(scalar)",
-            PROXIMAL,
+            ADD,
         ),
         (
             "infinity over infinity",
@@ -238,24 +244,29 @@ MUTANTS = [
     ),
     *_in(
         "cuda/scalar.cuh",
-        ("strength of another width", "return is_double ? *", "return !is_double ? *", SUMS),
+        ("strength of another width", "return is_double ? *", "return !is_double ? *", TABLES),
     ),
     *_in(
         "cuda/reduce.cuh",
         ("no barrier before the warps' sums", "  __syncthreads();\n", "", SUM_RACES),
-        ("half of a warp", "offset = kWarp / 2;", "offset = kWarp / 4;", SUMS),
-        ("mask of half a warp", "0xffffffffu", "0xffffu", SUMS),
-        ("last warp forgotten", "w < kWarps;", "w < kWarps - 1;", SUMS),
-        ("warps' sums in float", "__shared__ double warp_sums", "__shared__ float warp_sums", SUMS),
+        ("half of a warp", "offset = kWarp / 2;", "offset = kWarp / 4;", TABLES),
+        ("mask of half a warp", "0xffffffffu", "0xffffu", TABLES),
+        ("last warp forgotten", "w < kWarps;", "w < kWarps - 1;", TABLES),
+        (
+            "warps' sums in float",
+            "__shared__ double warp_sums",
+            "__shared__ float warp_sums",
+            TABLES,
+        ),
         (
             "barrier for one warp",
             "  __syncthreads();\n",
             "  if (warp == 0) __syncthreads();\n",
-            SUMS,
+            TABLES,
         ),
-        ("without the half", "0.5 * lambda.load()", "lambda.load()", SUMS),
-        ("first sum forgotten", "int64_t i = threadIdx.x;", "int64_t i = threadIdx.x + 1;", SUMS),
-        ("a sum too many", "i < count; i += kThreads", "i <= count; i += kThreads", SUMS),
+        ("without the half", "0.5 * lambda.load()", "lambda.load()", TABLES),
+        ("first sum forgotten", "int64_t i = threadIdx.x;", "int64_t i = threadIdx.x + 1;", TABLES),
+        ("a sum too many", "i < count; i += kThreads", "i <= count; i += kThreads", TABLES),
     ),
     *_in(
         "abs_matmul.h",
@@ -274,13 +285,13 @@ MUTANTS = [
             "32-bit offset of a sample",
             "sample * factor.sample_stride + position",
             "static_cast<int>(sample * factor.sample_stride) + position",
-            VAST_MATMUL,
+            VAST,
         ),
         (
             "32-bit offset of a row",
             "offsets[slot] + (first_row + row) * factor.row_stride",
             "offsets[slot] + static_cast<int>((first_row + row) * factor.row_stride)",
-            VAST_MATMUL,
+            VAST,
         ),
         (
             "row stride left out",
@@ -334,6 +345,12 @@ MUTANTS = [
     *_in(
         "cuda/abs_matmul.cuh",
         (
+            "no barrier after staging, of fragments",
+            "    __syncthreads();\n#pragma unroll 1",
+            "#pragma unroll 1",
+            FRAGMENT_RACES,
+        ),
+        (
             "no barrier before staging",
             "__syncthreads();  // also: every thread is done with the slots before",
             "",
@@ -377,12 +394,6 @@ MUTANTS = [
             MATMUL,
         ),
         ("parts rounded down", "(all / unit + parts - 1) / parts", "(all / unit) / parts", MATMUL),
-        (
-            "the last part goes on",
-            "first + size < all ? first + size : all;",
-            "first + size;",
-            MATMUL,
-        ),
         ("slots of the next part", "first + slot < slots.last;", "true;", MATMUL),
         ("all parts in one place", "(part * call.rows + row)", "(0 * call.rows + row)", MATMUL),
         ("every part adds to omega", "if (parts.count == 1) {", "if (parts.count >= 1) {", MATMUL),

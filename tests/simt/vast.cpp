@@ -152,7 +152,7 @@ void test_matmul(Program& program, const std::string& dtype) {
       Problem<T, VastBuffer> before(c), after(c);
       before.fill(seed, 0);
       after.fill(seed, 0);
-      Launches(after, c.scale).run();
+      Launches(after, c).run();
       check_omega(program, before, after, c.scale);
     });
   }

@@ -37,7 +37,8 @@ struct MatmulCase {
   Size size;
   Layouts layouts;
   double scale = 0.6;
-  float spoilt = 0;  // a value that two elements of the factors get; if not 0
+  float spoilt = 0;          // a value that two elements of the factors get; if not 0
+  bool tensor_cores = true;  // for types that have them
 };
 
 // ================================================================================================
@@ -90,6 +91,13 @@ struct Problem {
 // ================================================================================================
 // Running it
 // ================================================================================================
+// What the kernel is on devices that have no tensor cores for T.
+template <class T>
+void without_tensor_cores(AbsMatmul call, mas_ext::cuda::Parts parts) {
+  __shared__ mas_ext::cuda::Shared<T> shared;
+  mas_ext::cuda::abs_matmul_tile<T, mas_ext::cuda::FmaTile<T>>(call, parts, shared);
+}
+
 // The operator as csrc/cuda/abs_matmul.cu launches it. A block may touch the elements it owns of
 // what is written, and no other.
 template <class T, class Memory>
@@ -97,8 +105,12 @@ class Launches {
   using A = accumulate_t<T>;
 
  public:
-  Launches(const Problem<T, Memory>& problem, double scale, Blocks order = Blocks::kAscending)
-      : omega_(problem.omega.memory()), call_(problem.call(scale)), order_(order) {}
+  Launches(const Problem<T, Memory>& problem, const MatmulCase& c,
+           Blocks order = Blocks::kAscending)
+      : omega_(problem.omega.memory()),
+        call_(problem.call(c.scale)),
+        order_(order),
+        tensor_cores_(c.tensor_cores) {}
 
   int64_t blocks() const {
     return call_.is_empty() ? 0 : tiles_of(call_) * mas_ext::cuda::parts_of(call_);
@@ -126,8 +138,10 @@ class Launches {
   using Open = std::function<void(unsigned block)>;
 
   void run_tiles(const mas_ext::cuda::Parts& parts, const Open& open) const {
-    simt::run(grid(blocks(), open), mas_ext::cuda::TileFor<T>::kThreads,
-              [&] { mas_ext::cuda::abs_matmul_kernel<T>(call_, parts); });
+    simt::run(grid(blocks(), open), mas_ext::cuda::TileFor<T>::kThreads, [&] {
+      tensor_cores_ ? mas_ext::cuda::abs_matmul_kernel<T>(call_, parts)
+                    : without_tensor_cores<T>(call_, parts);
+    });
   }
 
   void add(const mas_ext::cuda::Parts& parts) const {
@@ -178,6 +192,7 @@ class Launches {
   const Memory& omega_;
   const AbsMatmul call_;
   const Blocks order_;
+  const bool tensor_cores_;
 };
 
 inline const Layout kRowMajor{"row major", {1, 0}}, kContiguous{"contiguous", {2, 1, 0}};
@@ -190,7 +205,7 @@ void soil_shared_memory() {
   Problem<T> problem(c);
   problem.left.each([&](auto... i) { problem.left.at(i...) = static_cast<T>(NAN); });
   problem.right.each([&](auto... i) { problem.right.at(i...) = static_cast<T>(NAN); });
-  Launches(problem, 1.0).run();
+  Launches(problem, c).run();
 }
 
 // ================================================================================================
