@@ -37,7 +37,7 @@ RUNS = [
     *(Run("multi_tensor", "thread", op, 50, "3/8") for op in (*OPERATIONS, "proximal_step/")),
     *(Run("abs_matmul", "address", f"abs_matmul/{d}", 90) for d in DTYPES),
     Run("abs_matmul", "thread", "", 90, "3/8"),
-    Run("vast", "address", "", 20),
+    Run("vast", "address", "", 16),
     Run("tables", "address", "", 150),
     Run("tables", "thread", "finish/", 20, "3/4"),
 ]

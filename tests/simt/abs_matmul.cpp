@@ -19,7 +19,7 @@ Problem<T> make(const MatmulCase& c, uint64_t seed) {
 
 template <class T>
 void compare(Program& program, const MatmulCase& c, uint64_t seed) {
-  soil_shared_memory<T>();
+  soil_shared_memory<T>(c.tensor_cores);
   const auto before = make<T>(c, seed), after = make<T>(c, seed);
   const Launches launches(after, c);
   launches.run();

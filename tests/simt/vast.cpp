@@ -162,9 +162,7 @@ void test_matmul(Program& program, const std::string& dtype) {
 
 int main(int argc, char** argv) {
   Program program(argc, argv);
-  test_list<Importance>(program);
-  test_list<harness::Penalty>(program);
-  test_list<Gradient>(program);
+  test_list<Importance>(program);  // of two, four and three streams
   test_list<AddGradient>(program);
   test_list<Proximal>(program);
   test_matmul<float>(program, "float32");

@@ -10,6 +10,7 @@
 
 namespace harness {
 
+// What a penalty should be, and how far from it it may be.
 struct PenaltyValue {
   long double exact = 0, bound = 0;
 };
@@ -104,6 +105,7 @@ class Judge {
   const List& after_;
 };
 
+// An operation on a list of tensors.
 struct ListCase {
   std::vector<Shape> shapes;
   Strengths strengths = {};
@@ -127,6 +129,7 @@ void check_value(Program& program, const Buffer& partial, const Told& told,
                  "value %.17g is not %.17Lg", static_cast<double>(actual), penalty.exact);
 }
 
+// Runs a case, judges what came of it, and runs it again with the blocks in another order.
 template <class Operation>
 class Comparison {
  public:
@@ -158,14 +161,17 @@ class Comparison {
     judge.lists();
     if constexpr (Operation::sums) {
       const PenaltyValue value = judge.sums(partial);
-      const auto is_double = [](const Shape& s) { return s.dtype == ScalarType::Double; };
-      if (!case_.finishes) {
-      } else if (std::any_of(case_.shapes.begin(), case_.shapes.end(), is_double)) {
-        check_value<double>(program_, partial, told_, value);
-      } else {
-        check_value<float>(program_, partial, told_, value);
+      if (case_.finishes) {
+        is_double() ? check_value<double>(program_, partial, told_, value)
+                    : check_value<float>(program_, partial, told_, value);
       }
     }
+  }
+
+  // The penalty of a list has the widest dtype that its sums are formed in.
+  bool is_double() const {
+    return std::any_of(case_.shapes.begin(), case_.shapes.end(),
+                       [](const Shape& s) { return s.dtype == ScalarType::Double; });
   }
 
   // Nothing depends on the order in which blocks run.

@@ -199,9 +199,10 @@ inline const Layout kRowMajor{"row major", {1, 0}}, kContiguous{"contiguous", {2
 
 // On a device nothing is known of shared memory when a block begins. Here it is NaN.
 template <class T>
-void soil_shared_memory() {
-  const MatmulCase c{{1, mas_ext::cuda::kSlots, kTile, kTile},
-                     {"", kRowMajor, kContiguous, kContiguous}};
+void soil_shared_memory(bool tensor_cores) {
+  const MatmulCase c{.size = {1, mas_ext::cuda::kSlots, kTile, kTile},
+                     .layouts = {"", kRowMajor, kContiguous, kContiguous},
+                     .tensor_cores = tensor_cores};
   Problem<T> problem(c);
   problem.left.each([&](auto... i) { problem.left.at(i...) = static_cast<T>(NAN); });
   problem.right.each([&](auto... i) { problem.right.at(i...) = static_cast<T>(NAN); });

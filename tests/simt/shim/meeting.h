@@ -107,7 +107,8 @@ class Meeting {
     void* data;
   };
 
-  // Calls act(slots) for the group; what it does is the group's, in the order it is promised.
+  // By the last one, for all: what `act` does comes behind all that they did, and before all that
+  // they will do.
   template <class Act>
   SIMT_UNSEEN void finish(uint32_t mask, Order order, Act act) {
     if (order == Order::kMemory) {
