@@ -28,6 +28,7 @@ from tests.gpu import (
     graphs,
     lists,
     machine,
+    predicted,
     products,
     sanitizer,
     syncs,
@@ -122,6 +123,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Card:
         "mem_get_info": lambda: (bandwidth.BYTES_A_PARAMETER * 10_000, 1 << 40),
         "empty_cache": lambda: None,
         "get_device_capability": lambda: (9, 0),
+        "get_device_name": lambda: "NVIDIA H200",
         "current_device": lambda: 0,
     }.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
@@ -206,6 +208,18 @@ def test_timings(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
         assert_all_passed(session)
         assert all(table.rows for table in session.tables)
     assert bandwidth.sizes_for(Session(DEVICE)) == [10, 1000, 9000]
+
+
+def test_what_was_predicted_for_the_card(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = Session(DEVICE)
+    assert predicted.column(session) == "µs predicted, H200"
+    small, large = (
+        float(predicted.operator(session, "penalty", "float32", n)) for n in (10**7, 10**9)
+    )
+    assert 50 * small < large < 200 * small
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card of next year")
+    assert predicted.column(session) == "µs predicted"
+    assert predicted.operator(session, "penalty", "float32", 10) == predicted.NONE
 
 
 def test_the_shapes_of_a_resnet50() -> None:
