@@ -59,15 +59,12 @@ class Problem:
     @property
     def parts(self) -> int:
         """Blocks a tile, each with some of the samples."""
-        divisible = self.samples if self.positions > 1 else self.samples * self.positions
         pairs = self.samples * self.positions
-        return max(1, min(BLOCKS // self.tiles, pairs // LEAST_PAIRS, divisible))
+        return max(1, min(BLOCKS // self.tiles, pairs // LEAST_PAIRS, self.samples))
 
     def part(self) -> Problem:
         """What one block sums, the largest of them."""
-        if self.positions == 1:
-            return replace(self, samples=-(-self.samples // self.parts)).as_magnitudes()
-        return replace(self, samples=-(-self.samples // self.parts))
+        return replace(self, samples=-(-self.samples // self.parts)).as_magnitudes()
 
 
 @dataclass(frozen=True)

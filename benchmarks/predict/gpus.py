@@ -59,21 +59,22 @@ def _ampere(name: str, bandwidth: float, memory: float) -> Gpu:
 _HOPPER = "L2, SMs: H100 architecture white paper"
 _BLACKWELL = "NVIDIA RTX Blackwell GPU architecture white paper"
 _ADA = "NVIDIA Ada GPU architecture white paper"
+_H100 = Gpu(
+    "H100 80GB HBM3",
+    f"NVIDIA H100 data sheet (SXM); {_HOPPER}",
+    bandwidth=3.35 * TERA,
+    memory=80 * GIGA,
+    l2=50 * MIB,
+    sms=132,
+    fp32=66.9 * TERA,
+    fp64=33.5 * TERA,
+    tensor_bf16=989.4 * TERA,
+    mma_sync=0.62,
+)
 GPUS = {
     "a100-40": _ampere("A100-SXM4-40GB", 1555, 40),
     "a100-80": _ampere("A100-SXM4-80GB", 2039, 80),
-    "h100": Gpu(
-        "H100 80GB HBM3",
-        f"NVIDIA H100 data sheet (SXM); {_HOPPER}",
-        bandwidth=3.35 * TERA,
-        memory=80 * GIGA,
-        l2=50 * MIB,
-        sms=132,
-        fp32=66.9 * TERA,
-        fp64=33.5 * TERA,
-        tensor_bf16=989.4 * TERA,
-        mma_sync=0.62,
-    ),
+    "h100": _H100,
     "h100-pcie": Gpu(
         "H100 PCIe",
         f"NVIDIA H100 data sheet (PCIe); {_HOPPER}",
@@ -86,17 +87,12 @@ GPUS = {
         tensor_bf16=756 * TERA,
         mma_sync=0.62,
     ),
-    "h200": Gpu(
-        "H200",
-        f"NVIDIA H200 data sheet (SXM); {_HOPPER}",
+    "h200": replace(  # the same chip beside other memory
+        _H100,
+        name="H200",
+        source=f"NVIDIA H200 data sheet (SXM); {_HOPPER}",
         bandwidth=4.8 * TERA,
         memory=141 * GIGA,
-        l2=50 * MIB,
-        sms=132,
-        fp32=66.9 * TERA,
-        fp64=33.5 * TERA,
-        tensor_bf16=989.4 * TERA,
-        mma_sync=0.62,
     ),
     "b200": Gpu(
         "B200",
