@@ -312,7 +312,8 @@ def check_steps(op: str, steps: Tensor, params: Sequence[Tensor]) -> None:
         _fail(op, f"steps has dtype {_name(steps.dtype)}; pass a float32 or float64 tensor")
     if params and steps.device != params[0].device:
         _fail(
-            op, f"steps is on {steps.device} but the tensors are on {params[0].device}; move it there"
+            op,
+            f"steps is on {steps.device} but the tensors are on {params[0].device}; move it there",
         )
 
 

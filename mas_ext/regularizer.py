@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from mas_ext import checkpoint, functional
+from mas_ext._calls import naming, near
 from mas_ext.attachment import Attachment
 from mas_ext.flat import FlatTensors
 from mas_ext.importance import add_importance_
@@ -283,20 +283,24 @@ class MAS:
 
         Raises:
             ValueError: an unknown mode, an optimizer that maximizes, that holds none of the
-                model's parameters, or that is attached already.
+                model's parameters, or that has this penalty already (attached, or one of
+                :mod:`mas_ext.optim`, whose step includes it).
         """
+        self._check_holds_ours(optimizer)
+        return Attachment(self, optimizer, mode)
+
+    def _check_holds_ours(self, optimizer: Optimizer) -> None:
         ours = {id(p) for p in self._index.named().values()}
         if not any(id(p) in ours for group in optimizer.param_groups for p in group["params"]):
             raise ValueError("optimizer: it holds none of this model's parameters")
-        return Attachment(self, optimizer, mode)
 
     def _add_penalty_grad(self, grad_scale: Scalar | None, owned: Set[int] | None) -> Tensor:
         values = []
         for names, params, anchors, omega in self._bundles(owned):
             with torch.inference_mode(False):
                 grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-            scale = _near(grad_scale, params[0])
-            with _naming(names):
+            scale = near(grad_scale, params[0])
+            with naming(names):
                 values.append(
                     functional.add_penalty_grad_(
                         grads, params, anchors, omega, self._lambda_reg, scale
@@ -310,10 +314,10 @@ class MAS:
     def _proximal_step(self, lr: Scalar, owned: Set[int] | None) -> Tensor:
         values = []
         for names, params, anchors, omega in self._bundles(owned):
-            with _naming(names):
+            with naming(names):
                 values.append(
                     functional.proximal_step_(
-                        params, anchors, omega, self._lambda_reg, _near(lr, params[0])
+                        params, anchors, omega, self._lambda_reg, near(lr, params[0])
                     )
                 )
         return self._total(values)
@@ -443,12 +447,6 @@ def _kept(params: Iterable[str]) -> Selection:
     return params if isinstance(params, str) else list(params)
 
 
-def _near(scalar: Any, tensor: Tensor) -> Any:
-    """A scalar of another device, where a model spans several, on the tensor's."""
-    elsewhere = isinstance(scalar, Tensor) and scalar.device.type != "cpu"
-    return scalar.to(tensor.device, non_blocking=True) if elsewhere else scalar
-
-
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
@@ -457,19 +455,3 @@ def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _fill(views: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
     for name, value in values.items():
         views[name].copy_(value)
-
-
-@contextmanager
-def _naming(names: list[str]) -> Iterator[None]:
-    """Gives an operator's error the parameter's name beside its place in the list."""
-    try:
-        yield
-    except RuntimeError as error:
-        text = re.sub(r"\[(\d+)\] (has|is)", _place_named(names), str(error))
-        if text == str(error):
-            raise
-        raise RuntimeError(text) from None
-
-
-def _place_named(names: list[str]) -> Callable[[re.Match[str]], str]:
-    return lambda found: f"[{found[1]}] ({names[int(found[1])]!r}) {found[2]}"
