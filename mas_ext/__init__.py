@@ -6,8 +6,8 @@
     mas.consolidate(data)            # at the end of a task; labels are not used
 
 See :class:`MAS`, :func:`estimate_importance`, :mod:`mas_ext.optim` (optimizers whose step includes
-the penalty), :mod:`mas_ext.functional` (the operators on lists of tensors), :mod:`mas_ext.reference`
-(the same in plain PyTorch) and :func:`build_info`.
+the penalty), :mod:`mas_ext.functional` (the operators on lists of tensors),
+:mod:`mas_ext.reference` (the same in plain PyTorch) and :func:`build_info`.
 """
 
 from mas_ext import functional, optim, reference

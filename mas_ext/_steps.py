@@ -1,8 +1,8 @@
 """The optimizer steps among the operators: their default and fake kernels.
 
-See :mod:`mas_ext._ops` for their schemas and for how a call travels. A call is an object here, whose
-fields are the schema's arguments in their order: checked the same way by both kernels, which differ
-in whether there are values and addresses to look at.
+See :mod:`mas_ext._ops` for their schemas and for how a call travels. A call is an object here,
+whose fields are the schema's arguments in their order: checked the same way by both kernels, which
+differ in whether there are values and addresses to look at.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ def _check_group(group: Group) -> None:
         )
     if group.get("differentiable"):
         raise ValueError(
-            "differentiable=True: this step is not; use torch's class, and mas.penalty() in the loss"
+            "differentiable=True: this step is not; use torch's class and mas.penalty() in the loss"
         )
 
 
@@ -112,7 +112,7 @@ class _IncludesPenalty(torch.optim.Optimizer):
     # -- the step ------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Takes a step that includes the penalty.
 
         Args:
@@ -295,8 +295,8 @@ class SGD(_IncludesPenalty, torch.optim.SGD):
 class Adam(_IncludesPenalty, torch.optim.Adam):
     r"""``torch.optim.Adam`` whose step includes the penalty.
 
-    36 bytes of memory traffic a float32 parameter, where ``mas.attach(optimizer)`` and torch's fused
-    step take 48. See the module for what is common to its classes, and
+    36 bytes of memory traffic a float32 parameter, where ``mas.attach(optimizer)`` and torch's
+    fused step take 48. See the module for what is common to its classes, and
     :func:`mas_ext.functional.adamw_step_` for the equations (``decoupled=False`` is this one's).
 
     Args:
@@ -390,8 +390,8 @@ class Adam(_IncludesPenalty, torch.optim.Adam):
 class AdamW(Adam, torch.optim.AdamW):
     r"""``torch.optim.AdamW`` whose step includes the penalty.
 
-    36 bytes of memory traffic a float32 parameter, where ``mas.attach(optimizer)`` and torch's fused
-    step take 48. See the module for what is common to its classes, and
+    36 bytes of memory traffic a float32 parameter, where ``mas.attach(optimizer)`` and torch's
+    fused step take 48. See the module for what is common to its classes, and
     :func:`mas_ext.functional.adamw_step_` for the equations.
 
     Arguments and errors are those of :class:`Adam`.
