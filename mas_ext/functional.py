@@ -7,9 +7,9 @@ all are on one device; lists may mix shapes and dtypes, and may be empty. Functi
 in ``_`` write to their first argument (the optimizer steps to their moments too), which may share
 memory with nothing else.
 
-``lambda_reg``, ``lr``, ``grad_scale`` and ``found_inf`` are numbers or 0-dim float tensors. A tensor
-on the device is read there, so nothing waits for the host, a captured CUDA graph sees it change,
-and ``torch.compile`` does not recompile for a new value.
+``lambda_reg``, ``lr``, ``grad_scale`` and ``found_inf`` are numbers or 0-dim float tensors. A
+tensor on the device is read there, so nothing waits for the host, a captured CUDA graph sees it
+change, and ``torch.compile`` does not recompile for a new value.
 
 :func:`accumulate_abs_matmul_` alone is about one parameter and takes single tensors.
 
