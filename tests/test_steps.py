@@ -360,11 +360,13 @@ def test_compiled_equals_eager_and_new_strengths_do_not_recompile(rule: Rule, mo
         return call(functional, problem, mode, strengths) + 1
 
     compiled, counter = compile_and_count(step, "aot_eager")
+    counts = set()
     for lr in (0.1, 0.2, 0.3):
         mine, theirs, strengths = small(rule), small(rule), Strengths(lr=lr).as_tensors()
         torch.testing.assert_close(compiled(mine, strengths), step(theirs, strengths))
         torch.testing.assert_close(mine.written(), theirs.written())
-    assert counter.frame_count == 1
+        counts.add(counter.frame_count)
+    assert len(counts) == 1
 
 
 # ================================================================================================
