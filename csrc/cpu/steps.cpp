@@ -21,6 +21,10 @@ namespace {
 // one block are summed, which is short, the processor is loading the next one already.
 constexpr int64_t kBlock = 128;
 
+// How far ahead one line a block is fetched, of every stream. The processor follows a stream by
+// itself, but only to the end of its page; where the next pages lie it should know by then.
+constexpr int64_t kAhead = 8192;
+
 // A plain loop, which the compiler vectorises whatever the rule is; with the sum in it, it would
 // for the simplest alone. `first` and `second` are the rule's moments, where it has them. The
 // energies Ω δ² are those of θ before the step, for a proximal one of θ as it is stored afterwards.
@@ -57,6 +61,17 @@ MAS_MULTIVERSION double sum(const A* __restrict__ energies, int64_t size) {
   return sum_in_lanes(size, [&](int64_t i) { return energies[i]; });
 }
 
+template <class T, size_t Streams>
+MAS_ALWAYS_INLINE void fetch_ahead(const Chunk<Streams>& chunk, int64_t begin) {
+  const int64_t ahead = begin + kAhead;
+  if (chunk.begin + ahead < chunk.entry->numel) {
+    for (size_t s = 0; s + 1 < Streams; ++s) {
+      prefetch(chunk.template stream<const T>(s) + ahead);
+    }
+    prefetch(chunk.template stream<const accumulate_t<T>>(Streams - 1) + ahead);
+  }
+}
+
 template <bool Proximal, class T, size_t Streams, class A, class Rule>
 double step(const Chunk<Streams>& chunk, const PenaltyPart<A>& penalty, const Rule& rule) {
   constexpr size_t kMoments = Streams - 4;
@@ -65,6 +80,7 @@ double step(const Chunk<Streams>& chunk, const PenaltyPart<A>& penalty, const Ru
   for (int64_t begin = 0; begin < chunk.size; begin += kBlock) {
     const int64_t size = std::min(kBlock, chunk.size - begin);
     const auto values = [&](size_t s) { return chunk.template stream<T>(s) + begin; };
+    fetch_ahead<T>(chunk, begin);
     advance<Proximal>(values(0), values(kMoments > 0 ? 1 : 0), values(kMoments > 1 ? 2 : 0),
                       values(kMoments + 1), values(kMoments + 2),
                       chunk.template stream<const A>(kMoments + 3) + begin, energies, size, penalty,
