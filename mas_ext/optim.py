@@ -194,6 +194,11 @@ def _by_device(params: list[Tensor]) -> Iterator[list[Tensor]]:
         yield [p for p in params if p.device == device]
 
 
+def _is_narrow_on_cpu(p: Tensor) -> bool:
+    """torch's fused SGD is wrong for these before torch 2.14."""
+    return p.device.type == "cpu" and p.dtype in (torch.bfloat16, torch.float16)
+
+
 class SGD(_IncludesPenalty, torch.optim.SGD):
     r"""``torch.optim.SGD`` whose step includes the penalty.
 
@@ -252,22 +257,35 @@ class SGD(_IncludesPenalty, torch.optim.SGD):
         return values
 
     def _take_torch_step(self, group: Group) -> None:
-        for part, _ in self._by_history(group):
-            params: list[Tensor] = []
-            grads: list[Tensor] = []
-            buffers: list[Tensor | None] = []
-            has_sparse_grad = self._init_group(part, params, grads, buffers)
-            sgd(
-                params,
-                grads,
-                buffers,
-                has_sparse_grad=has_sparse_grad,
-                fused=True,
-                grad_scale=getattr(self, "grad_scale", None),
-                found_inf=getattr(self, "found_inf", None),
-                **{name: group[name] for name in ("lr", "momentum", "dampening", "weight_decay")},
-                **{name: group[name] for name in ("nesterov", "maximize")},
-            )
+        for part, is_first in self._by_history(group):
+            narrow = [p for p in part["params"] if _is_narrow_on_cpu(p)]
+            wide = [p for p in part["params"] if not _is_narrow_on_cpu(p)]
+            amp: dict[str, Any] = {
+                name: getattr(self, name, None) for name in ("grad_scale", "found_inf")
+            }
+            if wide:
+                self._sgd({**part, "params": wide}, is_first, fused=True, **amp)
+            if narrow and not (amp["found_inf"] is not None and amp["found_inf"]):
+                scale = 1.0 if amp["grad_scale"] is None else float(amp["grad_scale"])
+                self._sgd({**part, "params": narrow}, is_first, scale)
+
+    def _sgd(self, group: Group, is_first: bool, scale: float = 1.0, **how: Any) -> None:
+        params, grads = group["params"], [p.grad for p in group["params"]]
+        # Made here: torch's are not set to anything where the first step is skipped.
+        buffers: list[Any] = [None] * len(params)
+        if group["momentum"] != 0:
+            buffers = self._buffers(group)
+        sgd(
+            params,
+            grads if scale == 1 else [g / scale for g in grads],
+            buffers,
+            has_sparse_grad=any(g.is_sparse for g in grads),
+            dampening=0.0 if is_first else group["dampening"],
+            **{name: group[name] for name in ("lr", "momentum", "weight_decay", "nesterov")},
+            maximize=group["maximize"],
+            **how,
+        )
+        if group["momentum"] != 0:
             self._keep(params, buffers)
 
     def _by_history(self, group: Group) -> Iterator[tuple[Group, bool]]:

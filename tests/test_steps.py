@@ -179,14 +179,13 @@ def zeroed(problem: Problem) -> Problem:
 
 @each_mode
 @pytest.mark.parametrize("name", TORCH)
-@pytest.mark.parametrize(
-    ("dtype", "implementation"),
-    # (Between two foreach operations float16 is rounded, and Adam's ε to 0.)
-    [*((dtype, "fused") for dtype in UNFUSED), ("float32", "foreach"), ("float64", "foreach")],
-)
+@pytest.mark.parametrize("implementation", ["fused", "foreach"])
+@pytest.mark.parametrize("dtype", UNFUSED)
 def test_five_steps_are_those_of_torch(
     name: str, dtype: str, implementation: str, mode: str
 ) -> None:
+    if "16" in dtype and implementation != ("fused" if "adam" in name else "foreach"):
+        pytest.skip("torch's ε is 0 in float16; its fused SGD is wrong before 2.14")
     kind, given_options = TORCH[name]
     decoupled = {"decoupled": name == "adamw"} if "adam" in name else {}
     rule = Rule(RULES[name].op, RULES[name].moments, {**given_options, **decoupled})
