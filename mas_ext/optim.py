@@ -290,7 +290,7 @@ class SGD(_IncludesPenalty, torch.optim.SGD):
 
     def _by_history(self, group: Group) -> Iterator[tuple[Group, bool]]:
         """Those with a momentum buffer, and those for which it is the first step."""
-        history = [self.state[p].get("momentum_buffer") is None for p in group["params"]]
+        history = [self.state.get(p, {}).get("momentum_buffer") is None for p in group["params"]]
         for is_first in (False, True):
             chosen = [
                 p for p, first in zip(group["params"], history, strict=True) if first == is_first
@@ -299,7 +299,7 @@ class SGD(_IncludesPenalty, torch.optim.SGD):
                 yield {**group, "params": chosen}, is_first
 
     def _buffers(self, group: Group) -> list[Tensor]:
-        buffers = [self.state[p].get("momentum_buffer") for p in group["params"]]
+        buffers = [self.state.get(p, {}).get("momentum_buffer") for p in group["params"]]
         return [
             torch.zeros_like(p) if b is None else b
             for p, b in zip(group["params"], buffers, strict=True)

@@ -369,6 +369,7 @@ def test_checkpoints_of_torchs_and_ours_are_interchangeable(kind, implementation
     optimizer = theirs(kind, straight.parameters(), **implementation)
     mas.attach(optimizer)
     train(straight, optimizer, 6)
+    layout = {i: set(values) for i, values in optimizer.state_dict()["state"].items()}
 
     for first, second in ((theirs, ours), (ours, theirs)):
         model, mas = learned()
@@ -379,6 +380,7 @@ def test_checkpoints_of_torchs_and_ours_are_interchangeable(kind, implementation
             optimizer = make(kind, model.parameters(), **more)
             if saved is not None:
                 assert set(optimizer.param_groups[0]) == set(saved["param_groups"][0])
+                assert {i: set(values) for i, values in saved["state"].items()} == layout
                 optimizer.load_state_dict(saved)
             handle = None if is_ours else mas.attach(optimizer)
             train(model, optimizer, 3)
