@@ -39,8 +39,8 @@ from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
 from mas_ext import functional
-from mas_ext.bundles import naming, near
 from mas_ext.attachment import MODES
+from mas_ext.bundles import naming, near
 from mas_ext.regularizer import MAS
 
 __all__ = ["SGD", "Adam", "AdamW"]
