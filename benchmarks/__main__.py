@@ -12,14 +12,14 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks import abs_matmul, accumulate, demo, penalty, per_sample, plot, report
+from benchmarks import abs_matmul, accumulate, demo, penalty, per_sample, plot, report, step
 from benchmarks.predict import GPUS
 from benchmarks.predict import report as predict
 from benchmarks.providers import Benchmark
 from benchmarks.shapes import QUICK, SIZES
 from benchmarks.timing import measure
 
-BENCHMARKS = {b.name: b for b in (penalty.BENCHMARK, accumulate.BENCHMARK)}
+BENCHMARKS = {b.name: b for b in (penalty.BENCHMARK, accumulate.BENCHMARK, *step.BENCHMARKS)}
 
 
 def _parse() -> argparse.Namespace:

@@ -33,7 +33,8 @@ class FlatList {
       total_ += numel;
       any_double_ |= values.tensors[i].scalar_type() == ScalarType::Double;
       if (numel > 0) {
-        entries_.push_back({pointers(arguments, i), numel, values.tensors[i].scalar_type()});
+        entries_.push_back({pointers(arguments, i), numel, values.tensors[i].scalar_type(),
+                            static_cast<int64_t>(i)});
       }
     }
   }
