@@ -28,7 +28,7 @@ def _library() -> ctypes.CDLL:
         # torch's OpenMP is loaded already, and shared by name: a second pool of threads would
         # spin beside the first one and slow down whoever comes next.
         library = ctypes.CDLL(str(path))
-    for function in (library.stream2, library.stream4):
+    for function in (library.stream2, library.stream3, library.stream4):
         function.restype = None
         function.argtypes = [
             ctypes.POINTER(_FloatPointers),

@@ -1,0 +1,9 @@
+"""The benchmarks, in the order in which they run and are shown."""
+
+from __future__ import annotations
+
+from benchmarks import abs_matmul, demo, lists, per_sample
+from benchmarks.entry import Entry
+
+_EVERY: tuple[Entry, ...] = (*lists.ENTRIES, abs_matmul.ENTRY, per_sample.ENTRY, demo.ENTRY)
+ENTRIES = {entry.name: entry for entry in _EVERY}
