@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from benchmarks import abs_matmul, demo, lists, per_sample
+from benchmarks import abs_matmul, demo, lists, per_sample, training
 from benchmarks.entry import Entry
 
-_EVERY: tuple[Entry, ...] = (*lists.ENTRIES, abs_matmul.ENTRY, per_sample.ENTRY, demo.ENTRY)
+_EVERY: tuple[Entry, ...] = (
+    *lists.ENTRIES,
+    training.ENTRY,
+    per_sample.ENTRY,
+    abs_matmul.ENTRY,
+    demo.ENTRY,
+)
 ENTRIES = {entry.name: entry for entry in _EVERY}

@@ -51,7 +51,7 @@ def times(ratio: float) -> str:
 
 
 def mebibytes(count: int | None) -> str:
-    return "–" if count is None else f"{count / 2**20:,.0f}"
+    return "–" if count is None else f"{round(count / 2**20):,}".replace("-", "−")
 
 
 def percent(share: float | None, digits: int = 1) -> str:
