@@ -63,7 +63,7 @@ def _report(out: Path, console: Console) -> None:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    arguments, console = _parse(words), Console(width=max(120, Console().width))
+    arguments, console = _parse(words), Console(width=max(140, Console().width))
     name, out = arguments.benchmark, arguments.out
     if name == "report":
         _report(out, console)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from benchmarks import abs_matmul, demo, lists, per_sample, training
+from benchmarks import abs_matmul, demo, lists, per_sample, scaling, training
 from benchmarks.entry import Entry
 
 _EVERY: tuple[Entry, ...] = (
     *lists.ENTRIES,
+    scaling.ENTRY,
     training.ENTRY,
     per_sample.ENTRY,
     abs_matmul.ENTRY,
