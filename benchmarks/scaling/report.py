@@ -104,8 +104,8 @@ def _rival(point: Result) -> str:
 ENTRY = Entry(
     name="scaling",
     title="How time grows",
-    about="With parameters, the tensors that they are cut into, tasks, the batch and the length of a "
-    "sequence. Both axes are logarithmic: a line of slope one is proportional.",
+    about="With parameters, the tensors that they are cut into, tasks, the batch and the length of "
+    "a sequence. Both axes are logarithmic: a line of slope one is proportional.",
     run=run,
     detail=detail,
     overview=overview,

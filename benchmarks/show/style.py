@@ -102,9 +102,7 @@ def panels(
 def finish(figure: Figure, title: str, foot: str) -> Figure:
     """The title above, and what the figures mean nothing without below, at any height."""
     height = figure.get_figheight()
-    figure.suptitle(
-        title, x=0.015, y=1 - 0.12 / height, ha="left", va="top", size=12, weight="bold", color=INK
-    )
+    figure.text(0.015, 1 - 0.12 / height, title, va="top", size=12, weight="bold", color=INK)
     figure.text(0.015, 0.1 / height, foot, size=7.5, color=MUTED)
     figure.tight_layout(rect=(0.005, 0.3 / height, 1, 1 - 0.35 / height), h_pad=1.6, w_pad=2)
     return figure

@@ -32,7 +32,7 @@ def duration(seconds: float) -> str:
         return f"{seconds * 1e3:.0f} ms"
     if seconds >= 1e-3:
         return f"{seconds * 1e3:.1f} ms"
-    return f"{seconds * 1e6:.0f} µs" if seconds >= 1e-5 else f"{seconds * 1e6:.1f} µs"
+    return f"{seconds * 1e6:.0f} µs" if seconds >= 9.95e-6 else f"{seconds * 1e6:.1f} µs"
 
 
 def took(runs: Iterable[dict[str, Any]]) -> str:

@@ -23,7 +23,8 @@ def _panel(axes: Axes, result: Result) -> None:
         share = {key: 100 * value for key, value in found["added_share"].items()}
         most = max(most, share["q3"])
         added = found["added_seconds"]["median"]
-        label = f"{percent(share['median'] / 100)}   {duration(max(added, 0))}"
+        text = f"{percent(share['median'] / 100)}   {duration(added)}"
+        label = text if added > 0 else "within the noise"
         colour = style.OURS if way in OURS else style.OTHERS
         style.bar(axes, row, share, label, colour, way in OURS)
     axes.set_xlim(0, max(most, 1) * 1.4)

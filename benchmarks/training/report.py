@@ -79,7 +79,7 @@ def detail(result: Result) -> list[Table]:
     ends = result["task_end"]
     return [
         Table(
-            f"One training step of {what}, {sizes}, {result['optimizer']}), "
+            f"One training step of {what}{sizes}, {result['optimizer']}), "
             f"medians of {result['rounds']} rounds",
             ("", "step, ms (quartiles)", "added, ms (quartiles)", "added", "extra MiB"),
             [_step_row(way, row) for way, row in result["ways"].items()],
