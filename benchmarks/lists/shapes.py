@@ -53,7 +53,7 @@ SIZES = {
     "mlp": Size("MLP", lambda: linear(784, 256, 256, 10)),
     "resnet50": Size("ResNet-50", resnet50),
     "gpt2": Size("GPT-2", gpt2),
-    "large": Size("a larger GPT-2", partial(gpt2, n_embd=1024, n_layer=16, n_head=16), False),
+    "large": Size("a wider GPT-2", partial(gpt2, n_embd=1536, n_layer=6, n_head=16), False),
     "small": Size("1,000 small tensors", lambda: [torch.Size([64])] * 1000),
     "flat": Size("one flat tensor", lambda: [torch.Size([64 * 2**20])]),
 }

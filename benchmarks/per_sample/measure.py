@@ -32,6 +32,7 @@ from mas_ext import estimate_importance
 
 TOLERANCE = 1e-3  # float32
 MOST_ROUNDS_LEFT_OUT = 4  # a slow provider takes part in every fourth round, or more often
+WEIGHED = (OURS, BY_HAND, SINGLY)  # a process each, most of whose time is its start
 FRESH_MODELS = 3  # whose first call is timed
 
 
@@ -187,5 +188,5 @@ def measure(
     result.rounds = len(result.seconds[OURS])
     result.first_call, result.coverage = first_call(workload)
     tell("peak memory, a process each")
-    result.used = weigh(name, [OURS] if quick else steps, chunk)
+    result.used = {} if quick else weigh(name, WEIGHED, chunk)
     return result

@@ -186,6 +186,6 @@ ENTRY = Entry(
     overview=overview,
     plots=("training",),
     figures=lambda results, machine: {"training": plot.figure(results, machine)},
-    seconds=(180, 10),
+    seconds=(150, 6),
     headline=headline,
 )
