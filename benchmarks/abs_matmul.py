@@ -182,5 +182,5 @@ ENTRY = Entry(
     overview=_overview,
     plots=(),
     figures=_no_figures,
-    seconds=(40, 4),
+    seconds=(30, 3),
 )

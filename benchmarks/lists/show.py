@@ -107,6 +107,6 @@ def headline(job: Job, sizes: Results) -> tuple[str, str] | None:
     best = min(rivals, key=rivals.__getitem__)
     share = significant(size["providers"][job.ours]["fraction_of_roofline"]["median"])
     return times(rivals[best]), (
-        f"the time of {job.ours} is what {best} takes, the next fastest, on "
-        f"{count(size['parameters'])} parameters; {job.ours} is at {share} of the roofline"
+        f"the time of {job.ours} is what {best} takes, the fastest other on the same list, for "
+        f"{count(size['parameters'])} parameters; {job.ours} itself is at {share} of the roofline"
     )

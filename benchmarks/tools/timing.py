@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from time import perf_counter
 
 SHORTEST_SAMPLE = 0.005  # seconds; shorter ones are repeated within a measurement
+LONG = 0.5  # seconds; what takes longer is warm after a call
 FEWEST_ROUNDS = 3  # whatever the budget, or there are no quartiles
 
 Calls = Mapping[str, Callable[[], object]]
@@ -36,7 +37,9 @@ def _sample(call: Callable[[], object], calls: int) -> float:
 
 def _warm(call: Callable[[], object]) -> tuple[int, float]:
     """How often to call within a measurement, and about how many seconds that takes."""
-    call()
+    once = _sample(call, 1)
+    if once > LONG:
+        return 1, once
     once = _sample(call, 1)
     calls = max(1, round(SHORTEST_SAMPLE / once + 0.5))
     return calls, calls * once
