@@ -17,7 +17,7 @@ from benchmarks.tools import memory
 from benchmarks.tools.timing import interleave, ratios
 
 ROOFLINE = "roofline"
-VALUE_TOLERANCE = 2e-3  # wide: float32 BLAS dots over GPT-2's shapes are off by 2.5e-4
+VALUE_TOLERANCE = 1e-2  # wide: float32 BLAS dots over 77 M numbers are off by 2e-3
 
 
 @dataclass
