@@ -1,4 +1,4 @@
-"""What a benchmark consists of: a task, a reference, and the ways of doing it side by side."""
+"""What a job consists of: a task, a reference, and the ways of doing it side by side."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.state import State
+from benchmarks.lists.state import State
 
 Step = Callable[[State], Tensor | None]
 
@@ -17,30 +17,39 @@ Step = Callable[[State], Tensor | None]
 class Provider:
     """One way of doing the task.
 
-    ``flat``: it is given the state as one tensor a list. ``most_tensors``: where compiling takes
-    too long to wait for, since torch.compile emits one kernel a tensor.
+    ``moved``: bytes a float32 parameter that its operations read and write, without what a cache
+    line costs that is read before it is written. ``flat``: it is given the state as one tensor a
+    list. ``most_tensors``: where compiling takes too long to wait for, since torch.compile emits
+    one kernel a tensor.
     """
 
     name: str
     step: Step
+    moved: int
     flat: bool = False
     most_tensors: int | None = None
 
-    def skip_reason(self, state: State) -> str | None:
-        count = len(state.params)
-        if self.flat and count == 1:
+    def skip_reason(self, tensors: int, has_flat: bool, quick: bool = False) -> str | None:
+        if self.flat and tensors == 1:
             return "the list is one flat tensor already"
-        if not self.flat and self.most_tensors is not None and count > self.most_tensors:
-            return f"compiling {count:,} tensors takes many minutes"
+        if self.flat and not has_flat:
+            return "a second copy of this size would not fit small machines"
+        most = self.most_tensors
+        if most is not None and tensors > (min(most, QUICK_TENSORS) if quick else most):
+            return f"compiling {tensors:,} tensors takes too long"
         return None
 
 
+QUICK_TENSORS = 10  # most to compile in a quick run
+
+
 @dataclass(frozen=True)
-class Benchmark:
+class Job:
     """A task and its providers, ours first."""
 
     name: str
     title: str
+    about: str
     bytes_per_parameter: int  # that one pass has to move, float32
     providers: Sequence[Provider]
     written: Callable[[State], list[Tensor]]  # what the task changes

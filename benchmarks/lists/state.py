@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from benchmarks.shapes import Shapes
+from benchmarks.lists.shapes import Shapes
 
 
 @dataclass
@@ -20,6 +20,9 @@ class State:
     omega: list[Tensor]
     # Small, so that gradients that grow by λΩδ a call are still ordinary after thousands of calls.
     lambda_reg: float = 0.1
+    # Large, or a proximal step would be too small to be checked; it settles at the anchors, and
+    # goes on doing the same work there.
+    lr: float = 1.0
     num_samples: int = 128
     names: list[str] = field(default_factory=list)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 SOURCE = Path(__file__).with_name("roofline.cpp")
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=c++17")
 _FloatPointers = ctypes.POINTER(ctypes.c_void_p)
-WRITTEN = {2: 1, 4: 1, 5: 2, 6: 3}  # how many streams, and how many of them are written
+WRITTEN = {2: 1, 3: 1, 4: 1, 5: 2, 6: 3}  # how many streams, and how many of them are written
 
 
 @cache
