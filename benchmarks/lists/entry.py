@@ -22,14 +22,15 @@ def entry(job: Job) -> Entry:
         overview=partial(show.overview, job),
         plots=(job.name,),
         figures=lambda sizes, machine: {job.name: plot.figure(job, sizes, machine)},
-        seconds=(50, 4),
+        seconds=(7 * len(job.sizes), 4),
         headline=partial(show.headline, job),
     )
 
 
 def _run(job: Job, options: Options) -> Iterator[tuple[str, Result]]:
-    names = options.sizes or (QUICK if options.quick else tuple(SIZES))
-    budget = options.seconds / len(names)
+    asked = options.sizes or (QUICK if options.quick else tuple(SIZES))
+    names = [name for name in asked if name in job.sizes]
+    budget = options.seconds / max(1, len(names))
     for name in names:
         size = SIZES[name]
 

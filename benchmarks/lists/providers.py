@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from benchmarks.lists.shapes import SIZES
 from benchmarks.lists.state import State
 
 Step = Callable[[State], Tensor | None]
@@ -54,7 +55,8 @@ class Job:
     providers: Sequence[Provider]
     written: Callable[[State], list[Tensor]]  # what the task changes
     expected: Callable[[State], tuple[list[Tensor], Tensor | None]]  # from float64
-    streams: Callable[[State], list[list[Tensor]]]  # of the roofline, the written one first
+    streams: Callable[[State], list[list[Tensor]]]  # of the roofline, the written ones first
+    sizes: Sequence[str] = tuple(SIZES)
 
     @property
     def ours(self) -> str:

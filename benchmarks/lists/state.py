@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ class State:
     lr: float = 1.0
     num_samples: int = 128
     names: list[str] = field(default_factory=list)
+    kept: dict[str, Any] = field(default_factory=dict)  # by a provider, from one call to the next
 
     def __post_init__(self) -> None:
         self.names = [f"layer{i}.weight" for i in range(len(self.params))]

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
-from benchmarks.providers import Benchmark, Provider
-from benchmarks.state import State, in_float64
+from benchmarks.lists.providers import Job, Provider
+from benchmarks.lists.state import State, in_float64
 from mas_ext import functional
 
 LR, MOMENTUM, BETAS, EPS, DECAY = 1e-3, 0.9, (0.9, 0.999), 1e-8, 0.01
@@ -35,7 +35,7 @@ class Moments:
 
 
 def _moments(s: State) -> Moments:
-    if not hasattr(s, "moments"):
+    if "moments" not in s.kept:
         generator = torch.Generator().manual_seed(1)
 
         def normal(p: Tensor) -> Tensor:
@@ -43,8 +43,8 @@ def _moments(s: State) -> Moments:
 
         first = [normal(p) for p in s.params]
         second = [normal(p).square_() + 1e-5 for p in s.params]
-        s.moments = Moments(first, second, [torch.tensor(STEPS) for _ in s.params])
-    return s.moments
+        s.kept["moments"] = Moments(first, second, [torch.tensor(STEPS) for _ in s.params])
+    return s.kept["moments"]
 
 
 def _own_grads(s: State, name: str) -> list[Tensor]:
@@ -59,7 +59,8 @@ class Rule:
     """An optimizer: our fused step, torch's, and the formula."""
 
     title: str
-    bytes_per_parameter: int
+    bytes_in_one_pass: int  # a float32 parameter
+    bytes_of_torchs: dict[str, int]  # of torch's step alone
     ours: Callable[..., Tensor]
     theirs: Callable[..., None]
     moments: Callable[[State], list[list[Tensor]]]  # that are written
@@ -143,10 +144,13 @@ def _adamw_formula(p: Tensor, g: Tensor, m: Tensor, v: Tensor) -> tuple[Tensor, 
 
 
 RULES = {
-    "sgd": Rule("SGD", 20, _our_sgd, _their_sgd, lambda s: [], _sgd_formula),
+    "sgd": Rule(
+        "SGD", 20, {"fused": 12, "foreach": 12}, _our_sgd, _their_sgd, lambda s: [], _sgd_formula
+    ),
     "momentum": Rule(
         "SGD with momentum",
         28,
+        {"fused": 20, "foreach": 32},  # foreach: b·μ 8, +g 12, θ−ηb 12
         _our_momentum,
         _their_momentum,
         lambda s: [_moments(s).first],
@@ -155,6 +159,10 @@ RULES = {
     "adamw": Rule(
         "AdamW",
         36,
+        {
+            "fused": 28,
+            "foreach": 88,
+        },  # foreach: decay 8, m 12, v 8 and 12, root and its scale 32, θ 16
         _our_adamw,
         _their_adamw,
         lambda s: [_moments(s).first, _moments(s).second],
@@ -163,21 +171,23 @@ RULES = {
 }
 
 
-def _unfused(rule: Rule, mode: str, name: str, **which: bool) -> Provider:
+def _unfused(rule: Rule, mode: str, which: str) -> Provider:
     """Our penalty and torch's step, one after the other."""
+    gradient = mode == "gradient"
+    name = f"add_penalty_grad_, torch {which}" if gradient else f"torch {which}, proximal_step_"
 
     @torch.no_grad()
     def step(s: State) -> Tensor:
         state = s.params, s.anchors, s.omega, s.lambda_reg
         grads = _own_grads(s, name)
-        if mode == "proximal":
-            rule.theirs(s, grads, **which)
+        if not gradient:
+            rule.theirs(s, grads, **{which: True})
             return functional.proximal_step_(*state, LR)
         value = functional.add_penalty_grad_(grads, *state)
-        rule.theirs(s, grads, **which)
+        rule.theirs(s, grads, **{which: True})
         return value
 
-    return Provider(name, step)
+    return Provider(name, step, (20 if gradient else 16) + rule.bytes_of_torchs[which])
 
 
 def _expected(s: State, rule: Rule, mode: str) -> tuple[list[Tensor], Tensor]:
@@ -202,17 +212,18 @@ def _expected(s: State, rule: Rule, mode: str) -> tuple[list[Tensor], Tensor]:
     return [t for tensors in written for t in tensors], s.lambda_reg / 2 * energy
 
 
-def _benchmark(name: str, mode: str) -> Benchmark:
+def _job(name: str, mode: str) -> Job:
     rule = RULES[name]
-    how = "add_penalty_grad_ + torch {}" if mode == "gradient" else "torch {} + proximal_step_"
-    return Benchmark(
+    where = "added to its gradient" if mode == "gradient" else "as a proximal step after it"
+    return Job(
         name=f"{name}_{mode}",
-        title=f"{rule.title} with the penalty in its step, {mode} mode",
-        bytes_per_parameter=rule.bytes_per_parameter,
+        title=f"{rule.title}: a step with the penalty {where}",
+        about="One pass for both, beside our penalty and then torch's step.",
+        bytes_per_parameter=rule.bytes_in_one_pass,
         providers=(
-            Provider("mas_ext", lambda s: rule.ours(s, mode)),
-            _unfused(rule, mode, how.format("fused"), fused=True),
-            _unfused(rule, mode, how.format("foreach"), foreach=True),
+            Provider("mas_ext", lambda s: rule.ours(s, mode), rule.bytes_in_one_pass),
+            _unfused(rule, mode, "fused"),
+            _unfused(rule, mode, "foreach"),
         ),
         written=lambda s: [
             *(p.detach() for p in s.params),
@@ -220,7 +231,8 @@ def _benchmark(name: str, mode: str) -> Benchmark:
         ],
         expected=lambda s: _expected(s, rule, mode),
         streams=lambda s: [s.params, *rule.moments(s), s.grads, s.anchors, s.omega],
+        sizes=("mlp", "resnet50", "gpt2"),
     )
 
 
-BENCHMARKS = tuple(_benchmark(name, mode) for name in RULES for mode in ("gradient", "proximal"))
+JOBS = tuple(_job(name, mode) for name in RULES for mode in ("gradient", "proximal"))
