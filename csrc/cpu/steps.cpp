@@ -17,48 +17,71 @@
 namespace mas_ext::cpu {
 namespace {
 
-// Elements between two looks at the sum. Their energies stay in the L1 cache; and while those of
-// one block are summed, which is short, the processor is loading the next one already.
-constexpr int64_t kBlock = 128;
-
-// How far ahead one line a block is fetched, of every stream. The processor follows a stream by
-// itself, but only to the end of its page; where the next pages lie it should know by then.
+// Elements between two looks ahead: a page of float32 values. Where kAhead elements further on
+// lies in memory the processor is told in time; it follows a stream by itself, but only to the end
+// of its page.
+constexpr int64_t kBlock = 1024;
 constexpr int64_t kAhead = 8192;
 
-// A plain loop, which the compiler vectorises whatever the rule is; with the sum in it, it would
-// for the simplest alone. `first` and `second` are the rule's moments, where it has them. The
-// energies Ω δ² are those of θ before the step, for a proximal one of θ as it is stored afterwards.
+// Element i; returns its energy Ω δ², that of θ before the step, for a proximal one of θ as it is
+// stored afterwards. `first` and `second` are the rule's moments, where it has them.
+// (Half-precision values are read where they are converted: a copy of one would keep loops from
+// being vectorised.)
 template <bool Proximal, class Rule, class T, class A>
-MAS_MULTIVERSION void advance(T* __restrict__ params, T* __restrict__ first, T* __restrict__ second,
-                              const T* __restrict__ grads, const T* __restrict__ anchors,
-                              const A* __restrict__ omega, A* __restrict__ energies, int64_t size,
-                              PenaltyPart<A> penalty, Rule rule) {
-  for (int64_t i = 0; i < size; ++i) {
-    const A param = static_cast<A>(params[i]), anchor = static_cast<A>(anchors[i]);
-    A moments[2];
-    if constexpr (Rule::kMoments > 0) {
-      moments[0] = static_cast<A>(first[i]);
-    }
-    if constexpr (Rule::kMoments > 1) {
-      moments[1] = static_cast<A>(second[i]);
-    }
-    const A moved = penalised_point<Proximal>(param, static_cast<A>(grads[i]), anchor, omega[i],
-                                              moments, penalty, rule);
-    params[i] = static_cast<T>(moved);
-    if constexpr (Rule::kMoments > 0) {
-      first[i] = static_cast<T>(moments[0]);
-    }
-    if constexpr (Rule::kMoments > 1) {
-      second[i] = static_cast<T>(moments[1]);
-    }
-    const A counted = Proximal ? static_cast<A>(static_cast<T>(moved)) : param;
-    energies[i] = penalty_energy(counted - anchor, omega[i]);
+MAS_ALWAYS_INLINE A advance(T* params, T* first, T* second, const T* grads, const T* anchors,
+                            const A* omega, int64_t i, const PenaltyPart<A>& penalty,
+                            const Rule& rule) {
+  const A param = static_cast<A>(params[i]), anchor = static_cast<A>(anchors[i]);
+  A moments[2];
+  if constexpr (Rule::kMoments > 0) {
+    moments[0] = static_cast<A>(first[i]);
   }
+  if constexpr (Rule::kMoments > 1) {
+    moments[1] = static_cast<A>(second[i]);
+  }
+  const A moved = penalised_point<Proximal>(param, static_cast<A>(grads[i]), anchor, omega[i],
+                                            moments, penalty, rule);
+  params[i] = static_cast<T>(moved);
+  if constexpr (Rule::kMoments > 0) {
+    first[i] = static_cast<T>(moments[0]);
+  }
+  if constexpr (Rule::kMoments > 1) {
+    second[i] = static_cast<T>(moments[1]);
+  }
+  const A counted = Proximal ? static_cast<A>(static_cast<T>(moved)) : param;
+  return penalty_energy(counted - anchor, omega[i]);
 }
 
-template <class A>
-MAS_MULTIVERSION double sum(const A* __restrict__ energies, int64_t size) {
-  return sum_in_lanes(size, [&](int64_t i) { return energies[i]; });
+// How many energies are formed before they are summed: with the sum among them the compiler would
+// not vectorise the rule. A vector's worth stays in a register; narrow values it only vectorises
+// in longer loops.
+template <class T, class A>
+constexpr int64_t kRow = sizeof(T) < sizeof(A) ? 8 * kLanes : kLanes;
+
+template <bool Proximal, class Rule, class T, class A>
+MAS_MULTIVERSION double advance_all(T* __restrict__ params, T* __restrict__ first,
+                                    T* __restrict__ second, const T* __restrict__ grads,
+                                    const T* __restrict__ anchors, const A* __restrict__ omega,
+                                    int64_t size, PenaltyPart<A> penalty, Rule rule) {
+  double lanes[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kRow<T, A> <= size; i += kRow<T, A>) {
+    alignas(64) A energies[kRow<T, A>];
+    for (int64_t k = 0; k < kRow<T, A>; ++k) {
+      energies[k] =
+          advance<Proximal>(params, first, second, grads, anchors, omega, i + k, penalty, rule);
+    }
+    for (int64_t k = 0; k < kRow<T, A>; k += kLanes) {
+      for (int lane = 0; lane < kLanes; ++lane) {
+        lanes[lane] += static_cast<double>(energies[k + lane]);
+      }
+    }
+  }
+  for (int64_t k = 0; i + k < size; ++k) {
+    lanes[k % kLanes] += static_cast<double>(
+        advance<Proximal>(params, first, second, grads, anchors, omega, i + k, penalty, rule));
+  }
+  return std::accumulate(lanes, lanes + kLanes, 0.0);
 }
 
 template <class T, size_t Streams>
@@ -75,17 +98,15 @@ MAS_ALWAYS_INLINE void fetch_ahead(const Chunk<Streams>& chunk, int64_t begin) {
 template <bool Proximal, class T, size_t Streams, class A, class Rule>
 double step(const Chunk<Streams>& chunk, const PenaltyPart<A>& penalty, const Rule& rule) {
   constexpr size_t kMoments = Streams - 4;
-  alignas(64) A energies[kBlock];
   double total = 0;
   for (int64_t begin = 0; begin < chunk.size; begin += kBlock) {
     const int64_t size = std::min(kBlock, chunk.size - begin);
     const auto values = [&](size_t s) { return chunk.template stream<T>(s) + begin; };
     fetch_ahead<T>(chunk, begin);
-    advance<Proximal>(values(0), values(kMoments > 0 ? 1 : 0), values(kMoments > 1 ? 2 : 0),
-                      values(kMoments + 1), values(kMoments + 2),
-                      chunk.template stream<const A>(kMoments + 3) + begin, energies, size, penalty,
-                      rule);
-    total += sum(energies, size);
+    total += advance_all<Proximal>(
+        values(0), values(kMoments > 0 ? 1 : 0), values(kMoments > 1 ? 2 : 0), values(kMoments + 1),
+        values(kMoments + 2), chunk.template stream<const A>(kMoments + 3) + begin, size, penalty,
+        rule);
   }
   return total;
 }
