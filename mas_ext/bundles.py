@@ -31,7 +31,9 @@ def bundled(
     """A bundle a device; a model may span several."""
     bundles: dict[torch.device, Bundle] = {}
     for name, p in params.items():
-        bundle = bundles.setdefault(p.device, Bundle([], [], [], []))
+        bundle = bundles.get(p.device)
+        if bundle is None:
+            bundle = bundles[p.device] = Bundle([], [], [], [])
         bundle.names.append(name)
         bundle.params.append(p)
         bundle.anchors.append(anchors[name])

@@ -253,7 +253,8 @@ class SGD(_IncludesPenalty, torch.optim.SGD):
                         nesterov=group["nesterov"],
                     )
                 )
-            self._keep(part["params"], buffers)
+            if is_first:
+                self._keep(part["params"], buffers)
         return values
 
     def _take_torch_step(self, group: Group) -> None:
@@ -290,19 +291,23 @@ class SGD(_IncludesPenalty, torch.optim.SGD):
 
     def _by_history(self, group: Group) -> Iterator[tuple[Group, bool]]:
         """Those with a momentum buffer, and those for which it is the first step."""
-        history = [self.state.get(p, {}).get("momentum_buffer") is None for p in group["params"]]
+        has_history = [b is not None for b in self._kept(group)]
+        if all(has_history):
+            yield group, False
+            return
         for is_first in (False, True):
-            chosen = [
-                p for p, first in zip(group["params"], history, strict=True) if first == is_first
-            ]
+            pairs = zip(group["params"], has_history, strict=True)
+            chosen = [p for p, known in pairs if known != is_first]
             if chosen:
                 yield {**group, "params": chosen}, is_first
 
+    def _kept(self, group: Group) -> list[Tensor | None]:
+        return [self.state.get(p, {}).get("momentum_buffer") for p in group["params"]]
+
     def _buffers(self, group: Group) -> list[Tensor]:
-        buffers = [self.state.get(p, {}).get("momentum_buffer") for p in group["params"]]
         return [
             torch.zeros_like(p) if b is None else b
-            for p, b in zip(group["params"], buffers, strict=True)
+            for p, b in zip(group["params"], self._kept(group), strict=True)
         ]
 
     def _keep(self, params: list[Tensor], buffers: list[Any]) -> None:
