@@ -7,6 +7,7 @@ import random
 import statistics
 from collections.abc import Callable, Mapping
 from time import perf_counter
+from typing import Any
 
 SHORTEST_SAMPLE = 0.005  # seconds; shorter ones are repeated within a measurement
 LONG = 0.5  # seconds; what takes longer is warm after a call
@@ -29,6 +30,7 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def _sample(call: Callable[[], object], calls: int) -> float:
+    """Seconds a call, over some calls."""
     begin = perf_counter()
     for _ in range(calls):
         call()
@@ -50,7 +52,8 @@ def interleave(
     rounds: int,
     every: Mapping[str, int] | None = None,
     budget: float | None = None,
-) -> dict[str, list[float]]:
+    sample: Callable[[Any, int], Any] = _sample,
+) -> dict[str, list[Any]]:
     """Times every call once a round, in a new order each round: no one always follows another.
 
     Args:
@@ -58,6 +61,7 @@ def interleave(
         rounds: at most.
         every: name → n, for a call that takes part in each n-th round only, from the first.
         budget: seconds that the rounds may take; fewer rounds if need be, but three.
+        sample: times a call so many times; what it returns is kept, seconds a call or several.
 
     Returns:
         Name → seconds a call, a round after the other.
@@ -67,7 +71,7 @@ def interleave(
     if budget is not None:
         a_round = sum(seconds / every.get(name, 1) for name, (_, seconds) in warm.items())
         rounds = min(rounds, max(FEWEST_ROUNDS, int(budget / a_round)))
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    seconds: dict[str, list[Any]] = {name: [] for name in calls}
     order, shuffle = list(calls), random.Random(0).shuffle
     gc.collect()
     gc.disable()
@@ -77,7 +81,7 @@ def interleave(
             shuffle(order)
             for name in order:
                 if number % every.get(name, 1) == 0:
-                    seconds[name].append(_sample(calls[name], warm[name][0]))
+                    seconds[name].append(sample(calls[name], warm[name][0]))
     finally:
         gc.enable()
     return seconds

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import starmap
+from time import perf_counter
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,23 +18,30 @@ from benchmarks.training import task_end
 from benchmarks.training.models import MODELS, Model
 from benchmarks.training.setting import Setting, make
 from benchmarks.training.task_end import AVALANCHE, BATCH, EXACT, SINGLY
-from benchmarks.training.ways import PLAIN, PROXIMAL, WAYS
+from benchmarks.training.ways import PLAIN, PROXIMAL, WAYS, Step
 from mas_ext import estimate_importance, preset
 
 TOLERANCE = 1e-3  # float32
 EVERY = 3  # rounds, in the first of which batch size 1 takes part: it is slow
-SAMPLES = 256  # of a task, when it ends
 TO_COMPILE = ("torch.compile, gradient", "torch.compile, in the loss")
+
+
+class Seconds(NamedTuple):
+    """Of a step: up to the gradients, and what comes after."""
+
+    backward: float
+    finish: float
 
 
 @dataclass
 class Measurement:
-    """Seconds a call for each round, in the order of the rounds."""
+    """Seconds a step and a task's end, in the order of the rounds."""
 
     name: str
     parameters: int
     tensors: int
-    seconds: dict[str, list[float]] = field(default_factory=dict)
+    seconds: dict[str, list[Seconds]] = field(default_factory=dict)
+    in_the_loss: dict[str, bool] = field(default_factory=dict)
     task_end: dict[str, list[float]] = field(default_factory=dict)
     bytes: dict[str, int | None] = field(default_factory=dict)  # of a step, at its peak
     skipped: dict[str, str] = field(default_factory=dict)
@@ -81,6 +90,19 @@ def check(chosen: Model, ways: Sequence[str]) -> None:
             assert off <= TOLERANCE, f"{chosen.title}, {way}: the step is off by {off:.1%}"
 
 
+def sample(step: Step, steps: int) -> Seconds:
+    """A step's two parts, each with a clock of its own."""
+    backward = finish = 0.0
+    for _ in range(steps):
+        begin = perf_counter()
+        step.backward()
+        between = perf_counter()
+        step.finish()
+        backward += between - begin
+        finish += perf_counter() - between
+    return Seconds(backward / steps, finish / steps)
+
+
 def ways_for(chosen: Model, quick: bool) -> tuple[list[str], dict[str, str]]:
     """Those to time, and why others are not."""
     reason = "compiling is left out of a quick run"
@@ -99,21 +121,20 @@ def measure(name: str, rounds: int, tell: Tell, budget: float, quick: bool) -> M
     settings = {way: make(chosen) for way in ways}
     steps = {way: WAYS[way](s) for way, s in settings.items()}
     tell("timing steps")
-    result.seconds = interleave(steps, rounds, budget=0.7 * budget)
+    result.seconds = interleave(steps, rounds, budget=0.8 * budget, sample=sample)
+    result.in_the_loss = {way: step.in_the_loss for way, step in steps.items()}
     for way, s in settings.items():
         assert all(p.isfinite().all() for p in s.state.params), f"{way}: training diverged"
     result.bytes = {way: memory.growth_of(step) for way, step in steps.items()}
     del settings, steps
     tell("checking and timing the end of a task")
-    result.task_end = measure_task_end(chosen, rounds, 0.3 * budget, SAMPLES)
+    result.task_end = measure_task_end(chosen, rounds, 0.2 * budget)
     return result
 
 
-def measure_task_end(
-    chosen: Model, rounds: int, budget: float, samples: int
-) -> dict[str, list[float]]:
-    dataset = task_end.data(chosen, samples)
-    check_task_end(chosen, samples=min(samples, 2 * chosen.batch_size))
+def measure_task_end(chosen: Model, rounds: int, budget: float) -> dict[str, list[float]]:
+    dataset = task_end.data(chosen, chosen.task)
+    check_task_end(chosen, samples=min(chosen.task, 2 * chosen.batch_size))
     steps = {
         name: way(make(chosen), dataset, chosen.batch_size)[0]
         for name, way in task_end.WAYS.items()

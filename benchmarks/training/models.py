@@ -17,13 +17,17 @@ LR = 1e-4  # small, so that thousands of steps on one batch stay ordinary
 
 @dataclass(frozen=True)
 class Model:
-    """``sample``: inputs and targets, from their number; ``optimizer``: of torch.optim."""
+    """``sample``: inputs and targets, from their number; ``optimizer``: of torch.optim.
+
+    ``task``: how many samples a task has that ends.
+    """
 
     title: str
     details: str
     build: Callable[[], nn.Module]
     sample: Callable[[int], tuple[Tensor, Tensor]]
     batch_size: int
+    task: int
     optimizer: str
     options: dict[str, Any]
 
@@ -76,9 +80,16 @@ def _text(count: int) -> tuple[Tensor, Tensor]:
 
 _MOMENTUM = {"lr": LR, "momentum": 0.9}
 MODELS = {
-    "mlp": Model("MLP", "784-256-256-10", mlp, _labelled(784), 128, "SGD", _MOMENTUM),
+    "mlp": Model("MLP", "784-256-256-10", mlp, _labelled(784), 128, 256, "SGD", _MOMENTUM),
     "resnet18": Model(
-        "ResNet-18", "torchvision's, 3×32×32", resnet18, _labelled(3, 32, 32), 64, "SGD", _MOMENTUM
+        "ResNet-18",
+        "torchvision's, 3×32×32",
+        resnet18,
+        _labelled(3, 32, 32),
+        64,
+        128,
+        "SGD",
+        _MOMENTUM,
     ),
     "gpt2": Model(
         "GPT-2",
@@ -86,6 +97,7 @@ MODELS = {
         lambda: Language(gpt2()),
         _text,
         16,
+        32,
         "AdamW",
         {"lr": LR},
     ),

@@ -12,12 +12,13 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.training.models import Model
 from benchmarks.training.setting import Setting
-from benchmarks.training.ways import Step, avalanche_plugin
+from benchmarks.training.ways import avalanche_plugin
 
 EXACT, BATCH = "mas_ext, exact", "mas_ext, batch"
 SINGLY, AVALANCHE = "batch size 1", "Avalanche"
 Omega = Callable[[], list[Tensor]]  # the merged Ω as it is now
-TaskEnd = Callable[[Setting, TensorDataset, int], tuple[Step, Omega]]
+End = Callable[[], None]
+TaskEnd = Callable[[Setting, TensorDataset, int], tuple[End, Omega]]
 
 
 def data(chosen: Model, samples: int) -> TensorDataset:
@@ -28,7 +29,7 @@ def data(chosen: Model, samples: int) -> TensorDataset:
 
 def ours(
     s: Setting, dataset: TensorDataset, batch_size: int, estimator: str = "per_sample"
-) -> tuple[Step, Omega]:
+) -> tuple[End, Omega]:
     loader = DataLoader(dataset, batch_size)
 
     def step() -> None:
@@ -37,7 +38,7 @@ def ours(
     return step, lambda: [s.mas.importance[name] for name in s.names]
 
 
-def singly(s: Setting, dataset: TensorDataset, batch_size: int) -> tuple[Step, Omega]:
+def singly(s: Setting, dataset: TensorDataset, batch_size: int) -> tuple[End, Omega]:
     """Exact too: a forward and a backward pass a sample, by hand."""
     state, share = s.state, 1 / len(dataset)
     loader = DataLoader(dataset, 1)
@@ -55,7 +56,7 @@ def singly(s: Setting, dataset: TensorDataset, batch_size: int) -> tuple[Step, O
     return step, lambda: state.omega
 
 
-def avalanche(s: Setting, dataset: TensorDataset, batch_size: int) -> tuple[Step, Omega]:
+def avalanche(s: Setting, dataset: TensorDataset, batch_size: int) -> tuple[End, Omega]:
     """Its plugin's own, which takes the absolute value of each batch's gradient."""
     plugin = avalanche_plugin(s)
     strategy = SimpleNamespace(

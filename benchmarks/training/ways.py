@@ -1,6 +1,6 @@
 """Ways to take a training step with MAS, and the step without it.
 
-Each prepares once what a user would prepare once, and returns the call that is measured: forward,
+Each prepares once what a user would prepare once, and returns the step that is measured: forward,
 backward, optimizer step, with the model's usual optimizer in torch's fused form.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
@@ -17,29 +18,47 @@ import mas_ext
 from benchmarks.lists import penalty
 from benchmarks.training.setting import Setting
 
-Step = Callable[[], None]
+
+@dataclass(frozen=True)
+class Step:
+    """A training step in two parts: up to the gradients, and what comes after.
+
+    ``in_the_loss``: whether MAS is a part of the loss. Where it is not, both parts of a step have
+    their own work, and the first is the same with MAS as without.
+    """
+
+    backward: Callable[[], None]
+    finish: Callable[[], object]
+    in_the_loss: bool = False
+
+    def __call__(self) -> None:
+        self.backward()
+        self.finish()
+
+
 Way = Callable[[Setting], Step]
 
 PLAIN = "without MAS"
 
 
 def _step(s: Setting, before_step: Callable[[], object] = lambda: None) -> Step:
-    def step() -> None:
+    def backward() -> None:
         s.optimizer.zero_grad()
         s.loss().backward()
+
+    def finish() -> None:
         before_step()
         s.optimizer.step()
 
-    return step
+    return Step(backward, finish)
 
 
 def _with_term(s: Setting, term: Callable[[], Tensor]) -> Step:
-    def step() -> None:
+    def backward() -> None:
         s.optimizer.zero_grad()
         (s.loss() + term()).backward()
-        s.optimizer.step()
 
-    return step
+    return Step(backward, lambda: s.optimizer.step(), in_the_loss=True)
 
 
 def attached(s: Setting) -> Step:
@@ -107,14 +126,13 @@ def avalanche(s: Setting) -> Step:
     plugin = avalanche_plugin(s)
     strategy = SimpleNamespace(model=s.model, clock=SimpleNamespace(train_exp_counter=1), loss=None)
 
-    def step() -> None:
+    def backward() -> None:
         s.optimizer.zero_grad()
         strategy.loss = s.loss()
         plugin.before_backward(strategy)
         strategy.loss.backward()
-        s.optimizer.step()
 
-    return step
+    return Step(backward, lambda: s.optimizer.step(), in_the_loss=True)
 
 
 def avalanche_plugin(s: Setting) -> object:
