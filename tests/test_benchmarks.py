@@ -113,6 +113,32 @@ def test_every_way_to_train_takes_autograds_step(training, monkeypatch):
         measure_training.check(mlp, ["Avalanche"])
 
 
+def test_what_is_added_is_taken_from_the_parts_that_differ(training):
+    from benchmarks.training import report
+
+    Seconds = training[0].Seconds
+    seconds = {
+        "without MAS": [Seconds(10, 1), Seconds(20, 1), Seconds(30, 1)],
+        "after": [Seconds(30, 3), Seconds(10, 3), Seconds(20, 3)],
+        "in the loss": [Seconds(15, 1), Seconds(25, 1), Seconds(35, 1)],
+    }
+    in_the_loss = {"without MAS": False, "after": False, "in the loss": True}
+    nothing = dict.fromkeys(seconds, None)
+    measured = training[0].Measurement("mlp", 1, 1, seconds, in_the_loss, bytes=nothing)
+    added = {way: report._way(measured, way)["added_seconds"]["median"] for way in seconds}
+    assert added == {"without MAS": 0, "after": 2, "in the loss": 5}
+    assert report._way(measured, "after")["seconds"]["median"] == 23
+
+
+def test_a_steps_parts_are_timed_apart(training):
+    from time import sleep
+
+    from benchmarks.training.ways import Step
+
+    found = training[0].sample(Step(lambda: None, lambda: sleep(0.01)), 3)
+    assert found.backward < 0.01 <= found.finish
+
+
 def test_every_way_to_end_a_task(training, monkeypatch):
     measure_training, mlp = training
     measure_training.check_task_end(mlp, samples=256)

@@ -81,15 +81,13 @@ def cheapest(result: Result, of: dict[str, Any]) -> tuple[str, float]:
 
 
 def detail(result: Result) -> list[Table]:
-    what = (
-        f"{result['title']} ({result['details']}, B={result['batch_size']}, {result['optimizer']}"
-    )
-    sizes = f"{count(result['parameters'])} parameters in {result['tensors']} tensors)"
+    what = f"{result['title']} ({result['details']}), B={result['batch_size']}"
+    sizes = f"{count(result['parameters'])} parameters in {result['tensors']} tensors"
     ends = result["task_end"]
     return [
         Table(
-            f"One training step of {what}{sizes}, {result['optimizer']}), "
-            f"medians of {result['rounds']} rounds",
+            f"One training step of {what}, {sizes}, {result['optimizer']}: medians of "
+            f"{result['rounds']} rounds",
             ("", "step, ms (quartiles)", "added, ms (quartiles)", "added", "extra MiB"),
             [_step_row(way, row) for way, row in result["ways"].items()],
             frozenset(OURS),
