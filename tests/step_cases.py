@@ -14,9 +14,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tests.cases import LAYOUTS, Case, Exact, State, exact_penalty, make_state
+from tests.cases import (
+    LAYOUTS,
+    Case,
+    Exact,
+    State,
+    assert_near,
+    assert_value_near,
+    exact_penalty,
+    make_state,
+)
 
 MODES = ("gradient", "proximal")
+
+# Twenty operations in a row, where assert_near's bounds are those of a few.
+TIMES = 2
 
 
 @dataclass(frozen=True)
@@ -76,6 +88,12 @@ class Problem:
     def written(self) -> list[Tensor]:
         return [tensor for name in self.rule.written for tensor in self.lists()[name]]
 
+    def cpu(self) -> Problem:
+        """A copy to be judged by, or the same tensors where they are there already."""
+        moments = {k: [t.cpu() for t in ts] for k, ts in self.moments.items()}
+        state = State(*([t.cpu() for t in ts] for ts in self.state.lists().values()))
+        return Problem(self.rule, state, moments, self.steps.cpu())
+
     def double(self) -> Problem:
         moments = {k: [t.double().clone() for t in ts] for k, ts in self.moments.items()}
         return Problem(self.rule, self.state.double(), moments, self.steps.double())
@@ -87,6 +105,7 @@ def make_problem(
     shapes: list[tuple[int, ...]],
     layout: str = "contiguous",
     seed: int = 0,
+    device: str = "cpu",
 ) -> Problem:
     """As ``make_state``; second moments are positive, and every parameter is at another step."""
     generator = torch.Generator().manual_seed(seed + 1)
@@ -95,14 +114,16 @@ def make_problem(
         where = LAYOUTS[layout][k + 1]  # in "each_differently" not as the parameters
         values = [torch.randn(shape, generator=generator) for shape in shapes]
         values = [v.square() + 0.1 if name == "exp_avg_sqs" else v for v in values]
-        moments[name] = [where(v.to(d)) for v, d in zip(values, dtypes, strict=True)]
-    state = make_state(dtypes, shapes, LAYOUTS[layout], seed)
-    return Problem(rule, state, moments, torch.arange(len(shapes), dtype=torch.float32))
+        moments[name] = [where(v.to(d).to(device)) for v, d in zip(values, dtypes, strict=True)]
+    state = make_state(dtypes, shapes, LAYOUTS[layout], seed, device)
+    steps = torch.arange(len(shapes), dtype=torch.float32).to(device)
+    return Problem(rule, state, moments, steps)
 
 
-def from_case(rule: Rule, case: Case) -> Problem:
+def from_case(rule: Rule, case: Case, device: str = "cpu") -> Problem:
     seed = zlib.crc32(str(case).rsplit("-", 1)[0].encode())
-    return make_problem(rule, [case.dtype] * len(case.shapes), case.shapes, case.layout_name, seed)
+    dtypes = [case.dtype] * len(case.shapes)
+    return make_problem(rule, dtypes, case.shapes, case.layout_name, seed, device)
 
 
 def call(
@@ -230,3 +251,16 @@ def exact(
 
 def exact_value(before: Problem, after: Problem, mode: str, lambda_reg: float | Tensor) -> float:
     return exact_penalty((before if mode == "gradient" else after).state, lambda_reg)
+
+
+def assert_right(
+    before: Problem, after: Problem, value: Tensor, mode: str, strengths: Strengths
+) -> None:
+    """What a step wrote and returned, from the tensors before it and after it, on the CPU."""
+    for actual, wanted in zip(after.written(), exact(before, mode, strengths), strict=True):
+        assert_near(actual, wanted, times=TIMES)
+    params = after.state.params
+    all_double = bool(params) and all(t.dtype == torch.float64 for t in params)
+    terms = torch.float64 if all_double else torch.float32
+    wanted_value = exact_value(before, after, mode, strengths.lambda_reg)
+    assert_value_near(value, wanted_value, dtype=terms)

@@ -18,12 +18,13 @@ from tests.cases import CASES, DTYPES, Case, Exact, assert_near, assert_value_ne
 from tests.step_cases import (
     MODES,
     RULES,
+    TIMES,
     Problem,
     Rule,
     Strengths,
+    assert_right,
     call,
     exact,
-    exact_value,
     from_case,
     make_problem,
     raw_arguments,
@@ -36,18 +37,6 @@ each_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 each_mode = pytest.mark.parametrize("mode", MODES)
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-
-# Twenty operations in a row, where assert_near's bounds are those of a few.
-TIMES = 2
-
-
-def assert_right(
-    before: Problem, after: Problem, value: Tensor, mode: str, strengths: Strengths
-) -> None:
-    for actual, wanted in zip(after.written(), exact(before, mode, strengths), strict=True):
-        assert_near(actual, wanted, times=TIMES)
-    wanted = exact_value(before, after, mode, strengths.lambda_reg)
-    assert_value_near(value, wanted, dtype=value.dtype)
 
 
 def check(make: Callable[[], Problem], mode: str, strengths: Strengths | None = None) -> None:

@@ -1,7 +1,5 @@
 // Optimizer steps with the penalty in them, on the CPU: sgd_step_ and adamw_step_. One pass: 20
 // bytes a float32 parameter for SGD, 28 with momentum, 36 for AdamW.
-#include "../steps.h"
-
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -10,6 +8,7 @@
 #include <vector>
 
 #include "../formulas.h"
+#include "../steps_arguments.h"
 #include "chunks.h"
 #include "multiversion.h"
 #include "scalars.h"
@@ -168,7 +167,10 @@ Tensor sgd_step_(const TensorList& params, const TensorList& grads,
   const SgdOptions options{momentum, dampening, weight_decay, nesterov, maximize};
   const StepScalars scalars = read_scalars(op, params, lambda_reg, lr, grad_scale, found_inf);
   check_options(op, options, momentum_buffers);
-  const auto make = [&](auto& rule, const auto&) { make_rule(rule, options, scalars.lr); };
+  const auto make = [&](auto& rule, const auto&) {
+    make_rule(rule, options);
+    set_rate(rule, scalars.lr);
+  };
   if (momentum == 0) {
     return penalised_step<SgdRule>(sgd_list(op, params, grads, anchors, omega), scalars, maximize,
                                    proximal, make);
@@ -208,7 +210,8 @@ Tensor adamw_step_(const TensorList& params, const TensorList& grads, const Tens
   return penalised_step<AdamRule>(
       adamw_list(op, params, exp_avgs, exp_avg_sqs, grads, anchors, omega), scalars, maximize,
       proximal, [&](auto& rule, const auto& entry) {
-        make_rule(rule, options, scalars.lr, corrections[static_cast<size_t>(entry.index)]);
+        make_rule(rule, options);
+        set_rate(rule, scalars.lr, options, corrections[static_cast<size_t>(entry.index)]);
       });
 }
 

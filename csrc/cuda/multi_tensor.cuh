@@ -158,6 +158,18 @@ class Chunk {
   int size_;
 };
 
+// Whether a call is skipped is asked here, once, so that no loop has two ways through it.
+template <class Op>
+__device__ typename Op::A run_chunk(const Op& op, const Table<Op::kStreams>& table, int tensor,
+                                    int chunk) {
+  if constexpr (requires { op.skipped; }) {
+    if (op.skipped) {
+      return Chunk<typename Op::Skipped>(table, tensor, chunk).run({});
+    }
+  }
+  return Chunk<Op>(table, tensor, chunk).run(op);
+}
+
 template <template <class> class Operation, class T>
 __global__ void __launch_bounds__(kThreads)
     chunk_kernel(const __grid_constant__ Table<Operation<T>::kStreams> table, Operation<T> op,
@@ -167,7 +179,7 @@ __global__ void __launch_bounds__(kThreads)
   if constexpr (requires { op.begin_tensor(0); }) {
     op.begin_tensor(table.place[tensor]);
   }
-  const auto sum = Chunk<Operation<T>>(table, tensor, chunk).run(op);
+  const auto sum = run_chunk(op, table, tensor, chunk);
   if constexpr (Operation<T>::kSums) {
     const double total = block_sum(static_cast<double>(sum));
     if (threadIdx.x == 0) {

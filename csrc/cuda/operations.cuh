@@ -7,6 +7,8 @@
 //   kSums                   whether operator() returns a term of a sum
 //   begin()                 reads device scalars, once a thread
 //   begin_tensor(place)     the same for what a tensor has of its own; may be left out
+//   skipped, Skipped        after begin(), whether another operation on the same streams takes the
+//                           place of this one in the whole call; may be left out
 //   operator()(element)     one element of every stream, in place
 #pragma once
 

@@ -5,6 +5,7 @@
 #include <optional>
 #include <utility>
 
+#include "../steps_arguments.h"
 #include "launch.cuh"
 #include "steps.cuh"
 

@@ -21,6 +21,21 @@ struct DeviceScalars {
   }
 };
 
+// What is left of a step that is skipped, as some gradient is not finite: Σ Ω(θ−θ*)², among the
+// step's streams.
+template <class T, int Streams>
+struct SkippedStep {
+  using Value = T;
+  using A = accumulate_t<T>;
+  static constexpr int kStreams = Streams, kOmega = kStreams - 1, kAnchor = kOmega - 1;
+  static constexpr unsigned kReads = 1u | 1u << kAnchor | 1u << kOmega, kWrites = 0;
+  static constexpr bool kSums = true;
+
+  __device__ A operator()(A (&element)[kStreams]) const {
+    return penalty_energy(element[0] - element[kAnchor], element[kOmega]);
+  }
+};
+
 // θ and the rule's moments, in place; and Σ Ω(θ−θ*)², at θ before the step, for a proximal one at θ
 // as it is stored afterwards. Streams: θ, moments, g, θ*, Ω.
 template <class T, template <class> class RuleOf, class Options, bool Proximal>
@@ -30,6 +45,7 @@ struct PenalisedStep {
   using Rule = RuleOf<A>;
   static constexpr int kMoments = Rule::kMoments;
   static constexpr int kStreams = kMoments + 4, kOmega = kStreams - 1;
+  using Skipped = SkippedStep<T, kStreams>;
   static constexpr unsigned kReads = (1u << kStreams) - 1, kWrites = (1u << (kMoments + 1)) - 1;
   static constexpr bool kSums = true;
 
@@ -43,7 +59,9 @@ struct PenalisedStep {
 
   PenalisedStep(const DeviceScalars& scalars, const Options& options,
                 const BiasCorrection* corrections)
-      : scalars(scalars), options(options), corrections(corrections) {}
+      : scalars(scalars), options(options), corrections(corrections) {
+    make_rule(rule, options);
+  }
 
   __device__ void begin() {
     const StepScalars read = scalars.load();
@@ -53,16 +71,13 @@ struct PenalisedStep {
   }
   __device__ void begin_tensor(int place) {
     if constexpr (std::is_same_v<Options, AdamOptions>) {
-      make_rule(rule, options, rate, corrections[place]);
+      set_rate(rule, rate, options, corrections[place]);
     } else {
-      make_rule(rule, options, rate);
+      set_rate(rule, rate);
     }
   }
   __device__ A operator()(A (&element)[kStreams]) const {
     const A param = element[0], anchor = element[kMoments + 2], omega = element[kOmega];
-    if (skipped) {  // all threads or none; what was read is written again
-      return penalty_energy(param - anchor, omega);
-    }
     const T moved = static_cast<T>(penalised_point<Proximal>(param, element[kMoments + 1], anchor,
                                                              omega, element + 1, penalty, rule));
     element[0] = static_cast<A>(moved);
@@ -79,8 +94,9 @@ struct StepBy {
 
 // Once a parameter, not once a block: powers in float64 are slow where there are few units for it.
 template <class Count>
-__global__ void bias_corrections(const Count* steps, int64_t count, AdamOptions options,
-                                 BiasCorrection* corrections) {
+__global__ void __launch_bounds__(kThreads)
+    bias_corrections(const Count* steps, int64_t count, AdamOptions options,
+                     BiasCorrection* corrections) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i < count) {
     corrections[i] = bias_correction(options, static_cast<double>(steps[i]));
