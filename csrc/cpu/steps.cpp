@@ -184,7 +184,7 @@ std::vector<BiasCorrection> bias_corrections(const char* op, const AdamOptions& 
   std::vector<BiasCorrection> corrections;
   const Tensor counts = torch::stable::contiguous(steps);
   for (int64_t i = 0; i < counts.numel(); ++i) {
-    const double count = counts.scalar_type() == ScalarType::Double
+    const double count = dtype_of(counts) == ScalarType::Double
                              ? static_cast<const double*>(counts.const_data_ptr())[i]
                              : static_cast<const float*>(counts.const_data_ptr())[i];
     check_non_negative(op, ("steps[" + std::to_string(i) + "]").c_str(), count);
