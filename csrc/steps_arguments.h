@@ -51,7 +51,7 @@ inline void check_steps(const char* op, const Tensor& steps, const TensorList& p
     fail(op, "steps has shape ", shape_of(steps), " but there are ", params.size(),
          " params; pass one count for each, as one tensor");
   }
-  const ScalarType dtype = steps.scalar_type();
+  const ScalarType dtype = dtype_of(steps);
   if (dtype != ScalarType::Float && dtype != ScalarType::Double) {
     fail(op, "steps has dtype ", dtype_name(dtype), "; pass a float32 or float64 tensor");
   }

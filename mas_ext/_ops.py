@@ -3,9 +3,10 @@
 (The kernels of the optimizer steps are in :mod:`mas_ext._steps`.)
 
 How a call travels: :mod:`mas_ext.functional` → dispatcher → (Autograd, for the differentiable) →
-(ADInplaceOrView, for those that write: it bumps version counters) → a kernel. The default kernel
-is the reference in plain PyTorch; ``mas_ext/_native.py`` adds compiled ones for CPU and CUDA, so no
-code here or above asks whether they are there.
+(ADInplaceOrView, for those that write: it bumps version counters; :func:`writing` does that itself
+where it can, and calls what is below) → a kernel. The default kernel is the reference in plain
+PyTorch; ``mas_ext/_native.py`` adds compiled ones for CPU and CUDA, so no code here or above asks
+whether they are there.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
+from torch.overrides import has_torch_function
 
 from mas_ext import reference
 from mas_ext._checks import (
@@ -305,13 +307,17 @@ def _proximal_step_fake(
 # ================================================================================================
 # Register the kernels
 # ================================================================================================
+def _written(op: torch._ops.OpOverload) -> list[int]:
+    """The places of the arguments that an operator writes."""
+    return [i for i, a in enumerate(op._schema.arguments) if a.alias_info and a.alias_info.is_write]
+
+
 def _bump_versions(op: torch._ops.OpOverload) -> Callable[..., Any]:
     """A kernel that calls the next one, then tells autograd which arguments changed.
 
     Without it a tensor saved for backward could be overwritten and the gradient be silently wrong.
     """
-    arguments = enumerate(op._schema.arguments)
-    written = [(i, a.name) for i, a in arguments if a.alias_info and a.alias_info.is_write]
+    written = [(i, op._schema.arguments[i].name) for i in _written(op)]
 
     def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:
         with torch._C._AutoDispatchBelowADInplaceOrView():
@@ -324,11 +330,48 @@ def _bump_versions(op: torch._ops.OpOverload) -> Callable[..., Any]:
     return kernel
 
 
+def _goes_straight_to_a_kernel(arguments: tuple[Any, ...]) -> bool:
+    """Whether nobody stands between caller and kernel: no compiler, mode, transform or subclass."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or has_torch_function(arguments)
+        or any(has_torch_function(a) for a in arguments if isinstance(a, list))
+    )
+
+
+def writing(name: str) -> Callable[..., Any]:
+    """An operator that writes, for Python: autograd records nothing, but learns what changed.
+
+    The kernel at ADInplaceOrView is in Python, and for it the dispatcher turns every list into
+    Python's and back: half of what a call with small tensors costs. Here the lists are at hand.
+    Others on the way would be run with autograd off as well, so they get the ordinary call.
+    """
+    op = getattr(torch.ops.mas_ext, name).default
+    written = _written(op)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not _goes_straight_to_a_kernel((*args, *kwargs.values())):
+            with torch.no_grad():
+                return op(*args, **kwargs)
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            result = op(*args, **kwargs)
+        for i in written:  # not reached if it refused
+            increment_version(args[i])
+        return result
+
+    return call
+
+
 def register(name: str, default: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """Gives an operator of ``SCHEMAS`` its default and fake kernels, and counts what it writes."""
-    _library.impl(name, default, "CompositeExplicitAutograd")
+    writes = name.endswith("_")
+    # Below autograd nothing is recorded, but PyTorch warns where the grad mode is left on.
+    kernel = torch.no_grad()(default) if writes else default
+    _library.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"mas_ext::{name}", fake, lib=_library)
-    if name.endswith("_"):
+    if writes:
         op = getattr(torch.ops.mas_ext, name).default
         _library.impl(name, _bump_versions(op), "ADInplaceOrView", with_keyset=True)
 

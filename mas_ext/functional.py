@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from mas_ext import _native, _ops, _steps  # noqa: F401  (they define and load the operators)
+from mas_ext._ops import writing
 
 __all__ = [
     "accumulate_abs_matmul_",
@@ -42,13 +43,20 @@ __all__ = [
 Tensors = Sequence[Tensor]
 Scalar = float | Tensor
 
+_accumulate_importance = writing("accumulate_importance_")
+_accumulate_abs_matmul = writing("accumulate_abs_matmul_")
+_add_penalty_grad = writing("add_penalty_grad_")
+_proximal_step = writing("proximal_step_")
+_sgd_step = writing("sgd_step_")
+_adamw_step = writing("adamw_step_")
+
 
 def _scalar(name: str, value: Scalar) -> Tensor:
     if isinstance(value, Tensor):
         return value
     if not value >= 0 or math.isinf(value):
         raise ValueError(f"{name} is {value}; pass a finite number that is not negative")
-    return torch.tensor(value, dtype=torch.float64)
+    return torch.scalar_tensor(value, dtype=torch.float64)
 
 
 def accumulate_importance_(omega: Tensors, grads: Tensors, scale: float = 1.0) -> None:
@@ -66,8 +74,7 @@ def accumulate_importance_(omega: Tensors, grads: Tensors, scale: float = 1.0) -
 
     Source: Aljundi et al., ECCV 2018, equation 2.
     """
-    with torch.no_grad():
-        torch.ops.mas_ext.accumulate_importance_(list(omega), list(grads), scale)
+    _accumulate_importance(list(omega), list(grads), scale)
 
 
 def accumulate_abs_matmul_(omega: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
@@ -94,8 +101,7 @@ def accumulate_abs_matmul_(omega: Tensor, left: Tensor, right: Tensor, scale: fl
     Products are summed in the dtype of ``omega``, in an order that does not depend on the number
     of threads. Without samples or positions nothing is written.
     """
-    with torch.no_grad():
-        torch.ops.mas_ext.accumulate_abs_matmul_(omega, left, right, scale)
+    _accumulate_abs_matmul(omega, left, right, scale)
 
 
 def penalty(params: Tensors, anchors: Tensors, omega: Tensors, lambda_reg: Scalar) -> Tensor:
@@ -156,10 +162,7 @@ def add_penalty_grad_(
     """
     strength = _scalar("lambda_reg", lambda_reg)
     scale = None if grad_scale is None else _scalar("grad_scale", grad_scale)
-    with torch.no_grad():
-        return torch.ops.mas_ext.add_penalty_grad_(
-            list(grads), list(params), list(anchors), list(omega), strength, scale
-        )
+    return _add_penalty_grad(list(grads), list(params), list(anchors), list(omega), strength, scale)
 
 
 def proximal_step_(
@@ -183,10 +186,7 @@ def proximal_step_(
         The penalty at the parameters as they are after the step. Never waits for the device.
     """
     strength, rate = _scalar("lambda_reg", lambda_reg), _scalar("lr", lr)
-    with torch.no_grad():
-        return torch.ops.mas_ext.proximal_step_(
-            list(params), list(anchors), list(omega), strength, rate
-        )
+    return _proximal_step(list(params), list(anchors), list(omega), strength, rate)
 
 
 def _step_scalars(
@@ -256,22 +256,21 @@ def sgd_step_(
         The penalty at θ before the step, for ``"proximal"`` after it. Never waits for the device.
     """
     strengths, optional = _step_scalars(lambda_reg, lr, grad_scale, found_inf)
-    with torch.no_grad():
-        return torch.ops.mas_ext.sgd_step_(
-            list(params),
-            list(grads),
-            list(momentum_buffers),
-            list(anchors),
-            list(omega),
-            *strengths,
-            momentum=momentum,
-            dampening=dampening,
-            weight_decay=weight_decay,
-            nesterov=nesterov,
-            maximize=maximize,
-            proximal=_is_proximal(mode),
-            **optional,
-        )
+    return _sgd_step(
+        list(params),
+        list(grads),
+        list(momentum_buffers),
+        list(anchors),
+        list(omega),
+        *strengths,
+        momentum=momentum,
+        dampening=dampening,
+        weight_decay=weight_decay,
+        nesterov=nesterov,
+        maximize=maximize,
+        proximal=_is_proximal(mode),
+        **optional,
+    )
 
 
 def adamw_step_(
@@ -332,22 +331,21 @@ def adamw_step_(
         The penalty at θ before the step, for ``"proximal"`` after it. Never waits for the device.
     """
     strengths, optional = _step_scalars(lambda_reg, lr, grad_scale, found_inf)
-    with torch.no_grad():
-        return torch.ops.mas_ext.adamw_step_(
-            list(params),
-            list(grads),
-            list(exp_avgs),
-            list(exp_avg_sqs),
-            steps,
-            list(anchors),
-            list(omega),
-            *strengths,
-            beta1=betas[0],
-            beta2=betas[1],
-            eps=eps,
-            weight_decay=weight_decay,
-            decoupled=decoupled,
-            maximize=maximize,
-            proximal=_is_proximal(mode),
-            **optional,
-        )
+    return _adamw_step(
+        list(params),
+        list(grads),
+        list(exp_avgs),
+        list(exp_avg_sqs),
+        steps,
+        list(anchors),
+        list(omega),
+        *strengths,
+        beta1=betas[0],
+        beta2=betas[1],
+        eps=eps,
+        weight_decay=weight_decay,
+        decoupled=decoupled,
+        maximize=maximize,
+        proximal=_is_proximal(mode),
+        **optional,
+    )

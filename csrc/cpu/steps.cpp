@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <cmath>
 #include <optional>
 #include <string>
 #include <vector>
@@ -181,18 +182,28 @@ Tensor sgd_step_(const TensorList& params, const TensorList& grads,
 }
 
 // The corrections of every parameter, from how many steps it has taken.
+template <class Count>
 std::vector<BiasCorrection> bias_corrections(const char* op, const AdamOptions& options,
-                                             const Tensor& steps) {
+                                             const Count* counts, int64_t size) {
   std::vector<BiasCorrection> corrections;
-  const Tensor counts = torch::stable::contiguous(steps);
-  for (int64_t i = 0; i < counts.numel(); ++i) {
-    const double count = counts.scalar_type() == ScalarType::Double
-                             ? static_cast<const double*>(counts.const_data_ptr())[i]
-                             : static_cast<const float*>(counts.const_data_ptr())[i];
-    check_non_negative(op, ("steps[" + std::to_string(i) + "]").c_str(), count);
+  corrections.reserve(static_cast<size_t>(size));
+  for (int64_t i = 0; i < size; ++i) {
+    const auto count = static_cast<double>(counts[i]);
+    if (!(count >= 0) || std::isinf(count)) {
+      check_non_negative(op, ("steps[" + std::to_string(i) + "]").c_str(), count);
+    }
     corrections.push_back(bias_correction(options, count));
   }
   return corrections;
+}
+
+std::vector<BiasCorrection> bias_corrections(const char* op, const AdamOptions& options,
+                                             const Tensor& steps) {
+  const Tensor counts = torch::stable::contiguous(steps);
+  const void* data = counts.const_data_ptr();
+  return dtype_of(counts) == ScalarType::Double
+             ? bias_corrections(op, options, static_cast<const double*>(data), counts.numel())
+             : bias_corrections(op, options, static_cast<const float*>(data), counts.numel());
 }
 
 Tensor adamw_step_(const TensorList& params, const TensorList& grads, const TensorList& exp_avgs,

@@ -80,8 +80,8 @@ Tensor make_corrections(const char* op, const Tensor& steps, const AdamOptions& 
         static_cast<const Count*>(counts.const_data_ptr()), count, options,
         static_cast<BiasCorrection*>(corrections.mutable_data_ptr()));
   };
-  counts.scalar_type() == ScalarType::Double ? run.template operator()<double>()
-                                             : run.template operator()<float>();
+  dtype_of(counts) == ScalarType::Double ? run.template operator()<double>()
+                                         : run.template operator()<float>();
   check_launch(op);
   return corrections;
 }
