@@ -9,7 +9,7 @@ from benchmarks.entry import Entry, Options, Result
 from benchmarks.lists import plot, show
 from benchmarks.lists.measure import measure
 from benchmarks.lists.providers import Job
-from benchmarks.lists.shapes import QUICK, SIZES
+from benchmarks.lists.shapes import SIZES
 
 
 def entry(job: Job) -> Entry:
@@ -28,7 +28,7 @@ def entry(job: Job) -> Entry:
 
 
 def _run(job: Job, options: Options) -> Iterator[tuple[str, Result]]:
-    asked = options.sizes or (QUICK if options.quick else tuple(SIZES))
+    asked = options.sizes or (job.quick if options.quick else job.sizes)
     names = [name for name in asked if name in job.sizes]
     budget = options.seconds / max(1, len(names))
     for name in names:

@@ -101,4 +101,5 @@ JOB = Job(
     written=lambda s: s.grads,
     expected=_expected,
     streams=lambda s: [s.grads, s.params, s.anchors, s.omega],
+    quick=("mlp", "resnet50", "small"),
 )

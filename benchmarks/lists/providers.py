@@ -57,6 +57,7 @@ class Job:
     expected: Callable[[State], tuple[list[Tensor], Tensor | None]]  # from float64
     streams: Callable[[State], list[list[Tensor]]]  # of the roofline, the written ones first
     sizes: Sequence[str] = tuple(SIZES)
+    quick: Sequence[str] = ("mlp",)  # sizes of a quick run
 
     @property
     def ours(self) -> str:

@@ -57,4 +57,3 @@ SIZES = {
     "small": Size("1,000 small tensors", lambda: [torch.Size([64])] * 1000),
     "flat": Size("one flat tensor", lambda: [torch.Size([64 * 2**20])]),
 }
-QUICK = ("tiny", "mlp", "resnet50", "small")

@@ -129,4 +129,4 @@ WORKLOADS = {
     "gpt2": Workload("GPT-2", f"{_LANGUAGE}, tied head", gpt2, _tokens),
     "llama": Workload("Llama", _LANGUAGE, llama, _tokens),
 }
-QUICK = ("mlp", "cnn", "vit")
+QUICK = ("mlp", "cnn")

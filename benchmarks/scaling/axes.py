@@ -22,7 +22,7 @@ from mas_ext import MAS
 
 Calls = dict[str, Callable[[], object]]  # ours first
 OURS = "mas_ext"
-MOST_COMPILED = 100  # tensors; in a quick run one
+MOST_COMPILED = 100  # tensors; in a quick run none
 SAMPLES = 64  # of a task
 
 
@@ -51,7 +51,7 @@ def tensors(count: int, quick: bool) -> Calls:
 
 def _penalty(shapes: Shapes, quick: bool) -> Calls:
     torch.compiler.reset()
-    state, most = make_state(shapes), 1 if quick else MOST_COMPILED
+    state, most = make_state(shapes), 0 if quick else MOST_COMPILED
     providers = [
         p
         for p in penalty.JOB.providers
@@ -145,22 +145,20 @@ def _check_omega(name: str, omega: dict[str, Tensor], expected: dict[str, Tensor
 
 _POWERS = tuple(10**power for power in range(1, 9))
 AXES = {
-    "parameters": Axis(
-        "penalty, one tensor", "parameters", _POWERS, (10, 1000, 100_000, 1_000_000), one_tensor
-    ),
+    "parameters": Axis("penalty, one tensor", "parameters", _POWERS, (1000, 1_000_000), one_tensor),
     "parameters_in_tensors": Axis(
-        "penalty, 25 tensors", "parameters", _POWERS[2:], (1000, 100_000, 1_000_000), some_tensors
+        "penalty, 25 tensors", "parameters", _POWERS[2:], (1000, 1_000_000), some_tensors
     ),
     "tensors": Axis(
-        "penalty, 4 M parameters", "tensors", (1, 10, 100, 1000, 10_000), (1, 100, 1000), tensors
+        "penalty, 4 M parameters", "tensors", (1, 10, 100, 1000, 10_000), (1, 100), tensors
     ),
     "tasks": Axis(
-        "penalty after so many tasks, MLP", "tasks", (1, 2, 5, 10, 20, 50), (1, 5, 20), tasks
+        "penalty after so many tasks, MLP", "tasks", (1, 2, 5, 10, 20, 50), (1, 5), tasks
     ),
     "batch": Axis(
-        "Ω of a batch, MLP", "samples", (1, 2, 4, 8, 16, 32, 64, 128, 256), (1, 8, 64), batch
+        "Ω of a batch, MLP", "samples", (1, 2, 4, 8, 16, 32, 64, 128, 256), (1, 32), batch
     ),
     "length": Axis(
-        "Ω of 8 sequences, a small GPT-2", "positions", (8, 16, 32, 64, 128, 256), (8, 32), length
+        "Ω of 8 sequences, a small GPT-2", "positions", (8, 16, 32, 64, 128, 256), (8, 16), length
     ),
 }

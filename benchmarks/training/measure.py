@@ -103,10 +103,10 @@ def sample(step: Step, steps: int) -> Seconds:
     return Seconds(backward / steps, finish / steps)
 
 
-def ways_for(chosen: Model, quick: bool) -> tuple[list[str], dict[str, str]]:
+def ways_for(quick: bool) -> tuple[list[str], dict[str, str]]:
     """Those to time, and why others are not."""
     reason = "compiling is left out of a quick run"
-    skipped = dict.fromkeys(TO_COMPILE, reason) if quick and chosen.title != "MLP" else {}
+    skipped = dict.fromkeys(TO_COMPILE, reason) if quick else {}
     return [way for way in WAYS if way not in skipped], skipped
 
 
@@ -115,7 +115,7 @@ def measure(name: str, rounds: int, tell: Tell, budget: float, quick: bool) -> M
     torch.compiler.reset()
     parameters = list(chosen.model().parameters())
     result = Measurement(name, sum(p.numel() for p in parameters), len(parameters))
-    ways, result.skipped = ways_for(chosen, quick)
+    ways, result.skipped = ways_for(quick)
     tell("checking against autograd, compiling")
     check(chosen, ways)
     settings = {way: make(chosen) for way in ways}
