@@ -300,6 +300,19 @@ def test_the_readmes_sentence_about_the_penalty(committed):
     assert over_ours("eager autograd") in text
 
 
+def test_the_readmes_sentence_about_the_steps(committed):
+    text = " ".join((readme.ROOT / "README.md").read_text("utf-8").split())
+    peer = "add_penalty_grad_, torch fused"
+    sgd, momentum, adamw = (
+        committed["benchmarks"][f"{name}_gradient"]["resnet50"]["providers"][peer]
+        for name in ("sgd", "momentum", "adamw")
+    )
+    sgd, momentum, adamw = (
+        f"{row['time_over_ours']['median']:.1f}" for row in (sgd, momentum, adamw)
+    )
+    assert f"{sgd} times as fast for SGD, {momentum} with momentum and {adamw} for AdamW" in text
+
+
 def test_the_committed_results_make_a_page_and_plots(committed):
     entries = list(ENTRIES.values())
     text = page.render(entries, committed, {})
@@ -308,4 +321,4 @@ def test_the_committed_results_make_a_page_and_plots(committed):
     job = JOBS["penalty"]
     figure = plot.figure(job, committed["benchmarks"]["penalty"], "a machine")
     titles = [axes.get_title(loc="left") for axes in figure.axes if axes.get_visible()]
-    assert [title.split(",")[0] for title in titles[:2]] == ["ResNet-50", "GPT-2"]
+    assert [title.split(",")[0] for title in titles[1:4]] == ["MLP", "ResNet-50", "GPT-2"]

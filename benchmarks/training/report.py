@@ -73,11 +73,12 @@ def _end_of_task(measured: Measurement, way: str) -> dict[str, Any]:
     return {"seconds": spread(seconds), "time_over_ours": spread(ratios(seconds, same_rounds))}
 
 
-def cheapest(result: Result, of: dict[str, Any]) -> tuple[str, float]:
-    """The way that adds least, and the seconds that it adds."""
-    added = {w: r["added_seconds"]["median"] for w, r in result["ways"].items() if w in of}
-    best = min(added, key=added.__getitem__)
-    return best, added[best]
+def cheapest(result: Result, of: dict[str, Any]) -> tuple[str, float] | None:
+    """The way that adds least, of those that clearly add something, and the seconds it adds."""
+    found = {w: r["added_seconds"] for w, r in result["ways"].items() if w in of}
+    added = {way: spread["median"] for way, spread in found.items() if spread["q1"] > 0}
+    best = min(added, key=added.__getitem__, default=None)
+    return None if best is None else (best, added[best])
 
 
 def detail(result: Result) -> list[Table]:
@@ -151,10 +152,11 @@ def _added(result: Result, way: str) -> str:
 
 
 def _share(result: Result) -> str:
-    (ours, added), (peer, theirs) = cheapest(result, OURS), cheapest(result, PEERS)
-    if theirs <= 0 or added <= 0:
+    ours, theirs = cheapest(result, OURS), cheapest(result, PEERS)
+    if ours is None or theirs is None:
         return "within the noise"
-    return f"{significant(added / theirs)} ({ours.removeprefix('mas_ext, ')} / {peer})"
+    share = significant(ours[1] / theirs[1])
+    return f"{share} ({ours[0].removeprefix('mas_ext, ')} / {theirs[0]})"
 
 
 def _samples(results: Results) -> list[str]:
@@ -177,9 +179,10 @@ def _end(row: dict[str, Any], way: str) -> str:
 def headline(results: Results) -> tuple[str, str] | None:
     """What ours adds to a step of the last model, beside what Avalanche adds."""
     result = list(results.values())[-1]
-    best, added = cheapest(result, OURS)
-    if added <= 0:  # within the noise
+    found = cheapest(result, OURS)
+    if found is None:
         return None
+    best, _ = found
     ours, theirs = (result["ways"][way]["added_share"]["median"] for way in (best, "Avalanche"))
     return f"+{percent(ours)}", (
         f"is what {best} adds to a training step of {result['title']}; Avalanche's plugin adds "
