@@ -10,7 +10,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.[ch]*')
 help:
 	@echo "make demo      learn five tasks on real digits; writes out/demo/report.html"
 	@echo "make test      the whole test suite"
-	@echo "make bench     every way to compute the penalty and the importance, side by side"
+	@echo "make bench     every way to do each job, side by side; writes out/benchmarks/report.html"
 	@echo "make install   only set up .venv, with the kernels built in place"
 	@echo "make lint      ruff, mypy, clang-format"
 	@echo "make notebook  execute examples/AMS_Train.ipynb in place"
@@ -35,7 +35,7 @@ test: install
 	$(BIN)/python -m pytest -n auto --maxprocesses 4
 
 bench: install
-	$(BIN)/python -m benchmarks all --out out/benchmarks
+	$(BIN)/python -m benchmarks --out out/benchmarks
 
 lint: install
 	$(BIN)/ruff check .

@@ -6,17 +6,21 @@ which takes no magnitudes and knows nothing of samples.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
-from benchmarks.timing import interleave, quartiles
+from benchmarks.entry import Entry, Options, Result, Results
+from benchmarks.show.table import Table
+from benchmarks.show.text import three
+from benchmarks.tools.timing import interleave, quartiles, ratios
 from mas_ext import functional
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SAMPLES = 32
 CHUNKS = (1, 4, 8, 32)
@@ -95,7 +99,7 @@ def _check(x: Problem, step: Callable[[Problem], None], what: str) -> None:
     )
 
 
-def measure(case: Case, rounds: int) -> dict[str, list[float]]:
+def measure(case: Case, rounds: int, budget: float | None = None) -> dict[str, list[float]]:
     """Seconds a call for each round: every provider checked first, then timed by turns."""
     x = make(case)
     steps: dict[str, Callable[[Problem], None]] = {OURS: fused}
@@ -106,19 +110,20 @@ def measure(case: Case, rounds: int) -> dict[str, list[float]]:
     calls = {name: lambda step=step: step(x) for name, step in steps.items()}
     rows = torch.randn(case.p, SAMPLES * case.positions)
     columns = torch.randn(SAMPLES * case.positions, case.d)
-    return interleave({PRODUCT: lambda: torch.mm(rows, columns), **calls}, rounds)
+    return interleave({PRODUCT: lambda: torch.mm(rows, columns), **calls}, rounds, budget=budget)
 
 
-def _summary(case: Case, seconds: dict[str, list[float]]) -> dict[str, Any]:
+def _summary(case: Case, seconds: dict[str, list[float]]) -> Result:
     """Ratios are medians of per-round ratios."""
 
     def over(name: str, other: str) -> float:
-        pairs = zip(seconds[name], seconds[other], strict=True)
-        return quartiles([a / b for a, b in pairs])[1]
+        return quartiles(ratios(seconds[name], seconds[other]))[1]
 
     medians = {name: quartiles(values)[1] for name, values in seconds.items()}
     best = min((f"bmm, {samples}" for samples in CHUNKS), key=medians.__getitem__)
     return {
+        "title": case.title,
+        "rounds": len(seconds[OURS]),
         "seconds": medians,
         "gigaflops": case.flops / medians[OURS] / 1e9,
         "fraction_of_product": over(PRODUCT, OURS),
@@ -127,38 +132,55 @@ def _summary(case: Case, seconds: dict[str, list[float]]) -> dict[str, Any]:
     }
 
 
-def _table(rounds: int) -> Table:
-    result = Table(
-        title=f"Abs-matmul: Ω += Σ|leftᵀ·right|, {SAMPLES} samples, medians of {rounds} rounds",
-        caption="of mm: the speed, as a fraction of torch.mm's at the same FLOPs\n"
-        f"bmm: torch.bmm, abs, sum, with the best chunk of {', '.join(map(str, CHUNKS))} samples",
-        min_width=84,
-    )
-    result.add_column("p × d, positions", no_wrap=True)
-    for heading in ("ms", "GFLOP/s", "of mm", "bmm, ms", "chunk", "bmm / ours"):
-        result.add_column(heading, justify="right", no_wrap=True)
-    return result
+def _run(options: Options) -> Iterator[tuple[str, Result]]:
+    cases = QUICK if options.quick else CASES
+    for case in cases:
+        options.tell(case.title)
+        yield (
+            case.title,
+            _summary(case, measure(case, options.rounds, options.seconds / len(cases))),
+        )
 
 
-def _add_row(table: Table, case: Case, row: dict[str, Any]) -> None:
+def _row(row: Result) -> list[str]:
     best = row["best_bmm"]
-    table.add_row(
-        case.title,
-        f"{row['seconds'][OURS] * 1e3:.3g}",
+    return [
+        row["title"],
+        three(row["seconds"][OURS] * 1e3),
         f"{row['gigaflops']:.0f}",
         f"{row['fraction_of_product']:.2f}",
-        f"{row['seconds'][best] * 1e3:.3g}",
+        three(row["seconds"][best] * 1e3),
         best.removeprefix("bmm, "),
         f"{row['best_bmm_over_ours']:.1f}",
-    )
+    ]
 
 
-def run(quick: bool, rounds: int, console: Console) -> dict[str, Any]:
-    """Measures, shows and returns every case."""
-    table, results = _table(rounds), {}
-    for case in QUICK if quick else CASES:
-        with console.status(f"abs_matmul, {case.title}"):
-            results[case.title] = _summary(case, measure(case, rounds))
-        _add_row(table, case, results[case.title])
-    console.print(table, end="\n\n")
-    return results
+def _overview(results: Results) -> list[Table]:
+    headings = ("p × d, positions", "ms", "GFLOP/s", "of mm", "bmm, ms", "chunk", "bmm / ours")
+    return [
+        Table(
+            f"Ω += Σ|leftᵀ·right|, {SAMPLES} samples",
+            headings,
+            [_row(row) for row in results.values()],
+            note="of mm: the speed, as a fraction of torch.mm's at the same FLOPs; bmm: torch.bmm, "
+            f"abs, sum, with the best chunk of {', '.join(map(str, CHUNKS))} samples",
+        )
+    ]
+
+
+def _no_figures(results: Results, machine: str) -> dict[str, Figure]:
+    return {}
+
+
+ENTRY = Entry(
+    name="abs_matmul",
+    title="The exact importance of a weight that is used at many positions",
+    about="Bound by arithmetic: the measure is torch.mm of the same FLOPs, which knows nothing of "
+    "samples; the alternative in plain PyTorch is torch.bmm, abs_ and sum over chunks of samples.",
+    run=_run,
+    detail=lambda result: [],
+    overview=_overview,
+    plots=(),
+    figures=_no_figures,
+    seconds=(30, 3),
+)

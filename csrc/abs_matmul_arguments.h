@@ -14,9 +14,9 @@ inline Factor factor_of(const Tensor& tensor) {
 inline AbsMatmul prepare_abs_matmul(const char* op, const Tensor& omega, const Tensor& left,
                                     const Tensor& right, double scale) {
   check_abs_matmul(op, omega, left, right, scale);
-  AbsMatmul call{omega.data_ptr(), omega.stride(0),    omega.stride(1), factor_of(left),
-                 factor_of(right), left.size(0),       left.size(1),    omega.size(0),
-                 omega.size(1),    left.scalar_type(), scale,           false};
+  AbsMatmul call{omega.data_ptr(), omega.stride(0), omega.stride(1), factor_of(left),
+                 factor_of(right), left.size(0),    left.size(1),    omega.size(0),
+                 omega.size(1),    dtype_of(left),  scale,           false};
   turn_columns_innermost(call);
   turn_samples_into_positions(call);
   return call;

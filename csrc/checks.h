@@ -23,10 +23,80 @@ namespace mas_ext {
 using torch::stable::Tensor;
 using TensorList = std::vector<Tensor>;
 
+// What tensor.scalar_type() gives. That asks torch for the code of one dtype after another, for
+// every tensor anew; here the codes of those that kernels take are asked for once.
+inline ScalarType dtype_of(const Tensor& tensor) {
+  static const std::array<std::pair<int32_t, ScalarType>, 4> supported{{
+      {aoti_torch_dtype_float32(), ScalarType::Float},
+      {aoti_torch_dtype_bfloat16(), ScalarType::BFloat16},
+      {aoti_torch_dtype_float16(), ScalarType::Half},
+      {aoti_torch_dtype_float64(), ScalarType::Double},
+  }};
+  int32_t code;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &code));
+  for (const auto& [supported_code, dtype] : supported) {
+    if (code == supported_code) {
+      return dtype;
+    }
+  }
+  return tensor.scalar_type();
+}
+
+inline bool is_strided(const Tensor& tensor) {
+  static const int32_t strided = aoti_torch_layout_strided();
+  int32_t layout;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(tensor.get(), &layout));
+  return layout == strided;
+}
+
+struct Place {
+  explicit Place(const Tensor& tensor)
+      : is_cpu(tensor.is_cpu()), device_index(tensor.get_device_index()) {}
+  bool operator==(const Place&) const = default;
+
+  bool is_cpu;
+  int32_t device_index;
+};
+
+// What checks and kernels want to know of a tensor, read once: torch's stable ABI answers every
+// question by a function call or several, and a call has many small tensors.
+struct Operand {
+  explicit Operand(const Tensor& tensor)
+      : tensor(&tensor),
+        dtype(dtype_of(tensor)),
+        place(tensor),
+        strided(is_strided(tensor)),
+        numel(tensor.numel()),
+        sizes(tensor.sizes()) {
+    if (strided) {  // a sparse tensor has none of these
+      strides = tensor.strides();
+      contiguous = tensor.is_contiguous();
+      data = tensor.data_ptr();
+    }
+  }
+
+  size_t dim() const { return sizes.size(); }
+  size_t element_size() const { return tensor->element_size(); }
+
+  const Tensor* tensor;
+  ScalarType dtype;
+  Place place;
+  bool strided, contiguous = false;
+  int64_t numel;
+  torch::headeronly::IntHeaderOnlyArrayRef sizes, strides;
+  void* data = nullptr;
+};
+
+// Of the tensors of one argument, which have to outlive them.
+struct Operands : std::vector<Operand> {
+  Operands(const TensorList& tensors) : vector(tensors.begin(), tensors.end()) {}
+  Operands(const Tensor& tensor) : vector{Operand(tensor)} {}
+};
+
 // One argument of an operator: a list, or a single tensor as a list of one.
 struct Argument {
   const char* name;
-  const TensorList& tensors;
+  Operands tensors;
   bool is_omega = false;  // held in the accumulation dtype; all others share one dtype
   bool writable = false;
   bool is_list = true;
@@ -60,7 +130,7 @@ inline std::string device_of(const Tensor& tensor) {
 }
 
 inline void check_dtype(const char* op, const Argument& argument, size_t i, ScalarType shared) {
-  const ScalarType dtype = argument.tensors[i].scalar_type();
+  const ScalarType dtype = argument.tensors[i].dtype;
   if (!is_supported(dtype)) {
     fail(op, at(argument, i), " has dtype ", dtype_name(dtype),
          ", which is not supported; pass float32, float64, bfloat16 or float16");
@@ -73,45 +143,36 @@ inline void check_dtype(const char* op, const Argument& argument, size_t i, Scal
   }
 }
 
-struct Place {
-  explicit Place(const Tensor& tensor)
-      : is_cpu(tensor.is_cpu()), device_index(tensor.get_device_index()) {}
-  bool operator==(const Place&) const = default;
-
-  bool is_cpu;
-  int32_t device_index;
-};
-
 inline void check_layout(const char* op, const Argument& argument, size_t i) {
-  if (argument.tensors[i].layout() != torch::headeronly::Layout::Strided) {
+  if (!argument.tensors[i].strided) {
     fail(op, at(argument, i), " is not a dense (strided) tensor; convert it with to_dense()");
   }
 }
 
 inline void check_shape(const char* op, const Argument& argument, const Argument& first, size_t i) {
-  const Tensor &tensor = argument.tensors[i], &expected = first.tensors[i];
-  const auto sizes = tensor.sizes(), expected_sizes = expected.sizes();
-  if (!std::equal(sizes.begin(), sizes.end(), expected_sizes.begin(), expected_sizes.end())) {
-    fail(op, at(argument, i), " has shape ", shape_of(tensor), " but ", at(first, i), " has shape ",
-         shape_of(expected), "; tensors at one position must have one shape");
+  const Operand &tensor = argument.tensors[i], &expected = first.tensors[i];
+  if (tensor.sizes != expected.sizes) {
+    fail(op, at(argument, i), " has shape ", shape_of(*tensor.tensor), " but ", at(first, i),
+         " has shape ", shape_of(*expected.tensor),
+         "; tensors at one position must have one shape");
   }
 }
 
 inline void check_device(const char* op, const Argument& argument, const Argument& first,
-                         const Place& home, size_t i) {
-  if (Place(argument.tensors[i]) != home) {
-    fail(op, at(argument, i), " is on ", device_of(argument.tensors[i]), " but ", at(first, 0),
-         " is on ", device_of(first.tensors.front()),
-         "; all tensors of one call must be on one device");
+                         size_t i) {
+  const Operand &tensor = argument.tensors[i], &home = first.tensors.front();
+  if (tensor.place != home.place) {
+    fail(op, at(argument, i), " is on ", device_of(*tensor.tensor), " but ", at(first, 0),
+         " is on ", device_of(*home.tensor), "; all tensors of one call must be on one device");
   }
 }
 
 // The dimensions that have steps, as (stride, size), the smallest step first.
-inline std::vector<std::pair<int64_t, int64_t>> sorted_dims(const Tensor& tensor) {
+inline std::vector<std::pair<int64_t, int64_t>> sorted_dims(const Operand& tensor) {
   std::vector<std::pair<int64_t, int64_t>> dims;
-  for (int64_t d = 0; d < tensor.dim(); ++d) {
-    if (tensor.size(d) != 1) {
-      dims.emplace_back(tensor.stride(d), tensor.size(d));
+  for (size_t d = 0; d < tensor.dim(); ++d) {
+    if (tensor.sizes[d] != 1) {
+      dims.emplace_back(tensor.strides[d], tensor.sizes[d]);
     }
   }
   std::sort(dims.begin(), dims.end());
@@ -119,8 +180,8 @@ inline std::vector<std::pair<int64_t, int64_t>> sorted_dims(const Tensor& tensor
 }
 
 // Dense: its elements fill one range of memory, each place once, in whatever order.
-inline bool is_dense(const Tensor& tensor) {
-  if (tensor.is_contiguous()) {
+inline bool is_dense(const Operand& tensor) {
+  if (tensor.contiguous) {
     return true;
   }
   int64_t expected = 1;
@@ -135,7 +196,10 @@ inline bool is_dense(const Tensor& tensor) {
 
 // Every step goes beyond all that smaller steps reach, as in any slice of a dense tensor: no place
 // comes twice. The reverse need not hold.
-inline bool is_nested(const Tensor& tensor) {
+inline bool is_nested(const Operand& tensor) {
+  if (tensor.contiguous) {
+    return true;
+  }
   int64_t reach = 0;
   for (const auto& [stride, size] : sorted_dims(tensor)) {
     if (stride <= reach) {
@@ -149,29 +213,34 @@ inline bool is_nested(const Tensor& tensor) {
 // The memory a tensor touches: [begin, end) in bytes.
 struct Span {
   uintptr_t begin, end;
-  const Tensor* tensor;
   const Argument* argument;
   size_t index;
+
+  const Operand& tensor() const { return argument->tensors[index]; }
+  bool is_written() const { return argument->writable; }
+  std::string name() const { return at(*argument, index); }
 };
 
 inline Span span_of(const Argument& argument, size_t i) {
-  const Tensor& tensor = argument.tensors[i];
-  const auto begin = reinterpret_cast<uintptr_t>(tensor.data_ptr());
-  int64_t last = 0;
-  for (int64_t d = 0; d < tensor.dim(); ++d) {
-    last += (tensor.size(d) - 1) * tensor.stride(d);
+  const Operand& tensor = argument.tensors[i];
+  const auto begin = reinterpret_cast<uintptr_t>(tensor.data);
+  int64_t elements = tensor.numel;
+  if (!tensor.contiguous) {
+    elements = 1;
+    for (size_t d = 0; d < tensor.dim(); ++d) {
+      elements += (tensor.sizes[d] - 1) * tensor.strides[d];
+    }
   }
-  return {begin, begin + static_cast<uintptr_t>(last + 1) * tensor.element_size(), &tensor,
-          &argument, i};
+  return {begin, begin + static_cast<uintptr_t>(elements) * tensor.element_size(), &argument, i};
 }
 
 // The address of every element, sorted. Only for the rare tensor that is not dense.
-inline std::vector<uintptr_t> addresses(const Tensor& tensor) {
-  std::vector<uintptr_t> result{reinterpret_cast<uintptr_t>(tensor.data_ptr())};
-  for (int64_t d = 0; d < tensor.dim(); ++d) {
+inline std::vector<uintptr_t> addresses(const Operand& tensor) {
+  std::vector<uintptr_t> result{reinterpret_cast<uintptr_t>(tensor.data)};
+  for (size_t d = 0; d < tensor.dim(); ++d) {
     const size_t count = result.size();
-    const auto step = static_cast<uintptr_t>(tensor.stride(d)) * tensor.element_size();
-    for (int64_t k = 1; k < tensor.size(d); ++k) {
+    const auto step = static_cast<uintptr_t>(tensor.strides[d]) * tensor.element_size();
+    for (int64_t k = 1; k < tensor.sizes[d]; ++k) {
       for (size_t j = 0; j < count; ++j) {
         result.push_back(result[j] + static_cast<uintptr_t>(k) * step);
       }
@@ -183,11 +252,12 @@ inline std::vector<uintptr_t> addresses(const Tensor& tensor) {
 
 // Whether two tensors whose spans meet really share memory (two column slices do not).
 inline bool share_memory(const Span& a, const Span& b) {
-  if (is_dense(*a.tensor) && is_dense(*b.tensor)) {
+  const Operand &first = a.tensor(), &second = b.tensor();
+  if (is_dense(first) && is_dense(second)) {
     return true;
   }
-  const auto left = addresses(*a.tensor), right = addresses(*b.tensor);
-  const auto left_size = a.tensor->element_size(), right_size = b.tensor->element_size();
+  const auto left = addresses(first), right = addresses(second);
+  const auto left_size = first.element_size(), right_size = second.element_size();
   for (size_t i = 0, j = 0; i < left.size() && j < right.size();) {
     if (left[i] + left_size <= right[j]) {
       ++i;
@@ -201,13 +271,21 @@ inline bool share_memory(const Span& a, const Span& b) {
 }
 
 inline void check_no_self_overlap(const char* op, const Span& span) {
-  if (is_nested(*span.tensor)) {
+  if (is_nested(span.tensor())) {
     return;
   }
-  const auto places = addresses(*span.tensor);
+  const auto places = addresses(span.tensor());
   if (std::adjacent_find(places.begin(), places.end()) != places.end()) {
-    fail(op, at(*span.argument, span.index),
+    fail(op, span.name(),
          " is written but overlaps itself in memory (an expanded tensor?); pass a clone()");
+  }
+}
+
+inline void check_apart(const char* op, const Span& a, const Span& b) {
+  if ((a.is_written() || b.is_written()) && share_memory(a, b)) {
+    const Span &written = a.is_written() ? a : b, &aliased = a.is_written() ? b : a;
+    fail(op, written.name(), " is written but shares memory with ", aliased.name(),
+         "; pass a clone() of one of them");
   }
 }
 
@@ -218,9 +296,10 @@ inline void check_no_overlap(const char* op, std::initializer_list<Argument> arg
     return;
   }
   std::vector<Span> spans;
+  spans.reserve(arguments.size() * arguments.begin()->tensors.size());
   for (const Argument& argument : arguments) {
     for (size_t i = 0; i < argument.tensors.size(); ++i) {
-      if (argument.tensors[i].numel() > 0) {
+      if (argument.tensors[i].numel > 0) {
         spans.push_back(span_of(argument, i));
         if (argument.writable) {
           check_no_self_overlap(op, spans.back());
@@ -234,12 +313,7 @@ inline void check_no_overlap(const char* op, std::initializer_list<Argument> arg
   for (const Span& span : spans) {
     std::erase_if(open, [&](const Span* other) { return other->end <= span.begin; });
     for (const Span* other : open) {
-      if ((span.argument->writable || other->argument->writable) && share_memory(span, *other)) {
-        const bool first = span.argument->writable;
-        const Span &written = first ? span : *other, &aliased = first ? *other : span;
-        fail(op, at(*written.argument, written.index), " is written but shares memory with ",
-             at(*aliased.argument, aliased.index), "; pass a clone() of one of them");
-      }
+      check_apart(op, span, *other);
     }
     open.push_back(&span);
   }
@@ -258,13 +332,12 @@ inline void check_arguments(const char* op, std::initializer_list<Argument> argu
   if (first.tensors.empty()) {
     return;
   }
-  const Place home(first.tensors.front());
   for (size_t i = 0; i < first.tensors.size(); ++i) {
     for (const Argument& argument : arguments) {
       check_layout(op, argument, i);
       check_shape(op, argument, first, i);
-      check_device(op, argument, first, home, i);
-      check_dtype(op, argument, i, values.tensors[i].scalar_type());
+      check_device(op, argument, first, i);
+      check_dtype(op, argument, i, values.tensors[i].dtype);
     }
   }
   check_no_overlap(op, arguments);
@@ -292,7 +365,7 @@ inline void check_scalar(const char* op, const char* name, const Tensor& scalar,
   if (scalar.dim() != 0) {
     fail(op, name, " has shape ", shape_of(scalar), "; pass a number or a 0-dim tensor");
   }
-  const ScalarType dtype = scalar.scalar_type();
+  const ScalarType dtype = dtype_of(scalar);
   if (dtype != ScalarType::Float && dtype != ScalarType::Double) {
     fail(op, name, " has dtype ", dtype_name(dtype), "; pass a float32 or float64 tensor");
   }
@@ -315,16 +388,14 @@ inline void check_non_negative(const char* op, const char* name, double value) {
 inline void check_abs_matmul(const char* op, const Tensor& omega, const Tensor& left,
                              const Tensor& right, double scale) {
   check_non_negative(op, "scale", scale);
-  const TensorList omegas{omega}, lefts{left}, rights{right};
-  const std::array<Argument, 3> arguments{
-      Argument{
-          .name = "omega", .tensors = omegas, .is_omega = true, .writable = true, .is_list = false},
-      Argument{.name = "left", .tensors = lefts, .is_list = false},
-      Argument{.name = "right", .tensors = rights, .is_list = false}};
+  const std::initializer_list<Argument> arguments{
+      {.name = "omega", .tensors = omega, .is_omega = true, .writable = true, .is_list = false},
+      {.name = "left", .tensors = left, .is_list = false},
+      {.name = "right", .tensors = right, .is_list = false}};
   for (const Argument& argument : arguments) {
     check_layout(op, argument, 0);
-    check_device(op, argument, arguments[0], Place(omega), 0);
-    check_dtype(op, argument, 0, left.scalar_type());
+    check_device(op, argument, *arguments.begin(), 0);
+    check_dtype(op, argument, 0, dtype_of(left));
   }
   check_dimensions(op, "omega", omega, 2, "a matrix [p, d]");
   check_dimensions(op, "left", left, 3, "[samples, positions, p]");
@@ -333,7 +404,7 @@ inline void check_abs_matmul(const char* op, const Tensor& omega, const Tensor& 
   check_same_size(op, "right", right, 1, "left", left, 1, "the positions");
   check_same_size(op, "left", left, 2, "omega", omega, 0, "p");
   check_same_size(op, "right", right, 2, "omega", omega, 1, "d");
-  check_no_overlap(op, {arguments[0], arguments[1], arguments[2]});
+  check_no_overlap(op, arguments);
 }
 
 }  // namespace mas_ext

@@ -15,6 +15,7 @@ struct Entry {
   std::array<void*, Streams> data;
   int64_t numel;
   ScalarType dtype;
+  int64_t index;  // its place in the lists, empty tensors counted
 };
 
 }  // namespace mas_ext

@@ -58,4 +58,72 @@ MAS_HOST_DEVICE A proximal_point(A param, A delta, A omega, A step_times_lambda)
   return omega == A(0) ? param : moved;
 }
 
+// How a call's penalty takes part in an optimizer's step.
+template <class A>
+struct PenaltyPart {
+  A grad_factor;  // ±1/s: the gradient's sign, and what takes the loss scale out of it
+  A strength;     // λ where the penalty's gradient joins the loss's, ηλ for the proximal step
+};
+
+// SGD: θ ← θ − η g, with g ← g + wθ for weight decay w.
+template <class A>
+struct SgdRule {
+  static constexpr int kMoments = 0;
+  A lr, weight_decay;
+
+  MAS_HOST_DEVICE A point(A param, A grad, A*) const {
+    return param - lr * (grad + weight_decay * param);
+  }
+};
+
+// SGD with momentum: b ← μb + (1−τ)g, θ ← θ − ηb; for Nesterov θ ← θ − η(g + μb). What is walked is
+// αg + βb: a condition here would keep loops over half-precision values from being vectorised.
+template <class A>
+struct MomentumRule {
+  static constexpr int kMoments = 1;
+  A lr, weight_decay, momentum, fresh;  // fresh: 1 − τ
+  A of_grad, of_buffer;                 // α and β: 0 and 1, for Nesterov 1 and μ
+
+  MAS_HOST_DEVICE A point(A param, A grad, A* moments) const {
+    grad += weight_decay * param;
+    moments[0] = momentum * moments[0] + fresh * grad;
+    return param - lr * (of_grad * grad + of_buffer * moments[0]);
+  }
+};
+
+// Adam: m ← β₁m + (1−β₁)g, v ← β₂v + (1−β₂)g², θ ← θ − η m̂/(√v̂ + ε), where m̂ = m/(1−β₁ᵗ) and
+// v̂ = v/(1−β₂ᵗ). Weight decay w is g ← g + wθ before, or, decoupled from the gradient (AdamW),
+// θ ← (1−ηw)θ.
+template <class A>
+struct AdamRule {
+  static constexpr int kMoments = 2;
+  A weight_decay, shrink;  // one of them has an effect: w, or 1 − ηw
+  A beta1, fresh1, beta2, fresh2, eps;
+  A step_size, root_factor;  // η/(1−β₁ᵗ) and 1/√(1−β₂ᵗ)
+
+  MAS_HOST_DEVICE A point(A param, A grad, A* moments) const {
+    grad += weight_decay * param;
+    moments[0] = beta1 * moments[0] + fresh1 * grad;
+    moments[1] = beta2 * moments[1] + fresh2 * grad * grad;
+    const A root = std::sqrt(moments[1]) * root_factor;
+    return shrink * param - step_size * (moments[0] / (root + eps));
+  }
+};
+
+// Where an optimizer's rule and the penalty move a parameter; its moments are advanced in place.
+// The penalty's gradient is taken at θ before the step, the proximal step from where the rule
+// lands.
+template <bool Proximal, class Rule, class A>
+MAS_HOST_DEVICE A penalised_point(A param, A grad, A anchor, A omega, A* moments,
+                                  const PenaltyPart<A>& penalty, const Rule& rule) {
+  grad *= penalty.grad_factor;
+  if constexpr (Proximal) {
+    const A moved = rule.point(param, grad, moments);
+    return proximal_point(moved, moved - anchor, omega, penalty.strength);
+  } else {
+    grad += penalty_gradient(param - anchor, omega, penalty.strength);
+    return rule.point(param, grad, moments);
+  }
+}
+
 }  // namespace mas_ext

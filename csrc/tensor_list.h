@@ -29,11 +29,12 @@ class FlatList {
     const Argument& values = first.is_omega ? *(arguments.begin() + 1) : first;
     entries_.reserve(first.tensors.size());
     for (size_t i = 0; i < first.tensors.size(); ++i) {
-      const int64_t numel = first.tensors[i].numel();
+      const int64_t numel = first.tensors[i].numel;
+      const ScalarType dtype = values.tensors[i].dtype;
       total_ += numel;
-      any_double_ |= values.tensors[i].scalar_type() == ScalarType::Double;
+      any_double_ |= dtype == ScalarType::Double;
       if (numel > 0) {
-        entries_.push_back({pointers(arguments, i), numel, values.tensors[i].scalar_type()});
+        entries_.push_back({pointers(arguments, i), numel, dtype, static_cast<int64_t>(i)});
       }
     }
   }
@@ -53,16 +54,13 @@ class FlatList {
  private:
   static bool share_dense_layout(std::initializer_list<Argument> arguments, size_t i) {
     if (std::all_of(arguments.begin(), arguments.end(),
-                    [i](const Argument& a) { return a.tensors[i].is_contiguous(); })) {
+                    [i](const Argument& a) { return a.tensors[i].contiguous; })) {
       return true;
     }
-    const Tensor& first = arguments.begin()->tensors[i];
-    const auto strides = first.strides();
+    const Operand& first = arguments.begin()->tensors[i];
     return is_dense(first) &&
-           std::all_of(arguments.begin(), arguments.end(), [&](const Argument& a) {
-             const auto others = a.tensors[i].strides();
-             return std::equal(strides.begin(), strides.end(), others.begin());
-           });
+           std::all_of(arguments.begin(), arguments.end(),
+                       [&](const Argument& a) { return a.tensors[i].strides == first.strides; });
   }
 
   std::array<void*, Streams> pointers(std::initializer_list<Argument> arguments, size_t i) {
@@ -70,8 +68,8 @@ class FlatList {
     std::array<void*, Streams> result;
     size_t stream = 0;
     for (const Argument& argument : arguments) {
-      const Tensor& tensor = argument.tensors[i];
-      result[stream++] = in_place ? tensor.data_ptr() : contiguous_copy(argument, tensor);
+      const Operand& tensor = argument.tensors[i];
+      result[stream++] = in_place ? tensor.data : contiguous_copy(argument, *tensor.tensor);
     }
     return result;
   }

@@ -6,11 +6,12 @@
     mas.consolidate(data)            # at the end of a task; labels are not used
 
 See :class:`MAS`, :func:`estimate_importance`, :func:`preset` (what other implementations compute),
-:mod:`mas_ext.functional` (the operators on lists of tensors), :mod:`mas_ext.reference` (the same in
-plain PyTorch) and :func:`build_info`.
+:mod:`mas_ext.optim` (optimizers whose step includes the penalty), :mod:`mas_ext.functional` (the
+operators on lists of tensors), :mod:`mas_ext.reference` (the same in plain PyTorch) and
+:func:`build_info`.
 """
 
-from mas_ext import functional, reference
+from mas_ext import functional, optim, reference
 from mas_ext._native import build_info
 from mas_ext._version import __version__
 from mas_ext.importance import Importance, estimate_importance
@@ -25,6 +26,7 @@ __all__ = [
     "build_info",
     "estimate_importance",
     "functional",
+    "optim",
     "preset",
     "reference",
 ]

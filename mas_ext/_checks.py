@@ -252,3 +252,73 @@ def check_abs_matmul(
     _check_same_size(op, tensors, ("left", 2), ("omega", 0), "p")
     _check_same_size(op, tensors, ("right", 2), ("omega", 1), "d")
     return arguments
+
+
+def _check_positive(op: str, name: str, value: Tensor) -> None:
+    if value.device.type == "cpu" and not 0 < float(value) < math.inf:
+        _fail(op, f"{name} is {float(value):g}; pass a finite number above zero")
+
+
+def check_strengths(op: str, lambda_reg: Tensor, lr: Tensor, grad_scale: Tensor | None) -> None:
+    """Of an optimizer's step."""
+    check_non_negative(op, "lambda_reg", lambda_reg)
+    check_non_negative(op, "lr", lr)
+    if grad_scale is not None:
+        _check_positive(op, "grad_scale", grad_scale)
+
+
+def check_sgd_options(
+    op: str,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    momentum_buffers: Sequence[Tensor],
+) -> None:
+    """Numbers that every call is told."""
+    check_non_negative(op, "momentum", momentum)
+    check_non_negative(op, "dampening", dampening)
+    check_non_negative(op, "weight_decay", weight_decay)
+    if nesterov and (momentum == 0 or dampening != 0):
+        _fail(op, "nesterov needs a momentum above zero and no dampening")
+    if momentum == 0 and momentum_buffers:
+        _fail(
+            op,
+            f"momentum_buffers has {len(momentum_buffers)} tensors but momentum is 0; "
+            "leave them out",
+        )
+
+
+def check_adam_options(
+    op: str, beta1: float, beta2: float, eps: float, weight_decay: float
+) -> None:
+    """Numbers that every call is told."""
+    for name, beta in {"beta1": beta1, "beta2": beta2}.items():
+        if not 0 <= beta < 1:
+            _fail(op, f"{name} is {beta:g}; pass a number from 0 up to but not including 1")
+    check_non_negative(op, "eps", eps)
+    check_non_negative(op, "weight_decay", weight_decay)
+
+
+def check_steps(op: str, steps: Tensor, params: Sequence[Tensor]) -> None:
+    """One count a parameter."""
+    if steps.dim() != 1 or len(steps) != len(params):
+        _fail(
+            op,
+            f"steps has shape {list(steps.shape)} but there are {len(params)} params; "
+            "pass one count for each, as one tensor",
+        )
+    if steps.dtype not in (torch.float32, torch.float64):
+        _fail(op, f"steps has dtype {_name(steps.dtype)}; pass a float32 or float64 tensor")
+    if params and steps.device != params[0].device:
+        _fail(
+            op,
+            f"steps is on {steps.device} but the tensors are on {params[0].device}; move it there",
+        )
+
+
+def check_counts(op: str, steps: Tensor) -> None:
+    """That no count is negative, where looking at them waits for nothing."""
+    if steps.device.type == "cpu":
+        for i, count in enumerate(steps.tolist()):
+            check_non_negative(op, f"steps[{i}]", count)

@@ -1,9 +1,12 @@
 """The operators ``torch.ops.mas_ext.*``: schemas, default kernels, fake kernels, autograd.
 
+(The kernels of the optimizer steps are in :mod:`mas_ext._steps`.)
+
 How a call travels: :mod:`mas_ext.functional` → dispatcher → (Autograd, for the differentiable) →
-(ADInplaceOrView, for those that write: it bumps version counters) → a kernel. The default kernel
-is the reference in plain PyTorch; ``mas_ext/_native.py`` adds compiled ones for CPU and CUDA, so no
-code here or above asks whether they are there.
+(ADInplaceOrView, for those that write: it bumps version counters; :func:`writing` does that itself
+where it can, and calls what is below) → a kernel. The default kernel is the reference in plain
+PyTorch; ``mas_ext/_native.py`` adds compiled ones for CPU and CUDA, so no code here or above asks
+whether they are there.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
+from torch.overrides import has_torch_function
 
 from mas_ext import reference
 from mas_ext._checks import (
@@ -48,6 +52,19 @@ SCHEMAS = {
         "(Tensor(a!)[] params, Tensor[] anchors, Tensor[] omega, Tensor lambda_reg, Tensor lr)"
         " -> Tensor"
     ),
+    "sgd_step_": (
+        "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor[] anchors,"
+        " Tensor[] omega, Tensor lambda_reg, Tensor lr, float momentum=0.0, float dampening=0.0,"
+        " float weight_decay=0.0, bool nesterov=False, bool maximize=False, bool proximal=False,"
+        " Tensor? grad_scale=None, Tensor? found_inf=None) -> Tensor"
+    ),
+    "adamw_step_": (
+        "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,"
+        " Tensor steps, Tensor[] anchors, Tensor[] omega, Tensor lambda_reg, Tensor lr,"
+        " float beta1=0.9, float beta2=0.999, float eps=1e-08, float weight_decay=0.01,"
+        " bool decoupled=True, bool maximize=False, bool proximal=False,"
+        " Tensor? grad_scale=None, Tensor? found_inf=None) -> Tensor"
+    ),
 }
 
 _library = torch.library.Library("mas_ext", "DEF")
@@ -55,7 +72,10 @@ for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
-def _state(params: Tensors, anchors: Tensors, omega: Tensors, written: bool) -> list[Argument]:
+def state_arguments(
+    params: Tensors, anchors: Tensors, omega: Tensors, written: bool
+) -> list[Argument]:
+    """θ, θ* and Ω as the checks see them."""
     return [
         Argument("params", params, writable=written),
         Argument("anchors", anchors),
@@ -107,10 +127,11 @@ def _check_penalty(
     op: str, params: Tensors, anchors: Tensors, omega: Tensors, lambda_reg: Tensor
 ) -> None:
     check_scalar(op, "lambda_reg", lambda_reg, params)
-    check_metadata(op, _state(params, anchors, omega, written=False))
+    check_metadata(op, state_arguments(params, anchors, omega, written=False))
 
 
-def _empty_value(tensors: Tensors, lambda_reg: Tensor) -> Tensor:
+def empty_value(tensors: Tensors, lambda_reg: Tensor) -> Tensor:
+    """A penalty as a fake kernel returns it."""
     device = tensors[0].device if tensors else lambda_reg.device
     return torch.empty((), dtype=reference.value_dtype(tensors), device=device)
 
@@ -122,7 +143,7 @@ def _penalty(params: Tensors, anchors: Tensors, omega: Tensors, lambda_reg: Tens
 
 def _penalty_fake(params: Tensors, anchors: Tensors, omega: Tensors, lambda_reg: Tensor) -> Tensor:
     _check_penalty("penalty", params, anchors, omega, lambda_reg)
-    return _empty_value(params, lambda_reg)
+    return empty_value(params, lambda_reg)
 
 
 def _save_state(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -179,7 +200,7 @@ def _penalty_and_grad_fake(
     params: Tensors, anchors: Tensors, omega: Tensors, lambda_reg: Tensor
 ) -> tuple[Tensor, list[Tensor]]:
     _check_penalty("penalty_and_grad", params, anchors, omega, lambda_reg)
-    return _empty_value(params, lambda_reg), [torch.empty_like(p) for p in params]
+    return empty_value(params, lambda_reg), [torch.empty_like(p) for p in params]
 
 
 def _penalty_and_grad_backward(
@@ -219,7 +240,7 @@ def _check_add_penalty_grad(
         check_scalar(op, "grad_scale", grad_scale, grads)
     arguments = [
         Argument("grads", grads, writable=True),
-        *_state(params, anchors, omega, written=False),
+        *state_arguments(params, anchors, omega, written=False),
     ]
     check_metadata(op, arguments)
     return arguments
@@ -250,7 +271,7 @@ def _add_penalty_grad_fake(
     grad_scale: Tensor | None = None,
 ) -> Tensor:
     _check_add_penalty_grad(grads, params, anchors, omega, lambda_reg, grad_scale)
-    return _empty_value(params, lambda_reg)
+    return empty_value(params, lambda_reg)
 
 
 # ================================================================================================
@@ -261,7 +282,7 @@ def _check_proximal(
 ) -> list[Argument]:
     check_scalar("proximal_step_", "lambda_reg", lambda_reg, params)
     check_scalar("proximal_step_", "lr", lr, params)
-    arguments = _state(params, anchors, omega, written=True)
+    arguments = state_arguments(params, anchors, omega, written=True)
     check_metadata("proximal_step_", arguments)
     return arguments
 
@@ -280,42 +301,87 @@ def _proximal_step_fake(
     params: Tensors, anchors: Tensors, omega: Tensors, lambda_reg: Tensor, lr: Tensor
 ) -> Tensor:
     _check_proximal(params, anchors, omega, lambda_reg, lr)
-    return _empty_value(params, lambda_reg)
+    return empty_value(params, lambda_reg)
 
 
 # ================================================================================================
 # Register the kernels
 # ================================================================================================
+def _written(op: torch._ops.OpOverload) -> list[int]:
+    """The places of the arguments that an operator writes."""
+    return [i for i, a in enumerate(op._schema.arguments) if a.alias_info and a.alias_info.is_write]
+
+
 def _bump_versions(op: torch._ops.OpOverload) -> Callable[..., Any]:
-    """A kernel that calls the next one, then tells autograd that the first argument changed.
+    """A kernel that calls the next one, then tells autograd which arguments changed.
 
     Without it a tensor saved for backward could be overwritten and the gradient be silently wrong.
     """
+    written = [(i, op._schema.arguments[i].name) for i in _written(op)]
 
     def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:
         with torch._C._AutoDispatchBelowADInplaceOrView():
             below = keyset & torch._C._after_ADInplaceOrView_keyset
             result = op.redispatch(below, *args, **kwargs)
-        increment_version(args[0] if args else next(iter(kwargs.values())))  # not if it refused
+        for i, name in written:  # not reached if it refused
+            increment_version(args[i] if i < len(args) else kwargs[name])
         return result
 
     return kernel
 
 
-def _register(name: str, default: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    _library.impl(name, default, "CompositeExplicitAutograd")
+def _goes_straight_to_a_kernel(arguments: tuple[Any, ...]) -> bool:
+    """Whether nobody stands between caller and kernel: no compiler, mode, transform or subclass."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or has_torch_function(arguments)
+        or any(has_torch_function(a) for a in arguments if isinstance(a, list))
+    )
+
+
+def writing(name: str) -> Callable[..., Any]:
+    """An operator that writes, for Python: autograd records nothing, but learns what changed.
+
+    The kernel at ADInplaceOrView is in Python, and for it the dispatcher turns every list into
+    Python's and back: half of what a call with small tensors costs. Here the lists are at hand.
+    Others on the way would be run with autograd off as well, so they get the ordinary call.
+    """
+    op = getattr(torch.ops.mas_ext, name).default
+    written = _written(op)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not _goes_straight_to_a_kernel((*args, *kwargs.values())):
+            with torch.no_grad():
+                return op(*args, **kwargs)
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            result = op(*args, **kwargs)
+        for i in written:  # not reached if it refused
+            increment_version(args[i])
+        return result
+
+    return call
+
+
+def register(name: str, default: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Gives an operator of ``SCHEMAS`` its default and fake kernels, and counts what it writes."""
+    writes = name.endswith("_")
+    # Below autograd nothing is recorded, but PyTorch warns where the grad mode is left on.
+    kernel = torch.no_grad()(default) if writes else default
+    _library.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"mas_ext::{name}", fake, lib=_library)
-    if name.endswith("_"):
+    if writes:
         op = getattr(torch.ops.mas_ext, name).default
         _library.impl(name, _bump_versions(op), "ADInplaceOrView", with_keyset=True)
 
 
-_register("accumulate_importance_", _accumulate_importance, _accumulate_importance_fake)
-_register("accumulate_abs_matmul_", _accumulate_abs_matmul, _accumulate_abs_matmul_fake)
-_register("penalty", _penalty, _penalty_fake)
-_register("penalty_and_grad", _penalty_and_grad, _penalty_and_grad_fake)
-_register("add_penalty_grad_", _add_penalty_grad, _add_penalty_grad_fake)
-_register("proximal_step_", _proximal_step, _proximal_step_fake)
+register("accumulate_importance_", _accumulate_importance, _accumulate_importance_fake)
+register("accumulate_abs_matmul_", _accumulate_abs_matmul, _accumulate_abs_matmul_fake)
+register("penalty", _penalty, _penalty_fake)
+register("penalty_and_grad", _penalty_and_grad, _penalty_and_grad_fake)
+register("add_penalty_grad_", _add_penalty_grad, _add_penalty_grad_fake)
+register("proximal_step_", _proximal_step, _proximal_step_fake)
 
 torch.library.register_autograd(
     "mas_ext::penalty", _penalty_backward, setup_context=_save_state, lib=_library

@@ -43,6 +43,11 @@ class Attachment:
             raise ValueError(
                 "optimizer: it maximizes, and would maximize the penalty; minimise the negative"
             )
+        if getattr(optimizer, "mas", None) is mas:
+            raise ValueError(
+                "this optimizer's step includes the penalty already, and it would count twice; "
+                "leave attach() out"
+            )
         if optimizer in mas._attached:
             raise ValueError("this optimizer is attached already; remove() the first handle")
         self.last_penalty: Tensor | None = None

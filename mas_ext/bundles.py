@@ -31,7 +31,9 @@ def bundled(
     """A bundle a device; a model may span several."""
     bundles: dict[torch.device, Bundle] = {}
     for name, p in params.items():
-        bundle = bundles.setdefault(p.device, Bundle([], [], [], []))
+        bundle = bundles.get(p.device)
+        if bundle is None:
+            bundle = bundles[p.device] = Bundle([], [], [], [])
         bundle.names.append(name)
         bundle.params.append(p)
         bundle.anchors.append(anchors[name])
@@ -49,9 +51,9 @@ def add_penalty_grad_(bundle: Bundle, lambda_reg: float, grad_scale: Scalar | No
     names, params, anchors, omega = bundle
     with torch.inference_mode(False):
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-    with _naming(names):
+    with naming(names):
         value = functional.add_penalty_grad_(
-            grads, params, anchors, omega, lambda_reg, _near(grad_scale, params[0])
+            grads, params, anchors, omega, lambda_reg, near(grad_scale, params[0])
         )
     for p, grad in zip(params, grads, strict=True):
         if p.grad is None:
@@ -62,18 +64,18 @@ def add_penalty_grad_(bundle: Bundle, lambda_reg: float, grad_scale: Scalar | No
 def proximal_step_(bundle: Bundle, lambda_reg: float, lr: Scalar) -> Tensor:
     """See :meth:`MAS.proximal_step_`."""
     names, params, anchors, omega = bundle
-    with _naming(names):
-        return functional.proximal_step_(params, anchors, omega, lambda_reg, _near(lr, params[0]))
+    with naming(names):
+        return functional.proximal_step_(params, anchors, omega, lambda_reg, near(lr, params[0]))
 
 
-def _near(scalar: Any, tensor: Tensor) -> Any:
+def near(scalar: Any, tensor: Tensor) -> Any:
     """A scalar of another device, where a model spans several, on the tensor's."""
     elsewhere = isinstance(scalar, Tensor) and scalar.device.type != "cpu"
     return scalar.to(tensor.device, non_blocking=True) if elsewhere else scalar
 
 
 @contextmanager
-def _naming(names: list[str]) -> Iterator[None]:
+def naming(names: list[str]) -> Iterator[None]:
     """Gives an operator's error the parameter's name beside its place in the list."""
     try:
         yield

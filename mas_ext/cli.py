@@ -47,7 +47,9 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="what was compiled and what runs")
     info.add_argument("--json", action="store_true", help="as JSON")
     info.set_defaults(run=_info)
-    commands.add_parser("bench", help="the benchmarks of the repository, from a clone of it")
+    commands.add_parser(
+        "bench", help="everything beside its peers, timed; from a clone of the repository"
+    )
     return parser
 
 

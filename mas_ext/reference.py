@@ -115,3 +115,122 @@ def proximal_step_(
         moved = p.to(o.dtype) - displacement(p, a) * (c / (1 + c))
         p.copy_(torch.where(o == 0, p, moved.to(p.dtype)))
     return penalty(params, anchors, omega, lambda_reg)
+
+
+# The order of a step: the loss's gradient g, ±g/s, the penalty's, weight decay, the rule.
+def _step_gradient(
+    p: Tensor, g: Tensor, pull: Tensor | float, maximize: bool, grad_scale: Scalar | None, l2: float
+) -> Tensor:
+    g, theta = g.to(accumulation_dtype(p.dtype)), p.to(accumulation_dtype(p.dtype))
+    factor = 1 / torch.as_tensor(1.0 if grad_scale is None else grad_scale, dtype=torch.float64)
+    return g * (-factor if maximize else factor).to(g.dtype) + pull + l2 * theta
+
+
+class _Step:
+    """What the steps share: how the penalty takes part, and that one may be skipped.
+
+    ``keep`` is True where an element stays as it is: a 0-dim tensor, so that nothing waits for it.
+    """
+
+    def __init__(
+        self,
+        state: tuple[Tensors, Tensors, Tensors],
+        strengths: tuple[Scalar, Scalar],
+        mode: str,
+        found_inf: Scalar | None,
+    ) -> None:
+        self.params, self.anchors, self.omega = state
+        self.lambda_reg, self.lr = strengths
+        self.proximal = mode == "proximal"
+        self.keep = None if found_inf is None else torch.as_tensor(found_inf) != 0
+        self.before = None if self.proximal else penalty(*state, self.lambda_reg)
+
+    def pull(self, i: int) -> Tensor | float:
+        """The penalty's gradient, where it is part of the step's."""
+        if self.proximal:
+            return 0.0
+        p, a, o = self.params[i], self.anchors[i], self.omega[i]
+        return _factor(self.lambda_reg, o) * o * displacement(p, a)
+
+    def write(self, i: int, moved: Tensor, *moments: tuple[Tensor, Tensor]) -> None:
+        """Stores θ, pulled towards θ* where the step is proximal, and the moments."""
+        p, a, o = self.params[i], self.anchors[i], self.omega[i]
+        if self.proximal:
+            c = (_factor(self.lambda_reg, o, self.lr) * o).clamp_max(torch.finfo(o.dtype).max)
+            moved = torch.where(o == 0, moved, moved - (moved - a.to(o.dtype)) * (c / (1 + c)))
+        for old, new in [(p, moved), *moments]:
+            new = new.to(old.dtype)
+            old.copy_(new if self.keep is None else torch.where(self.keep, old, new))
+
+    def value(self) -> Tensor:
+        """The penalty at θ before the step, for a proximal one after it."""
+        if self.before is not None:
+            return self.before
+        return penalty(self.params, self.anchors, self.omega, self.lambda_reg)
+
+
+def sgd_step_(
+    params: Tensors,
+    grads: Tensors,
+    anchors: Tensors,
+    omega: Tensors,
+    lambda_reg: Scalar,
+    lr: Scalar,
+    *,
+    mode: str = "gradient",
+    momentum_buffers: Tensors = (),
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    maximize: bool = False,
+    grad_scale: Scalar | None = None,
+    found_inf: Scalar | None = None,
+) -> Tensor:
+    """See :func:`mas_ext.functional.sgd_step_`."""
+    step = _Step((params, anchors, omega), (lambda_reg, lr), mode, found_inf)
+    for i, (p, g) in enumerate(zip(params, grads, strict=True)):
+        g = _step_gradient(p, g, step.pull(i), maximize, grad_scale, weight_decay)
+        rate = torch.as_tensor(lr, dtype=torch.float64).to(g.dtype)
+        if momentum == 0:
+            step.write(i, p.to(g.dtype) - rate * g)
+            continue
+        buffer = momentum * momentum_buffers[i].to(g.dtype) + (1 - dampening) * g
+        direction = g + momentum * buffer if nesterov else buffer
+        step.write(i, p.to(g.dtype) - rate * direction, (momentum_buffers[i], buffer))
+    return step.value()
+
+
+def adamw_step_(
+    params: Tensors,
+    grads: Tensors,
+    anchors: Tensors,
+    omega: Tensors,
+    lambda_reg: Scalar,
+    lr: Scalar,
+    *,
+    exp_avgs: Tensors,
+    exp_avg_sqs: Tensors,
+    steps: Tensor,
+    mode: str = "gradient",
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 1e-2,
+    decoupled: bool = True,
+    maximize: bool = False,
+    grad_scale: Scalar | None = None,
+    found_inf: Scalar | None = None,
+) -> Tensor:
+    """See :func:`mas_ext.functional.adamw_step_`."""
+    step = _Step((params, anchors, omega), (lambda_reg, lr), mode, found_inf)
+    rate = torch.as_tensor(lr, dtype=torch.float64)
+    shrink, l2 = (1 - rate * weight_decay, 0.0) if decoupled else (torch.ones(()), weight_decay)
+    for i, (p, g) in enumerate(zip(params, grads, strict=True)):
+        g = _step_gradient(p, g, step.pull(i), maximize, grad_scale, l2)
+        m = betas[0] * exp_avgs[i].to(g.dtype) + (1 - betas[0]) * g
+        v = betas[1] * exp_avg_sqs[i].to(g.dtype) + (1 - betas[1]) * g * g
+        first, second = (1 - beta ** (steps[i].double() + 1) for beta in betas)
+        root = v.sqrt() * second.rsqrt().to(g.dtype) + eps
+        moved = shrink.to(g.dtype) * p.to(g.dtype) - (rate / first).to(g.dtype) * (m / root)
+        step.write(i, moved, (exp_avgs[i], m), (exp_avg_sqs[i], v))
+    return step.value()

@@ -287,12 +287,16 @@ class MAS:
 
         Raises:
             ValueError: an unknown mode, an optimizer that maximizes, that holds none of the
-                model's parameters, or that is attached already.
+                model's parameters, or that has this penalty already (attached, or one of
+                :mod:`mas_ext.optim`, whose step includes it).
         """
+        self._check_holds_ours(optimizer)
+        return Attachment(self, optimizer, mode)
+
+    def _check_holds_ours(self, optimizer: Optimizer) -> None:
         ours = {id(p) for p in self._index.named().values()}
         if not any(id(p) in ours for group in optimizer.param_groups for p in group["params"]):
             raise ValueError("optimizer: it holds none of this model's parameters")
-        return Attachment(self, optimizer, mode)
 
     def _add_penalty_grad(self, grad_scale: Scalar | None, owned: Set[int] | None) -> Tensor:
         return self._total(

@@ -28,6 +28,7 @@ from tests.gpu import (
     graphs,
     lists,
     machine,
+    optimizers,
     predicted,
     products,
     sanitizer,
@@ -201,8 +202,9 @@ def test_graphs_that_were_used(
 
 def test_timings(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lists, "LISTS", {"few": lambda: [(64,)] * 3})
+    monkeypatch.setattr(optimizers, "LISTS", lists.LISTS)
     monkeypatch.setattr(products, "LAYERS", products.LAYERS_OF_A_REHEARSAL)
-    for step in (bandwidth, lists, products):
+    for step in (bandwidth, lists, optimizers, products):
         session = Session(DEVICE)
         step.run(session)
         assert_all_passed(session)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,11 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
+from torch.overrides import TorchFunctionMode
+from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mas_ext import functional, reference
 from tests.cases import (
@@ -226,9 +232,194 @@ def test_writing_operators_record_nothing(op: str) -> None:
     state = make_state([torch.float32], [(5,)])
     for tensors in state.lists().values():
         tensors[0].requires_grad_()
-    value = getattr(functional, op)(*arguments(op, state))
+    inputs = arguments(op, state, Scalars().as_tensors())
+    for scalar in inputs:
+        if isinstance(scalar, Tensor):
+            scalar.requires_grad_()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        value = getattr(functional, op)(*inputs)
     assert value is None or value.grad_fn is None
     assert state.lists()[written_argument(op)][0].grad_fn is None
+
+
+# ================================================================================================
+# Functions that write skip the dispatcher's upper half where nobody is in it, and only there
+# ================================================================================================
+def call_operator(op: str, inputs: list) -> Tensor | None:
+    with torch.no_grad():
+        return getattr(torch.ops.mas_ext, op)(*inputs)
+
+
+def call_function(op: str, inputs: list) -> Tensor | None:
+    return getattr(functional, op)(*inputs)
+
+
+def tensor_inputs(op: str, state: State) -> list:
+    return arguments(op, state, Scalars().as_tensors())
+
+
+def written_versions(op: str, state: State) -> list[int]:
+    return [tensor._version for tensor in state.lists()[written_argument(op)]]
+
+
+each_writing_op = pytest.mark.parametrize("op", WRITING_OPS)
+each_caller = pytest.mark.parametrize("caller", [call_function, call_operator])
+
+
+@each_writing_op
+@each_caller
+def test_a_refused_call_leaves_the_versions(op: str, caller: Callable) -> None:
+    state = make_state([torch.float32] * 2, [(5,), (3, 2)])
+    inputs = tensor_inputs(op, state)
+    inputs[1] = [inputs[1][0], inputs[1][1].T]
+    with pytest.raises(RuntimeError, match="must have one shape"):
+        caller(op, inputs)
+    assert written_versions(op, state) == [0, 0]
+
+
+class SeenByDispatchMode(TorchDispatchMode):
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.seen.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+class SeenByFunctionMode(TorchFunctionMode):
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if isinstance(func, torch._ops.OpOverload):
+            self.seen.append(func.name())
+            args[0][0].add_(0)  # counts, too
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("mode", "rise"), [(SeenByDispatchMode, 1), (SeenByFunctionMode, 2)])
+@each_writing_op
+def test_modes_see_the_call(op: str, mode: type, rise: int) -> None:
+    state, plain = make_state([torch.float32], [(5,)]), make_state([torch.float32], [(5,)])
+    with mode() as watcher:
+        call_function(op, tensor_inputs(op, state))
+    call_function(op, tensor_inputs(op, plain))
+    assert watcher.seen.count(f"mas_ext::{op}") == 1
+    assert written_versions(op, state) == [rise]
+    torch.testing.assert_close(state.lists(), plain.lists())
+
+
+class Watched(Tensor):
+    """A subclass that looks at the functions it is given to."""
+
+    added = 0
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if isinstance(func, torch._ops.OpOverload):
+            with torch._C.DisableTorchFunctionSubclass():
+                args[0][0].add_(0)  # counts, too
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+@pytest.mark.parametrize("place", [0, 1])
+@each_writing_op
+def test_subclasses_see_the_call(op: str, place: int) -> None:
+    state = make_state([torch.float32], [(5,)])
+    inputs = tensor_inputs(op, state)
+    inputs[place] = [tensor.as_subclass(Watched) for tensor in inputs[place]]
+    call_function(op, inputs)
+    assert written_versions(op, state) == [2]
+
+
+@each_writing_op
+@each_caller
+def test_wrapper_subclasses_are_written(op: str, caller: Callable) -> None:
+    states = [make_state([torch.float32], [(5,)], seed=seed) for seed in (0, 1)]
+    pairs = State(
+        *(
+            [TwoTensor(*ts) for ts in zip(*lists, strict=True)]
+            for lists in zip(*(state.lists().values() for state in states), strict=True)
+        )
+    )
+    caller(op, tensor_inputs(op, pairs))
+    assert written_versions(op, pairs) == [1]
+    for seed, state in enumerate(states):
+        plain = make_state([torch.float32], [(5,)], seed=seed)
+        call_function(op, tensor_inputs(op, plain))
+        torch.testing.assert_close(state.lists(), plain.lists())
+
+
+@each_writing_op
+@each_caller
+def test_fake_tensors_have_versions(op: str, caller: Callable) -> None:
+    with FakeTensorMode():
+        state = make_state([torch.float32], [(5,)], device="cpu")
+        before = written_versions(op, state)
+        caller(op, tensor_inputs(op, state))
+        assert written_versions(op, state) == [before[0] + 1]
+
+
+@each_writing_op
+@each_caller
+def test_tensors_of_inference_mode_are_written_outside_it(op: str, caller: Callable) -> None:
+    with torch.inference_mode():
+        state = make_state([torch.float32], [(5,)])
+    plain = make_state([torch.float32], [(5,)])
+    caller(op, tensor_inputs(op, state))
+    caller(op, tensor_inputs(op, plain))
+    for mine, theirs in zip(state.lists().values(), plain.lists().values(), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("pre_dispatch", [False, True])
+@each_writing_op
+def test_make_fx_records_one_call(op: str, pre_dispatch: bool) -> None:
+    def step(*inputs: Any) -> Tensor | None:
+        return call_function(op, list(inputs))
+
+    state, plain = make_state([torch.float32], [(5,)]), make_state([torch.float32], [(5,)])
+    traced = make_fx(step, pre_dispatch=pre_dispatch)(
+        *tensor_inputs(op, make_state([torch.float32], [(5,)]))
+    )
+    calls = [node for node in traced.graph.nodes if str(node.target).startswith("mas_ext.")]
+    assert [str(node.target) for node in calls] == [f"mas_ext.{op}.default"]
+    traced(*tensor_inputs(op, state))
+    step(*tensor_inputs(op, plain))
+    torch.testing.assert_close(state.lists(), plain.lists())
+
+
+def vmapped(caller: Callable, op: str, state: State) -> None:
+    def step(written: Tensor) -> None:
+        caller(op, [[written], *tensor_inputs(op, state)[1:]])
+
+    torch.func.vmap(step)(torch.zeros(2, 5))
+
+
+def differentiated(caller: Callable, op: str, state: State) -> Tensor:
+    def loss(written: Tensor) -> Tensor:
+        copy = written * 2
+        caller(op, [[copy], *tensor_inputs(op, state)[1:]])
+        return copy.square().sum()
+
+    return torch.func.grad(loss)(torch.ones(5))
+
+
+@pytest.mark.parametrize("transformed", [vmapped, differentiated])
+@each_writing_op
+def test_transforms_give_what_they_give_of_the_operator(op: str, transformed: Callable) -> None:
+    def outcome(caller: Callable) -> Tensor | tuple[type, str] | None:
+        try:
+            return transformed(caller, op, make_state([torch.float32], [(5,)]))
+        except Exception as error:
+            return type(error), str(error)
+
+    mine, theirs = outcome(call_function), outcome(call_operator)
+    if isinstance(theirs, Tensor):
+        torch.testing.assert_close(mine, theirs)
+    else:
+        assert mine == theirs
 
 
 # ================================================================================================

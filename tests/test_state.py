@@ -1,9 +1,13 @@
 """Flat buffers, merging, growth."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
 
 from mas_ext.flat import ALIGNMENT, FlatTensors
 from mas_ext.reference import accumulation_dtype
@@ -171,3 +175,30 @@ def test_flat_tensors_made_in_inference_mode_are_ordinary():
     with torch.inference_mode():
         flat = FlatTensors({"w": torch.zeros(3)})
     assert not flat["w"].is_inference()
+
+
+# -- huge pages ------------------------------------------------------------------------------------
+
+
+def _is_advised(address: int) -> bool:
+    """Whether the memory at an address has Linux's flag for huge pages on request."""
+    found = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if bounds := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            found = int(bounds[1], 16) <= address < int(bounds[2], 16)
+        elif found and line.startswith("VmFlags:"):
+            return "hg" in line.split()
+    raise AssertionError(hex(address))
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux")
+def test_large_state_asks_for_huge_pages():
+    flat = FlatTensors({"w": torch.empty(3 * 2**20)})
+    assert _is_advised(flat["w"].data_ptr() + flat["w"].nbytes // 2)
+    assert not flat["w"].any()
+
+
+def test_state_without_memory_asks_for_nothing():
+    assert FlatTensors({"w": torch.empty(2**22, device="meta")})["w"].is_meta
+    with FakeTensorMode():
+        assert FlatTensors({"w": torch.empty(2**22)})["w"].shape == (2**22,)

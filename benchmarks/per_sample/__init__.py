@@ -4,7 +4,7 @@
 checks and times them, ``memory.py`` weighs them, ``report.py`` and ``plot.py`` show the results.
 """
 
-from benchmarks.per_sample.report import run
+from benchmarks.per_sample.report import ENTRY
 from benchmarks.per_sample.workloads import QUICK, WORKLOADS
 
-__all__ = ["QUICK", "WORKLOADS", "run"]
+__all__ = ["ENTRY", "QUICK", "WORKLOADS"]

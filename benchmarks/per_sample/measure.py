@@ -27,11 +27,12 @@ from benchmarks.per_sample.providers import (
     vmapped,
 )
 from benchmarks.per_sample.workloads import WORKLOADS, Workload
-from benchmarks.timing import interleave
+from benchmarks.tools.timing import interleave
 from mas_ext import estimate_importance
 
 TOLERANCE = 1e-3  # float32
 MOST_ROUNDS_LEFT_OUT = 4  # a slow provider takes part in every fourth round, or more often
+WEIGHED = (OURS, BY_HAND, SINGLY)  # a process each, most of whose time is its start
 FRESH_MODELS = 3  # whose first call is timed
 
 
@@ -171,7 +172,9 @@ def weigh(name: str, chosen: Iterable[str], chunk: int) -> dict[str, int | None]
     return {p: memory.used_by(name, p, chunk) for p in (memory.PLAIN, *chosen, UNCHUNKED)}
 
 
-def measure(name: str, rounds: int, quick: bool, tell: Callable[[str], None]) -> Measurement:
+def measure(
+    name: str, rounds: int, quick: bool, tell: Callable[[str], None], budget: float | None = None
+) -> Measurement:
     workload = WORKLOADS[name]
     parameters = sum(p.numel() for p in workload.model().parameters())
     tell(f"looking for the best chunk of {VMAP}")
@@ -179,10 +182,11 @@ def measure(name: str, rounds: int, quick: bool, tell: Callable[[str], None]) ->
     chunk, chunk_seconds = best_chunk(workload, candidates)
     result = Measurement(workload, parameters, chunk, chunk_seconds, rounds)
     steps, estimates = check(result, providers(chunk), tell)
-    tell(f"timing {rounds} rounds")
+    tell(f"timing at most {rounds} rounds")
     result.every = _every({name: estimates[name] for name in steps}, rounds)
-    result.seconds = interleave(steps, rounds, result.every)
+    result.seconds = interleave(steps, rounds, result.every, budget)
+    result.rounds = len(result.seconds[OURS])
     result.first_call, result.coverage = first_call(workload)
     tell("peak memory, a process each")
-    result.used = weigh(name, [OURS] if quick else steps, chunk)
+    result.used = {} if quick else weigh(name, WEIGHED, chunk)
     return result

@@ -1,23 +1,16 @@
 """The peak memory of one call, in a process of its own.
 
-The high-water mark of resident memory, which Linux lets a process reset, and not what torch's
-profiler adds up: that sees torch's tensors only, neither what oneDNN and BLAS allocate for
-themselves nor scratch memory inside a kernel, ours included. The allocator is told to give back
-at once what is freed, so that the mark is what was in use.
+The allocator is told to give back at once what is freed, so that the mark is what was in use.
 """
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import json
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -25,19 +18,17 @@ from torch import Tensor, nn
 from benchmarks.per_sample import providers
 from benchmarks.per_sample.providers import Prepare, Step
 from benchmarks.per_sample.workloads import WORKLOADS, Batch
+from benchmarks.tools.memory import is_available, peak_of, resident, settle
+
+__all__ = ["PLAIN", "is_available", "used_by"]
 
 PLAIN = "forward and backward"
-_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _ALLOCATOR = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": "65536",
     "MALLOC_TRIM_THRESHOLD_": "0",
     "MALLOC_TOP_PAD_": "0",
 }
-
-
-def is_available() -> bool:
-    return _CLEAR.exists()
 
 
 def used_by(workload: str, provider: str, chunk: int) -> int | None:
@@ -81,30 +72,17 @@ def _prepare(provider: str, chunk: int) -> Prepare:
     return {**providers.providers(chunk), **others}[provider]
 
 
-def _bytes(field: str) -> int:
-    found = re.search(rf"^{field}:\s+(\d+) kB", _STATUS.read_text(), re.MULTILINE)
-    assert found, field
-    return int(found[1]) * 1024
-
-
-def _settle() -> None:
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-
-
 def measure(workload: str, provider: str, chunk: int) -> int:
     prepare, chosen = _prepare(provider, chunk), WORKLOADS[workload]
     model, batch = chosen.model(), chosen.batch()
     # What is loaded, compiled or cached once a process is in nobody's bill.
     prepare(chosen.model(), providers.take(batch, 0, 2))()
-    _settle()
-    before = _bytes("VmRSS")
+    settle()
+    before = resident()
     step = prepare(model, batch)
     step()  # what it keeps for the next call is in the bill, what it needed to plan is not
-    _settle()
-    _CLEAR.write_text("5")
-    step()
-    return _bytes("VmHWM") - before
+    settle()
+    return peak_of(step) - before
 
 
 if __name__ == "__main__":

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
+from benchmarks.entry import Results
 from benchmarks.per_sample.providers import BATCH, BATCH_MEANS, OURS, UNCHUNKED, providers
-from benchmarks.plot import INK, OTHERS, bar, duration, not_run, tidy, times
-from benchmarks.plot import OURS as OUR_COLOUR
-from benchmarks.report import describe
+from benchmarks.show.style import INEXACT, OTHERS, bar, finish, not_run, panels, tidy
+from benchmarks.show.style import OURS as OUR_COLOUR
+from benchmarks.show.text import duration, times
 
-INEXACT = "#dfe3e8"
 NAMES = [name for name in providers(1) if name != BATCH]  # one inexact estimate is enough
 
 
@@ -56,22 +55,10 @@ def _vmap_memory(result: dict[str, Any]) -> str:
     return "" if extra is None else f"  (vmap in one go {extra / 2**20:+,.0f} MiB)"
 
 
-def draw(results: dict[str, Any], folder: Path) -> Path:
+def figure(workloads: Results, machine: str) -> Figure:
     """One panel a workload."""
-    workloads = list(results["workloads"].values())
-    columns = min(2, len(workloads))
-    rows = -(-len(workloads) // columns)
-    size = (6.2 * columns + 1.4, 2.5 * rows + 0.9)
-    figure, grid = plt.subplots(rows, columns, figsize=size, squeeze=False, sharey=True)
-    for axes, result in zip(grid.flat, workloads, strict=False):
+    drawn, every = panels(len(workloads), 6.2, 2.5)
+    for axes, result in zip(every, workloads.values(), strict=True):
         _panel(axes, result)
-    for axes in list(grid.flat)[len(workloads) :]:
-        axes.set_visible(False)
     title = "Ω of one batch: time relative to the inexact batch-mean, log scale; goal dashed"
-    figure.suptitle(title, x=0.015, ha="left", size=12, weight="bold", color=INK)
-    figure.text(0.015, 0.012, describe(results["machine"]), size=7.5, color="grey")
-    figure.tight_layout(rect=(0.005, 0.03, 1, 0.99), h_pad=1.6, w_pad=2)
-    path = folder / "per_sample.png"
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-    return path
+    return finish(drawn, title, machine)

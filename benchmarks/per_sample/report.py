@@ -1,64 +1,41 @@
-"""Measurements against the goals, as tables in the terminal and as JSON."""
+"""Measurements against the goals, as results and as tables."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterable
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
+from benchmarks.entry import Entry, Options, Result, Results
 from benchmarks.per_sample import plot
 from benchmarks.per_sample.measure import Measurement, measure
 from benchmarks.per_sample.memory import PLAIN
-from benchmarks.per_sample.providers import BATCH_MEANS, OURS, UNCHUNKED, VMAP
-from benchmarks.per_sample.workloads import WORKLOADS
-from benchmarks.report import milliseconds, significant, spread, write_json
+from benchmarks.per_sample.providers import (
+    BACKPACK,
+    BATCH_MEANS,
+    OPACUS,
+    OURS,
+    SINGLY,
+    UNCHUNKED,
+    VMAP,
+)
+from benchmarks.per_sample.workloads import QUICK, WORKLOADS
+from benchmarks.show.table import Table
+from benchmarks.show.text import milliseconds, percent, significant, three, times
+from benchmarks.tools.timing import spread
 
 MEMORY_GOAL = 0.10  # of what vmap(grad) in one go needs
-PEERS = ("torchvision", "transformers", "opacus", "backpack-for-pytorch")
 
 
-def run(
-    names: Iterable[str],
-    rounds: int,
-    quick: bool,
-    out: Path,
-    machine: dict[str, Any],
-    console: Console,
-) -> None:
-    """Every workload, shown when it is done; then the goals, ``per_sample.json`` and a plot."""
-    results: dict[str, Any] = {"machine": {**machine, **_versions()}, "workloads": {}}
+def run(options: Options) -> Iterator[tuple[str, Result]]:
+    """Every workload, one after another."""
+    names = options.workloads or (QUICK if options.quick else tuple(WORKLOADS))
+    budget = options.seconds / len(names)
     for name in names:
-        title = WORKLOADS[name].title
-        with console.status(title) as status:
 
-            def tell(text: str, title: str = title) -> None:
-                status.update(f"per_sample, {title}: {text}")
+        def tell(text: str, title: str = WORKLOADS[name].title) -> None:
+            options.tell(f"{title}: {text}")
 
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of the peers, about what they lack
-                measured = measure(name, rounds, quick, tell)
-        results["workloads"][name] = summary(measured)
-        console.print(table(results["workloads"][name]), end="\n\n")
-        write_json(out / "per_sample.json", results)  # a long run may be cut off
-    console.print(goals_table(results["workloads"]), end="\n\n")
-    console.print(f"wrote {plot.draw(results, out)}")
-    console.print(f"wrote {out / 'per_sample.json'}")
-
-
-def _versions() -> dict[str, str | None]:
-    return {name: _version(name) for name in PEERS}
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
+        yield name, summary(measure(name, options.rounds, options.quick, tell, budget))
 
 
 def summary(measured: Measurement) -> dict[str, Any]:
@@ -141,12 +118,8 @@ def _mebibytes(result: dict[str, Any], name: str) -> str:
     return "—" if extra is None else f"{extra / 2**20:.0f}"
 
 
-def _percent(share: float | None) -> str:
-    return "—" if share is None else f"{share:.1%}"
-
-
 def _row(result: dict[str, Any], name: str) -> list[str]:
-    weight = [_mebibytes(result, name), _percent(memory_share(result, name))]
+    weight = [_mebibytes(result, name), percent(memory_share(result, name))]
     measured = result["providers"].get(name)
     if measured is None:
         return [name, "—", "—", "—", *weight]
@@ -170,39 +143,68 @@ def _notes(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def table(result: dict[str, Any]) -> Table:
-    shown = Table(
-        title=f"{result['title']}: {result['details']}, B={result['batch_size']}\n"
-        f"{result['parameters'] / 1e6:.3g} M parameters, medians of {result['rounds']} rounds",
-        caption=_notes(result),
-        caption_justify="left",
-        min_width=84,
-    )
-    shown.add_column("", no_wrap=True)
-    for heading in ("ms (quartiles)", "/ batch-mean", "error", "extra MiB", "of vmap's"):
-        shown.add_column(heading, justify="right", no_wrap=True)
-    for name in (*result["providers"], *result["skipped"], UNCHUNKED):
-        style = {OURS: "bold green", result["batch_mean"]: "cyan"}.get(name)
-        shown.add_row(*_row(result, name), style=style)
-    return shown
+def detail(result: Result) -> list[Table]:
+    headings = ("", "ms (quartiles)", "/ batch-mean", "error", "extra MiB", "of vmap's")
+    return [
+        Table(
+            f"{result['title']}: {result['details']}, B={result['batch_size']}, "
+            f"{result['parameters'] / 1e6:.3g} M parameters, medians of {result['rounds']} rounds",
+            headings,
+            [_row(result, name) for name in (*result["providers"], *result["skipped"], UNCHUNKED)],
+            frozenset({OURS}),
+            _notes(result),
+        )
+    ]
 
 
 def _verdict(text: str, met: bool | None) -> str:
-    return text if met is None else f"{text} {'[green]✓' if met else '[red]✗'}[/]"
+    return text if met is None else f"{text} {'✓' if met else '✗'}"
 
 
-def goals_table(results: dict[str, Any]) -> Table:
-    shown = Table(title=f"Goals of {OURS}", min_width=84)
-    shown.add_column("", no_wrap=True)
-    for heading in ("time / batch-mean", "fastest exact other / ours", "memory / vmap's"):
-        shown.add_column(heading, justify="right")
-    for result in results.values():
-        time, faster, weight = result["goals"].values()
-        share = f"{_percent(weight['value'])} (≤ {weight['goal']:.0%})"
-        shown.add_row(
-            result["title"],
-            _verdict(f"{significant(time['value'])} (≤ {time['goal']})", time["met"]),
-            _verdict(f"{significant(faster['value'])}× ({faster['fastest']})", faster["met"]),
-            _verdict(share, weight["met"]),
+EXACT = (SINGLY, VMAP, OPACUS, BACKPACK)
+
+
+def overview(results: Results) -> list[Table]:
+    """A row a workload: the price of exactness, then every exact provider over ours."""
+    rows = [_overview_row(result) for result in results.values()]
+    return [
+        Table(
+            "Ours over the faster batch-mean, which is inexact; ours; exact providers over ours; "
+            "our extra memory as a share of unchunked vmap(grad)'s; how much of Ω the batch-mean "
+            "finds",
+            ("", "/ batch-mean", "ours, ms", *EXACT, "memory", "batch-mean finds"),
+            rows,
+            note="✓ and ✗: against the goals below.",
         )
-    return shown
+    ]
+
+
+def _overview_row(result: Result) -> list[str]:
+    time, _, weight = result["goals"].values()
+    return [
+        result["title"],
+        _verdict(significant(time["value"]), time["met"]),
+        three(result["providers"][OURS]["seconds"]["median"] * 1e3),
+        *(_over_ours(result, name) for name in EXACT),
+        _verdict(percent(weight["value"]), weight["met"]),
+        percent(result["share_kept_by_batch_mean"], 0),
+    ]
+
+
+def _over_ours(result: Result, name: str) -> str:
+    row = result["providers"].get(name)
+    return "–" if row is None else times(row["time_over_ours"]["median"])
+
+
+ENTRY = Entry(
+    name="per_sample",
+    title="Exact importance of a batch",
+    about="Ω = 1/B Σ_k |∂‖F(x_k)‖²/∂θ| of one batch, in the steady state, beside everything that "
+    "computes it exactly, and beside the batch's mean gradient, which does not.",
+    run=run,
+    detail=detail,
+    overview=overview,
+    plots=("per_sample",),
+    figures=lambda results, machine: {"per_sample": plot.figure(results, machine)},
+    seconds=(180, 9),
+)

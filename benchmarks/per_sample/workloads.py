@@ -71,14 +71,16 @@ def vit() -> nn.Module:
     return model
 
 
-def gpt2() -> nn.Module:
+def gpt2(
+    width: int = WIDTH, layers: int = LAYERS, vocabulary: int = VOCABULARY, length: int = LENGTH
+) -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
-        vocab_size=VOCABULARY,
-        n_positions=LENGTH,
-        n_embd=WIDTH,
-        n_layer=LAYERS,
+        vocab_size=vocabulary,
+        n_positions=length,
+        n_embd=width,
+        n_layer=layers,
         n_head=HEADS,
         resid_pdrop=0.0,
         embd_pdrop=0.0,
@@ -127,4 +129,4 @@ WORKLOADS = {
     "gpt2": Workload("GPT-2", f"{_LANGUAGE}, tied head", gpt2, _tokens),
     "llama": Workload("Llama", _LANGUAGE, llama, _tokens),
 }
-QUICK = ("mlp", "cnn", "vit")
+QUICK = ("mlp", "cnn")

@@ -19,8 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from benchmarks.accumulate import _by_formula as accumulate
-from benchmarks.penalty import _by_formula as add_penalty_grad
+from benchmarks.lists.accumulate import by_formula as accumulate
+from benchmarks.lists.penalty import by_formula as add_penalty_grad
 from benchmarks.predict.gpus import GPUS
 
 BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}

@@ -30,6 +30,7 @@ from benchmarks.predict.traffic import (
 
 # csrc/cuda: tests/test_predictions.py holds these against the sources.
 THREADS, CHUNK, UNROLL, VECTOR_BYTES, TABLE_BYTES = 256, 8192, 2, 16, 28672
+ENTRY_BYTES = 16  # of a tensor in a table, beside its pointers
 # Blocks of ours on an SM: `python -m tests.sass` says 4 for most of them in float32 on sm_90, and 2
 # to 8 for the others, which is more than it takes to keep the memory busy.
 RESIDENT = 4
@@ -56,7 +57,7 @@ class Launch(NamedTuple):
 
 def table_capacity(streams: int) -> int:
     """Tensors that one launch of ours takes: Table::kCapacity."""
-    return TABLE_BYTES // (8 * streams + 12)
+    return TABLE_BYTES // (8 * streams + ENTRY_BYTES)
 
 
 def tables(tensors: int, streams: int) -> int:

@@ -10,13 +10,14 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from benchmarks.plot import INK, tidy, times
-from benchmarks.plot import OURS as GREEN
 from benchmarks.predict.abs_matmul import WAYS, Problem, predict_abs_matmul
 from benchmarks.predict.gpus import Gpu
 from benchmarks.predict.model import evenly, predict
 from benchmarks.predict.sizes import Size
 from benchmarks.predict.traffic import JOBS, OURS
+from benchmarks.show.style import INK, tidy
+from benchmarks.show.style import OURS as GREEN
+from benchmarks.show.text import times
 
 JOB, TENSORS = "add_penalty_grad_", 128
 COLOURS = {

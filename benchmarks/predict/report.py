@@ -11,14 +11,14 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.abs_matmul import CASES, SAMPLES
-from benchmarks.plot import times
 from benchmarks.predict import plot
 from benchmarks.predict.abs_matmul import WAYS, Problem, predict_abs_matmul
 from benchmarks.predict.gpus import GPUS, Gpu
 from benchmarks.predict.model import FAST, LIKELY, SLOW, Prediction, duration, predict
 from benchmarks.predict.sizes import Size, sizes
 from benchmarks.predict.traffic import JOBS, OURS
-from benchmarks.report import significant, write_json
+from benchmarks.runner import write_json
+from benchmarks.show.text import significant, times
 
 LABEL = "PREDICTED from data sheets and counted traffic; no GPU has run this"
 DTYPES = ("float32", "bfloat16")

@@ -27,7 +27,7 @@ LARGE = {
 
 
 def sizes() -> dict[str, Size]:
-    from benchmarks.shapes import SIZES  # builds the models, without memory for them
+    from benchmarks.lists.shapes import SIZES  # builds the models, without memory for them
 
     benchmarked = {
         name: Size(SIZES[name].title, [shape.numel() for shape in SIZES[name].shapes()])

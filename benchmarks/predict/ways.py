@@ -10,8 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks import accumulate, penalty
-from benchmarks.state import State, make_state
+from benchmarks.lists import accumulate, penalty
+from benchmarks.lists.state import State, make_state
 from mas_ext import functional
 
 LR = 0.5

@@ -20,6 +20,13 @@
 
 namespace mas_ext::cpu {
 
+// Asks for the cache line at an address, and for where its page lies.
+MAS_ALWAYS_INLINE void prefetch([[maybe_unused]] const void* address) {
+#if defined(__GNUC__)
+  __builtin_prefetch(address);
+#endif
+}
+
 // The registers of what the loader picks for MAS_MULTIVERSION_FMA. For code that names vectors of a
 // size: the compiler splits those that are too long for the instructions at hand, but badly.
 inline int register_bytes() {

@@ -15,7 +15,7 @@ inline double read_scalar(const char* op, const char* name, const Tensor& scalar
   if (!scalar.is_cpu()) {
     fail(op, name, " is on ", device_of(scalar), " but the tensors are on cpu; move it there");
   }
-  return scalar.scalar_type() == ScalarType::Double
+  return dtype_of(scalar) == ScalarType::Double
              ? *static_cast<const double*>(scalar.const_data_ptr())
              : static_cast<double>(*static_cast<const float*>(scalar.const_data_ptr()));
 }

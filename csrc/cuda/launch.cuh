@@ -34,7 +34,7 @@ inline void check_launch(const char* op) {
 inline Scalar read_scalar(const char* op, const char* name, const Tensor& scalar,
                           const TensorList& tensors) {
   check_scalar(op, name, scalar, tensors);
-  const bool is_double = scalar.scalar_type() == ScalarType::Double;
+  const bool is_double = dtype_of(scalar) == ScalarType::Double;
   const void* data = scalar.const_data_ptr();
   if (!scalar.is_cpu()) {
     return {data, 0.0, is_double};
@@ -76,7 +76,7 @@ Tensor launch_penalty(const char* op, const FlatList<Streams>& list, const Tenso
   const Tensor value = torch::stable::new_empty(home, {}, list.value_dtype());
   auto* sums = static_cast<double*>(partial.mutable_data_ptr());
   launch<Operation>(op, list, sums, stream, make);
-  visit_dtype(value.scalar_type(), [&]<class T>() {
+  visit_dtype(dtype_of(value), [&]<class T>() {
     if constexpr (sizeof(T) >= sizeof(float)) {
       finish_penalty<T><<<1, kThreads, 0, stream>>>(sums, chunks, lambda,
                                                     static_cast<T*>(value.mutable_data_ptr()));

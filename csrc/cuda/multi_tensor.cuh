@@ -94,8 +94,7 @@ class Chunk {
   static constexpr int kVector = kVectorBytes / sizeof(T);
 
  public:
-  __device__ Chunk(const Table<Op::kStreams>& table, int chunk) {
-    const int tensor = tensor_of_chunk(table, chunk);
+  __device__ Chunk(const Table<Op::kStreams>& table, int tensor, int chunk) {
     const int64_t begin = static_cast<int64_t>(chunk - table.first_chunk[tensor]) * kChunk;
     const int64_t left = table.numel[tensor] - begin;
     size_ = static_cast<int>(left < kChunk ? left : kChunk);
@@ -159,12 +158,28 @@ class Chunk {
   int size_;
 };
 
+// Whether a call is skipped is asked here, once, so that no loop has two ways through it.
+template <class Op>
+__device__ typename Op::A run_chunk(const Op& op, const Table<Op::kStreams>& table, int tensor,
+                                    int chunk) {
+  if constexpr (requires { op.skipped; }) {
+    if (op.skipped) {
+      return Chunk<typename Op::Skipped>(table, tensor, chunk).run({});
+    }
+  }
+  return Chunk<Op>(table, tensor, chunk).run(op);
+}
+
 template <template <class> class Operation, class T>
 __global__ void __launch_bounds__(kThreads)
     chunk_kernel(const __grid_constant__ Table<Operation<T>::kStreams> table, Operation<T> op,
                  double* partial_sums) {
+  const int chunk = static_cast<int>(blockIdx.x), tensor = tensor_of_chunk(table, chunk);
   op.begin();
-  const auto sum = Chunk<Operation<T>>(table, static_cast<int>(blockIdx.x)).run(op);
+  if constexpr (requires { op.begin_tensor(0); }) {
+    op.begin_tensor(table.place[tensor]);
+  }
+  const auto sum = run_chunk(op, table, tensor, chunk);
   if constexpr (Operation<T>::kSums) {
     const double total = block_sum(static_cast<double>(sum));
     if (threadIdx.x == 0) {

@@ -1,11 +1,14 @@
-// What every operation reads, computes and writes for one element. Memory is walked by
-// multi_tensor.cuh, which needs to know of an operation:
+// What every operation reads, computes and writes for one element (the optimizer steps are in
+// steps.cuh). Memory is walked by multi_tensor.cuh, which needs to know of an operation:
 //
 //   Value, A                what the streams hold; what Ω holds and the formulas compute in
 //   kStreams, kOmega        pointers a tensor, and which of them is Ω
 //   kReads, kWrites         bit s: stream s is read, is written
 //   kSums                   whether operator() returns a term of a sum
 //   begin()                 reads device scalars, once a thread
+//   begin_tensor(place)     the same for what a tensor has of its own; may be left out
+//   skipped, Skipped        after begin(), whether another operation on the same streams takes the
+//                           place of this one in the whole call; may be left out
 //   operator()(element)     one element of every stream, in place
 #pragma once
 

@@ -20,9 +20,10 @@ constexpr int kTableBytes = 28672;  // kernel parameters hold 32,764 bytes from 
 // Tensors of one dtype. Chunks are numbered through all of them; no chunk spans two tensors.
 template <size_t Streams>
 struct Table {
-  static constexpr int kCapacity = kTableBytes / (8 * static_cast<int>(Streams) + 12);
+  static constexpr int kCapacity = kTableBytes / (8 * static_cast<int>(Streams) + 16);
   void* data[Streams][kCapacity];
   int64_t numel[kCapacity];
+  int place[kCapacity];            // in the call's lists
   int first_chunk[kCapacity + 1];  // of each tensor; behind the last, the number of chunks
   int tensors;
 
@@ -58,6 +59,7 @@ void fill(Table<Streams>& table, const std::vector<Entry<Streams>>& entries, Sca
       table.data[s][table.tensors] = entry.data[s];
     }
     table.numel[table.tensors] = entry.numel;
+    table.place[table.tensors] = static_cast<int>(entry.index);
     table.first_chunk[table.tensors++] = static_cast<int>(chunks);
     chunks += chunks_in(entry.numel);
   }

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 import mas_ext
-from tests import abs_matmul, cases
+from tests import abs_matmul, cases, step_cases
 
 ABS_MATMUL = "accumulate_abs_matmul_"
 OPS = [*cases.OPS, ABS_MATMUL]
+STEPS = [f"{rule}, {mode} step" for rule in step_cases.RULES for mode in step_cases.MODES]
 SCALARS = ("lambda_reg", "grad_scale", "lr")
 SHAPES = [(20_000,), (33, 7), (), (8192,)]
 
@@ -36,6 +37,8 @@ def make(op: str, device: str, dtype: torch.dtype, scalar_dtype: torch.dtype, wh
     """``where`` the scalars are: ``cpu`` or ``device``."""
     if op == ABS_MATMUL:
         return make_abs_matmul(device, dtype)
+    if op in STEPS:
+        return make_step(op, device, dtype, scalar_dtype, where)
     state = cases.make_state([dtype] * len(SHAPES), SHAPES, device=device)
     before = cases.make_state([dtype] * len(SHAPES), SHAPES)
     scalars = cases.Scalars().as_tensors(scalar_dtype)
@@ -86,3 +89,33 @@ def make_abs_matmul(device: str, dtype: torch.dtype) -> Call:
         assert_right,
         lambda: problem.omega.copy_(before.omega),  # type: ignore[arg-type,return-value]
     )
+
+
+def make_step(
+    op: str, device: str, dtype: torch.dtype, scalar_dtype: torch.dtype, where: str
+) -> Call:
+    rule, mode = op.removesuffix(" step").split(", ")
+
+    def fresh(on: str) -> step_cases.Problem:
+        dtypes = [dtype] * len(SHAPES)
+        return step_cases.make_problem(step_cases.RULES[rule], dtypes, SHAPES, device=on)
+
+    problem, before = fresh(device), fresh("cpu")
+    strengths = step_cases.Strengths(found_inf=0.0).as_tensors(scalar_dtype)
+    if where == "device":
+        strengths = step_cases.Strengths(*(t.to(device) for t in strengths))
+    last: list[Tensor] = []
+
+    def run() -> None:
+        last[:] = [step_cases.call(mas_ext.functional, problem, mode, strengths)]
+
+    def assert_right() -> None:
+        (value,) = last
+        step_cases.assert_right(before, problem.cpu(), value.cpu(), mode, strengths)
+
+    def restore() -> None:
+        for mine, start in zip(problem.written(), before.written(), strict=True):
+            mine.copy_(start)
+
+    used = {name: getattr(strengths, name) for name in SCALARS}
+    return Call(op, run, assert_right, restore, used)

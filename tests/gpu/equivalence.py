@@ -1,4 +1,4 @@
-"""tests/test_cuda.py, under pytest, as one step."""
+"""tests/test_cuda.py and test_cuda_steps.py, under pytest, as one step."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import pytest
 from tests.gpu.checks import DID_NOT_RUN, FAILED, NEEDS_GPU, NOT_HERE, PASSED, Check, Session
 from tests.gpu.steps import ROOT
 
+FILES = ("test_cuda.py", "test_cuda_steps.py")
 MOST_FAILURES = 25  # after an illegal access all that follow fail
 
 
@@ -48,7 +49,8 @@ def verdict_of(reason: str) -> tuple[str, str]:
 
 def run(session: Session) -> None:
     tally = Tally()
-    words = [str(ROOT / "tests/test_cuda.py"), "-q", "-p", "no:cacheprovider", "--tb=short"]
+    words = [str(ROOT / "tests" / file) for file in FILES]
+    words += ["-q", "-p", "no:cacheprovider", "--tb=short"]
     words += [f"--maxfail={MOST_FAILURES}", f"--rootdir={ROOT}", "-o", "addopts="]
     code = pytest.main(words, plugins=[tally])
     for test, count in tally.passed.items():

@@ -11,7 +11,7 @@ import sys
 import torch
 
 import mas_ext
-from tests import abs_matmul, cases
+from tests import abs_matmul, cases, step_cases
 
 # Around a vector, a warp, a block of threads and a chunk; and several of them in one list.
 SHAPES: list[list[tuple[int, ...]]] = [
@@ -35,6 +35,10 @@ def main(device: str) -> None:
             for shapes in SHAPES:
                 for unaligned in ALONE:
                     exercise(op, dtype, shapes, unaligned, device)
+        for rule in step_cases.RULES.values():
+            for mode in step_cases.MODES:
+                for shapes in SHAPES:
+                    exercise_step(rule, mode, dtype, shapes, device)
         for size in SIZES:
             for layout in ("contiguous", "positions_last", "transposed_omega"):
                 exercise_abs_matmul(size, dtype, layout, device)
@@ -78,6 +82,32 @@ def exercise_many_tensors(device: str) -> None:
     flat = {n: torch.cat([t.reshape(-1) for t in ts]) for n, ts in before.lists().items()}
     lists = {n: list(t.to(device).split([s[0] for s in shapes])) for n, t in flat.items()}
     judge("add_penalty_grad_", before, cases.State(**lists), device)
+    exercise_step(step_cases.RULES["adamw"], "gradient", torch.float32, shapes, device)
+
+
+def exercise_step(
+    rule: step_cases.Rule,
+    mode: str,
+    dtype: torch.dtype,
+    shapes: list[tuple[int, ...]],
+    device: str,
+) -> None:
+    """Aligned to a vector; with θ, which is written, an element behind; and a step skipped."""
+    dtypes = [dtype] * len(shapes)
+    for elements, found in ((0, 0.0), (1, 0.0), (0, 1.0)):
+        before = step_cases.make_problem(rule, dtypes, shapes)
+        moved = step_cases.make_problem(rule, dtypes, shapes)
+        moved.steps = before.steps.to(device)
+        for name, tensors in moved.lists().items():
+            distance = elements if name == "params" else 0
+            tensors[:] = [behind_on(device, t, distance) for t in tensors]
+        strengths = step_cases.Strengths(found_inf=found).as_tensors(torch.float32)
+        strengths = step_cases.Strengths(*(t.to(device) for t in strengths))
+        value = step_cases.call(mas_ext.functional, moved, mode, strengths)
+        if found:
+            assert all(map(torch.equal, moved.cpu().written(), before.written()))
+        else:
+            step_cases.assert_right(before, moved.cpu(), value.cpu(), mode, strengths)
 
 
 def exercise_abs_matmul(

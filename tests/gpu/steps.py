@@ -37,6 +37,7 @@ STEPS = (
     Step("sanitizer", "compute-sanitizer", 180),
     Step("bandwidth", "Bandwidth, against a copy on the device", 120),
     Step("lists", "Lists of tensors, against eager, foreach, compile", 75),
+    Step("optimizers", "Steps with the penalty in them, against torch.optim", 60),
     Step("products", "accumulate_abs_matmul_, against bmm and mm", 60),
 )
 

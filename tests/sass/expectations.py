@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import product
 
 ARCHITECTURES = (80, 90, 100, 120)
 VECTOR_BYTES = 16
@@ -66,6 +67,12 @@ STREAMING = {
     "AddPenaltyGradient": Streams(("grads", "params", "anchors", "omega"), ("grads",)),
     "ProximalStep": Streams(("params", "anchors", "omega"), ("params",)),
 }
+# The rules of optimizer steps, their options, and what they move besides parameters.
+RULES = {
+    "SgdRule": ("SgdOptions", ()),
+    "MomentumRule": ("SgdOptions", ("momentum_buffers",)),
+    "AdamRule": ("AdamOptions", ("exp_avgs", "exp_avg_sqs")),
+}
 PRODUCTS = {
     "float": Product("FFMA"),
     "double": Product("DFMA"),
@@ -73,20 +80,36 @@ PRODUCTS = {
     "c10::Half": Product("HMMA"),
 }
 
+
+def step_by(rule: str, proximal: bool, dtype: str) -> Expectation:
+    """A step reads all its streams, whatever the rule, and writes the rule's."""
+    options, moments = RULES[rule]
+    operation = (
+        rf"mas_ext::cuda::StepBy<mas_ext::{rule}, mas_ext::{options}, {str(proximal).lower()}>"
+    )
+    streams = Streams(
+        ("params", *moments, "grads", "anchors", "omega"), writes=("params", *moments)
+    )
+    title = f"{rule.removesuffix('Rule')} step, {'proximal' if proximal else 'gradient'}"
+    return Expectation(title, dtype, rf"chunk_kernel<{operation}::Operation, {dtype}>", streams)
+
+
 EXPECTATIONS = [
     *(
         Expectation(name, dtype, rf"chunk_kernel<mas_ext::cuda::{name}, {dtype}>", streams)
         for name, streams in STREAMING.items()
         for dtype in DTYPES
     ),
+    *(step_by(*of, dtype) for of in product(RULES, (False, True)) for dtype in DTYPES),
     *(
         Expectation("abs_matmul", dtype, rf"abs_matmul_kernel<{dtype}>", product)
         for dtype, product in PRODUCTS.items()
     ),
-    # One block that adds a number for every 8,192 elements; and a thread an element of a small Ω.
+    # One block that adds a number for every 8,192 elements; a thread an element of a small Ω; and a
+    # thread a parameter's number of steps, which is of this dtype.
     *(
         Expectation(name, dtype, rf"{name}<{dtype}>", None)
-        for name in ("finish_penalty", "add_parts")
+        for name in ("finish_penalty", "add_parts", "bias_corrections")
         for dtype in ("float", "double")
     ),
 ]

@@ -1,179 +1,13 @@
 // The operations on lists of tensors (csrc/cuda/multi_tensor.cuh and what it includes), against the
 // formulas in long double.
-#include <algorithm>
 #include <string>
 #include <vector>
 
-#include "harness/judge.h"
-#include "harness/lists.h"
-#include "harness/program.h"
+#include "harness/list_cases.h"
 
 namespace {
 
 using namespace harness;
-
-template <class Operation>
-void test(Program& program, const std::string& name, const ListCase& c) {
-  program.test(std::string(Operation::name) + "/" + name,
-               [&](uint64_t seed) { Comparison<Operation>(program, c, seed).run(); });
-}
-
-// ================================================================================================
-// One tensor: around every boundary of size, at every alignment
-// ================================================================================================
-// A vector has 2, 4 or 8 elements; a block's threads take 512, 1024 or 2048 of them at once, and
-// twice that many before the next round; a chunk has 8192.
-const std::vector<int64_t> kSmall{1, 2, 3, 7, 8, 9, 15, 16, 17};
-const std::vector<int64_t> kRounds{511, 513, 1023, 1025, 2047, 2049, 4095, 4096, 4097};
-const std::vector<int64_t> kChunks{8191, 8192, 8193, 16385};
-
-Ahead all(int64_t elements) { return {elements, elements, elements, elements}; }
-
-// All as in one flat buffer: vectors from some element on.
-template <class Operation>
-void together(Program& program, const std::string& dtype, ScalarType type) {
-  const int64_t vector = 16 / static_cast<int64_t>(width(type, kParam));
-  const auto add = [&](int64_t numel, int64_t ahead) {
-    test<Operation>(
-        program,
-        dtype + "/" + std::to_string(numel) + " elements/all " + std::to_string(ahead) + " ahead",
-        {.shapes = {{type, numel, all(ahead)}}, .finishes = ahead == 0});
-  };
-  for (int64_t ahead = 0; ahead < vector; ++ahead) {
-    for (const int64_t numel : kSmall) {
-      add(numel, ahead);
-    }
-  }
-  for (const int64_t ahead : {int64_t{0}, vector - 1}) {
-    for (const int64_t numel : kRounds) {
-      add(numel, ahead);
-    }
-  }
-  for (const int64_t ahead : {int64_t{0}, int64_t{1}, vector - 1}) {
-    for (const int64_t numel : kChunks) {
-      add(numel, ahead);
-    }
-  }
-}
-
-// One argument an element further on: no element is at a boundary of all.
-template <class Operation>
-void apart(Program& program, const std::string& dtype, ScalarType type) {
-  for (const Role role : Operation::roles) {
-    for (const int64_t numel : {1, 9, 17, 2049, 8193}) {
-      Ahead ahead = all(2);
-      ahead[role] += 1;
-      test<Operation>(program,
-                      dtype + "/" + std::to_string(numel) + " elements/argument " +
-                          std::to_string(role) + " apart",
-                      {.shapes = {{type, numel, ahead}}, .finishes = false});
-    }
-  }
-}
-
-// ================================================================================================
-// Lists
-// ================================================================================================
-std::vector<Shape> with_sizes(ScalarType type, const std::vector<int64_t>& sizes) {
-  std::vector<Shape> shapes;
-  for (const int64_t numel : sizes) {
-    shapes.push_back({type, numel, {}});
-  }
-  return shapes;
-}
-
-// More than one table holds, most of them empty; not empty are those around the edges.
-template <class Operation>
-std::vector<Shape> too_many(ScalarType type) {
-  const int64_t capacity = Table<Operation::roles.size()>::kCapacity;
-  std::vector<int64_t> sizes(static_cast<size_t>(2 * capacity + 2), 0);
-  int64_t numel = 1;
-  for (const int64_t i : {int64_t{0}, capacity - 1, capacity, 2 * capacity - 1, 2 * capacity + 1}) {
-    sizes[static_cast<size_t>(i)] = ++numel;
-  }
-  return with_sizes(type, sizes);
-}
-
-std::vector<Shape> random_shapes(Random& random, bool one_dtype, ScalarType type) {
-  constexpr ScalarType kTypes[] = {ScalarType::Float, ScalarType::Double, ScalarType::BFloat16,
-                                   ScalarType::Half};
-  std::vector<Shape> shapes;
-  for (int64_t left = 1 + random.below(5); left > 0; --left) {
-    const int64_t numel = random.below(4) == 0 ? 8192 - 20 + random.below(40) : random.below(300);
-    Ahead ahead = all(random.below(8));
-    if (random.below(3) == 0) {
-      ahead[static_cast<size_t>(random.below(4))] += random.below(8);
-    }
-    shapes.push_back({one_dtype ? type : kTypes[random.below(4)], numel, ahead});
-  }
-  return shapes;
-}
-
-template <class Operation>
-void lists(Program& program, const std::string& dtype, ScalarType type) {
-  test<Operation>(program, dtype + "/list/several",
-                  {with_sizes(type, {5, 0, 8193, 1, 16384, 0, 17, 8191})});
-  test<Operation>(program, dtype + "/list/only empty", {with_sizes(type, {0, 0})});
-  test<Operation>(program, dtype + "/list/none", {{}});
-  test<Operation>(program, dtype + "/list/too many for a table", {too_many<Operation>(type)});
-  for (int i = 0; i < 4; ++i) {
-    const std::string name = dtype + "/list/random " + std::to_string(i);
-    Random random(seed_of(name));
-    test<Operation>(program, name, {random_shapes(random, true, type)});
-  }
-}
-
-template <class Operation>
-void mixed(Program& program) {
-  for (int i = 0; i < 8; ++i) {
-    const std::string name = "mixed/random " + std::to_string(i);
-    Random random(seed_of(name));
-    test<Operation>(program, name, {random_shapes(random, false, ScalarType::Float)});
-  }
-  std::vector<Shape> shapes;
-  for (const ScalarType type :
-       {ScalarType::Half, ScalarType::Float, ScalarType::BFloat16, ScalarType::Double}) {
-    shapes.push_back({type, 8195, all(1)});
-    shapes.push_back({type, 3, {}});
-  }
-  test<Operation>(program, "mixed/every dtype", {shapes});
-}
-
-// ================================================================================================
-// Strengths and values
-// ================================================================================================
-template <class T>
-void set(const Parameter& parameter, Role role, int64_t i, double value) {
-  if (role == kOmegaRole) {
-    parameter.of[role].as<accumulate_t<T>>()[i] = static_cast<accumulate_t<T>>(value);
-  } else {
-    parameter.of[role].as<T>()[i] = static_cast<T>(value);
-  }
-}
-
-// NaN and infinities in one argument after the other; and a θ that is no number, of no importance.
-void not_finite(List& list) {
-  constexpr double nan = NAN, inf = HUGE_VAL;
-  visit_dtype(list[0].shape.dtype, [&]<class T>() {
-    int64_t i = 0;
-    for (const Role role : {kOmegaRole, kGrad, kParam, kAnchor}) {
-      set<T>(list[0], role, i++, nan);
-      set<T>(list[0], role, i++, inf);
-      set<T>(list[0], role, i++, role == kOmegaRole ? 0 : -inf);
-    }
-    set<T>(list[0], kOmegaRole, i, 0);
-    set<T>(list[0], kParam, i, nan);
-  });
-}
-
-// Ω, so that no product of it with the largest number is beyond that.
-void zero_or_one(List& list) {
-  visit_dtype(list[0].shape.dtype, [&]<class T>() {
-    for (int64_t i = 0; i < list[0].shape.numel; ++i) {
-      set<T>(list[0], kOmegaRole, i, i % 3 == 0 ? 0 : 1);
-    }
-  });
-}
 
 template <class Operation>
 void strengths(Program& program, const std::string& dtype, ScalarType type) {
@@ -191,18 +25,8 @@ void strengths(Program& program, const std::string& dtype, ScalarType type) {
 }
 
 template <class Operation>
-void test_operation(Program& program) {
-  const std::pair<const char*, ScalarType> dtypes[] = {{"float32", ScalarType::Float},
-                                                       {"float64", ScalarType::Double},
-                                                       {"bfloat16", ScalarType::BFloat16},
-                                                       {"float16", ScalarType::Half}};
-  for (const auto& [name, type] : dtypes) {
-    together<Operation>(program, name, type);
-    apart<Operation>(program, name, type);
-    lists<Operation>(program, name, type);
-    strengths<Operation>(program, name, type);
-  }
-  mixed<Operation>(program);
+void test_one(Program& program) {
+  test_operation<Operation>(program, strengths<Operation>);
 }
 
 }  // namespace
@@ -210,13 +34,13 @@ void test_operation(Program& program) {
 int main(int argc, char** argv) {
   Program program(argc, argv);
 #ifdef SIMT_ONLY  // one of them, compiled in a fifth of the time: for mutate.py
-  test_operation<SIMT_ONLY>(program);
+  test_one<SIMT_ONLY>(program);
 #else
-  test_operation<Importance>(program);
-  test_operation<Penalty>(program);
-  test_operation<Gradient>(program);
-  test_operation<AddGradient>(program);
-  test_operation<Proximal>(program);
+  test_one<Importance>(program);
+  test_one<Penalty>(program);
+  test_one<Gradient>(program);
+  test_one<AddGradient>(program);
+  test_one<Proximal>(program);
 #endif
   return program.finish();
 }

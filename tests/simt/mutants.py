@@ -6,26 +6,17 @@ and the run (of test_simt.py) that should notice.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple
-
-CSRC = Path(__file__).resolve().parents[2] / "csrc"
-
-
-class Run(NamedTuple):
-    """One program of test_simt.py, or of its cases those of an operation or a dtype."""
-
-    program: str
-    sanitizer: str = "address"
-    only: str = ""  # as in C++
-
+from tests.simt.mutant import Run, planted_in
 
 TABLES = Run("tables")
 VAST = Run("vast")
 IMPORTANCE = Run("multi_tensor", only="Importance")
 ADD = Run("multi_tensor", only="AddGradient")
 PROXIMAL = Run("multi_tensor", only="Proximal")
+SGD = Run("steps", only="Step<Sgd, false>")
+MOMENTUM = Run("steps", only="Step<Momentum, false>")
+ADAM = Run("steps", only="Step<Adam, false>")
+PROXIMAL_ADAM = Run("steps", only="Step<Adam, true>")
 LIST_RACES = Run("multi_tensor", "thread", "Penalty")
 SUM_RACES = Run("tables", "thread")
 MATMUL = Run("abs_matmul", only="float")
@@ -34,32 +25,8 @@ MATMUL_RACES = Run("abs_matmul", "thread", "float")
 FRAGMENT_RACES = Run("abs_matmul", "thread", "BFloat16")
 
 
-@dataclass(frozen=True)
-class Mutant:
-    name: str
-    file: str
-    old: str
-    new: str
-    run: Run  # that should notice
-
-    def original(self) -> str:
-        return (CSRC / self.file).read_text()
-
-    def apply(self, text: str) -> str:
-        if text.count(self.old) != 1:
-            raise ValueError(
-                f"the mutant {self.name!r} is stale: its text occurs {text.count(self.old)} times "
-                f"in csrc/{self.file}"
-            )
-        return text.replace(self.old, self.new)
-
-
-def _in(file: str, *mutants: tuple[str, str, str, Run]) -> list[Mutant]:
-    return [Mutant(name, file, old, new, run) for name, old, new, run in mutants]
-
-
 MUTANTS = [
-    *_in(
+    *planted_in(
         "cuda/table.cuh",
         ("chunks rounded down", "(numel + kChunk - 1) / kChunk", "numel / kChunk", TABLES),
         (
@@ -84,13 +51,19 @@ MUTANTS = [
             TABLES,
         ),
         (
+            "a place of its own, not in the lists",
+            "static_cast<int>(entry.index);",
+            "table.tensors;",
+            TABLES,
+        ),
+        (
             "the tensor before the chunk's",
             "table.first_chunk[middle] <= chunk",
             "table.first_chunk[middle] < chunk",
             TABLES,
         ),
     ),
-    *_in(
+    *planted_in(
         "cuda/multi_tensor.cuh",
         (
             "32-bit offset, in elements",
@@ -176,6 +149,14 @@ MUTANTS = [
             ADD,
         ),
         (
+            "a place in the table, not in the lists",
+            "op.begin_tensor(table.place[tensor]);",
+            "op.begin_tensor(tensor);",
+            ADAM,
+        ),
+        ("no begin_tensor", "op.begin_tensor(table.place[tensor]);", "", ADAM),
+        ("a skipped call is not", "if (op.skipped) {", "if (false) {", MOMENTUM),
+        (
             "all blocks in one partial sum",
             "partial_sums[blockIdx.x] = total;",
             "partial_sums[0] = total;",
@@ -188,12 +169,12 @@ MUTANTS = [
             LIST_RACES,
         ),
     ),
-    *_in(
+    *planted_in(
         "cuda/pack.cuh",
         ("first of a pair clears the second", "(word & 0xffff0000u) | bits", "bits", ADD),
         ("pairs swapped", ">> (16 * (i % 2))", ">> (16 - 16 * (i % 2))", ADD),
     ),
-    *_in(
+    *planted_in(
         "formulas.h",
         ("no magnitude", "return scale * magnitude(grad);", "return scale * grad;", IMPORTANCE),
         (
@@ -216,9 +197,15 @@ MUTANTS = [
             "product < 0 ? largest : product",
             PROXIMAL,
         ),
+        (
+            "pulled from where the step began",
+            "proximal_point(moved, moved - anchor,",
+            "proximal_point(moved, param - anchor,",
+            PROXIMAL_ADAM,
+        ),
         ("no importance, no bits kept", "omega == A(0) ? param : moved", "moved", PROXIMAL),
     ),
-    *_in(
+    *planted_in(
         "cuda/operations.cuh",
         (
             "strength squared",
@@ -242,11 +229,65 @@ MUTANTS = [
             PROXIMAL,
         ),
     ),
-    *_in(
+    *planted_in(
+        "cuda/steps.cuh",
+        ("found_inf ignored", "read.found_inf != 0.0", "false", ADAM),
+        ("the gradient for the anchor in a skipped step", "kOmega - 1;", "kOmega - 2;", ADAM),
+        (
+            "second moment not written",
+            "(1u << (kMoments + 1)) - 1",
+            "(1u << (kMoments > 1 ? kMoments : kMoments + 1)) - 1",
+            ADAM,
+        ),
+        (
+            "the gradient for the anchor",
+            "element[kMoments + 2]",
+            "element[kMoments + 1]",
+            SGD,
+        ),
+        (
+            "energy before a proximal step",
+            "(Proximal ? element[0] : param) - anchor",
+            "param - anchor",
+            PROXIMAL_ADAM,
+        ),
+        (
+            "energy after a gradient step",
+            "(Proximal ? element[0] : param) - anchor",
+            "element[0] - anchor",
+            MOMENTUM,
+        ),
+        ("a correction too many", "if (i < count) {", "if (i <= count) {", ADAM),
+    ),
+    *planted_in(
+        "steps.h",
+        ("corrections swapped", "lr * correction.first", "lr * correction.second_root", ADAM),
+        (
+            "the step before's correction",
+            "pow(options.beta1, steps + 1.0)",
+            "pow(options.beta1, steps)",
+            ADAM,
+        ),
+        ("descends where it should ascend", "maximize ? -factor : factor", "factor", SGD),
+        (
+            "no rate in a proximal strength",
+            "proximal ? s.lambda * s.lr : s.lambda",
+            "s.lambda",
+            PROXIMAL_ADAM,
+        ),
+        ("no dampening", "1.0 - options.dampening", "1.0", MOMENTUM),
+        (
+            "decay in the gradient as well",
+            "options.decoupled ? 0.0 : options.weight_decay",
+            "options.weight_decay",
+            ADAM,
+        ),
+    ),
+    *planted_in(
         "cuda/scalar.cuh",
         ("strength of another width", "return is_double ? *", "return !is_double ? *", TABLES),
     ),
-    *_in(
+    *planted_in(
         "cuda/reduce.cuh",
         ("no barrier before the warps' sums", "  __syncthreads();\n", "", SUM_RACES),
         ("half of a warp", "offset = kWarp / 2;", "offset = kWarp / 4;", TABLES),
@@ -268,7 +309,7 @@ MUTANTS = [
         ("first sum forgotten", "int64_t i = threadIdx.x;", "int64_t i = threadIdx.x + 1;", TABLES),
         ("a sum too many", "i < count; i += kThreads", "i <= count; i += kThreads", TABLES),
     ),
-    *_in(
+    *planted_in(
         "abs_matmul.h",
         (
             "samples summed with their sign",
@@ -278,7 +319,7 @@ MUTANTS = [
         ),
         ("turned, but for the factors", "std::swap(call.left, call.right);", "", MATMUL),
     ),
-    *_in(
+    *planted_in(
         "cuda/stage.cuh",
         ("right where left is", "offset(call.right);", "offset(call.left);", MATMUL),
         (
@@ -342,7 +383,7 @@ MUTANTS = [
             MATMUL,
         ),
     ),
-    *_in(
+    *planted_in(
         "cuda/abs_matmul.cuh",
         (
             "no barrier after staging, of fragments",
@@ -408,12 +449,12 @@ MUTANTS = [
             MATMUL,
         ),
     ),
-    *_in(
+    *planted_in(
         "cuda/fma_tile.cuh",
         ("product not reset", "product_[r][c] = A(0);", "", MATMUL),
         ("sum of products with their sign", "+= magnitude(product_", "+= (product_", MATMUL),
     ),
-    *_in(
+    *planted_in(
         "cuda/tensor_core_tile.cuh",
         (
             "fragment not reset",

@@ -16,7 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tests.simt import build
-from tests.simt.mutants import CSRC, MUTANTS, Mutant
+from tests.simt.mutant import CSRC, Mutant
+from tests.simt.mutants import MUTANTS
 
 # What the programs say, and what that is called in the table.
 SIGNS = {

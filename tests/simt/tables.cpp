@@ -32,6 +32,7 @@ Entries<Streams> make_entries(const std::vector<int64_t>& sizes, Random& random)
       data = reinterpret_cast<void*>(random.bits());
     }
     entry.numel = numel, entry.dtype = kTypes[random.below(4)];
+    entry.index = random.below(INT_MAX);
   }
   return entries;
 }
@@ -47,7 +48,8 @@ void check_table(Program& program, const Table<Streams>& table, const Entries<St
     }
     const Entry<Streams>& entry = entries[next];
     const int64_t chunks = entry.numel / kChunk + (entry.numel % kChunk != 0);
-    bool right = table.numel[t] == entry.numel && table.first_chunk[t] == chunk;
+    bool right = table.numel[t] == entry.numel && table.first_chunk[t] == chunk &&
+                 table.place[t] == entry.index;
     for (size_t s = 0; s < Streams; ++s) {
       right &= table.data[s][t] == entry.data[s];
     }
@@ -192,6 +194,8 @@ int main(int argc, char** argv) {
   test_tables<2>(program);
   test_tables<3>(program);
   test_tables<4>(program);
+  test_tables<5>(program);
+  test_tables<6>(program);
   test_finish(program);
   test_parts(program);
   return program.finish();

@@ -9,6 +9,7 @@
 #include "harness/lists.h"
 #include "harness/matmul.h"
 #include "harness/program.h"
+#include "harness/steps.h"
 
 namespace {
 
@@ -72,17 +73,21 @@ class VastList {
   static int64_t size_of(int64_t chunk) { return std::min(kChunk, kNumel - chunk * kChunk); }
 
   List make(int64_t chunk) const {
-    return make_list({{dtype_, size_of(chunk), {}}}, seed_ + static_cast<uint64_t>(chunk));
+    return make_list({{dtype_, size_of(chunk), {}}}, seed_ + static_cast<uint64_t>(chunk),
+                     kMoments<Operation>);
   }
 
   void launch(const Buffer& partial) const {
-    const List small = make_list({{dtype_, 77, {}}}, seed_);
+    const List small = make_list({{dtype_, 77, {}}}, seed_, kMoments<Operation>);
     auto entries = entries_of<Operation>(small);
+    entries.front().index = 1;
     auto& entry = entries.emplace_back();
+    entry.index = 0;
     for (size_t s = 0; s < streams_.size(); ++s) {
       entry.data[s] = streams_[s].at(0);
     }
     entry.numel = kNumel, entry.dtype = dtype_;
+    prepare<Operation>(told_, entries.size());
     mas_ext::cuda::for_each_table(entries, [&]<class>(const auto& table) {
       simt::Launch grid{static_cast<unsigned>(table.chunks()), {0}};
       for (const int64_t chunk : kChunks) {
@@ -162,9 +167,10 @@ void test_matmul(Program& program, const std::string& dtype) {
 
 int main(int argc, char** argv) {
   Program program(argc, argv);
-  test_list<Importance>(program);  // of two, four and three streams
+  test_list<Importance>(program);  // of two, four, three and six streams
   test_list<AddGradient>(program);
   test_list<Proximal>(program);
+  test_list<Step<Adam, false>>(program);
   test_matmul<float>(program, "float32");
   test_matmul<BFloat16>(program, "bfloat16");
   return program.finish();

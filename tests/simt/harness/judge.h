@@ -17,8 +17,6 @@ struct PenaltyValue {
 
 template <class Operation>
 class Judge {
-  static constexpr Role kWritten = Operation::roles[0];
-
  public:
   Judge(Program& program, const Told& told, const List& before, const List& after)
       : program_(program), told_(told), before_(before), after_(after) {}
@@ -26,7 +24,7 @@ class Judge {
   void lists() const {
     for (size_t p = 0; p < before_.size(); ++p) {
       untouched(p);
-      if constexpr (Operation::writes) {
+      if constexpr (Operation::writes > 0) {
         visit_dtype(before_[p].shape.dtype, [&]<class T>() { written<T>(p); });
       }
     }
@@ -50,38 +48,53 @@ class Judge {
   }
 
  private:
+  static bool is_written(size_t role) {
+    const auto end = Operation::roles.begin() + Operation::writes;
+    return std::find(Operation::roles.begin(), end, role) != end;
+  }
+
   // What is only read keeps its bits, and so does what lies in front of a tensor.
   void untouched(size_t p) const {
-    for (const Role role : {kOmegaRole, kGrad, kParam, kAnchor}) {
-      const bool may_change = Operation::writes && role == kWritten;
-      program_.expect(may_change || same_bytes(after_[p].of[role], before_[p].of[role]),
-                      "tensor %zu: argument %d was written", p, role);
+    for (size_t role = 0; role < after_[p].of.size(); ++role) {
+      program_.expect(is_written(role) || same_bytes(after_[p].of[role], before_[p].of[role]),
+                      "tensor %zu: argument %zu was written", p, role);
       program_.expect(after_[p].of[role].gap_is_untouched(),
-                      "tensor %zu: memory in front of argument %d was written", p, role);
+                      "tensor %zu: memory in front of argument %zu was written", p, role);
     }
   }
 
   template <class T>
   void written(size_t p) const {
-    using A = accumulate_t<T>;
-    using Stored = std::conditional_t<kWritten == kOmegaRole, A, T>;
-    const auto* stored = after_[p].of[kWritten].template as<Stored>();
-    const auto* original = before_[p].of[kWritten].template as<Stored>();
     for (int64_t i = 0; i < before_[p].shape.numel; ++i) {
       const Values values = before_[p].values<T>(i);
-      const Exact exact = Operation::template exact<A>(values, told_);
-      // Where Ω = 0 a proximal step keeps a parameter's bits, even those of a NaN.
-      const bool keeps = std::is_same_v<Operation, Proximal> && values.of[kOmegaRole] == 0;
-      const bool right = keeps ? std::memcmp(&stored[i], &original[i], sizeof(Stored)) == 0
-                               : near(stored[i], exact);
-      if (!program_.expect(right, "tensor %zu, element %" PRId64 ": %.9g is not %.9Lg", p, i,
-                           static_cast<double>(stored[i]), exact.value)) {
-        return;
+      const auto exact = Operation::template exact<accumulate_t<T>>(values, told_);
+      bool keeps = false;
+      if constexpr (requires { Operation::keeps(values, told_); }) {
+        keeps = Operation::keeps(values, told_);
+      }
+      for (size_t w = 0; w < Operation::writes; ++w) {
+        const Role role = Operation::roles[w];
+        const bool right = role == kOmegaRole
+                               ? is_right<accumulate_t<T>>(p, role, i, exact[w], keeps)
+                               : is_right<T>(p, role, i, exact[w], keeps);
+        if (!right) {
+          return;
+        }
       }
     }
   }
 
-  // The penalty after a proximal step is that of the θ it has stored.
+  // `keeps`: whether an element should have the bits it had.
+  template <class Stored>
+  bool is_right(size_t p, Role role, int64_t i, const Exact& exact, bool keeps) const {
+    const Stored& stored = after_[p].of[role].template as<Stored>()[i];
+    const Stored& original = before_[p].of[role].template as<Stored>()[i];
+    const bool right =
+        keeps ? std::memcmp(&stored, &original, sizeof(Stored)) == 0 : near(stored, exact);
+    return program_.expect(right, "tensor %zu, argument %d, element %" PRId64 ": %.9g is not %.9Lg",
+                           p, role, i, static_cast<double>(stored), exact.value);
+  }
+
   template <class T>
   long double check_sum(const Piece& piece, double actual) const {
     const Parameter& before = before_[piece.parameter];
@@ -89,7 +102,9 @@ class Judge {
     long double sum = 0;
     for (int64_t i = piece.begin; i < piece.end; ++i) {
       Values values = before.values<T>(i);
-      values.of[kParam] = after.values<T>(i).of[kParam];
+      if (Operation::sums_stored) {
+        values.of[kParam] = after.values<T>(i).of[kParam];
+      }
       sum += values.energy();
     }
     const bool right = within(actual, sum, kSum<T> * sum, kLargest<double>);
@@ -149,7 +164,7 @@ class Comparison {
 
  private:
   List make() const {
-    List list = make_list(case_.shapes, seed_);
+    List list = make_list(case_.shapes, seed_, kMoments<Operation>);
     if (case_.spoil != nullptr) {
       case_.spoil(list);
     }
@@ -182,7 +197,9 @@ class Comparison {
                             seed_ % 2 ? Blocks::kDescending : Blocks::kShuffled);
     bool same = same_bytes(sums, partial);
     for (size_t p = 0; p < again.size(); ++p) {
-      same &= same_bytes(again[p].of[Operation::roles[0]], after[p].of[Operation::roles[0]]);
+      for (const Role role : Operation::roles) {
+        same &= same_bytes(again[p].of[role], after[p].of[role]);
+      }
     }
     program_.expect(same, "other bits where blocks run in another order");
   }

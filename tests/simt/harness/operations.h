@@ -5,17 +5,29 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <vector>
 
 #include "csrc/cuda/multi_tensor.cuh"
+#include "csrc/steps.h"
 #include "numbers.h"
 
 namespace harness {
 
 using mas_ext::cuda::Scalar;
 
-enum Role { kOmegaRole, kGrad, kParam, kAnchor };
+enum Role {
+  kOmegaRole,
+  kGrad,
+  kParam,
+  kAnchor,
+  kFirst,
+  kSecond
+};  // at last an optimizer's moments
+constexpr size_t kRoles = 6;
+
 struct Values {
-  long double of[4];  // by role
+  long double of[kRoles];  // by role
+  size_t place;            // of the tensor, in the lists
   long double delta() const { return of[kParam] - of[kAnchor]; }
   long double energy() const { return of[kOmegaRole] * delta() * delta(); }
 };
@@ -23,10 +35,20 @@ struct Values {
 // Where a kernel finds λ, the learning rate and the gradients' scale.
 enum class Where { kHost, kDeviceDouble, kDeviceFloat };
 
+// What the optimizer steps are told besides; each rule takes of it what it knows.
+struct StepOptions {
+  double momentum = 0.9, dampening = 0.2, weight_decay = 0.03, beta1 = 0.9, beta2 = 0.98,
+         eps = 1e-8;
+  bool nesterov = false, decoupled = true, maximize = false;
+  bool double_counts = false;  // whether steps are counted in float64
+};
+
 // Numbers that float32 cannot hold exactly, so that a rounding too many is seen.
 struct Strengths {
   double lambda = 0.7, grad_scale = 1.9, lr = 0.3, scale = 0.6;
   Where where = Where::kHost;
+  double found_inf = 0;
+  StepOptions step = {};
 };
 
 // A number, as a kernel is told it and as the oracle takes it.
@@ -57,9 +79,13 @@ struct Told {
       : lambda(s.lambda, s.where),
         grad_scale(s.grad_scale, s.where),
         lr(s.lr, s.where),
-        scale(s.scale) {}
-  Strength lambda, grad_scale, lr;
+        found_inf(s.found_inf, s.where),
+        scale(s.scale),
+        step(s.step) {}
+  Strength lambda, grad_scale, lr, found_inf;
   double scale;
+  StepOptions step;
+  mutable std::vector<mas_ext::BiasCorrection> corrections;  // which a kernel makes before the step
 };
 
 // A product of strengths that is too large for A counts as A's largest number.
@@ -70,21 +96,25 @@ long double limited(double product) {
 
 inline constexpr Scalar kOne{nullptr, 1.0, true};
 
+// Of each operation: its kernel, the arguments in the order of their streams, how many of them it
+// writes, whether it sums, and whether that is over θ as it is stored afterwards. `make` is the
+// operator's part on the host; `exact` says what each written argument should be.
 struct Importance {
   template <class T>
   using Operation = mas_ext::cuda::AccumulateImportance<T>;
   static constexpr const char* name = "accumulate_importance";
   static constexpr std::array roles{kOmegaRole, kGrad};
-  static constexpr bool writes = true, sums = false;
+  static constexpr size_t writes = 1;
+  static constexpr bool sums = false, sums_stored = false;
 
   template <class T>
   static Operation<T> make(const Told& told) {
     return {static_cast<accumulate_t<T>>(told.scale)};
   }
   template <class A>
-  static Exact exact(const Values& v, const Told& told) {
+  static std::array<Exact, 1> exact(const Values& v, const Told& told) {
     const long double value = v.of[kOmegaRole] + told.scale * std::abs(v.of[kGrad]);
-    return {value, value};
+    return {{{value, value}}};
   }
 };
 
@@ -93,7 +123,8 @@ struct Penalty {
   using Operation = mas_ext::cuda::PenaltyEnergy<T>;
   static constexpr const char* name = "penalty";
   static constexpr std::array roles{kParam, kAnchor, kOmegaRole};
-  static constexpr bool writes = false, sums = true;
+  static constexpr size_t writes = 0;
+  static constexpr bool sums = true, sums_stored = false;
 
   template <class T>
   static Operation<T> make(const Told&) {
@@ -104,14 +135,15 @@ struct Penalty {
 template <bool Add>
 struct GradientOf {
   static constexpr std::array roles{kGrad, kParam, kAnchor, kOmegaRole};
-  static constexpr bool writes = true, sums = true;
+  static constexpr size_t writes = 1;
+  static constexpr bool sums = true, sums_stored = false;
 
   template <class A>
-  static Exact exact(const Values& v, const Told& told) {
+  static std::array<Exact, 1> exact(const Values& v, const Told& told) {
     const double product = told.lambda.value() * (Add ? told.grad_scale.value() : 1.0);
     const long double step = limited<A>(product) * v.of[kOmegaRole] * v.delta();
     const long double before = Add ? v.of[kGrad] : 0;
-    return {before + step, std::abs(before) + std::abs(step)};
+    return {{{before + step, std::abs(before) + std::abs(step)}}};
   }
 };
 
@@ -142,23 +174,26 @@ struct Proximal {
   using Operation = mas_ext::cuda::ProximalStep<T>;
   static constexpr const char* name = "proximal_step";
   static constexpr std::array roles{kParam, kAnchor, kOmegaRole};
-  static constexpr bool writes = true, sums = true;
+  static constexpr size_t writes = 1;
+  static constexpr bool sums = true, sums_stored = true;
 
   template <class T>
   static Operation<T> make(const Told& told) {
     return {told.lambda.scalar(), told.lr.scalar(), NAN};
   }
   template <class A>
-  static Exact exact(const Values& v, const Told& told) {
+  static std::array<Exact, 1> exact(const Values& v, const Told& told) {
     const long double param = v.of[kParam], anchor = v.of[kAnchor], omega = v.of[kOmegaRole];
     if (omega == 0) {
-      return {param, 0};
+      return {{{param, 0}}};
     }
     const long double c = limited<A>(told.lambda.value() * told.lr.value()) * omega;
     long double value = std::isinf(c) ? anchor : (param + c * anchor) / (1 + c);
     value = std::isinf(param) ? NAN : value;  // from infinity there is no step
-    return {value, std::abs(param) + std::abs(anchor)};
+    return {{{value, std::abs(param) + std::abs(anchor)}}};
   }
+  // Where Ω = 0 a parameter keeps its bits, even those of a NaN.
+  static bool keeps(const Values& v, const Told&) { return v.of[kOmegaRole] == 0; }
 };
 
 }  // namespace harness

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from benchmarks.providers import Benchmark, Provider, compiled
-from benchmarks.state import State, in_float64
+from benchmarks.lists.providers import Job, Provider, compiled
+from benchmarks.lists.state import State, in_float64
 from mas_ext import functional
 
 
@@ -48,7 +48,7 @@ def foreach(s: State) -> Tensor:
 
 
 @torch.no_grad()
-def _by_formula(
+def by_formula(
     grads: list[Tensor],
     params: list[Tensor],
     anchors: list[Tensor],
@@ -65,11 +65,11 @@ def _by_formula(
     return lambda_reg / 2 * energy
 
 
-_compiled = compiled(_by_formula)
+step_compiled = compiled(by_formula)
 
 
 def torch_compile(s: State) -> Tensor | None:
-    return _compiled(s.grads, s.params, s.anchors, s.omega, s.lambda_reg)
+    return step_compiled(s.grads, s.params, s.anchors, s.omega, s.lambda_reg)
 
 
 def _expected(s: State) -> tuple[list[Tensor], Tensor]:
@@ -83,20 +83,23 @@ def _expected(s: State) -> tuple[list[Tensor], Tensor]:
     return grads, s.lambda_reg / 2 * energy
 
 
-BENCHMARK = Benchmark(
+JOB = Job(
     name="penalty",
     title="Penalty: value, and gradient added to p.grad",
+    about="Gradients of a task's loss are in p.grad; add λΩ(θ−θ*) to them, and know the penalty "
+    "λ/2 Σ Ω(θ−θ*)².",
     bytes_per_parameter=20,
     providers=(
-        Provider("mas_ext", fused),
-        Provider("mas_ext, flat", fused, flat=True),
-        Provider("torch.compile, flat", torch_compile, flat=True),
-        Provider("torch.compile, list", torch_compile, most_tensors=400),
-        Provider("eager, no_grad in place", eager_no_grad),
-        Provider("torch._foreach", foreach),
-        Provider("eager autograd", eager_autograd),
+        Provider("mas_ext", fused, 20),
+        Provider("mas_ext, flat", fused, 20, flat=True),
+        Provider("torch.compile, flat", torch_compile, 32, flat=True),
+        Provider("torch.compile, list", torch_compile, 32, most_tensors=400),
+        Provider("eager, no_grad in place", eager_no_grad, 44),
+        Provider("torch._foreach", foreach, 52),
+        Provider("eager autograd", eager_autograd, 84),
     ),
     written=lambda s: s.grads,
     expected=_expected,
     streams=lambda s: [s.grads, s.params, s.anchors, s.omega],
+    quick=("mlp", "resnet50", "small"),
 )

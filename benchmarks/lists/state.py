@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.shapes import Shapes
+from benchmarks.lists.shapes import Shapes
 
 
 @dataclass
@@ -20,8 +21,12 @@ class State:
     omega: list[Tensor]
     # Small, so that gradients that grow by λΩδ a call are still ordinary after thousands of calls.
     lambda_reg: float = 0.1
+    # Large, or a proximal step would be too small to be checked; it settles at the anchors, and
+    # goes on doing the same work there.
+    lr: float = 1.0
     num_samples: int = 128
     names: list[str] = field(default_factory=list)
+    kept: dict[str, Any] = field(default_factory=dict)  # by a provider, from one call to the next
 
     def __post_init__(self) -> None:
         self.names = [f"layer{i}.weight" for i in range(len(self.params))]

@@ -37,10 +37,37 @@ void pass2(float* __restrict__ out, const float* __restrict__ a, int64_t size, f
   }
 }
 
+void pass3(float* __restrict__ out, const float* __restrict__ a, const float* __restrict__ b,
+           int64_t size, float factor) {
+  for (int64_t i = 0; i < size; ++i) {
+    out[i] += factor * (a[i] + b[i]);
+  }
+}
+
 void pass4(float* __restrict__ out, const float* __restrict__ a, const float* __restrict__ b,
            const float* __restrict__ c, int64_t size, float factor) {
   for (int64_t i = 0; i < size; ++i) {
     out[i] += factor * (a[i] + b[i] + c[i]);
+  }
+}
+
+void pass5(float* __restrict__ out, float* __restrict__ second, const float* __restrict__ a,
+           const float* __restrict__ b, const float* __restrict__ c, int64_t size, float factor) {
+  for (int64_t i = 0; i < size; ++i) {
+    const float sum = factor * (a[i] + b[i] + c[i]);
+    out[i] += sum;
+    second[i] += sum;
+  }
+}
+
+void pass6(float* __restrict__ out, float* __restrict__ second, float* __restrict__ third,
+           const float* __restrict__ a, const float* __restrict__ b, const float* __restrict__ c,
+           int64_t size, float factor) {
+  for (int64_t i = 0; i < size; ++i) {
+    const float sum = factor * (a[i] + b[i] + c[i]);
+    out[i] += sum;
+    second[i] += sum;
+    third[i] += sum;
   }
 }
 
@@ -54,11 +81,39 @@ extern "C" void stream2(float* const* const* streams, const int64_t* sizes, int6
   });
 }
 
+// 16 bytes an element: three streams read, the first written.
+extern "C" void stream3(float* const* const* streams, const int64_t* sizes, int64_t count,
+                        float factor, int threads) {
+  for_each_range(sizes, count, threads, [=](int64_t i, int64_t first, int64_t last) {
+    pass3(streams[0][i] + first, streams[1][i] + first, streams[2][i] + first, last - first,
+          factor);
+  });
+}
+
 // 20 bytes an element: four streams read, the first written.
 extern "C" void stream4(float* const* const* streams, const int64_t* sizes, int64_t count,
                         float factor, int threads) {
   for_each_range(sizes, count, threads, [=](int64_t i, int64_t first, int64_t last) {
     pass4(streams[0][i] + first, streams[1][i] + first, streams[2][i] + first,
           streams[3][i] + first, last - first, factor);
+  });
+}
+
+// 28 bytes an element: five streams read, the first two written.
+extern "C" void stream5(float* const* const* streams, const int64_t* sizes, int64_t count,
+                        float factor, int threads) {
+  for_each_range(sizes, count, threads, [=](int64_t i, int64_t first, int64_t last) {
+    pass5(streams[0][i] + first, streams[1][i] + first, streams[2][i] + first,
+          streams[3][i] + first, streams[4][i] + first, last - first, factor);
+  });
+}
+
+// 36 bytes an element: six streams read, the first three written.
+extern "C" void stream6(float* const* const* streams, const int64_t* sizes, int64_t count,
+                        float factor, int threads) {
+  for_each_range(sizes, count, threads, [=](int64_t i, int64_t first, int64_t last) {
+    pass6(streams[0][i] + first, streams[1][i] + first, streams[2][i] + first,
+          streams[3][i] + first, streams[4][i] + first, streams[5][i] + first, last - first,
+          factor);
   });
 }

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from benchmarks.providers import Benchmark, Provider, compiled
-from benchmarks.state import State, in_float64
+from benchmarks.lists.providers import Job, Provider, compiled
+from benchmarks.lists.state import State, in_float64
 from mas_ext import functional
 
 
@@ -33,17 +33,17 @@ def foreach(s: State) -> None:
 
 
 @torch.no_grad()
-def _by_formula(omega: list[Tensor], grads: list[Tensor], scale: float) -> None:
+def by_formula(omega: list[Tensor], grads: list[Tensor], scale: float) -> None:
     """Plain arithmetic for torch.compile to fuse."""
     for o, grad in zip(omega, grads, strict=True):
         o.add_(scale * grad.abs())
 
 
-_compiled = compiled(_by_formula)
+step_compiled = compiled(by_formula)
 
 
 def torch_compile(s: State) -> Tensor | None:
-    return _compiled(s.omega, s.grads, 1 / s.num_samples)
+    return step_compiled(s.omega, s.grads, 1 / s.num_samples)
 
 
 def _expected(s: State) -> tuple[list[Tensor], None]:
@@ -53,18 +53,19 @@ def _expected(s: State) -> tuple[list[Tensor], None]:
     ], None
 
 
-BENCHMARK = Benchmark(
+JOB = Job(
     name="accumulate",
     title="Importance: Ω += |g| / N",
+    about="Add the magnitude of a gradient to the importance.",
     bytes_per_parameter=12,
     providers=(
-        Provider("mas_ext", fused),
-        Provider("mas_ext, flat", fused, flat=True),
-        Provider("torch.compile, flat", torch_compile, flat=True),
-        Provider("torch.compile, list", torch_compile),
-        Provider("eager, in place", eager_in_place),
-        Provider("torch._foreach", foreach),
-        Provider("notebook loop", notebook_loop),
+        Provider("mas_ext", fused, 12),
+        Provider("mas_ext, flat", fused, 12, flat=True),
+        Provider("torch.compile, flat", torch_compile, 12, flat=True),
+        Provider("torch.compile, list", torch_compile, 12),
+        Provider("eager, in place", eager_in_place, 20),
+        Provider("torch._foreach", foreach, 20),
+        Provider("notebook loop", notebook_loop, 36),
     ),
     written=lambda s: s.omega,
     expected=_expected,

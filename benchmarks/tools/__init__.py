@@ -1,0 +1,1 @@
+"""What every benchmark measures with: time in interleaved rounds, peak memory, the machine."""
