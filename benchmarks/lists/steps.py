@@ -231,7 +231,7 @@ def _job(name: str, mode: str) -> Job:
         ],
         expected=lambda s: _expected(s, rule, mode),
         streams=lambda s: [s.params, *rule.moments(s), s.grads, s.anchors, s.omega],
-        sizes=("mlp", "resnet50", "gpt2"),
+        sizes=("mlp", "resnet50", "gpt2") if mode == "gradient" else ("mlp", "resnet50"),
     )
 
 

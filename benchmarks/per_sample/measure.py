@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from time import perf_counter
 
@@ -166,10 +167,16 @@ def first_call(workload: Workload) -> tuple[float, dict[str, int]]:
 
 
 def weigh(name: str, chosen: Iterable[str], chunk: int) -> dict[str, int | None]:
-    """Bytes at the peak of the providers, of vmap in one go, and of what all have to do."""
+    """Bytes at the peak of the providers, of vmap in one go, and of what all have to do.
+
+    Two processes at a time: it is not their time that is measured.
+    """
     if not memory.is_available():
         return {}
-    return {p: memory.used_by(name, p, chunk) for p in (memory.PLAIN, *chosen, UNCHUNKED)}
+    weighed = (memory.PLAIN, *chosen, UNCHUNKED)
+    with ThreadPoolExecutor(2) as pool:
+        used = pool.map(lambda provider: memory.used_by(name, provider, chunk), weighed)
+        return dict(zip(weighed, used, strict=True))
 
 
 def measure(
