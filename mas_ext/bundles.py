@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -16,6 +16,15 @@ from mas_ext import functional
 Scalar = float | Tensor
 
 
+class Held(NamedTuple):
+    """A parameter and what is remembered of it."""
+
+    name: str
+    param: Parameter
+    anchor: Tensor
+    omega: Tensor
+
+
 class Bundle(NamedTuple):
     """The parameters of one device, with what belongs to them."""
 
@@ -25,19 +34,17 @@ class Bundle(NamedTuple):
     omega: list[Tensor]
 
 
-def bundled(
-    params: Mapping[str, Parameter], anchors: Mapping[str, Tensor], omega: Mapping[str, Tensor]
-) -> list[Bundle]:
+def bundled(held: Iterable[Held]) -> list[Bundle]:
     """A bundle a device; a model may span several."""
     bundles: dict[torch.device, Bundle] = {}
-    for name, p in params.items():
+    for name, p, anchor, omega in held:
         bundle = bundles.get(p.device)
         if bundle is None:
             bundle = bundles[p.device] = Bundle([], [], [], [])
         bundle.names.append(name)
         bundle.params.append(p)
-        bundle.anchors.append(anchors[name])
-        bundle.omega.append(omega[name])
+        bundle.anchors.append(anchor)
+        bundle.omega.append(omega)
     return list(bundles.values())
 
 

@@ -145,14 +145,13 @@ class _IncludesPenalty(torch.optim.Optimizer):
         """Of each parameter that has a gradient and that the MAS holds: name, θ* and Ω, by id."""
         owned = {id(p) for g in self.param_groups for p in g["params"] if p.grad is not None}
         held = {}
-        for bundle in self.mas._bundles(owned):
-            for name, p, anchor, omega in zip(*bundle, strict=True):
-                if p.grad is not None and p.grad.layout != torch.strided:
-                    raise RuntimeError(
-                        f"the gradient of {name!r} is not dense (strided); convert it with "
-                        "to_dense(), or leave sparse=True out of the layer"
-                    )
-                held[id(p)] = name, anchor, omega
+        for name, p, anchor, omega in self.mas._active(owned):
+            if p.grad is not None and p.grad.layout != torch.strided:
+                raise RuntimeError(
+                    f"the gradient of {name!r} is not dense (strided); convert it with "
+                    "to_dense(), or leave sparse=True out of the layer"
+                )
+            held[id(p)] = name, anchor, omega
         return held
 
     def _amp(self, like: Tensor) -> dict[str, Tensor | None]:

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from functools import partial
+from operator import is_not
 from typing import Any
 from weakref import WeakSet
 
@@ -16,7 +17,7 @@ from torch.optim import Optimizer
 
 from mas_ext import bundles, checkpoint
 from mas_ext.attachment import Attachment
-from mas_ext.bundles import Bundle, Scalar
+from mas_ext.bundles import Bundle, Held, Scalar
 from mas_ext.importance import add_importance_
 from mas_ext.importance.batches import Forward
 from mas_ext.importance.estimate import Progress
@@ -24,7 +25,7 @@ from mas_ext.importance.estimators import check_weighting
 from mas_ext.importance.objectives import Objective
 from mas_ext.parameters import ParameterIndex, Selection, select, select_some
 from mas_ext.reference import accumulation_dtype
-from mas_ext.state import Memory, OpenTask, check_lambda, check_merge
+from mas_ext.state import Memory, OpenTask, check_lambda, check_merge, fits
 
 
 class MAS:
@@ -92,6 +93,7 @@ class MAS:
         self._num_tasks = 0
         self._attached: WeakSet[Optimizer] = WeakSet()
         self._lost: set[str] = set()  # measured once, and gone from the model since
+        self._looked_up: tuple[tuple[Any, ...], list[Held]] | None = None
         select_some(self._index.named(), self._params)
 
     def __repr__(self) -> str:
@@ -101,7 +103,8 @@ class MAS:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_attached": None}  # a copy is attached to nothing
+        # A copy is attached to nothing, and looks up its own parameters.
+        return {**self.__dict__, "_attached": None, "_looked_up": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _attached=WeakSet())
@@ -211,6 +214,7 @@ class MAS:
         params = {**known, **select(named, self._params)}
         task.check_growth(params)
         measured = {name: total for name, total in task.omega().items() if name in params}
+        self._looked_up = None  # or what is replaced would stay in memory
         self._memory.end_task(params, measured, self._merge)
         self._open = OpenTask()
         self._num_tasks += 1
@@ -316,20 +320,37 @@ class MAS:
 
     def _bundles(self, owned: Set[int] | None = None) -> list[Bundle]:
         """What the penalty is over: known parameters that require gradients, a bundle a device."""
-        known = self._memory.anchor
-        if not known:
-            return []
-        named = self._index.named()
-        self._warn_of_lost([name for name in known if name not in named])
-        active = {
-            name: named[name]
-            for name in known
-            if name in named
-            and named[name].requires_grad
-            and (owned is None or id(named[name]) in owned)
-        }
-        self._memory.fit(active)
-        return bundles.bundled(active, self._memory.anchor, self._memory.importance)
+        return bundles.bundled(self._active(owned))
+
+    def _active(self, owned: Set[int] | None = None) -> list[Held]:
+        """The same, one by one; ``owned``: ids of the parameters that are meant."""
+        active = [
+            held
+            for held in self._held()
+            if held.param.requires_grad and (owned is None or id(held.param) in owned)
+        ]
+        if all(fits(held.anchor, held.param) for held in active):
+            return active
+        self._looked_up = None
+        self._memory.fit({held.name: held.param for held in active})
+        return self._active(owned)
+
+    def _held(self) -> list[Held]:
+        """The known parameters that the model has, looked up anew when it or the memory changed.
+
+        This is asked for in every step; the three objects are replaced when what they hold is.
+        """
+        sources = self._index.named(), self._memory.anchor, self._memory.importance
+        if self._looked_up is None or any(map(is_not, self._looked_up[0], sources)):
+            named, anchor, importance = sources
+            self._warn_of_lost([name for name in anchor if name not in named])
+            held = [
+                Held(name, named[name], anchor[name], importance[name])
+                for name in anchor
+                if name in named
+            ]
+            self._looked_up = sources, held
+        return self._looked_up[1]
 
     def _warn_of_lost(self, names: list[str]) -> None:
         """Once a name: its head may have been removed, but if it was renamed it is unprotected."""
@@ -340,7 +361,7 @@ class MAS:
                 f"parameter {new[0]!r} ({len(new)} in all) was measured and is no longer in the "
                 "model under that name, so nothing holds it in place; if it was renamed, by a "
                 "parametrization say, measure it again with consolidate()",
-                stacklevel=4,
+                stacklevel=6,
             )
 
     def _total(self, values: list[Tensor]) -> Tensor:
@@ -395,7 +416,7 @@ class MAS:
         check_weighting(state["weighting"])
         memory, task = Memory.restored(state, named), OpenTask.restored(state, named)
         self._lambda_reg, self._merge = lambda_reg, merge
-        self._memory, self._open = memory, task
+        self._memory, self._open, self._looked_up = memory, task, None
         self._num_tasks = state["num_tasks"]
 
     def save(self, path: str | os.PathLike[str]) -> None:

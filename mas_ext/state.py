@@ -76,6 +76,11 @@ def merge_(
         old.lerp_(new, 1 - float(merge[1]))
 
 
+def fits(anchor: Tensor, p: Tensor) -> bool:
+    """Whether a parameter still is what its anchor was made for."""
+    return anchor.shape == p.shape and anchor.dtype == p.dtype and anchor.device == p.device
+
+
 class Memory:
     """Ω and θ* of the parameters that were measured so far.
 
@@ -102,7 +107,7 @@ class Memory:
         Raises:
             ValueError: a parameter has shrunk or changed its rank; nothing is changed.
         """
-        if all(self._fits(name, p) for name, p in params.items()):
+        if all(name in self.anchor and fits(self.anchor[name], p) for name, p in params.items()):
             return
         for name, p in params.items():
             if name in self.anchor:
@@ -138,15 +143,6 @@ class Memory:
         _fill(memory.importance, state["importance"])
         memory.earlier = _sums(state["earlier"], named)
         return memory
-
-    def _fits(self, name: str, p: Tensor) -> bool:
-        anchor = self.anchor.get(name)
-        return (
-            anchor is not None
-            and anchor.shape == p.shape
-            and anchor.dtype == p.dtype
-            and anchor.device == p.device
-        )
 
     @torch.no_grad()
     def end_task(
