@@ -9,13 +9,7 @@ from weakref import WeakSet
 from torch import Tensor
 from torch.optim import Optimizer
 
-MODES = ("gradient", "proximal")
-
-
-def check_mode(mode: str) -> None:
-    """``"gradient"`` or ``"proximal"``."""
-    if mode not in MODES:
-        raise ValueError(f"mode: {mode!r} is unknown; use 'gradient' or 'proximal'")
+from mas_ext.functional import check_mode
 
 
 class Penalty(Protocol):

@@ -197,9 +197,14 @@ def _step_scalars(
     return strengths, {k: None if v is None else _scalar(k, v) for k, v in optional.items()}
 
 
-def _is_proximal(mode: str) -> bool:
+def check_mode(mode: str) -> None:
+    """How a penalty takes part in an optimizer's step: ``"gradient"`` or ``"proximal"``."""
     if mode not in ("gradient", "proximal"):
         raise ValueError(f"mode: {mode!r} is unknown; use 'gradient' or 'proximal'")
+
+
+def _is_proximal(mode: str) -> bool:
+    check_mode(mode)
     return mode == "proximal"
 
 

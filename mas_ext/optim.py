@@ -39,8 +39,7 @@ from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
 from mas_ext import functional
-from mas_ext.attachment import MODES
-from mas_ext.bundles import naming, near
+from mas_ext.bundles import Held, naming, near
 from mas_ext.regularizer import MAS
 
 __all__ = ["SGD", "Adam", "AdamW"]
@@ -78,8 +77,7 @@ class _IncludesPenalty(torch.optim.Optimizer):
         """Before torch's ``__init__``, which calls :meth:`add_param_group`."""
         if not isinstance(mas, MAS):
             raise TypeError(f"mas is a {type(mas).__name__}; pass a mas_ext.MAS")
-        if mode not in MODES:
-            raise ValueError(f"mode: {mode!r} is unknown; use 'gradient' or 'proximal'")
+        functional.check_mode(mode)
         _check_implementation(options)
         _check_group(options)
         self.mas, self.mode, self.last_penalty = mas, mode, None
@@ -141,30 +139,26 @@ class _IncludesPenalty(torch.optim.Optimizer):
         self.last_penalty = self.mas._total(values)
         return loss
 
-    def _held(self) -> dict[int, tuple[str, Tensor, Tensor]]:
-        """Of each parameter that has a gradient and that the MAS holds: name, θ* and Ω, by id."""
+    def _held(self) -> dict[int, Held]:
+        """Those of our parameters that have a gradient and that the MAS holds, by id."""
         owned = {id(p) for g in self.param_groups for p in g["params"] if p.grad is not None}
-        held = {}
-        for name, p, anchor, omega in self.mas._active(owned):
-            if p.grad is not None and p.grad.layout != torch.strided:
+        active = self.mas._active(owned)
+        for held in active:
+            if held.param.grad.layout != torch.strided:  # type: ignore[union-attr]
                 raise RuntimeError(
-                    f"the gradient of {name!r} is not dense (strided); convert it with "
+                    f"the gradient of {held.name!r} is not dense (strided); convert it with "
                     "to_dense(), or leave sparse=True out of the layer"
                 )
-            held[id(p)] = name, anchor, omega
-        return held
+        return {id(held.param): held for held in active}
 
     def _amp(self, like: Tensor) -> dict[str, Tensor | None]:
         """What a GradScaler leaves here for a step that unscales and skips by itself."""
         scalars = {name: getattr(self, name, None) for name in ("grad_scale", "found_inf")}
         return {k: None if v is None else near(v.reshape(()), like) for k, v in scalars.items()}
 
-    def _arguments(
-        self, group: Group, held: dict[int, tuple[str, Tensor, Tensor]]
-    ) -> tuple[list[str], dict[str, Any]]:
+    def _arguments(self, group: Group, held: dict[int, Held]) -> tuple[list[str], dict[str, Any]]:
         """Names, and what every operator is told of a group whose parameters are on one device."""
-        params = group["params"]
-        names, anchors, omega = zip(*(held[id(p)] for p in params), strict=True)
+        names, params, anchors, omega = zip(*(held[id(p)] for p in group["params"]), strict=True)
         lr = group["lr"]
         return list(names), {
             "params": params,
@@ -179,7 +173,7 @@ class _IncludesPenalty(torch.optim.Optimizer):
             **self._amp(params[0]),
         }
 
-    def _take_step(self, group: Group, held: dict[int, tuple[str, Tensor, Tensor]]) -> list[Tensor]:
+    def _take_step(self, group: Group, held: dict[int, Held]) -> list[Tensor]:
         """The fused step of parameters that are held, all on one device; returns penalties."""
         raise NotImplementedError
 
@@ -237,7 +231,7 @@ class SGD(_IncludesPenalty, torch.optim.SGD):
         )
         mas._check_holds_ours(self)
 
-    def _take_step(self, group: Group, held: dict[int, tuple[str, Tensor, Tensor]]) -> list[Tensor]:
+    def _take_step(self, group: Group, held: dict[int, Held]) -> list[Tensor]:
         values = []
         for part, is_first in self._by_history(group):
             names, arguments = self._arguments(part, held)
@@ -364,7 +358,7 @@ class Adam(_IncludesPenalty, torch.optim.Adam):
         )
         mas._check_holds_ours(self)
 
-    def _take_step(self, group: Group, held: dict[int, tuple[str, Tensor, Tensor]]) -> list[Tensor]:
+    def _take_step(self, group: Group, held: dict[int, Held]) -> list[Tensor]:
         _, _, exp_avgs, exp_avg_sqs, steps = self._state_of(group)
         names, arguments = self._arguments(group, held)
         with naming(names):

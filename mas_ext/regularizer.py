@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from functools import partial
-from operator import is_not
 from typing import Any
 from weakref import WeakSet
 
@@ -93,7 +92,6 @@ class MAS:
         self._num_tasks = 0
         self._attached: WeakSet[Optimizer] = WeakSet()
         self._lost: set[str] = set()  # measured once, and gone from the model since
-        self._looked_up: tuple[tuple[Any, ...], list[Held]] | None = None
         select_some(self._index.named(), self._params)
 
     def __repr__(self) -> str:
@@ -103,8 +101,7 @@ class MAS:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy is attached to nothing, and looks up its own parameters.
-        return {**self.__dict__, "_attached": None, "_looked_up": None}
+        return {**self.__dict__, "_attached": None}  # a copy is attached to nothing
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _attached=WeakSet())
@@ -214,7 +211,6 @@ class MAS:
         params = {**known, **select(named, self._params)}
         task.check_growth(params)
         measured = {name: total for name, total in task.omega().items() if name in params}
-        self._looked_up = None  # or what is replaced would stay in memory
         self._memory.end_task(params, measured, self._merge)
         self._open = OpenTask()
         self._num_tasks += 1
@@ -331,26 +327,18 @@ class MAS:
         ]
         if all(fits(held.anchor, held.param) for held in active):
             return active
-        self._looked_up = None
         self._memory.fit({held.name: held.param for held in active})
         return self._active(owned)
 
     def _held(self) -> list[Held]:
-        """The known parameters that the model has, looked up anew when it or the memory changed.
-
-        This is asked for in every step; the three objects are replaced when what they hold is.
-        """
-        sources = self._index.named(), self._memory.anchor, self._memory.importance
-        if self._looked_up is None or any(map(is_not, self._looked_up[0], sources)):
-            named, anchor, importance = sources
-            self._warn_of_lost([name for name in anchor if name not in named])
-            held = [
-                Held(name, named[name], anchor[name], importance[name])
-                for name in anchor
-                if name in named
-            ]
-            self._looked_up = sources, held
-        return self._looked_up[1]
+        """The known parameters that the model has."""
+        named, memory = self._index.named(), self._memory
+        self._warn_of_lost([name for name in memory.anchor if name not in named])
+        return [
+            Held(name, named[name], anchor, memory.importance[name])
+            for name, anchor in memory.anchor.items()
+            if name in named
+        ]
 
     def _warn_of_lost(self, names: list[str]) -> None:
         """Once a name: its head may have been removed, but if it was renamed it is unprotected."""
@@ -416,7 +404,7 @@ class MAS:
         check_weighting(state["weighting"])
         memory, task = Memory.restored(state, named), OpenTask.restored(state, named)
         self._lambda_reg, self._merge = lambda_reg, merge
-        self._memory, self._open, self._looked_up = memory, task, None
+        self._memory, self._open = memory, task
         self._num_tasks = state["num_tasks"]
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -3,7 +3,6 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <cmath>
 #include <optional>
 #include <string>
 #include <vector>
@@ -189,9 +188,7 @@ std::vector<BiasCorrection> bias_corrections(const char* op, const AdamOptions& 
   corrections.reserve(static_cast<size_t>(size));
   for (int64_t i = 0; i < size; ++i) {
     const auto count = static_cast<double>(counts[i]);
-    if (!(count >= 0) || std::isinf(count)) {
-      check_non_negative(op, ("steps[" + std::to_string(i) + "]").c_str(), count);
-    }
+    check_non_negative(op, ("steps[" + std::to_string(i) + "]").c_str(), count);
     corrections.push_back(bias_correction(options, count));
   }
   return corrections;

@@ -15,7 +15,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from mas_ext.attachment import Attachment, check_mode
+from mas_ext.attachment import Attachment
+from mas_ext.functional import check_mode
 from mas_ext.importance import estimators
 from mas_ext.importance.batches import Forward
 from mas_ext.importance.objectives import Objective
