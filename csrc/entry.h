@@ -14,8 +14,10 @@ template <size_t Streams>
 struct Entry {
   std::array<void*, Streams> data;
   int64_t numel;
-  ScalarType dtype;
-  int64_t index;  // its place in the lists, empty tensors counted
+  ScalarType dtype;  // of the values
+  int64_t index;     // its place in the lists, empty tensors counted
+  ScalarType omega_dtype;
+  const float* omega_scales;  // a block's each; nullptr unless Ω is kept in codes
 };
 
 }  // namespace mas_ext

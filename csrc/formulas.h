@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cmath>
+#include <cstdint>
 #include <limits>
 
 #if defined(__CUDACC__)
@@ -19,6 +20,12 @@ namespace mas_ext {
 template <class A>
 MAS_HOST_DEVICE A magnitude(A value) {
   return std::fabs(value);
+}
+
+// Ω of its code q, companded by the square root: s·(q/255)², s being the largest Ω of its block.
+MAS_HOST_DEVICE float expanded(uint8_t code, float scale) {
+  const auto root = static_cast<float>(code);
+  return scale * (root * root * (1.0f / 65025.0f));
 }
 
 // Ω_i += scale · |g_i|

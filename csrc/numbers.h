@@ -5,7 +5,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
-#include <limits>
+#include <cstdint>
 #include <stdexcept>
 #include <type_traits>
 
@@ -23,12 +23,33 @@ MAS_HOST_DEVICE BFloat16 magnitude(BFloat16 value) {
 }
 MAS_HOST_DEVICE Half magnitude(Half value) { return Half(value.x & 0x7fffu, Half::from_bits()); }
 
-// float64 stays float64; everything narrower is computed, and its Ω kept, in float32.
+// float64 stays float64; everything narrower is computed, and its Ω accumulated, in float32.
 template <class T>
 using accumulate_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 inline ScalarType accumulate_dtype(ScalarType dtype) {
   return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// An Ω that is only read may be kept in less than float32: rounded, or in codes of blocks that
+// share a scale (`expanded`), as they follow one another in memory.
+constexpr int64_t kScaleBlock = 256;
+
+constexpr int64_t num_scales(int64_t numel) { return (numel + kScaleBlock - 1) / kScaleBlock; }
+
+inline bool is_codes(ScalarType dtype) { return dtype == ScalarType::Byte; }
+
+inline bool is_kept(ScalarType dtype) {
+  return dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || is_codes(dtype);
+}
+
+inline int64_t bytes_of_kept(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Byte: return 1;
+    case ScalarType::BFloat16: return 2;
+    case ScalarType::Double: return 8;
+    default: return 4;
+  }
 }
 
 inline bool is_supported(ScalarType dtype) {
@@ -42,6 +63,7 @@ inline const char* dtype_name(ScalarType dtype) {
     case ScalarType::Double: return "float64";
     case ScalarType::BFloat16: return "bfloat16";
     case ScalarType::Half: return "float16";
+    case ScalarType::Byte: return "uint8";
     case ScalarType::Long: return "int64";
     case ScalarType::Int: return "int32";
     case ScalarType::Bool: return "bool";

@@ -65,33 +65,41 @@ inline void check_steps(const char* op, const Tensor& steps, const TensorList& p
 // The lists, in the order in which kernels see them: what is written, then what is read, Ω last
 // ------------------------------------------------------------------------------------------------
 inline FlatList<4> sgd_list(const char* op, const TensorList& params, const TensorList& grads,
-                            const TensorList& anchors, const TensorList& omega) {
-  return FlatList<4>(op, {{.name = "params", .tensors = params, .writable = true},
-                          {.name = "grads", .tensors = grads},
-                          {.name = "anchors", .tensors = anchors},
-                          {.name = "omega", .tensors = omega, .is_omega = true}});
+                            const TensorList& anchors, const TensorList& omega,
+                            const TensorList& omega_scales) {
+  return FlatList<4>(op,
+                     {{.name = "params", .tensors = params, .writable = true},
+                      {.name = "grads", .tensors = grads},
+                      {.name = "anchors", .tensors = anchors},
+                      {.name = "omega", .tensors = omega, .is_omega = true}},
+                     omega_scales);
 }
 
 inline FlatList<5> momentum_list(const char* op, const TensorList& params,
                                  const TensorList& momentum_buffers, const TensorList& grads,
-                                 const TensorList& anchors, const TensorList& omega) {
+                                 const TensorList& anchors, const TensorList& omega,
+                                 const TensorList& omega_scales) {
   return FlatList<5>(op,
                      {{.name = "params", .tensors = params, .writable = true},
                       {.name = "momentum_buffers", .tensors = momentum_buffers, .writable = true},
                       {.name = "grads", .tensors = grads},
                       {.name = "anchors", .tensors = anchors},
-                      {.name = "omega", .tensors = omega, .is_omega = true}});
+                      {.name = "omega", .tensors = omega, .is_omega = true}},
+                     omega_scales);
 }
 
 inline FlatList<6> adamw_list(const char* op, const TensorList& params, const TensorList& exp_avgs,
                               const TensorList& exp_avg_sqs, const TensorList& grads,
-                              const TensorList& anchors, const TensorList& omega) {
-  return FlatList<6>(op, {{.name = "params", .tensors = params, .writable = true},
-                          {.name = "exp_avgs", .tensors = exp_avgs, .writable = true},
-                          {.name = "exp_avg_sqs", .tensors = exp_avg_sqs, .writable = true},
-                          {.name = "grads", .tensors = grads},
-                          {.name = "anchors", .tensors = anchors},
-                          {.name = "omega", .tensors = omega, .is_omega = true}});
+                              const TensorList& anchors, const TensorList& omega,
+                              const TensorList& omega_scales) {
+  return FlatList<6>(op,
+                     {{.name = "params", .tensors = params, .writable = true},
+                      {.name = "exp_avgs", .tensors = exp_avgs, .writable = true},
+                      {.name = "exp_avg_sqs", .tensors = exp_avg_sqs, .writable = true},
+                      {.name = "grads", .tensors = grads},
+                      {.name = "anchors", .tensors = anchors},
+                      {.name = "omega", .tensors = omega, .is_omega = true}},
+                     omega_scales);
 }
 
 }  // namespace mas_ext

@@ -19,22 +19,28 @@ namespace mas_ext {
 
 // Checks the arguments of `op` and lays them out as entries, in the order they were given.
 // Where the tensors at one position do not share one dense layout, they are copied to contiguous
-// memory, and `write_back` returns what was written: right, slower, and rare.
+// memory (beside codes of Ω, whose blocks run through memory, to memory that is ordered as theirs),
+// and `write_back` returns what was written: right, slower, and rare.
 template <size_t Streams>
 class FlatList {
  public:
-  FlatList(const char* op, std::initializer_list<Argument> arguments) {
-    check_arguments(op, arguments);
-    const Argument& first = *arguments.begin();
-    const Argument& values = first.is_omega ? *(arguments.begin() + 1) : first;
-    entries_.reserve(first.tensors.size());
-    for (size_t i = 0; i < first.tensors.size(); ++i) {
-      const int64_t numel = first.tensors[i].numel;
-      const ScalarType dtype = values.tensors[i].dtype;
+  FlatList(const char* op, std::initializer_list<Argument> arguments,
+           const TensorList& omega_scales = {}) {
+    check_arguments(op, arguments, omega_scales);
+    const Argument &values = values_of(arguments), &omega = omega_of(arguments);
+    entries_.reserve(values.tensors.size());
+    for (size_t i = 0; i < values.tensors.size(); ++i) {
+      const int64_t numel = values.tensors[i].numel;
+      const ScalarType dtype = values.tensors[i].dtype, kept = omega.tensors[i].dtype;
       total_ += numel;
       any_double_ |= dtype == ScalarType::Double;
       if (numel > 0) {
-        entries_.push_back({pointers(arguments, i), numel, dtype, static_cast<int64_t>(i)});
+        entries_.push_back({.data = pointers(arguments, i, omega.tensors[i]),
+                            .numel = numel,
+                            .dtype = dtype,
+                            .index = static_cast<int64_t>(i),
+                            .omega_dtype = kept,
+                            .omega_scales = is_codes(kept) ? scales_in(omega_scales[i]) : nullptr});
       }
     }
   }
@@ -63,13 +69,20 @@ class FlatList {
                        [&](const Argument& a) { return a.tensors[i].strides == first.strides; });
   }
 
-  std::array<void*, Streams> pointers(std::initializer_list<Argument> arguments, size_t i) {
+  static const float* scales_in(const Tensor& scales) {
+    return static_cast<const float*>(scales.const_data_ptr());
+  }
+
+  std::array<void*, Streams> pointers(std::initializer_list<Argument> arguments, size_t i,
+                                      const Operand& omega) {
     const bool in_place = share_dense_layout(arguments, i);
     std::array<void*, Streams> result;
     size_t stream = 0;
     for (const Argument& argument : arguments) {
       const Operand& tensor = argument.tensors[i];
-      result[stream++] = in_place ? tensor.data : contiguous_copy(argument, *tensor.tensor);
+      result[stream++] = in_place                ? tensor.data
+                         : is_codes(omega.dtype) ? ordered_copy(argument, tensor, omega)
+                                                 : contiguous_copy(argument, *tensor.tensor);
     }
     return result;
   }
@@ -78,6 +91,21 @@ class FlatList {
     copies_.push_back(torch::stable::contiguous(tensor));
     if (argument.writable && copies_.back().data_ptr() != tensor.data_ptr()) {
       written_copies_.emplace_back(tensor, copies_.back());
+    }
+    return copies_.back().data_ptr();
+  }
+
+  // To memory with the strides of `order`, which is dense.
+  void* ordered_copy(const Argument& argument, const Operand& tensor, const Operand& order) {
+    if (tensor.strides == order.strides) {
+      return tensor.data;
+    }
+    copies_.push_back(torch::stable::new_empty(*tensor.tensor, {tensor.numel}));
+    Tensor copy = torch::stable::from_blob(copies_.back().data_ptr(), order.sizes, order.strides,
+                                           tensor.tensor->device(), tensor.dtype);
+    torch::stable::copy_(copy, *tensor.tensor);
+    if (argument.writable) {
+      written_copies_.emplace_back(*tensor.tensor, copy);
     }
     return copies_.back().data_ptr();
   }

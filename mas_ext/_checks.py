@@ -10,9 +10,10 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from mas_ext.reference import accumulation_dtype
+from mas_ext.reference import BLOCK, accumulation_dtype, num_scales
 
 SUPPORTED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+KEPT = (torch.float32, torch.bfloat16, torch.uint8)  # Ω that is only read, beside all but float64
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Argument:
 
     name: str
     tensors: Sequence[Tensor]
-    is_omega: bool = False  # held in the accumulation dtype; all others share one dtype
+    is_omega: bool = False  # has a dtype of its own; all others share one
     writable: bool = False
     is_list: bool = True
 
@@ -38,22 +39,35 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def _expected(argument: Argument, shared: torch.dtype) -> tuple[torch.dtype, ...]:
+    """What an argument may be beside values of a dtype."""
+    if not argument.is_omega:
+        return (shared,)
+    accumulates = argument.writable or shared == torch.float64
+    return (accumulation_dtype(shared),) if accumulates else KEPT
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    *most, last = map(_name, dtypes)
+    return f"{', '.join(most)} or {last}" if most else last
+
+
 def _check_dtype(op: str, argument: Argument, i: int, shared: torch.dtype) -> None:
-    dtype = argument.tensors[i].dtype
+    dtype, expected = argument.tensors[i].dtype, _expected(argument, shared)
+    if dtype in expected and (argument.is_omega or dtype in SUPPORTED):
+        return
     if dtype not in SUPPORTED:
         _fail(
             op,
             f"{argument.at(i)} has dtype {_name(dtype)}, which is not supported; "
             "pass float32, float64, bfloat16 or float16",
         )
-    expected = accumulation_dtype(shared) if argument.is_omega else shared
-    if dtype != expected:
-        _fail(
-            op,
-            f"{argument.at(i)} has dtype {_name(dtype)} where {_name(expected)} is expected beside "
-            f"{_name(shared)} values; convert it (omega is float64 beside float64 values and "
-            "float32 beside others)",
-        )
+    _fail(
+        op,
+        f"{argument.at(i)} has dtype {_name(dtype)} where {_names(expected)} is expected beside "
+        f"{_name(shared)} values; convert it (omega is float64 beside float64 values and float32 "
+        "beside others, or, where it is only read, bfloat16 or uint8)",
+    )
 
 
 def _check_layout(op: str, argument: Argument, i: int) -> None:
@@ -81,7 +95,67 @@ def _check_device(op: str, argument: Argument, first: Argument, i: int) -> None:
         )
 
 
-def check_metadata(op: str, arguments: Sequence[Argument]) -> None:
+def _check_codes(op: str, omega: Argument, i: int, scales: Argument) -> None:
+    """That the i-th Ω, which is uint8, has the scales of its blocks."""
+    codes, given = omega.tensors[i], scales.tensors[i]
+    _check_layout(op, scales, i)
+    if given.device != codes.device:
+        _fail(
+            op,
+            f"{scales.at(i)} is on {given.device} but {omega.at(i)} is on {codes.device}; "
+            "move it there",
+        )
+    if given.dtype != torch.float32:
+        _fail(op, f"{scales.at(i)} has dtype {_name(given.dtype)}; pass float32")
+    blocks = num_scales(codes.numel())
+    if given.dim() != 1 or given.numel() != blocks:
+        _fail(
+            op,
+            f"{scales.at(i)} has shape {list(given.shape)} where [{blocks}] is expected, a scale "
+            f"for every {BLOCK} codes of {omega.at(i)}; pass those it was compressed with",
+        )
+    if not given.is_contiguous():
+        _fail(op, f"{scales.at(i)} is not contiguous; pass contiguous()")
+    if not is_dense(codes):
+        _fail(
+            op,
+            f"{omega.at(i)} has uint8 codes that do not fill their memory, along which blocks run; "
+            "pass a dense tensor and the scales it was compressed with",
+        )
+
+
+def _check_scales(op: str, omega: Argument, scales: Argument) -> None:
+    """Scales for every Ω that is kept in codes, and for no other."""
+    if scales.tensors and len(scales.tensors) != len(omega.tensors):
+        _fail(
+            op,
+            f"{scales.name} has {len(scales.tensors)} tensors but {omega.name} has "
+            f"{len(omega.tensors)}; pass one for each, without elements where there are no codes",
+        )
+    for i, kept in enumerate(omega.tensors):
+        if kept.dtype == torch.uint8:
+            if not scales.tensors:
+                _fail(
+                    op,
+                    f"{omega.at(i)} has uint8 codes but {scales.name} is empty; "
+                    "pass the scales it was compressed with",
+                )
+            _check_codes(op, omega, i, scales)
+        elif scales.tensors and scales.tensors[i].numel() != 0:
+            _fail(
+                op,
+                f"{scales.at(i)} has shape {list(scales.tensors[i].shape)} but {omega.at(i)} is "
+                f"{_name(kept.dtype)}, which has no scales; pass a tensor without elements",
+            )
+
+
+def _scales_argument(omega_scales: Sequence[Tensor]) -> Argument:
+    return Argument("omega_scales", omega_scales)
+
+
+def check_metadata(
+    op: str, arguments: Sequence[Argument], omega_scales: Sequence[Tensor] = ()
+) -> None:
     """Lengths, shapes, dtypes, devices; the first argument is the one others are held against."""
     first = arguments[0]
     values = arguments[1] if first.is_omega else first
@@ -98,6 +172,9 @@ def check_metadata(op: str, arguments: Sequence[Argument]) -> None:
             _check_shape(op, argument, first, i)
             _check_device(op, argument, first, i)
             _check_dtype(op, argument, i, values.tensors[i].dtype)
+    for argument in arguments:
+        if argument.is_omega:
+            _check_scales(op, argument, _scales_argument(omega_scales))
 
 
 @dataclass(frozen=True)
@@ -169,10 +246,13 @@ def _check_no_self_overlap(op: str, span: _Span) -> None:
             )
 
 
-def check_no_overlap(op: str, arguments: Sequence[Argument]) -> None:
+def check_no_overlap(
+    op: str, arguments: Sequence[Argument], omega_scales: Sequence[Tensor] = ()
+) -> None:
     """Nothing that is written may share memory with anything else: two threads would race."""
     still_open: list[_Span] = []  # spans that reach beyond the one at hand
-    for span in sorted(_spans(arguments), key=lambda span: span.begin):
+    spans = _spans([*arguments, _scales_argument(omega_scales)])
+    for span in sorted(spans, key=lambda span: span.begin):
         _check_no_self_overlap(op, span)
         still_open = [other for other in still_open if other.end > span.begin]
         for other in still_open:

@@ -1,6 +1,7 @@
-"""The operators ``torch.ops.mas_ext.*``: schemas, default kernels, fake kernels, autograd.
+"""The operators ``torch.ops.mas_ext.*``: default kernels, fake kernels, autograd.
 
-(The kernels of the optimizer steps are in :mod:`mas_ext._steps`.)
+(Their schemas are in :mod:`mas_ext._dispatch`, the kernels of the optimizer steps in
+:mod:`mas_ext._steps`.)
 
 How a call travels: :mod:`mas_ext.functional` → dispatcher → (Autograd, for the differentiable) →
 (ADInplaceOrView, for those that write: it bumps version counters; :func:`writing` does that itself
@@ -11,13 +12,12 @@ whether they are there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from itertools import chain, islice
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
-from torch.overrides import has_torch_function
 
 from mas_ext import reference
 from mas_ext._checks import (
@@ -28,48 +28,9 @@ from mas_ext._checks import (
     check_non_negative,
     check_scalar,
 )
+from mas_ext._dispatch import LIBRARY, register
 
 Tensors = Sequence[Tensor]
-
-# ================================================================================================
-# Define the operators
-# ================================================================================================
-SCHEMAS = {
-    "accumulate_importance_": "(Tensor(a!)[] omega, Tensor[] grads, float scale=1.0) -> ()",
-    "accumulate_abs_matmul_": (
-        "(Tensor(a!) omega, Tensor left, Tensor right, float scale=1.0) -> ()"
-    ),
-    "penalty": "(Tensor[] params, Tensor[] anchors, Tensor[] omega, Tensor lambda_reg) -> Tensor",
-    "penalty_and_grad": (
-        "(Tensor[] params, Tensor[] anchors, Tensor[] omega, Tensor lambda_reg)"
-        " -> (Tensor, Tensor[])"
-    ),
-    "add_penalty_grad_": (
-        "(Tensor(a!)[] grads, Tensor[] params, Tensor[] anchors, Tensor[] omega,"
-        " Tensor lambda_reg, Tensor? grad_scale=None) -> Tensor"
-    ),
-    "proximal_step_": (
-        "(Tensor(a!)[] params, Tensor[] anchors, Tensor[] omega, Tensor lambda_reg, Tensor lr)"
-        " -> Tensor"
-    ),
-    "sgd_step_": (
-        "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor[] anchors,"
-        " Tensor[] omega, Tensor lambda_reg, Tensor lr, float momentum=0.0, float dampening=0.0,"
-        " float weight_decay=0.0, bool nesterov=False, bool maximize=False, bool proximal=False,"
-        " Tensor? grad_scale=None, Tensor? found_inf=None) -> Tensor"
-    ),
-    "adamw_step_": (
-        "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,"
-        " Tensor steps, Tensor[] anchors, Tensor[] omega, Tensor lambda_reg, Tensor lr,"
-        " float beta1=0.9, float beta2=0.999, float eps=1e-08, float weight_decay=0.01,"
-        " bool decoupled=True, bool maximize=False, bool proximal=False,"
-        " Tensor? grad_scale=None, Tensor? found_inf=None) -> Tensor"
-    ),
-}
-
-_library = torch.library.Library("mas_ext", "DEF")
-for _name, _schema in SCHEMAS.items():
-    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
 def state_arguments(
@@ -124,10 +85,15 @@ def _accumulate_abs_matmul_fake(
 # penalty
 # ================================================================================================
 def _check_penalty(
-    op: str, params: Tensors, anchors: Tensors, omega: Tensors, lambda_reg: Tensor
+    op: str,
+    params: Tensors,
+    anchors: Tensors,
+    omega: Tensors,
+    omega_scales: Tensors,
+    lambda_reg: Tensor,
 ) -> None:
     check_scalar(op, "lambda_reg", lambda_reg, params)
-    check_metadata(op, state_arguments(params, anchors, omega, written=False))
+    check_metadata(op, state_arguments(params, anchors, omega, written=False), omega_scales)
 
 
 def empty_value(tensors: Tensors, lambda_reg: Tensor) -> Tensor:
@@ -136,25 +102,32 @@ def empty_value(tensors: Tensors, lambda_reg: Tensor) -> Tensor:
     return torch.empty((), dtype=reference.value_dtype(tensors), device=device)
 
 
-def _penalty(params: Tensors, anchors: Tensors, omega: Tensors, lambda_reg: Tensor) -> Tensor:
-    _check_penalty("penalty", params, anchors, omega, lambda_reg)
-    return reference.penalty(params, anchors, omega, lambda_reg)
+def _penalty(
+    params: Tensors, anchors: Tensors, omega: Tensors, omega_scales: Tensors, lambda_reg: Tensor
+) -> Tensor:
+    _check_penalty("penalty", params, anchors, omega, omega_scales, lambda_reg)
+    return reference.penalty(params, anchors, omega, lambda_reg, omega_scales=omega_scales)
 
 
-def _penalty_fake(params: Tensors, anchors: Tensors, omega: Tensors, lambda_reg: Tensor) -> Tensor:
-    _check_penalty("penalty", params, anchors, omega, lambda_reg)
+def _penalty_fake(
+    params: Tensors, anchors: Tensors, omega: Tensors, omega_scales: Tensors, lambda_reg: Tensor
+) -> Tensor:
+    _check_penalty("penalty", params, anchors, omega, omega_scales, lambda_reg)
     return empty_value(params, lambda_reg)
 
 
 def _save_state(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    params, anchors, omega, lambda_reg = inputs
-    ctx.count = len(params)
-    ctx.save_for_backward(*params, *anchors, *omega, lambda_reg)
+    *lists, lambda_reg = inputs
+    ctx.lengths = [len(tensors) for tensors in lists]
+    ctx.save_for_backward(*chain(*lists), lambda_reg)
 
 
-def _saved_state(ctx: Any) -> tuple[Tensors, Tensors, Tensors, Tensor]:
-    n, saved = ctx.count, ctx.saved_tensors
-    return saved[:n], saved[n : 2 * n], saved[2 * n : 3 * n], saved[-1]
+def _saved_state(ctx: Any) -> tuple[Tensors, Tensors, Tensors, Tensors, Tensor]:
+    """θ, θ*, Ω, its scales and λ."""
+    *saved, lambda_reg = ctx.saved_tensors
+    each = iter(saved)
+    params, anchors, omega, scales = ([*islice(each, length)] for length in ctx.lengths)
+    return params, anchors, omega, scales, lambda_reg
 
 
 def _penalty_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -163,22 +136,31 @@ def _penalty_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     ∂/∂θ is the gradient of a penalty of strength gλ, so the fused operator computes it, and
     differentiating twice differentiates that operator.
     """
-    params, anchors, omega, lambda_reg = _saved_state(ctx)
+    *state, lambda_reg = _saved_state(ctx)
+    params, anchors, omega, scales = state
     strength = lambda_reg * grad
-    wants_params, wants_anchors, wants_omega, wants_lambda = ctx.needs_input_grad
+    wants_params, wants_anchors, wants_omega, _, wants_lambda = ctx.needs_input_grad
     none: list[Tensor | None] = [None] * len(params)
     by_params = by_anchors = by_omega = none
     by_lambda = None
     if _wanted(wants_params) or _wanted(wants_anchors):
-        _, by_params = torch.ops.mas_ext.penalty_and_grad(params, anchors, omega, strength)
+        _, by_params = torch.ops.mas_ext.penalty_and_grad(*state, strength)
     if _wanted(wants_anchors):
         by_anchors = [-g for g in by_params]  # type: ignore[operator]
     if _wanted(wants_omega):
         squares = [reference.displacement(p, a) ** 2 for p, a in zip(params, anchors, strict=True)]
-        by_omega = [0.5 * strength.to(square.dtype) * square for square in squares]
+        by_omega = [
+            _of_kept(o, 0.5 * strength.to(square.dtype) * square)
+            for o, square in zip(omega, squares, strict=True)
+        ]
     if _wanted(wants_lambda):
-        by_lambda = torch.ops.mas_ext.penalty(params, anchors, omega, grad).to(lambda_reg)
-    return by_params, by_anchors, by_omega, by_lambda
+        by_lambda = torch.ops.mas_ext.penalty(*state, grad).to(lambda_reg)
+    return by_params, by_anchors, by_omega, [None] * len(scales), by_lambda
+
+
+def _of_kept(omega: Tensor, grad: Tensor) -> Tensor | None:
+    """A gradient with respect to Ω as it is kept: codes have none."""
+    return grad.to(omega.dtype) if omega.is_floating_point() else None
 
 
 def _wanted(needs: Any) -> bool:
@@ -189,17 +171,19 @@ def _wanted(needs: Any) -> bool:
 # penalty_and_grad
 # ================================================================================================
 def _penalty_and_grad(
-    params: Tensors, anchors: Tensors, omega: Tensors, lambda_reg: Tensor
+    params: Tensors, anchors: Tensors, omega: Tensors, omega_scales: Tensors, lambda_reg: Tensor
 ) -> tuple[Tensor, list[Tensor]]:
-    _check_penalty("penalty_and_grad", params, anchors, omega, lambda_reg)
-    value, grads = reference.penalty_and_grad(params, anchors, omega, lambda_reg)
+    _check_penalty("penalty_and_grad", params, anchors, omega, omega_scales, lambda_reg)
+    value, grads = reference.penalty_and_grad(
+        params, anchors, omega, lambda_reg, omega_scales=omega_scales
+    )
     return value, [torch.empty_like(p).copy_(g) for p, g in zip(params, grads, strict=True)]
 
 
 def _penalty_and_grad_fake(
-    params: Tensors, anchors: Tensors, omega: Tensors, lambda_reg: Tensor
+    params: Tensors, anchors: Tensors, omega: Tensors, omega_scales: Tensors, lambda_reg: Tensor
 ) -> tuple[Tensor, list[Tensor]]:
-    _check_penalty("penalty_and_grad", params, anchors, omega, lambda_reg)
+    _check_penalty("penalty_and_grad", params, anchors, omega, omega_scales, lambda_reg)
     return empty_value(params, lambda_reg), [torch.empty_like(p) for p in params]
 
 
@@ -211,16 +195,17 @@ def _penalty_and_grad_backward(
     ∂/∂θ = λΩ(gδ + h) = −∂/∂θ*, ∂/∂Ω = λδ(gδ/2 + h), ∂/∂λ = ΣΩδ(gδ/2 + h). In ordinary PyTorch,
     which can be differentiated again: this runs only when a gradient of a gradient is asked for.
     """
-    params, anchors, omega, lambda_reg = _saved_state(ctx)
+    params, anchors, kept, scales, lambda_reg = _saved_state(ctx)
     by_params, by_omega, by_lambda = [], [], torch.zeros_like(lambda_reg)
-    for p, a, o, h in zip(params, anchors, omega, grads, strict=True):
+    omega = reference.wide(kept, scales)
+    for p, a, k, o, h in zip(params, anchors, kept, omega, grads, strict=True):
         delta, lam, g = reference.displacement(p, a), lambda_reg.to(o.dtype), grad.to(o.dtype)
         h = torch.zeros_like(delta) if h is None else h.to(o.dtype)
         half = 0.5 * g * delta + h
         by_params.append((lam * o * (g * delta + h)).to(p.dtype))
-        by_omega.append(lam * delta * half)
+        by_omega.append(_of_kept(k, lam * delta * half))
         by_lambda = by_lambda + (o * delta * half).sum().to(by_lambda)
-    return by_params, [-g for g in by_params], by_omega, by_lambda
+    return by_params, [-g for g in by_params], by_omega, [None] * len(scales), by_lambda
 
 
 # ================================================================================================
@@ -231,6 +216,7 @@ def _check_add_penalty_grad(
     params: Tensors,
     anchors: Tensors,
     omega: Tensors,
+    omega_scales: Tensors,
     lambda_reg: Tensor,
     grad_scale: Tensor | None,
 ) -> list[Argument]:
@@ -242,7 +228,7 @@ def _check_add_penalty_grad(
         Argument("grads", grads, writable=True),
         *state_arguments(params, anchors, omega, written=False),
     ]
-    check_metadata(op, arguments)
+    check_metadata(op, arguments, omega_scales)
     return arguments
 
 
@@ -251,15 +237,17 @@ def _add_penalty_grad(
     params: Tensors,
     anchors: Tensors,
     omega: Tensors,
+    omega_scales: Tensors,
     lambda_reg: Tensor,
     grad_scale: Tensor | None = None,
 ) -> Tensor:
-    arguments = _check_add_penalty_grad(grads, params, anchors, omega, lambda_reg, grad_scale)
+    lists = grads, params, anchors, omega
+    arguments = _check_add_penalty_grad(*lists, omega_scales, lambda_reg, grad_scale)
     check_non_negative("add_penalty_grad_", "lambda_reg", lambda_reg)
     if grad_scale is not None:
         check_non_negative("add_penalty_grad_", "grad_scale", grad_scale)
-    check_no_overlap("add_penalty_grad_", arguments)
-    return reference.add_penalty_grad_(grads, params, anchors, omega, lambda_reg, grad_scale)
+    check_no_overlap("add_penalty_grad_", arguments, omega_scales)
+    return reference.add_penalty_grad_(*lists, lambda_reg, grad_scale, omega_scales=omega_scales)
 
 
 def _add_penalty_grad_fake(
@@ -267,10 +255,12 @@ def _add_penalty_grad_fake(
     params: Tensors,
     anchors: Tensors,
     omega: Tensors,
+    omega_scales: Tensors,
     lambda_reg: Tensor,
     grad_scale: Tensor | None = None,
 ) -> Tensor:
-    _check_add_penalty_grad(grads, params, anchors, omega, lambda_reg, grad_scale)
+    lists = grads, params, anchors, omega
+    _check_add_penalty_grad(*lists, omega_scales, lambda_reg, grad_scale)
     return empty_value(params, lambda_reg)
 
 
@@ -278,104 +268,52 @@ def _add_penalty_grad_fake(
 # proximal_step_
 # ================================================================================================
 def _check_proximal(
-    params: Tensors, anchors: Tensors, omega: Tensors, lambda_reg: Tensor, lr: Tensor
+    params: Tensors,
+    anchors: Tensors,
+    omega: Tensors,
+    omega_scales: Tensors,
+    lambda_reg: Tensor,
+    lr: Tensor,
 ) -> list[Argument]:
     check_scalar("proximal_step_", "lambda_reg", lambda_reg, params)
     check_scalar("proximal_step_", "lr", lr, params)
     arguments = state_arguments(params, anchors, omega, written=True)
-    check_metadata("proximal_step_", arguments)
+    check_metadata("proximal_step_", arguments, omega_scales)
     return arguments
 
 
 def _proximal_step(
-    params: Tensors, anchors: Tensors, omega: Tensors, lambda_reg: Tensor, lr: Tensor
+    params: Tensors,
+    anchors: Tensors,
+    omega: Tensors,
+    omega_scales: Tensors,
+    lambda_reg: Tensor,
+    lr: Tensor,
 ) -> Tensor:
-    arguments = _check_proximal(params, anchors, omega, lambda_reg, lr)
+    arguments = _check_proximal(params, anchors, omega, omega_scales, lambda_reg, lr)
     check_non_negative("proximal_step_", "lambda_reg", lambda_reg)
     check_non_negative("proximal_step_", "lr", lr)
-    check_no_overlap("proximal_step_", arguments)
-    return reference.proximal_step_(params, anchors, omega, lambda_reg, lr)
+    check_no_overlap("proximal_step_", arguments, omega_scales)
+    return reference.proximal_step_(
+        params, anchors, omega, lambda_reg, lr, omega_scales=omega_scales
+    )
 
 
 def _proximal_step_fake(
-    params: Tensors, anchors: Tensors, omega: Tensors, lambda_reg: Tensor, lr: Tensor
+    params: Tensors,
+    anchors: Tensors,
+    omega: Tensors,
+    omega_scales: Tensors,
+    lambda_reg: Tensor,
+    lr: Tensor,
 ) -> Tensor:
-    _check_proximal(params, anchors, omega, lambda_reg, lr)
+    _check_proximal(params, anchors, omega, omega_scales, lambda_reg, lr)
     return empty_value(params, lambda_reg)
 
 
 # ================================================================================================
 # Register the kernels
 # ================================================================================================
-def _written(op: torch._ops.OpOverload) -> list[int]:
-    """The places of the arguments that an operator writes."""
-    return [i for i, a in enumerate(op._schema.arguments) if a.alias_info and a.alias_info.is_write]
-
-
-def _bump_versions(op: torch._ops.OpOverload) -> Callable[..., Any]:
-    """A kernel that calls the next one, then tells autograd which arguments changed.
-
-    Without it a tensor saved for backward could be overwritten and the gradient be silently wrong.
-    """
-    written = [(i, op._schema.arguments[i].name) for i in _written(op)]
-
-    def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:
-        with torch._C._AutoDispatchBelowADInplaceOrView():
-            below = keyset & torch._C._after_ADInplaceOrView_keyset
-            result = op.redispatch(below, *args, **kwargs)
-        for i, name in written:  # not reached if it refused
-            increment_version(args[i] if i < len(args) else kwargs[name])
-        return result
-
-    return kernel
-
-
-def _goes_straight_to_a_kernel(arguments: tuple[Any, ...]) -> bool:
-    """Whether nobody stands between caller and kernel: no compiler, mode, transform or subclass."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-        or has_torch_function(arguments)
-        or any(has_torch_function(a) for a in arguments if isinstance(a, list))
-    )
-
-
-def writing(name: str) -> Callable[..., Any]:
-    """An operator that writes, for Python: autograd records nothing, but learns what changed.
-
-    The kernel at ADInplaceOrView is in Python, and for it the dispatcher turns every list into
-    Python's and back: half of what a call with small tensors costs. Here the lists are at hand.
-    Others on the way would be run with autograd off as well, so they get the ordinary call.
-    """
-    op = getattr(torch.ops.mas_ext, name).default
-    written = _written(op)
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if not _goes_straight_to_a_kernel((*args, *kwargs.values())):
-            with torch.no_grad():
-                return op(*args, **kwargs)
-        with torch._C._AutoDispatchBelowADInplaceOrView():
-            result = op(*args, **kwargs)
-        for i in written:  # not reached if it refused
-            increment_version(args[i])
-        return result
-
-    return call
-
-
-def register(name: str, default: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Gives an operator of ``SCHEMAS`` its default and fake kernels, and counts what it writes."""
-    writes = name.endswith("_")
-    # Below autograd nothing is recorded, but PyTorch warns where the grad mode is left on.
-    kernel = torch.no_grad()(default) if writes else default
-    _library.impl(name, kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"mas_ext::{name}", fake, lib=_library)
-    if writes:
-        op = getattr(torch.ops.mas_ext, name).default
-        _library.impl(name, _bump_versions(op), "ADInplaceOrView", with_keyset=True)
-
-
 register("accumulate_importance_", _accumulate_importance, _accumulate_importance_fake)
 register("accumulate_abs_matmul_", _accumulate_abs_matmul, _accumulate_abs_matmul_fake)
 register("penalty", _penalty, _penalty_fake)
@@ -384,11 +322,11 @@ register("add_penalty_grad_", _add_penalty_grad, _add_penalty_grad_fake)
 register("proximal_step_", _proximal_step, _proximal_step_fake)
 
 torch.library.register_autograd(
-    "mas_ext::penalty", _penalty_backward, setup_context=_save_state, lib=_library
+    "mas_ext::penalty", _penalty_backward, setup_context=_save_state, lib=LIBRARY
 )
 torch.library.register_autograd(
     "mas_ext::penalty_and_grad",
     _penalty_and_grad_backward,
     setup_context=_save_state,
-    lib=_library,
+    lib=LIBRARY,
 )

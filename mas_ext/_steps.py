@@ -25,7 +25,8 @@ from mas_ext._checks import (
     check_steps,
     check_strengths,
 )
-from mas_ext._ops import Tensors, empty_value, register
+from mas_ext._dispatch import register
+from mas_ext._ops import Tensors, empty_value
 
 
 class _Call(Protocol):
@@ -36,6 +37,7 @@ class _Call(Protocol):
     grads: Tensors
     anchors: Tensors
     omega: Tensors
+    omega_scales: Tensors
     lambda_reg: Tensor
     lr: Tensor
     proximal: bool
@@ -58,6 +60,7 @@ class _SgdStep:
     momentum_buffers: Tensors
     anchors: Tensors
     omega: Tensors
+    omega_scales: Tensors
     lambda_reg: Tensor
     lr: Tensor
     momentum: float = 0.0
@@ -105,6 +108,7 @@ class _AdamWStep:
     steps: Tensor
     anchors: Tensors
     omega: Tensors
+    omega_scales: Tensors
     lambda_reg: Tensor
     lr: Tensor
     beta1: float = 0.9
@@ -146,6 +150,7 @@ def _state(call: _Call) -> tuple[Any, ...]:
 
 def _rest(call: Any) -> dict[str, Any]:
     return {
+        "omega_scales": call.omega_scales,
         "mode": "proximal" if call.proximal else "gradient",
         "maximize": call.maximize,
         "grad_scale": call.grad_scale,
@@ -168,9 +173,9 @@ def _check(call: _Call, look: bool) -> None:
         Argument("anchors", call.anchors),
         Argument("omega", call.omega, is_omega=True),
     ]
-    check_metadata(call.op, arguments)
+    check_metadata(call.op, arguments, call.omega_scales)
     if look:
-        check_no_overlap(call.op, arguments)
+        check_no_overlap(call.op, arguments, call.omega_scales)
 
 
 def _register(kind: Callable[..., _Call]) -> None:

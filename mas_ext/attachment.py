@@ -9,7 +9,10 @@ from weakref import WeakSet
 from torch import Tensor
 from torch.optim import Optimizer
 
+from mas_ext.distributed.shards import whole
+from mas_ext.drift import pushed_by
 from mas_ext.functional import check_mode
+from mas_ext.grad_scaling import scaled_step
 
 
 class Penalty(Protocol):
@@ -19,7 +22,7 @@ class Penalty(Protocol):
 
     def _add_penalty_grad(self, grad_scale: Any, owned: Set[int] | None) -> Tensor: ...
 
-    def _proximal_step(self, lr: Any, owned: Set[int] | None) -> Tensor: ...
+    def _proximal_step(self, lr: Any, owned: Set[int] | None, pushed_by: str) -> Tensor: ...
 
     def _total(self, values: list[Tensor]) -> Tensor: ...
 
@@ -37,7 +40,13 @@ class Attachment:
             raise ValueError(
                 "optimizer: it maximizes, and would maximize the penalty; minimise the negative"
             )
-        if getattr(optimizer, "mas", None) is mas:
+        if getattr(optimizer, "_overlap_with_ddp", False):
+            raise ValueError(
+                "optimizer: ZeroRedundancyOptimizer(overlap_with_ddp=True) steps in backward(), "
+                "where nothing can be attached; leave overlap_with_ddp out"
+            )
+        inner = getattr(optimizer, "optim", optimizer)  # what a ZeroRedundancyOptimizer shards
+        if getattr(inner, "mas", None) is mas:
             raise ValueError(
                 "this optimizer's step includes the penalty already, and it would count twice; "
                 "leave attach() out"
@@ -47,15 +56,21 @@ class Attachment:
         self.last_penalty: Tensor | None = None
         self._mas = mas
         self._optimizer = optimizer
+        self._pushed_by = pushed_by(optimizer, mode)
+        self._withheld: list[tuple[Tensor, Tensor]] = []
         if mode == "gradient":
-            self._hook = optimizer.register_step_pre_hook(self._add_gradient)
+            self._hooks = [
+                optimizer.register_step_pre_hook(self._add_gradient),
+                optimizer.register_step_post_hook(self._give_back),
+            ]
         else:
-            self._hook = optimizer.register_step_post_hook(self._step_towards_anchors)
+            self._hooks = [optimizer.register_step_post_hook(self._step_towards_anchors)]
         self._mas._attached.add(optimizer)
 
     def remove(self) -> None:
         """Leaves the optimizer as it was before; more than once does no harm."""
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         self._mas._attached.discard(self._optimizer)
 
     def _add_gradient(
@@ -85,19 +100,40 @@ class Attachment:
         grad_scale = getattr(optimizer, "grad_scale", None)
         # What has no gradient the optimizer leaves alone, and so do we: a zero one would let weight
         # decay and momentum move it.
-        owned = {id(p) for _, params in _groups(optimizer) for p in params if p.grad is not None}
-        self.last_penalty = self._mas._add_penalty_grad(grad_scale, owned)
+        params = [p for _, group in _groups(optimizer) for p in group if p.grad is not None]
+        self.last_penalty = self._mas._add_penalty_grad(grad_scale, {id(p) for p in params})
+        scaled = scaled_step(optimizer)
+        if scaled is not None and scaled.skips([p.grad for p in params]):  # type: ignore[misc]
+            self._withhold(params)
         return self.last_penalty
+
+    def _withhold(self, params: list[Tensor]) -> None:
+        """Takes the gradients away until the step is over: without any, it does nothing."""
+        self._withheld = [(p, p.grad) for p in params if p.grad is not None]
+        for p in params:
+            p.grad = None
+
+    def _give_back(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        for p, grad in self._withheld:
+            p.grad = grad
+        self._withheld = []
 
     def _step_towards_anchors(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         # A fused optimizer under a GradScaler skips the step itself where this is 1.
         found_inf = getattr(optimizer, "found_inf", None)
-        taken = 1.0 if found_inf is None else 1.0 - found_inf.reshape(())
+        taken = 1.0 if found_inf is None else 1.0 - whole(found_inf).reshape(())
         values = [
-            self._mas._proximal_step(rate * taken, {id(p) for p in params})
+            self._mas._proximal_step(rate * taken, {id(p) for p in params}, self._pushed_by)
             for rate, params in _groups(optimizer)
         ]
         self.last_penalty = self._mas._total(values)
+
+
+def unwrapped(optimizer: Optimizer) -> Optimizer:
+    """The optimizer whose step is taken in the end, out of Accelerate's or Lightning's wrapper."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = inner
+    return optimizer
 
 
 def _groups(optimizer: Optimizer) -> Iterator[tuple[Any, list[Tensor]]]:

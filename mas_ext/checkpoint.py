@@ -1,29 +1,36 @@
 """The state as a dictionary and as a file: named, versioned, checksummed, written atomically.
 
 A file is safetensors: tensors ``importance/NAME``, ``anchor/NAME``, ``earlier/NAME`` and
-``open/NAME``, everything else as JSON in the metadata, with a SHA-256 over all of it (safetensors
-itself loads a flipped bit without a word). The libraries that files need are imported with the
-first file: everything else here needs only torch.
+``open/NAME``, where Ω is kept in codes also ``importance_scales/NAME``, everything else as JSON in
+the metadata (:mod:`mas_ext.tensor_file`).
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
 import os
-import uuid
 from collections.abc import Iterable, Mapping
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mas_ext import tensor_file
+from mas_ext.distributed.gathering import write_once
+from mas_ext.drift import DEFAULT as DEFAULT_DRIFT
+from mas_ext.drift import Energy
+from mas_ext.importance.seen import Seen
+from mas_ext.precision import num_scales
+from mas_ext.reference import expanded, in_memory_order
+
 FORMAT = "mas_ext"
 # 2: open tasks weighted by batches, and "earlier" for the merge that needs it.
-VERSION = 2
+# 3: Ω in other dtypes than float32, and λ by name.
+# 4: "drift", and "energy" and "seen" that λ is found from.
+VERSION = 4
 GROUPS = ("importance", "anchor", "earlier", "open")
+SCALES = {"importance": "importance_scales", "earlier": "earlier_scales"}
+TENSORS = (*GROUPS, *SCALES.values())
 
 StateDict = dict[str, Any]
 
@@ -42,17 +49,28 @@ def check_format(state: Mapping[str, Any], source: str) -> None:
 
 def upgraded(state: Mapping[str, Any]) -> Mapping[str, Any]:
     """The state as this version would have written it."""
-    return state if state["version"] > 1 else {**state, "weighting": "samples", "earlier": {}}
+    added: StateDict = {}
+    if state["version"] < 2:
+        added |= {"weighting": "samples", "earlier": {}}
+    if state["version"] < 3:
+        added |= {scales: {} for scales in SCALES.values()}
+    if state["version"] < 4:
+        added |= {"drift": DEFAULT_DRIFT, "energy": asdict(Energy()), "seen": asdict(Seen())}
+    return {**state, **added}
 
 
 _CONTENTS: dict[str, Any] = {
-    "lambda_reg": (int, float),
+    "lambda_reg": (int, float, str, Mapping),
+    "drift": (int, float, Mapping),
+    "energy": Mapping,
+    "seen": Mapping,
+    "state_dtype": str,
     "merge": (str, tuple, list),
     "num_tasks": int,
     "tasks": Mapping,
     "num_samples": Mapping,
     "weighting": str,
-    **dict.fromkeys(GROUPS, Mapping),
+    **dict.fromkeys(TENSORS, Mapping),
 }
 
 
@@ -65,13 +83,37 @@ def check_contents(state: Mapping[str, Any]) -> None:
     for key, tensors in counts.items():
         if state[key].keys() != tensors.keys():
             raise ValueError(f"the state is damaged: {key!r} counts other parameters than it has")
+    for group, key in SCALES.items():
+        _check_scales(state[group], state[key], key)
+
+
+def _check_scales(omega: Mapping[str, Tensor], scales: Mapping[str, Tensor], key: str) -> None:
+    """Codes have as many scales as they need, and nothing else has any."""
+    needed = {n: num_scales(o.numel()) for n, o in omega.items() if o.dtype == torch.uint8}
+    found = {name: tensor.numel() for name, tensor in scales.items()}
+    if needed != found:
+        raise ValueError(f"the state is damaged: {key!r} does not belong to its codes")
 
 
 def known_parameters(state: Mapping[str, Any], named: Mapping[str, Tensor]) -> StateDict:
     """The state without the parameters that the model lacks."""
-    per_parameter = (*GROUPS, "tasks", "num_samples")
+    per_parameter = (*TENSORS, "tasks", "num_samples")
     known = {k: {n: v for n, v in state[k].items() if n in named} for k in per_parameter}
     return {**state, **known}
+
+
+def with_expanded(state: Mapping[str, Any], names: Iterable[str]) -> StateDict:
+    """The state with these parameters' Ω in float32: codes of a part are no part of the codes.
+
+    Blocks of codes end where a part ends, so that others cannot be cut out of them.
+    """
+    changed: StateDict = {}
+    for group, key in SCALES.items():
+        omega, scales = dict(state[group]), dict(state[key])
+        for name in set(names) & scales.keys():
+            omega[name] = expanded(omega[name], scales.pop(name))
+        changed |= {group: omega, key: scales}
+    return {**state, **changed}
 
 
 def check_parameters(
@@ -107,29 +149,14 @@ def check_parameters(
 
 
 def write(state: StateDict, path: str | os.PathLike[str]) -> None:
-    """Writes a state to ``path``, all or nothing: a crash leaves what was there before."""
-    from safetensors.torch import save
+    """Writes a state to ``path``, all or nothing: a crash leaves what was there before.
 
-    target = Path(path).resolve()  # a link stays one
-    tensors = {
-        f"{group}/{name}": tensor.detach().cpu().contiguous()
-        for group in GROUPS
-        for name, tensor in state[group].items()
-    }
-    settings = json.dumps({k: v for k, v in state.items() if k not in GROUPS}, sort_keys=True)
-    metadata = {"state": settings, "sha256": _digest(settings, tensors)}
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(save(tensors, metadata))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-        _sync_folder(target.parent)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
+    Of DTensors every process has a part: all of them call this, and one writes.
+    """
+    settings = {key: value for key, value in state.items() if key not in TENSORS}
+    settings["strides"] = _strides(state)
+    tensors = {f"{g}/{n}": _written(t) for g in TENSORS for n, t in state[g].items()}
+    write_once(tensors, lambda fetch: tensor_file.write(path, settings, tensors, fetch))
 
 
 def read(path: str | os.PathLike[str]) -> StateDict:
@@ -139,47 +166,29 @@ def read(path: str | os.PathLike[str]) -> StateDict:
         FileNotFoundError: there is no such file.
         ValueError: it is truncated, altered, of another format or of a future version.
     """
-    from safetensors import SafetensorError, safe_open
-
     source = f"{os.fspath(path)!r}"
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{source} does not exist or is not a file")
-    try:
-        with safe_open(os.fspath(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        settings = metadata["state"]
-        state = json.loads(settings)
-    except (SafetensorError, KeyError, ValueError, OSError) as error:
-        raise ValueError(
-            f"{source} cannot be read ({error}): it is truncated, corrupted, or no mas_ext state; "
-            "use another copy"
-        ) from error
-    check_format(state, source)
-    if metadata.get("sha256") != _digest(settings, tensors):
-        raise ValueError(f"{source} is corrupted: its checksum does not match; use another copy")
-    return {**state, **{group: _group(tensors, group) for group in GROUPS}}
+    settings, tensors = tensor_file.read(path, lambda settings: check_format(settings, source))
+    for key, stride in settings.pop("strides", {}).items():
+        tensors[key] = _laid_out(tensors[key], stride)
+    return {**settings, **{group: tensor_file.under(group, tensors) for group in TENSORS}}
 
 
-def _group(tensors: Mapping[str, Tensor], group: str) -> dict[str, Tensor]:
-    prefix = f"{group}/"
-    return {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
+# A file holds contiguous tensors, and blocks of codes run through memory: so codes with other
+# strides are written as if they were contiguous, and put back when they are read.
+def _written(tensor: Tensor) -> Tensor:
+    if tensor.dtype != torch.uint8:
+        return tensor
+    return in_memory_order(tensor).view(tensor.shape)
 
 
-def _digest(settings: str, tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256(settings.encode())
-    for key in sorted(tensors):
-        tensor = tensors[key]
-        digest.update(f"\0{key}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+def _strides(state: StateDict) -> dict[str, list[int]]:
+    return {
+        f"{group}/{name}": list(tensor.stride())
+        for group in SCALES
+        for name, tensor in state[group].items()
+        if tensor.dtype == torch.uint8 and not tensor.is_contiguous()
+    }
 
 
-def _sync_folder(folder: Path) -> None:
-    """Makes the new name itself survive a power cut; not every system can."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+def _laid_out(tensor: Tensor, stride: list[int]) -> Tensor:
+    return tensor.as_strided(tensor.shape, stride)

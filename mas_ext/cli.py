@@ -72,12 +72,21 @@ def _add_demo(commands: Any) -> None:
     demo.add_argument("--lr", type=float, help="Adam's learning rate (default: the scenario's)")
     demo.add_argument("--batch-size", type=int, help="default: 64")
     demo.add_argument(
-        "--lambda", dest="lambda_reg", type=float, help="MAS's λ (default: the scenario's)"
+        "--lambda", dest="lambda_reg", type=_strength, help="MAS's λ (default: auto, from drift)"
     )
     demo.add_argument(
-        "--lambda-proximal", type=float, help="λ of MAS's proximal step (default: the scenario's)"
+        "--lambda-proximal", type=_strength, help="λ of MAS's proximal step (default: auto)"
+    )
+    demo.add_argument(
+        "--drift", type=float, help="how far a task may change what was learned (default: 0.2)"
+    )
+    demo.add_argument(
+        "--sweep", action="store_true", help="try other λ and other drifts, too (a minute more)"
     )
     demo.add_argument("--lambda-l2", type=float, help="λ of L2 (default: the scenario's)")
+    demo.add_argument(
+        "--state-dtype", help="what Ω is kept in: float32, bfloat16 or uint8 (default: float32)"
+    )
     demo.add_argument(
         "--importance-samples", type=int, help="images a task to measure Ω on (default: all)"
     )
@@ -90,6 +99,11 @@ def _add_demo(commands: Any) -> None:
     )
     demo.add_argument("--out", default="mas-demo", help="folder for the report (default: mas-demo)")
     demo.add_argument("--quiet", action="store_true", default=False, help="no progress bars")
+
+
+def _strength(word: str) -> float | str:
+    """λ: a number or auto."""
+    return word if word == "auto" else float(word)
 
 
 def _demo(arguments: argparse.Namespace) -> int:

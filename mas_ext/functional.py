@@ -7,6 +7,10 @@ all are on one device; lists may mix shapes and dtypes, and may be empty. Functi
 in ``_`` write to their first argument (the optimizer steps to their moments too), which may share
 memory with nothing else.
 
+Where Ω is only read, beside values other than float64, it may also be bfloat16, or uint8 codes of
+:mod:`mas_ext.precision`: dense, with ``omega_scales`` that has a tensor for each Ω, float32
+[⌈elements/256⌉] for codes and without elements for others. It is expanded on the way from memory.
+
 ``lambda_reg``, ``lr``, ``grad_scale`` and ``found_inf`` are numbers or 0-dim float tensors. A
 tensor on the device is read there, so nothing waits for the host, a captured CUDA graph sees it
 change, and ``torch.compile`` does not recompile for a new value.
@@ -27,7 +31,7 @@ import torch
 from torch import Tensor
 
 from mas_ext import _native, _ops, _steps  # noqa: F401  (they define and load the operators)
-from mas_ext._ops import writing
+from mas_ext._dispatch import writing
 
 __all__ = [
     "accumulate_abs_matmul_",
@@ -54,9 +58,9 @@ _adamw_step = writing("adamw_step_")
 def _scalar(name: str, value: Scalar) -> Tensor:
     if isinstance(value, Tensor):
         return value
-    if not value >= 0 or math.isinf(value):
+    if not 0 <= value < math.inf:  # comparisons, which torch.compile knows of a number that changed
         raise ValueError(f"{name} is {value}; pass a finite number that is not negative")
-    return torch.scalar_tensor(value, dtype=torch.float64)
+    return torch.scalar_tensor(value, dtype=torch.float64, device="cpu")
 
 
 def accumulate_importance_(omega: Tensors, grads: Tensors, scale: float = 1.0) -> None:
@@ -104,7 +108,14 @@ def accumulate_abs_matmul_(omega: Tensor, left: Tensor, right: Tensor, scale: fl
     _accumulate_abs_matmul(omega, left, right, scale)
 
 
-def penalty(params: Tensors, anchors: Tensors, omega: Tensors, lambda_reg: Scalar) -> Tensor:
+def penalty(
+    params: Tensors,
+    anchors: Tensors,
+    omega: Tensors,
+    lambda_reg: Scalar,
+    *,
+    omega_scales: Tensors = (),
+) -> Tensor:
     r"""The penalty, differentiable (twice, too) in every argument.
 
     .. math:: \frac{\lambda}{2} \sum_i \Omega_i (\theta_i - \theta^*_i)^2
@@ -119,11 +130,18 @@ def penalty(params: Tensors, anchors: Tensors, omega: Tensors, lambda_reg: Scala
     Source: Aljundi et al., ECCV 2018, equation 3, whose λ is half of this one.
     """
     strength = _scalar("lambda_reg", lambda_reg)
-    return torch.ops.mas_ext.penalty(list(params), list(anchors), list(omega), strength)
+    return torch.ops.mas_ext.penalty(
+        list(params), list(anchors), list(omega), list(omega_scales), strength
+    )
 
 
 def penalty_and_grad(
-    params: Tensors, anchors: Tensors, omega: Tensors, lambda_reg: Scalar
+    params: Tensors,
+    anchors: Tensors,
+    omega: Tensors,
+    lambda_reg: Scalar,
+    *,
+    omega_scales: Tensors = (),
 ) -> tuple[Tensor, list[Tensor]]:
     r"""The penalty and its gradient from one read of memory.
 
@@ -134,7 +152,7 @@ def penalty_and_grad(
     """
     strength = _scalar("lambda_reg", lambda_reg)
     value, grads = torch.ops.mas_ext.penalty_and_grad(
-        list(params), list(anchors), list(omega), strength
+        list(params), list(anchors), list(omega), list(omega_scales), strength
     )
     return value, list(grads)
 
@@ -146,6 +164,8 @@ def add_penalty_grad_(
     omega: Tensors,
     lambda_reg: Scalar,
     grad_scale: Scalar | None = None,
+    *,
+    omega_scales: Tensors = (),
 ) -> Tensor:
     r"""Adds the penalty's gradient to ``grads`` in one pass, and returns the penalty.
 
@@ -162,11 +182,18 @@ def add_penalty_grad_(
     """
     strength = _scalar("lambda_reg", lambda_reg)
     scale = None if grad_scale is None else _scalar("grad_scale", grad_scale)
-    return _add_penalty_grad(list(grads), list(params), list(anchors), list(omega), strength, scale)
+    state = list(params), list(anchors), list(omega), list(omega_scales)
+    return _add_penalty_grad(list(grads), *state, strength, scale)
 
 
 def proximal_step_(
-    params: Tensors, anchors: Tensors, omega: Tensors, lambda_reg: Scalar, lr: Scalar
+    params: Tensors,
+    anchors: Tensors,
+    omega: Tensors,
+    lambda_reg: Scalar,
+    lr: Scalar,
+    *,
+    omega_scales: Tensors = (),
 ) -> Tensor:
     r"""Pulls the parameters towards their anchors by the penalty's proximal operator, in place.
 
@@ -186,7 +213,8 @@ def proximal_step_(
         The penalty at the parameters as they are after the step. Never waits for the device.
     """
     strength, rate = _scalar("lambda_reg", lambda_reg), _scalar("lr", lr)
-    return _proximal_step(list(params), list(anchors), list(omega), strength, rate)
+    state = list(params), list(anchors), list(omega), list(omega_scales)
+    return _proximal_step(*state, strength, rate)
 
 
 def _step_scalars(
@@ -216,6 +244,7 @@ def sgd_step_(
     lambda_reg: Scalar,
     lr: Scalar,
     *,
+    omega_scales: Tensors = (),
     mode: str = "gradient",
     momentum_buffers: Tensors = (),
     momentum: float = 0.0,
@@ -267,6 +296,7 @@ def sgd_step_(
         list(momentum_buffers),
         list(anchors),
         list(omega),
+        list(omega_scales),
         *strengths,
         momentum=momentum,
         dampening=dampening,
@@ -286,6 +316,7 @@ def adamw_step_(
     lambda_reg: Scalar,
     lr: Scalar,
     *,
+    omega_scales: Tensors = (),
     exp_avgs: Tensors,
     exp_avg_sqs: Tensors,
     steps: Tensor,
@@ -344,6 +375,7 @@ def adamw_step_(
         steps,
         list(anchors),
         list(omega),
+        list(omega_scales),
         *strengths,
         beta1=betas[0],
         beta2=betas[1],

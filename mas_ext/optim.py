@@ -14,7 +14,9 @@ takes torch's own, also fused. A parameter without a gradient is left alone, in 
 The penalty's gradient is added inside the step, after any clipping and unscaling, as by
 ``mas.attach(optimizer)``. Two differences: ``p.grad`` is only read, so that it holds the loss's
 gradient after the step as before (under a ``GradScaler``, still scaled); and with ``maximize=True``
-the loss is ascended and the penalty descended.
+the loss is ascended and the penalty descended. Under a ``GradScaler`` the penalty's gradient is
+looked at before the step, in one more pass, so that an Inf in it skips the step and lowers the
+scale.
 
 =============  =================================================================================
 ``mas``        the :class:`mas_ext.MAS`; what it remembers and its λ are looked at in every step
@@ -39,7 +41,10 @@ from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
 from mas_ext import functional
-from mas_ext.bundles import Held, naming, near
+from mas_ext.bundles import Bundle, Held, bundled, largest_pulls, naming, near
+from mas_ext.distributed.shards import local_grads, locals_of, whole
+from mas_ext.drift import pushed_by
+from mas_ext.grad_scaling import scaled_step
 from mas_ext.regularizer import MAS
 
 __all__ = ["SGD", "Adam", "AdamW"]
@@ -128,21 +133,25 @@ class _IncludesPenalty(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         held = self._held()
+        if self._overflows(held):
+            return loss
         values = []
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             others = [p for p in params if id(p) not in held]
             if others:
                 self._take_torch_step({**group, "params": others})
-            for part in _by_device([p for p in params if id(p) in held]):
-                values += self._take_step({**group, "params": part}, held)
+            for part in self._alike({**group, "params": [p for p in params if id(p) in held]}):
+                for bundle in bundled(held[id(p)] for p in part):
+                    value = self._take_step({**group, "params": bundle.params}, bundle)
+                    values.append(bundle.home.total(value))
         self.last_penalty = self.mas._total(values)
         return loss
 
     def _held(self) -> dict[int, Held]:
         """Those of our parameters that have a gradient and that the MAS holds, by id."""
         owned = {id(p) for g in self.param_groups for p in g["params"] if p.grad is not None}
-        active = self.mas._active(owned)
+        active = self.mas._active(owned, pushed_by(self, self.mode))
         for held in active:
             if held.param.grad.layout != torch.strided:  # type: ignore[union-attr]
                 raise RuntimeError(
@@ -151,21 +160,32 @@ class _IncludesPenalty(torch.optim.Optimizer):
                 )
         return {id(held.param): held for held in active}
 
+    def _overflows(self, held: dict[int, Held]) -> bool:
+        """Whether a GradScaler has to skip this step for the penalty's sake, and we for it.
+
+        All or nothing, so it is known before the first parameter is written: under a scaler, and
+        only there, the penalty's gradient is taken twice.
+        """
+        scaled = scaled_step(self) if self.mode == "gradient" and held else None
+        if scaled is None:
+            return False
+        return scaled.skips(largest_pulls(held.values()))
+
     def _amp(self, like: Tensor) -> dict[str, Tensor | None]:
         """What a GradScaler leaves here for a step that unscales and skips by itself."""
         scalars = {name: getattr(self, name, None) for name in ("grad_scale", "found_inf")}
-        return {k: None if v is None else near(v.reshape(()), like) for k, v in scalars.items()}
+        return {
+            name: None if scalar is None else near(whole(scalar).reshape(()), like)
+            for name, scalar in scalars.items()
+        }
 
-    def _arguments(self, group: Group, held: dict[int, Held]) -> tuple[list[str], dict[str, Any]]:
-        """Names, and what every operator is told of a group whose parameters are on one device."""
-        names, params, anchors, omega = zip(*(held[id(p)] for p in group["params"]), strict=True)
-        lr = group["lr"]
-        return list(names), {
-            "params": params,
-            "grads": [p.grad for p in params],
-            "anchors": anchors,
-            "omega": omega,
-            "lambda_reg": self.mas.lambda_reg,
+    def _arguments(self, group: Group, bundle: Bundle) -> dict[str, Any]:
+        """What every operator is told of a group whose parameters are those of a bundle."""
+        params, lr = bundle.params, group["lr"]
+        return {
+            "params": locals_of(params),
+            "grads": local_grads(params),
+            **bundle.state(),
             "lr": near(lr.reshape(()), params[0]) if isinstance(lr, Tensor) else lr,
             "mode": self.mode,
             "weight_decay": float(group["weight_decay"]),
@@ -173,18 +193,20 @@ class _IncludesPenalty(torch.optim.Optimizer):
             **self._amp(params[0]),
         }
 
-    def _take_step(self, group: Group, held: dict[int, Held]) -> list[Tensor]:
-        """The fused step of parameters that are held, all on one device; returns penalties."""
+    def _alike(self, group: Group) -> Iterator[list[Tensor]]:
+        """A group's parameters, by what their step has to be told."""
+        yield group["params"]
+
+    def _take_step(self, group: Group, bundle: Bundle) -> Tensor:
+        """The fused step of a group whose parameters are those of a bundle; returns its penalty.
+
+        Of DTensors, the local parts: a step is element by element.
+        """
         raise NotImplementedError
 
     def _take_torch_step(self, group: Group) -> None:
         """torch's own fused step, of all others."""
         raise NotImplementedError
-
-
-def _by_device(params: list[Tensor]) -> Iterator[list[Tensor]]:
-    for device in dict.fromkeys(p.device for p in params):
-        yield [p for p in params if p.device == device]
 
 
 def _is_narrow_on_cpu(p: Tensor) -> bool:
@@ -231,24 +253,25 @@ class SGD(_IncludesPenalty, torch.optim.SGD):
         )
         mas._check_holds_ours(self)
 
-    def _take_step(self, group: Group, held: dict[int, Held]) -> list[Tensor]:
-        values = []
-        for part, is_first in self._by_history(group):
-            names, arguments = self._arguments(part, held)
-            buffers = [] if group["momentum"] == 0 else self._buffers(part)
-            with naming(names):
-                values.append(
-                    functional.sgd_step_(
-                        **arguments,
-                        momentum_buffers=buffers,
-                        momentum=group["momentum"],
-                        dampening=0.0 if is_first else group["dampening"],
-                        nesterov=group["nesterov"],
-                    )
-                )
-            if is_first:
-                self._keep(part["params"], buffers)
-        return values
+    def _alike(self, group: Group) -> Iterator[list[Tensor]]:
+        for part, _ in self._by_history(group):
+            yield part["params"]
+
+    def _take_step(self, group: Group, bundle: Bundle) -> Tensor:
+        buffers = [] if group["momentum"] == 0 else self._buffers(group)
+        is_first = self._kept(group)[0] is None
+        arguments = self._arguments(group, bundle)
+        with naming(bundle.names):
+            value = functional.sgd_step_(
+                **arguments,
+                momentum_buffers=locals_of(buffers),
+                momentum=group["momentum"],
+                dampening=0.0 if is_first else group["dampening"],
+                nesterov=group["nesterov"],
+            )
+        if is_first:
+            self._keep(group["params"], buffers)
+        return value
 
     def _take_torch_step(self, group: Group) -> None:
         for part, is_first in self._by_history(group):
@@ -264,15 +287,15 @@ class SGD(_IncludesPenalty, torch.optim.SGD):
                 self._sgd({**part, "params": narrow}, is_first, scale)
 
     def _sgd(self, group: Group, is_first: bool, scale: float = 1.0, **how: Any) -> None:
-        params, grads = group["params"], [p.grad for p in group["params"]]
+        params, grads = group["params"], local_grads(group["params"])
         # Made here: torch's are not set to anything where the first step is skipped.
         buffers: list[Any] = [None] * len(params)
         if group["momentum"] != 0:
             buffers = self._buffers(group)
         sgd(
-            params,
+            locals_of(params),
             grads if scale == 1 else [g / scale for g in grads],
-            buffers,
+            locals_of(buffers),
             has_sparse_grad=any(g.is_sparse for g in grads),
             dampening=0.0 if is_first else group["dampening"],
             **{name: group[name] for name in ("lr", "momentum", "weight_decay", "nesterov")},
@@ -358,14 +381,14 @@ class Adam(_IncludesPenalty, torch.optim.Adam):
         )
         mas._check_holds_ours(self)
 
-    def _take_step(self, group: Group, held: dict[int, Held]) -> list[Tensor]:
+    def _take_step(self, group: Group, bundle: Bundle) -> Tensor:
         _, _, exp_avgs, exp_avg_sqs, steps = self._state_of(group)
-        names, arguments = self._arguments(group, held)
-        with naming(names):
+        arguments = self._arguments(group, bundle)
+        with naming(bundle.names):
             value = functional.adamw_step_(
                 **arguments,
-                exp_avgs=exp_avgs,
-                exp_avg_sqs=exp_avg_sqs,
+                exp_avgs=locals_of(exp_avgs),
+                exp_avg_sqs=locals_of(exp_avg_sqs),
                 steps=torch.stack(steps),
                 betas=(float(group["betas"][0]), float(group["betas"][1])),
                 eps=group["eps"],
@@ -374,15 +397,15 @@ class Adam(_IncludesPenalty, torch.optim.Adam):
         found_inf = arguments["found_inf"]
         taken = 1.0 if found_inf is None else (found_inf == 0).float()
         torch._foreach_add_(steps, taken)
-        return [value]
+        return value
 
     def _take_torch_step(self, group: Group) -> None:
-        params, grads, exp_avgs, exp_avg_sqs, steps = self._state_of(group)
+        params, _, exp_avgs, exp_avg_sqs, steps = self._state_of(group)
         adam(
-            params,
-            grads,
-            exp_avgs,
-            exp_avg_sqs,
+            locals_of(params),
+            local_grads(params),
+            locals_of(exp_avgs),
+            locals_of(exp_avg_sqs),
             [],
             steps,
             fused=True,

@@ -8,12 +8,15 @@ from typing import Any
 
 from torch import nn
 from torch.nn import Parameter
+from torch.optim.swa_utils import AveragedModel
+
+from mas_ext.distributed.fsdp import sharded_stand_ins
 
 Selection = Iterable[str] | Callable[[str, Parameter], bool] | None
 
 # Modules that only wrap another one; their step of the path is left out of canonical names.
 _WRAPPING_ATTRIBUTES = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
-_WRAPPING_TYPES = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+_WRAPPING_TYPES = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
 
 
 def _is_wrapper_step(owner: nn.Module, attribute: str) -> bool:
@@ -38,6 +41,7 @@ class ParameterIndex:
 
     A model may change between uses: a head is replaced, a module added. The names are looked up
     anew when it has, which a comparison of object identities tells without walking the model.
+    Where ``fully_shard`` has put a whole parameter in a module for a while, it is the sharded one.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -50,6 +54,7 @@ class ParameterIndex:
     def _look_up(self) -> None:
         self._named, self._links, self._owners = {}, [], []
         seen: set[int] = set()
+        sharded = sharded_stand_ins(self.model)
         for prefix, module in _walk(self.model, "", set()):
             for owner in (module._parameters, module._modules):
                 self._owners.append((owner, len(owner)))
@@ -57,7 +62,7 @@ class ParameterIndex:
             for attribute, parameter in module._parameters.items():
                 if parameter is not None and id(parameter) not in seen:
                     seen.add(id(parameter))
-                    self._named[prefix + attribute] = parameter
+                    self._named[prefix + attribute] = sharded.get(id(parameter), parameter)
 
     def _is_current(self) -> bool:
         return all(owner.get(key) is value for owner, key, value in self._links) and all(
@@ -116,6 +121,24 @@ def select_some(named: Mapping[str, Parameter], params: Selection) -> dict[str, 
             f"some of the model's parameters or widen params (the model has {_some(named)})"
         )
     return selected
+
+
+def select_measurable(named: Mapping[str, Parameter], params: Selection) -> dict[str, Parameter]:
+    """:func:`select_some`, of a model that has values."""
+    selected = select_some(named, params)
+    check_materialised(selected)
+    return selected
+
+
+def check_materialised(params: Mapping[str, Parameter]) -> None:
+    """That no parameter is on the meta device, where what belongs to it would be lost."""
+    for name, p in params.items():
+        if p.is_meta:
+            raise ValueError(
+                f"parameter {name!r} is on the meta device and has no values; give the model "
+                "memory and weights first (to_empty() and load_state_dict(), or "
+                "load_state_dict(assign=True))"
+            )
 
 
 def _some(named: Mapping[str, Any], most: int = 5) -> str:

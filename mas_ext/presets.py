@@ -9,7 +9,8 @@ from torch import nn
 
 from mas_ext.importance.objectives import Objective
 from mas_ext.regularizer import MAS
-from mas_ext.state import Merge, check_lambda, check_merge
+from mas_ext.state import Merge, check_merge
+from mas_ext.strength import AUTO, check_lambda
 
 
 @dataclass(frozen=True)
@@ -61,16 +62,18 @@ class Preset:
             "training": self.training,
         }
 
-    def regularizer(self, lambda_reg: float = 1.0) -> dict[str, Any]:
+    def regularizer(self, lambda_reg: float | str = 1.0) -> dict[str, Any]:
         """Arguments for ``mas_ext.MAS(model, **preset.regularizer(their_lambda))``."""
-        return {"lambda_reg": self.lambda_scale * check_lambda(lambda_reg), "merge": self.merge}
+        if lambda_reg != AUTO:
+            lambda_reg = self.lambda_scale * check_lambda(lambda_reg)
+        return {"lambda_reg": lambda_reg, "merge": self.merge}
 
-    def mas(self, model: nn.Module, lambda_reg: float = 1.0, **options: Any) -> MAS:
+    def mas(self, model: nn.Module, lambda_reg: float | str = 1.0, **options: Any) -> MAS:
         """A :class:`mas_ext.MAS` with their penalty and their merging.
 
         Args:
             model: as for :class:`mas_ext.MAS`.
-            lambda_reg: λ as that implementation means it.
+            lambda_reg: λ as that implementation means it, or ``"auto"``.
             options: further arguments of :class:`mas_ext.MAS`; they win over the preset's.
         """
         return MAS(model, **{**self.regularizer(lambda_reg), **options})

@@ -6,7 +6,7 @@ the signature of its namesake in :mod:`mas_ext.functional`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -27,6 +27,46 @@ def value_dtype(tensors: Tensors) -> torch.dtype:
     """The dtype of a penalty over the list: that of its widest accumulation."""
     wide = any(t.dtype == torch.float64 for t in tensors)
     return torch.float64 if wide else torch.float32
+
+
+BLOCK = 256  # codes that share a scale
+_LARGEST_CODE = 255
+
+
+def num_scales(numel: int) -> int:
+    """How many blocks so many codes make."""
+    return -(-numel // BLOCK)
+
+
+def in_memory_order(tensor: Tensor) -> Tensor:
+    """A dense tensor's elements as they lie in memory, a view: what blocks of codes run along."""
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def expanded(codes: Tensor, scales: Tensor) -> Tensor:
+    r"""Ω of its codes: :math:`\Omega_i = s_b\,(q_i/255)^2`, where b is the block that i lies in.
+
+    Args:
+        codes: q, uint8, dense; blocks of 256 run through its memory, whatever its strides.
+        scales: s, float32 [number of blocks]: each block's largest Ω.
+
+    Returns:
+        Ω, float32, with the shape and strides of ``codes``.
+    """
+    omega = torch.empty_like(codes, dtype=torch.float32)
+    flat, squares = in_memory_order(omega), in_memory_order(codes).to(torch.float32)
+    torch.mul(squares, squares, out=flat).mul_(1 / _LARGEST_CODE**2)
+    flat.mul_(scales.repeat_interleave(BLOCK)[: flat.numel()])
+    return omega
+
+
+def wide(omega: Tensors, omega_scales: Tensors) -> Iterator[Tensor]:
+    """Ω as it is computed with, float32 or float64, of what is kept; one at a time is expanded."""
+    for i, kept in enumerate(omega):
+        if kept.dtype == torch.uint8:
+            yield expanded(kept, omega_scales[i])
+        else:
+            yield kept.to(accumulation_dtype(kept.dtype))
 
 
 def displacement(param: Tensor, anchor: Tensor) -> Tensor:
@@ -68,27 +108,39 @@ def accumulate_abs_matmul_(omega: Tensor, left: Tensor, right: Tensor, scale: fl
             o.add_(products.abs_().sum(0), alpha=scale)
 
 
-def penalty(params: Tensors, anchors: Tensors, omega: Tensors, lambda_reg: Scalar) -> Tensor:
+def penalty(
+    params: Tensors,
+    anchors: Tensors,
+    omega: Tensors,
+    lambda_reg: Scalar,
+    *,
+    omega_scales: Tensors = (),
+) -> Tensor:
     """See :func:`mas_ext.functional.penalty`."""
     if not params:
         device = lambda_reg.device if isinstance(lambda_reg, Tensor) else None
         return torch.zeros((), device=device)
     energy = torch.zeros((), dtype=torch.float64, device=params[0].device)
-    for p, a, o in zip(params, anchors, omega, strict=True):
+    for p, a, o in zip(params, anchors, wide(omega, omega_scales), strict=True):
         delta = displacement(p, a)
         energy = energy + _sum(o * delta * delta)
     return (0.5 * lambda_reg * energy).to(value_dtype(params))
 
 
 def penalty_and_grad(
-    params: Tensors, anchors: Tensors, omega: Tensors, lambda_reg: Scalar
+    params: Tensors,
+    anchors: Tensors,
+    omega: Tensors,
+    lambda_reg: Scalar,
+    *,
+    omega_scales: Tensors = (),
 ) -> tuple[Tensor, list[Tensor]]:
     """See :func:`mas_ext.functional.penalty_and_grad`."""
     grads = [
         (_factor(lambda_reg, o) * o * displacement(p, a)).to(p.dtype)
-        for p, a, o in zip(params, anchors, omega, strict=True)
+        for p, a, o in zip(params, anchors, wide(omega, omega_scales), strict=True)
     ]
-    return penalty(params, anchors, omega, lambda_reg), grads
+    return penalty(params, anchors, omega, lambda_reg, omega_scales=omega_scales), grads
 
 
 def add_penalty_grad_(
@@ -98,23 +150,31 @@ def add_penalty_grad_(
     omega: Tensors,
     lambda_reg: Scalar,
     grad_scale: Scalar | None = None,
+    *,
+    omega_scales: Tensors = (),
 ) -> Tensor:
     """See :func:`mas_ext.functional.add_penalty_grad_`."""
     scale = 1.0 if grad_scale is None else grad_scale
-    for g, p, a, o in zip(grads, params, anchors, omega, strict=True):
+    for g, p, a, o in zip(grads, params, anchors, wide(omega, omega_scales), strict=True):
         g.copy_(g.to(o.dtype) + _factor(lambda_reg, o, scale) * o * displacement(p, a))
-    return penalty(params, anchors, omega, lambda_reg)
+    return penalty(params, anchors, omega, lambda_reg, omega_scales=omega_scales)
 
 
 def proximal_step_(
-    params: Tensors, anchors: Tensors, omega: Tensors, lambda_reg: Scalar, lr: Scalar
+    params: Tensors,
+    anchors: Tensors,
+    omega: Tensors,
+    lambda_reg: Scalar,
+    lr: Scalar,
+    *,
+    omega_scales: Tensors = (),
 ) -> Tensor:
     """See :func:`mas_ext.functional.proximal_step_`."""
-    for p, a, o in zip(params, anchors, omega, strict=True):
+    for p, a, o in zip(params, anchors, wide(omega, omega_scales), strict=True):
         c = (_factor(lambda_reg, o, lr) * o).clamp_max(torch.finfo(o.dtype).max)
         moved = p.to(o.dtype) - displacement(p, a) * (c / (1 + c))
         p.copy_(torch.where(o == 0, p, moved.to(p.dtype)))
-    return penalty(params, anchors, omega, lambda_reg)
+    return penalty(params, anchors, omega, lambda_reg, omega_scales=omega_scales)
 
 
 # The order of a step: the loss's gradient g, ±g/s, the penalty's, weight decay, the rule.
@@ -134,28 +194,37 @@ class _Step:
 
     def __init__(
         self,
-        state: tuple[Tensors, Tensors, Tensors],
+        state: tuple[Tensors, Tensors, Tensors, Tensors],
         strengths: tuple[Scalar, Scalar],
         mode: str,
         found_inf: Scalar | None,
     ) -> None:
-        self.params, self.anchors, self.omega = state
+        self.params, self.anchors, self.omega, self.omega_scales = state
         self.lambda_reg, self.lr = strengths
         self.proximal = mode == "proximal"
         self.keep = None if found_inf is None else torch.as_tensor(found_inf) != 0
-        self.before = None if self.proximal else penalty(*state, self.lambda_reg)
+        self.before = None if self.proximal else self._penalty()
+
+    def _state(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
+        (omega,) = wide(self.omega[i : i + 1], self.omega_scales[i : i + 1])
+        return self.params[i], self.anchors[i], omega
+
+    def _penalty(self) -> Tensor:
+        state = self.params, self.anchors, self.omega
+        return penalty(*state, self.lambda_reg, omega_scales=self.omega_scales)
 
     def pull(self, i: int) -> Tensor | float:
         """The penalty's gradient, where it is part of the step's."""
         if self.proximal:
             return 0.0
-        p, a, o = self.params[i], self.anchors[i], self.omega[i]
+        p, a, o = self._state(i)
         return _factor(self.lambda_reg, o) * o * displacement(p, a)
 
     def write(self, i: int, moved: Tensor, *moments: tuple[Tensor, Tensor]) -> None:
         """Stores θ, pulled towards θ* where the step is proximal, and the moments."""
-        p, a, o = self.params[i], self.anchors[i], self.omega[i]
+        p = self.params[i]
         if self.proximal:
+            _, a, o = self._state(i)
             c = (_factor(self.lambda_reg, o, self.lr) * o).clamp_max(torch.finfo(o.dtype).max)
             moved = torch.where(o == 0, moved, moved - (moved - a.to(o.dtype)) * (c / (1 + c)))
         for old, new in [(p, moved), *moments]:
@@ -164,9 +233,7 @@ class _Step:
 
     def value(self) -> Tensor:
         """The penalty at θ before the step, for a proximal one after it."""
-        if self.before is not None:
-            return self.before
-        return penalty(self.params, self.anchors, self.omega, self.lambda_reg)
+        return self._penalty() if self.before is None else self.before
 
 
 def sgd_step_(
@@ -177,6 +244,7 @@ def sgd_step_(
     lambda_reg: Scalar,
     lr: Scalar,
     *,
+    omega_scales: Tensors = (),
     mode: str = "gradient",
     momentum_buffers: Tensors = (),
     momentum: float = 0.0,
@@ -188,7 +256,7 @@ def sgd_step_(
     found_inf: Scalar | None = None,
 ) -> Tensor:
     """See :func:`mas_ext.functional.sgd_step_`."""
-    step = _Step((params, anchors, omega), (lambda_reg, lr), mode, found_inf)
+    step = _Step((params, anchors, omega, omega_scales), (lambda_reg, lr), mode, found_inf)
     for i, (p, g) in enumerate(zip(params, grads, strict=True)):
         g = _step_gradient(p, g, step.pull(i), maximize, grad_scale, weight_decay)
         rate = torch.as_tensor(lr, dtype=torch.float64).to(g.dtype)
@@ -209,6 +277,7 @@ def adamw_step_(
     lambda_reg: Scalar,
     lr: Scalar,
     *,
+    omega_scales: Tensors = (),
     exp_avgs: Tensors,
     exp_avg_sqs: Tensors,
     steps: Tensor,
@@ -222,7 +291,7 @@ def adamw_step_(
     found_inf: Scalar | None = None,
 ) -> Tensor:
     """See :func:`mas_ext.functional.adamw_step_`."""
-    step = _Step((params, anchors, omega), (lambda_reg, lr), mode, found_inf)
+    step = _Step((params, anchors, omega, omega_scales), (lambda_reg, lr), mode, found_inf)
     rate = torch.as_tensor(lr, dtype=torch.float64)
     shrink, l2 = (1 - rate * weight_decay, 0.0) if decoupled else (torch.ones(()), weight_decay)
     for i, (p, g) in enumerate(zip(params, grads, strict=True)):

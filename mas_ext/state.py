@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mas_ext.distributed.shards import Home
+from mas_ext.drift import Group
 from mas_ext.flat import FlatTensors, leading
-from mas_ext.reference import accumulation_dtype
+from mas_ext.importance.seen import Seen
+from mas_ext.precision import KeptImportance
+from mas_ext.reference import accumulation_dtype, in_memory_order
 
 Merge = str | tuple[str, float]
-
-
-def check_lambda(value: Any) -> float:
-    """A finite number that is not negative."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"lambda_reg is {value!r}; pass a number")
-    if not value >= 0 or math.isinf(value):
-        raise ValueError(f"lambda_reg is {value}; pass a finite number that is not negative")
-    return float(value)
 
 
 _NAMES = ("sum", "mean", "max", "sum_of_sums")
@@ -76,26 +71,40 @@ def merge_(
         old.lerp_(new, 1 - float(merge[1]))
 
 
+def merged_weight(merge: Merge, tasks: int) -> float:
+    """What the weights add up to that a merged Ω gives its tasks."""
+    if merge == "sum":
+        return float(tasks)
+    if merge == "sum_of_sums":
+        return 2.0 ** (tasks - 1)
+    if merge[0] == "ema_from_zero":
+        return 1 - float(merge[1]) ** tasks
+    return 1.0
+
+
 def fits(anchor: Tensor, p: Tensor) -> bool:
     """Whether a parameter still is what its anchor was made for."""
     return anchor.shape == p.shape and anchor.dtype == p.dtype and anchor.device == p.device
+
+
+_PIECE = 2**20  # elements of Ω that are merged at a time; a multiple of precision.BLOCK
 
 
 class Memory:
     """Ω and θ* of the parameters that were measured so far.
 
     Attributes:
-        importance: name → Ω, in float32 (float64 for float64 parameters).
+        importance: name → Ω, kept in the state's dtype.
         anchor: name → θ*, in the parameter's dtype.
         tasks: name → in how many tasks the parameter was measured.
         earlier: name → the sum of all former ``importance``; empty unless the merge needs it.
     """
 
-    def __init__(self) -> None:
-        self.importance = FlatTensors({}, accumulation_dtype)
+    def __init__(self, state_dtype: str = "float32") -> None:
+        self.importance = KeptImportance({}, state_dtype)
         self.anchor = FlatTensors({})
         self.tasks: dict[str, int] = {}
-        self.earlier = FlatTensors({}, accumulation_dtype)
+        self.earlier = KeptImportance({}, state_dtype)
 
     @torch.no_grad()
     def fit(self, params: Mapping[str, Tensor]) -> None:
@@ -124,49 +133,128 @@ class Memory:
             self.earlier = _grown(self.earlier, like)
         self.tasks = {name: self.tasks.get(name, 0) for name in like}
 
+    @torch.no_grad()
+    def sizes(self, params: Mapping[str, Tensor], merge: Merge) -> dict[str, Group]:
+        """How many parameters there are, and Σ Ω of a task's mean Ω, by name.
+
+        Of DTensors every process calls this; it waits for the device.
+        """
+        totals = {name: Home.of(p).total(self._total(name)) for name, p in params.items()}
+        return {
+            name: Group(p.numel(), totals[name].item() / self._weight(name, merge))
+            for name, p in params.items()
+        }
+
+    def _total(self, name: str) -> Tensor:
+        """Σ Ω, in float64; what is kept in codes is expanded a piece at a time."""
+        kept, scales = self.importance.kept(name)
+        if scales is None:
+            return kept.sum(dtype=torch.float64)
+        total = torch.zeros((), dtype=torch.float64, device=kept.device)
+        for start in range(0, kept.numel(), _PIECE):
+            part = self.importance.read(name, slice(start, start + _PIECE))
+            total += part.sum(dtype=torch.float64)
+        return total
+
+    def _weight(self, name: str, merge: Merge) -> float:
+        return merged_weight(merge, tasks) if (tasks := self.tasks[name]) else 1.0
+
     def state_dict(self) -> dict[str, Any]:
         """A copy of everything, by parameter name."""
+        importance, importance_scales = _kept_copies(self.importance)
+        earlier, earlier_scales = _kept_copies(self.earlier)
         return {
             "tasks": dict(self.tasks),
-            "importance": _copies(self.importance),
+            "importance": importance,
+            "importance_scales": importance_scales,
             "anchor": _copies(self.anchor),
-            "earlier": _copies(self.earlier),
+            "earlier": earlier,
+            "earlier_scales": earlier_scales,
         }
 
     @classmethod
-    def restored(cls, state: Mapping[str, Any], named: Mapping[str, Tensor]) -> Memory:
-        """From a state dictionary that has been checked, in the shapes of this model."""
-        memory = cls()
+    def restored(
+        cls, state: Mapping[str, Any], named: Mapping[str, Tensor], state_dtype: str = "float32"
+    ) -> Memory:
+        """From a state dictionary that has been checked, in the shapes of this model.
+
+        Its Ω may be kept otherwise than here.
+        """
+        memory = cls(state_dtype)
         memory.fit({name: named[name] for name in state["anchor"]})
         memory.tasks = dict(state["tasks"])
         _fill(memory.anchor, state["anchor"])
-        _fill(memory.importance, state["importance"])
-        memory.earlier = _sums(state["earlier"], named)
+        _put_all(memory.importance, state["importance"], state["importance_scales"])
+        memory.earlier = KeptImportance({n: named[n] for n in state["earlier"]}, state_dtype)
+        _put_all(memory.earlier, state["earlier"], state["earlier_scales"])
         return memory
 
     @torch.no_grad()
-    def end_task(
-        self, params: Mapping[str, Tensor], omega: Mapping[str, Tensor], merge: Merge
-    ) -> None:
+    def end_task(self, params: Mapping[str, Tensor], task: OpenTask, merge: Merge) -> None:
         """Joins a task's Ω, and takes θ* ← θ for all of ``params``."""
         self.fit(params)
         if merge == "sum_of_sums" and not self.earlier:
-            self.earlier = FlatTensors(self.importance, accumulation_dtype)
-        for name, new in omega.items():
-            old = leading(self.importance[name], new.shape)
-            earlier = leading(self.earlier[name], new.shape) if self.earlier else None
-            merge_(old, new.to(old), self.tasks[name], merge, earlier)
-            self.tasks[name] += 1
+            self.earlier = KeptImportance(self.anchor, self.importance.state_dtype)
+        for name, total in task.counted().items():
+            if name in params:
+                self._join(name, total, task.counts[name], merge)
+                self.tasks[name] += 1
         for name, p in params.items():
             self.anchor[name].copy_(p)
 
+    def _join(self, name: str, total: Tensor, count: int, merge: Merge) -> None:
+        """Merges Ω = total/count into what is there.
 
-def _grown(tensors: FlatTensors, like: Mapping[str, Tensor]) -> FlatTensors:
+        A piece at a time, so that next to the sums there never is a second Ω in float32, unless the
+        parameter grew or changed its strides.
+        """
+        kept, _ = self.importance.kept(name)
+        if total.shape != kept.shape or total.stride() != kept.stride():
+            old, earlier = self.importance[name], self.earlier.get(name)
+            part = leading(old, total.shape)
+            before = None if earlier is None else leading(earlier, total.shape)
+            merge_(part, total.to(old) / count, self.tasks[name], merge, before)
+            self.importance.put(name, old)
+            if earlier is not None:
+                self.earlier.put(name, earlier)
+            return
+        flat = in_memory_order(total)
+        for start in range(0, len(flat), _PIECE):
+            piece = slice(start, start + _PIECE)
+            old = self.importance.read(name, piece)
+            before = self.earlier.read(name, piece) if self.earlier else None
+            merge_(old, flat[piece].to(old) / count, self.tasks[name], merge, before)
+            self.importance.write(name, piece, old)
+            if before is not None:
+                self.earlier.write(name, piece, before)
+
+
+def _grown(kept: KeptImportance, like: Mapping[str, Tensor]) -> KeptImportance:
     """The same in the shapes of ``like``, zero where there was nothing."""
-    grown = FlatTensors(like, accumulation_dtype)
-    for name, tensor in tensors.items():
-        leading(grown[name], tensor.shape).copy_(tensor)
+    grown = KeptImportance(like, kept.state_dtype)
+    for name in kept:
+        before, scales = kept.kept(name)
+        if before.shape == like[name].shape:
+            grown.put(name, before, scales)
+        else:
+            omega = grown[name]
+            leading(omega, before.shape).copy_(kept[name])
+            grown.put(name, omega)
     return grown
+
+
+def _kept_copies(kept: KeptImportance) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Ω as it is kept, and the scales of what is kept in codes."""
+    pairs = {name: kept.kept(name) for name in kept}
+    scales = {name: scales for name, (_, scales) in pairs.items() if scales is not None}
+    return _copies({name: omega for name, (omega, _) in pairs.items()}), _copies(scales)
+
+
+def _put_all(
+    kept: KeptImportance, values: Mapping[str, Tensor], scales: Mapping[str, Tensor]
+) -> None:
+    for name, value in values.items():
+        kept.put(name, value, scales.get(name))
 
 
 class OpenTask:
@@ -176,6 +264,7 @@ class OpenTask:
         sums: name → Σ over samples, or over batches.
         counts: name → how many samples, or batches; a parameter thawed half-way has seen fewer.
         weighting: which of the two, ``"samples"`` or ``"batches"``.
+        seen: all samples, whichever parameters they were measured for.
     """
 
     def __init__(
@@ -183,23 +272,27 @@ class OpenTask:
         sums: Mapping[str, Tensor] | None = None,
         counts: Mapping[str, int] | None = None,
         weighting: str = "samples",
+        seen: Seen | None = None,
     ) -> None:
         self.sums = sums or {}
         self.counts = dict(counts or {})
         self.weighting = weighting
+        self.seen = seen or Seen()
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of everything, by parameter name."""
         return {
             "num_samples": dict(self.counts),
             "weighting": self.weighting,
+            "seen": asdict(self.seen),
             "open": _copies(self.counted()),
         }
 
     @classmethod
     def restored(cls, state: Mapping[str, Any], named: Mapping[str, Tensor]) -> OpenTask:
         """From a state dictionary that has been checked, in the shapes of this model."""
-        return cls(_sums(state["open"], named), state["num_samples"], state["weighting"])
+        sums, seen = _sums(state["open"], named), Seen(**state["seen"])
+        return cls(sums, state["num_samples"], state["weighting"], seen)
 
     @torch.no_grad()
     def opened(self, params: Mapping[str, Tensor], weighting: str = "samples") -> OpenTask:
@@ -218,23 +311,19 @@ class OpenTask:
         for name, before in self.sums.items():
             if name in sums:
                 leading(sums[name], before.shape).copy_(before)
-        return OpenTask({**self.sums, **sums}, self.counts, weighting)
+        return OpenTask({**self.sums, **sums}, self.counts, weighting, self.seen)
 
-    def count(self, names: Iterable[str], more: int) -> None:
+    def count(self, names: Iterable[str], more: Seen) -> None:
         """Notes that these parameters' sums have so many samples, or batches, more."""
         for name in names:
-            self.counts[name] = self.counts.get(name, 0) + more
+            self.counts[name] = self.counts.get(name, 0) + more.weight
+        self.seen += more
 
     def check_growth(self, params: Mapping[str, Tensor]) -> None:
         """Refuses parameters that shrank since they were measured."""
         for name, before in self.sums.items():
             if name in params:
                 _check_growth(name, before, params[name])
-
-    @torch.no_grad()
-    def omega(self) -> dict[str, Tensor]:
-        """Ω: the sums over the number of samples, or of batches."""
-        return {name: total / self.counts[name] for name, total in self.counted().items()}
 
     def counted(self) -> dict[str, Tensor]:
         """The sums that have samples."""

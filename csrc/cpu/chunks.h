@@ -11,7 +11,7 @@
 
 #include "../numbers.h"
 #include "../tensor_list.h"
-#include "multiversion.h"
+#include "omega.h"
 
 namespace mas_ext::cpu {
 
@@ -20,24 +20,6 @@ constexpr int64_t kChunk = 16384;  // elements; five float32 streams of it fit i
 // when its core is idle and costs a time slice when it is not.
 constexpr int64_t kSerialBelow = 131072;
 constexpr int64_t kSpansPerThread = 4;  // evens out what the threads get
-constexpr int kLanes = 16;              // partial sums a chunk keeps: two AVX-512 registers
-
-// Σ term(i) in float64 with a fixed order: element i belongs to lane i mod kLanes, which is what
-// lets the compiler keep the lanes in vector registers.
-template <class Term>
-MAS_ALWAYS_INLINE double sum_in_lanes(int64_t size, Term term) {
-  double lanes[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= size; i += kLanes) {
-    for (int lane = 0; lane < kLanes; ++lane) {
-      lanes[lane] += static_cast<double>(term(i + lane));
-    }
-  }
-  for (int lane = 0; i + lane < size; ++lane) {
-    lanes[lane] += static_cast<double>(term(i + lane));
-  }
-  return std::accumulate(lanes, lanes + kLanes, 0.0);
-}
 
 template <size_t Streams>
 struct Chunk {
@@ -88,16 +70,41 @@ void for_each_chunk(const std::vector<Chunk<Streams>>& chunks, int64_t elements,
   });
 }
 
-// Calls `chunk_kernel.template operator()<T>(chunk)` for every chunk and returns the sum of what
-// it gives, in chunk order.
+// Runs a kernel over a chunk whose Ω, the last stream, is kept in less than float32.
+template <class T, size_t Streams, class ChunkKernel>
+double run_expanded(const Chunk<Streams>& chunk, const ChunkKernel& kernel) {
+  alignas(64) float omega[kExpandedAtOnce];
+  double total = 0;
+  for (int64_t begin = 0; begin < chunk.size; begin += kExpandedAtOnce) {
+    const Chunk<Streams> part{chunk.entry, chunk.begin + begin,
+                              std::min(kExpandedAtOnce, chunk.size - begin)};
+    expand(omega, chunk.entry->data[Streams - 1], chunk.entry->omega_dtype,
+           chunk.entry->omega_scales, part.begin, part.size);
+    total += kernel.template operator()<T>(part, omega);
+  }
+  return total;
+}
+
+template <class T, size_t Streams, class ChunkKernel>
+double run_chunk(const Chunk<Streams>& chunk, const ChunkKernel& kernel) {
+  using A = accumulate_t<T>;
+  if constexpr (std::is_same_v<A, float>) {
+    if (chunk.entry->omega_dtype != ScalarType::Float) {
+      return run_expanded<T>(chunk, kernel);
+    }
+  }
+  return kernel.template operator()<T>(chunk, chunk.template stream<const A>(Streams - 1));
+}
+
+// Calls `kernel.template operator()<T>(chunk, omega)` for every chunk, or part of one, with its Ω
+// in the accumulation dtype, and returns the sum of what it gives, in their order.
 template <size_t Streams, class ChunkKernel>
-double sum_over_chunks(const FlatList<Streams>& list, ChunkKernel chunk_kernel) {
+double sum_over_chunks(const FlatList<Streams>& list, const ChunkKernel& kernel) {
   const auto chunks = make_chunks(list);
   std::vector<double> sums(chunks.size());
   for_each_chunk(chunks, list.total(), [&](size_t i) {
-    sums[i] = visit_dtype(chunks[i].entry->dtype, [&]<class T>() {
-      return chunk_kernel.template operator()<T>(chunks[i]);
-    });
+    sums[i] = visit_dtype(chunks[i].entry->dtype,
+                          [&]<class T>() { return run_chunk<T>(chunks[i], kernel); });
   });
   return std::accumulate(sums.begin(), sums.end(), 0.0);
 }

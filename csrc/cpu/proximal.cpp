@@ -2,7 +2,9 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../formulas.h"
+#include "../penalty_arguments.h"
 #include "chunks.h"
+#include "lanes.h"
 #include "multiversion.h"
 #include "scalars.h"
 
@@ -13,30 +15,29 @@ namespace {
 template <class T, class A>
 MAS_MULTIVERSION double step(T* __restrict__ params, const T* __restrict__ anchors,
                              const A* __restrict__ omega, int64_t size, A step_times_lambda) {
-  return sum_in_lanes(size, [&](int64_t i) {
-    const A param = static_cast<A>(params[i]), anchor = static_cast<A>(anchors[i]);
-    const A moved = proximal_point(param, param - anchor, omega[i], step_times_lambda);
-    // Rounded twice, not copied: a struct copy of a half-precision type would stop the vectoriser.
-    params[i] = static_cast<T>(moved);
-    return penalty_energy(static_cast<A>(static_cast<T>(moved)) - anchor, omega[i]);
+  return sum_in_lanes<T>(size, [&](auto at, int64_t i) {
+    auto param = at.load(params, i), anchor = at.load(anchors, i), weight = at.load(omega, i);
+    at.for_each([&](auto of) {
+      of(param) = proximal_point(of(param), of(param) - of(anchor), of(weight), step_times_lambda);
+    });
+    at.store(params, i, param);
+    return penalty_energy(at.template stored<T>(param) - anchor, weight);
   });
 }
 
 Tensor proximal_step_(const TensorList& params, const TensorList& anchors, const TensorList& omega,
-                      const Tensor& lambda_reg, const Tensor& lr) {
+                      const TensorList& omega_scales, const Tensor& lambda_reg, const Tensor& lr) {
   constexpr const char* op = "proximal_step_";
   const double lambda = read_scalar(op, "lambda_reg", lambda_reg, params);
   const double rate = read_scalar(op, "lr", lr, params);
   check_non_negative(op, "lambda_reg", lambda);
   check_non_negative(op, "lr", rate);
-  FlatList<3> list(op, {{.name = "params", .tensors = params, .writable = true},
-                        {.name = "anchors", .tensors = anchors},
-                        {.name = "omega", .tensors = omega, .is_omega = true}});
-  const double sum = sum_over_chunks(list, [&]<class T>(const Chunk<3>& chunk) {
-    using A = accumulate_t<T>;
-    return step(chunk.stream<T>(0), chunk.stream<const T>(1), chunk.stream<const A>(2), chunk.size,
-                finite<A>(rate * lambda));
-  });
+  FlatList<3> list = state_list(op, params, anchors, omega, omega_scales, true);
+  const double sum =
+      sum_over_chunks(list, [&]<class T>(const Chunk<3>& chunk, const accumulate_t<T>* omega) {
+        return step(chunk.stream<T>(0), chunk.stream<const T>(1), omega, chunk.size,
+                    finite<accumulate_t<T>>(rate * lambda));
+      });
   list.write_back();
   return make_scalar(0.5 * lambda * sum, list.value_dtype());
 }

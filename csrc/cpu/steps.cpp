@@ -10,6 +10,7 @@
 #include "../formulas.h"
 #include "../steps_arguments.h"
 #include "chunks.h"
+#include "lanes.h"
 #include "multiversion.h"
 #include "scalars.h"
 
@@ -22,33 +23,40 @@ namespace {
 constexpr int64_t kBlock = 1024;
 constexpr int64_t kAhead = 8192;
 
-// Element i; returns its energy Ω δ², that of θ before the step, for a proximal one of θ as it is
-// stored afterwards. `first` and `second` are the rule's moments, where it has them.
-// (Half-precision values are read where they are converted: a copy of one would keep loops from
-// being vectorised.)
-template <bool Proximal, class Rule, class T, class A>
-MAS_ALWAYS_INLINE A advance(T* params, T* first, T* second, const T* grads, const T* anchors,
-                            const A* omega, int64_t i, const PenaltyPart<A>& penalty,
-                            const Rule& rule) {
-  const A param = static_cast<A>(params[i]), anchor = static_cast<A>(anchors[i]);
-  A moments[2];
+// Element i, or two from i on; returns its energy Ω δ², that of θ before the step, for a proximal
+// one of θ as it is stored afterwards. `first` and `second` are the rule's moments, where it has
+// them.
+template <bool Proximal, class At, class Rule, class T, class A>
+MAS_ALWAYS_INLINE auto advance(At at, T* params, T* first, T* second, const T* grads,
+                               const T* anchors, const A* omega, int64_t i,
+                               const PenaltyPart<A>& penalty, const Rule& rule) {
+  auto param = at.load(params, i), grad = at.load(grads, i), anchor = at.load(anchors, i),
+       weight = at.load(omega, i), moved = param, m = param, v = param;
   if constexpr (Rule::kMoments > 0) {
-    moments[0] = static_cast<A>(first[i]);
+    m = at.load(first, i);
   }
   if constexpr (Rule::kMoments > 1) {
-    moments[1] = static_cast<A>(second[i]);
+    v = at.load(second, i);
   }
-  const A moved = penalised_point<Proximal>(param, static_cast<A>(grads[i]), anchor, omega[i],
-                                            moments, penalty, rule);
-  params[i] = static_cast<T>(moved);
+  at.for_each([&](auto of) {
+    A moments[2] = {of(m), of(v)};
+    of(moved) = penalised_point<Proximal>(of(param), of(grad), of(anchor), of(weight), moments,
+                                          penalty, rule);
+    of(m) = moments[0];
+    of(v) = moments[1];
+  });
+  at.store(params, i, moved);
   if constexpr (Rule::kMoments > 0) {
-    first[i] = static_cast<T>(moments[0]);
+    at.store(first, i, m);
   }
   if constexpr (Rule::kMoments > 1) {
-    second[i] = static_cast<T>(moments[1]);
+    at.store(second, i, v);
   }
-  const A counted = Proximal ? static_cast<A>(static_cast<T>(moved)) : param;
-  return penalty_energy(counted - anchor, omega[i]);
+  if constexpr (Proximal) {
+    return penalty_energy(at.template stored<T>(moved) - anchor, weight);
+  } else {
+    return penalty_energy(param - anchor, weight);
+  }
 }
 
 // How many energies are formed before they are summed: with the sum among them the compiler would
@@ -66,9 +74,19 @@ MAS_MULTIVERSION double advance_all(T* __restrict__ params, T* __restrict__ firs
   int64_t i = 0;
   for (; i + kRow<T, A> <= size; i += kRow<T, A>) {
     alignas(64) A energies[kRow<T, A>];
-    for (int64_t k = 0; k < kRow<T, A>; ++k) {
-      energies[k] =
-          advance<Proximal>(params, first, second, grads, anchors, omega, i + k, penalty, rule);
+    if constexpr (walk_t<T>::kElements == 2) {
+      constexpr int64_t kHalf = kRow<T, A> / 2;
+      for (int64_t k = 0; k < kHalf; ++k) {
+        const auto [low, high] = advance<Proximal>(InPairs{}, params, first, second, grads, anchors,
+                                                   omega, i + 2 * k, penalty, rule);
+        energies[k] = low;
+        energies[kHalf + k] = high;
+      }
+    } else {
+      for (int64_t k = 0; k < kRow<T, A>; ++k) {
+        energies[k] = advance<Proximal>(Singly<A>{}, params, first, second, grads, anchors, omega,
+                                        i + k, penalty, rule);
+      }
     }
     for (int64_t k = 0; k < kRow<T, A>; k += kLanes) {
       for (int lane = 0; lane < kLanes; ++lane) {
@@ -77,35 +95,37 @@ MAS_MULTIVERSION double advance_all(T* __restrict__ params, T* __restrict__ firs
     }
   }
   for (int64_t k = 0; i + k < size; ++k) {
-    lanes[k % kLanes] += static_cast<double>(
-        advance<Proximal>(params, first, second, grads, anchors, omega, i + k, penalty, rule));
+    lanes[k % kLanes] += static_cast<double>(advance<Proximal>(
+        Singly<A>{}, params, first, second, grads, anchors, omega, i + k, penalty, rule));
   }
-  return std::accumulate(lanes, lanes + kLanes, 0.0);
+  return sum_of(lanes);
 }
 
 template <class T, size_t Streams>
 MAS_ALWAYS_INLINE void fetch_ahead(const Chunk<Streams>& chunk, int64_t begin) {
-  const int64_t ahead = begin + kAhead;
-  if (chunk.begin + ahead < chunk.entry->numel) {
+  const Entry<Streams>& entry = *chunk.entry;
+  const int64_t ahead = chunk.begin + begin + kAhead;
+  if (ahead < entry.numel) {
     for (size_t s = 0; s + 1 < Streams; ++s) {
-      prefetch(chunk.template stream<const T>(s) + ahead);
+      prefetch(static_cast<const T*>(entry.data[s]) + ahead);
     }
-    prefetch(chunk.template stream<const accumulate_t<T>>(Streams - 1) + ahead);
+    prefetch(static_cast<const char*>(entry.data[Streams - 1]) +
+             ahead * bytes_of_kept(entry.omega_dtype));
   }
 }
 
 template <bool Proximal, class T, size_t Streams, class A, class Rule>
-double step(const Chunk<Streams>& chunk, const PenaltyPart<A>& penalty, const Rule& rule) {
+double step(const Chunk<Streams>& chunk, const A* omega, const PenaltyPart<A>& penalty,
+            const Rule& rule) {
   constexpr size_t kMoments = Streams - 4;
   double total = 0;
   for (int64_t begin = 0; begin < chunk.size; begin += kBlock) {
     const int64_t size = std::min(kBlock, chunk.size - begin);
     const auto values = [&](size_t s) { return chunk.template stream<T>(s) + begin; };
     fetch_ahead<T>(chunk, begin);
-    total += advance_all<Proximal>(
-        values(0), values(kMoments > 0 ? 1 : 0), values(kMoments > 1 ? 2 : 0), values(kMoments + 1),
-        values(kMoments + 2), chunk.template stream<const A>(kMoments + 3) + begin, size, penalty,
-        rule);
+    total += advance_all<Proximal>(values(0), values(kMoments > 0 ? 1 : 0),
+                                   values(kMoments > 1 ? 2 : 0), values(kMoments + 1),
+                                   values(kMoments + 2), omega + begin, size, penalty, rule);
   }
   return total;
 }
@@ -134,12 +154,13 @@ struct NoRule {
 template <template <class> class Rule, bool Proximal, size_t Streams, class Make>
 double sum_of_steps(const FlatList<Streams>& list, const StepScalars& scalars, bool maximize,
                     Make make) {
-  return sum_over_chunks(list, [&]<class T>(const Chunk<Streams>& chunk) {
-    using A = accumulate_t<T>;
-    Rule<A> rule;
-    make(rule, *chunk.entry);
-    return step<Proximal, T>(chunk, penalty_part<A>(scalars, maximize, Proximal), rule);
-  });
+  return sum_over_chunks(
+      list, [&]<class T>(const Chunk<Streams>& chunk, const accumulate_t<T>* omega) {
+        using A = accumulate_t<T>;
+        Rule<A> rule;
+        make(rule, *chunk.entry);
+        return step<Proximal, T>(chunk, omega, penalty_part<A>(scalars, maximize, Proximal), rule);
+      });
 }
 
 template <template <class> class Rule, size_t Streams, class Make>
@@ -159,10 +180,10 @@ Tensor penalised_step(FlatList<Streams> list, const StepScalars& scalars, bool m
 
 Tensor sgd_step_(const TensorList& params, const TensorList& grads,
                  const TensorList& momentum_buffers, const TensorList& anchors,
-                 const TensorList& omega, const Tensor& lambda_reg, const Tensor& lr,
-                 double momentum, double dampening, double weight_decay, bool nesterov,
-                 bool maximize, bool proximal, const std::optional<Tensor>& grad_scale,
-                 const std::optional<Tensor>& found_inf) {
+                 const TensorList& omega, const TensorList& omega_scales, const Tensor& lambda_reg,
+                 const Tensor& lr, double momentum, double dampening, double weight_decay,
+                 bool nesterov, bool maximize, bool proximal,
+                 const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf) {
   constexpr const char* op = "sgd_step_";
   const SgdOptions options{momentum, dampening, weight_decay, nesterov, maximize};
   const StepScalars scalars = read_scalars(op, params, lambda_reg, lr, grad_scale, found_inf);
@@ -172,12 +193,12 @@ Tensor sgd_step_(const TensorList& params, const TensorList& grads,
     set_rate(rule, scalars.lr);
   };
   if (momentum == 0) {
-    return penalised_step<SgdRule>(sgd_list(op, params, grads, anchors, omega), scalars, maximize,
-                                   proximal, make);
+    return penalised_step<SgdRule>(sgd_list(op, params, grads, anchors, omega, omega_scales),
+                                   scalars, maximize, proximal, make);
   }
   return penalised_step<MomentumRule>(
-      momentum_list(op, params, momentum_buffers, grads, anchors, omega), scalars, maximize,
-      proximal, make);
+      momentum_list(op, params, momentum_buffers, grads, anchors, omega, omega_scales), scalars,
+      maximize, proximal, make);
 }
 
 // The corrections of every parameter, from how many steps it has taken.
@@ -205,9 +226,10 @@ std::vector<BiasCorrection> bias_corrections(const char* op, const AdamOptions& 
 
 Tensor adamw_step_(const TensorList& params, const TensorList& grads, const TensorList& exp_avgs,
                    const TensorList& exp_avg_sqs, const Tensor& steps, const TensorList& anchors,
-                   const TensorList& omega, const Tensor& lambda_reg, const Tensor& lr,
-                   double beta1, double beta2, double eps, double weight_decay, bool decoupled,
-                   bool maximize, bool proximal, const std::optional<Tensor>& grad_scale,
+                   const TensorList& omega, const TensorList& omega_scales,
+                   const Tensor& lambda_reg, const Tensor& lr, double beta1, double beta2,
+                   double eps, double weight_decay, bool decoupled, bool maximize, bool proximal,
+                   const std::optional<Tensor>& grad_scale,
                    const std::optional<Tensor>& found_inf) {
   constexpr const char* op = "adamw_step_";
   const AdamOptions options{beta1, beta2, eps, weight_decay, decoupled, maximize};
@@ -216,8 +238,8 @@ Tensor adamw_step_(const TensorList& params, const TensorList& grads, const Tens
   check_steps(op, steps, params);
   const auto corrections = bias_corrections(op, options, steps);
   return penalised_step<AdamRule>(
-      adamw_list(op, params, exp_avgs, exp_avg_sqs, grads, anchors, omega), scalars, maximize,
-      proximal, [&](auto& rule, const auto& entry) {
+      adamw_list(op, params, exp_avgs, exp_avg_sqs, grads, anchors, omega, omega_scales), scalars,
+      maximize, proximal, [&](auto& rule, const auto& entry) {
         make_rule(rule, options);
         set_rate(rule, scalars.lr, options, corrections[static_cast<size_t>(entry.index)]);
       });

@@ -50,17 +50,19 @@ inline void check_non_negative(const char* op, const char* name, const Scalar& s
   }
 }
 
-// Runs an operation on a list: one launch for all tensors of one dtype that a table holds.
+// Runs an operation on a list: one launch for all tensors of one kind that a table holds.
 // `make.template operator()<T>()` gives the operation for a dtype.
 template <template <class> class Operation, size_t Streams, class Make>
 void launch(const char* op, const FlatList<Streams>& list, double* partial_sums,
             cudaStream_t stream, Make make) {
-  for_each_table(list.entries(), [&]<class T>(const Table<Streams>& table) {
-    chunk_kernel<Operation, T><<<table.chunks(), kThreads, 0, stream>>>(
-        table, make.template operator()<T>(), partial_sums);
-    check_launch(op);
-    if (partial_sums != nullptr) {
-      partial_sums += table.chunks();
+  for_each_table(list.entries(), [&]<class T, class Kept>(const auto& table) {
+    if constexpr (takes<Operation<T>, Kept>) {
+      chunk_kernel<Operation, T, Kept><<<table.chunks(), kThreads, 0, stream>>>(
+          table, make.template operator()<T>(), partial_sums);
+      check_launch(op);
+      if (partial_sums != nullptr) {
+        partial_sums += table.chunks();
+      }
     }
   });
 }

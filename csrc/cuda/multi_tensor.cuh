@@ -5,8 +5,10 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "../numbers.h"
+#include "omega.cuh"
 #include "operations.cuh"
 #include "pack.cuh"
 #include "reduce.cuh"
@@ -16,22 +18,30 @@ namespace mas_ext::cuda {
 
 constexpr int kUnroll = 2;  // vectors that a thread has under way on every stream
 
+template <class Op, class Kept>
+using TableOf = Table<Op::kStreams, in_codes<Kept>>;
+
+// What is written is kept in the type that it is computed in; what is only read, in any.
+template <class Op, class Kept>
+constexpr bool takes = std::is_same_v<Kept, typename Op::A> || !(Op::kWrites >> Op::kOmega & 1u);
+
 // N neighbouring elements of every stream, in registers.
-template <class Op, int N>
+template <class Op, class Kept, int N>
 class Elements {
   using T = typename Op::Value;
   using A = typename Op::A;
   using Streams = void* const (&)[Op::kStreams];
+  static constexpr bool kWritesOmega = Op::kWrites >> Op::kOmega & 1u;
 
  public:
-  __device__ void load(Streams streams, int first) {
+  __device__ void load(Streams streams, const float* scales, int first) {
 #pragma unroll
     for (int s = 0; s < Op::kStreams; ++s) {
       if (Op::kReads >> s & 1u) {
         if (s == Op::kOmega) {
-          omega_ = at<A>(streams[s], first);
+          omega_.load(streams[s], scales, first);
         } else {
-          values_[s] = at<T>(streams[s], first);
+          values_[s] = at(streams[s], first);
         }
       }
     }
@@ -51,13 +61,12 @@ class Elements {
       sum += op(element);
 #pragma unroll
       for (int s = 0; s < Op::kStreams; ++s) {
-        if (Op::kWrites >> s & 1u) {
-          if (s == Op::kOmega) {
-            omega_.set(i, element[s]);
-          } else {
-            values_[s].set(i, static_cast<T>(element[s]));
-          }
+        if (writes_values(s)) {
+          values_[s].set(i, static_cast<T>(element[s]));
         }
+      }
+      if constexpr (kWritesOmega) {
+        omega_.set(i, element[Op::kOmega]);
       }
     }
     return sum;
@@ -66,41 +75,48 @@ class Elements {
   __device__ void store(Streams streams, int first) const {
 #pragma unroll
     for (int s = 0; s < Op::kStreams; ++s) {
-      if (Op::kWrites >> s & 1u) {
-        if (s == Op::kOmega) {
-          at<A>(streams[s], first) = omega_;
-        } else {
-          at<T>(streams[s], first) = values_[s];
-        }
+      if (writes_values(s)) {
+        at(streams[s], first) = values_[s];
       }
+    }
+    if constexpr (kWritesOmega) {
+      omega_.store(streams[Op::kOmega], first);
     }
   }
 
  private:
-  template <class V>
-  __device__ static Pack<V, N>& at(void* stream, int first) {
-    return Pack<V, N>::of(static_cast<V*>(stream) + first);
+  __device__ static constexpr bool writes_values(int stream) {
+    return stream != Op::kOmega && (Op::kWrites >> stream & 1u);
+  }
+  __device__ static Pack<T, N>& at(void* stream, int first) {
+    return Pack<T, N>::of(static_cast<T*>(stream) + first);
   }
 
   Pack<T, N> values_[Op::kStreams];  // Ω's place in it is not used
-  Pack<A, N> omega_;
+  Omega<A, Kept, N> omega_;
 };
 
-// One chunk of one tensor.
-template <class Op>
+// One chunk of one tensor. A thread's access is a vector of 16 bytes on the values' streams; on Ω's
+// it is as many elements, which are more bytes or fewer: of codes beside float32 values, 4. That is
+// still one run of memory a warp, and every byte that is fetched is used.
+template <class Op, class Kept>
 class Chunk {
   using T = typename Op::Value;
   using A = typename Op::A;
   static constexpr int kVector = kVectorBytes / sizeof(T);
 
  public:
-  __device__ Chunk(const Table<Op::kStreams>& table, int tensor, int chunk) {
+  __device__ Chunk(const TableOf<Op, Kept>& table, int tensor, int chunk) {
     const int64_t begin = static_cast<int64_t>(chunk - table.first_chunk[tensor]) * kChunk;
     const int64_t left = table.numel[tensor] - begin;
     size_ = static_cast<int>(left < kChunk ? left : kChunk);
 #pragma unroll
     for (int s = 0; s < Op::kStreams; ++s) {
       streams_[s] = static_cast<char*>(table.data[s][tensor]) + begin * width(s);
+    }
+    if constexpr (in_codes<Kept>) {
+      static_assert(kChunk % kScaleBlock == 0, "a chunk begins where a block does");
+      scales_ = table.scales[tensor] + begin / kScaleBlock;
     }
   }
 
@@ -113,7 +129,11 @@ class Chunk {
 
  private:
   __device__ static constexpr int width(int stream) {
-    return static_cast<int>(stream == Op::kOmega ? sizeof(A) : sizeof(T));
+    return static_cast<int>(stream == Op::kOmega ? sizeof(Kept) : sizeof(T));
+  }
+  // What a vector's address must be a multiple of.
+  __device__ static constexpr int alignment(int stream) {
+    return stream == Op::kOmega ? alignof(Pack<Kept, kVector>) : kVectorBytes;
   }
 
   // Elements before every stream is aligned; all of them where the streams' boundaries do not fall
@@ -124,7 +144,7 @@ class Chunk {
     bool aligned = head <= size_;
 #pragma unroll
     for (int s = 0; s < Op::kStreams; ++s) {
-      aligned &= (reinterpret_cast<uintptr_t>(streams_[s]) + head * width(s)) % kVectorBytes == 0;
+      aligned &= (reinterpret_cast<uintptr_t>(streams_[s]) + head * width(s)) % alignment(s) == 0;
     }
     return aligned ? head : size_;
   }
@@ -136,11 +156,11 @@ class Chunk {
     A sum = 0;
     for (int first = begin + static_cast<int>(threadIdx.x) * N; first < end;
          first += kUnroll * kStride) {
-      Elements<Op, N> elements[kUnroll];
+      Elements<Op, Kept, N> elements[kUnroll];
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
         if (first + u * kStride < end) {
-          elements[u].load(streams_, first + u * kStride);
+          elements[u].load(streams_, scales_, first + u * kStride);
         }
       }
 #pragma unroll
@@ -154,32 +174,34 @@ class Chunk {
     return sum;
   }
 
-  void* streams_[Op::kStreams];  // to the chunk's first element
+  void* streams_[Op::kStreams];    // to the chunk's first element
+  const float* scales_ = nullptr;  // of an Ω in codes, to that of the chunk's first block
   int size_;
 };
 
 // Whether a call is skipped is asked here, once, so that no loop has two ways through it.
-template <class Op>
-__device__ typename Op::A run_chunk(const Op& op, const Table<Op::kStreams>& table, int tensor,
+template <class Kept, class Op>
+__device__ typename Op::A run_chunk(const Op& op, const TableOf<Op, Kept>& table, int tensor,
                                     int chunk) {
   if constexpr (requires { op.skipped; }) {
     if (op.skipped) {
-      return Chunk<typename Op::Skipped>(table, tensor, chunk).run({});
+      return Chunk<typename Op::Skipped, Kept>(table, tensor, chunk).run({});
     }
   }
-  return Chunk<Op>(table, tensor, chunk).run(op);
+  return Chunk<Op, Kept>(table, tensor, chunk).run(op);
 }
 
-template <template <class> class Operation, class T>
+// Values are of type T, and beside them Ω is kept as Kept.
+template <template <class> class Operation, class T, class Kept>
 __global__ void __launch_bounds__(kThreads)
-    chunk_kernel(const __grid_constant__ Table<Operation<T>::kStreams> table, Operation<T> op,
+    chunk_kernel(const __grid_constant__ TableOf<Operation<T>, Kept> table, Operation<T> op,
                  double* partial_sums) {
   const int chunk = static_cast<int>(blockIdx.x), tensor = tensor_of_chunk(table, chunk);
   op.begin();
   if constexpr (requires { op.begin_tensor(0); }) {
     op.begin_tensor(table.place[tensor]);
   }
-  const auto sum = run_chunk(op, table, tensor, chunk);
+  const auto sum = run_chunk<Kept>(op, table, tensor, chunk);
   if constexpr (Operation<T>::kSums) {
     const double total = block_sum(static_cast<double>(sum));
     if (threadIdx.x == 0) {

@@ -8,18 +8,21 @@ namespace mas_ext::cuda {
 
 constexpr int kVectorBytes = 16;
 
-// N neighbours, as one access where they are no wider than that, and as several otherwise. 16-bit
-// values stay pairs until they are computed with: as an array the compiler would take them apart
-// where they are loaded, wait for them there, and need more registers.
+// N neighbours, as one access where they are no wider than that, and as several otherwise. Values
+// of 16 and 8 bits stay words of 32 until they are computed with: as an array the compiler would
+// take them apart where they are loaded, wait for them there, and need more registers.
 template <class T, int N>
 class alignas(N * sizeof(T) < kVectorBytes ? N * sizeof(T) : kVectorBytes) Pack {
   static constexpr bool kPairs = sizeof(T) == 2 && N % 2 == 0;
-  using Word = std::conditional_t<kPairs, uint32_t, T>;
+  static constexpr bool kFours = sizeof(T) == 1 && N % 4 == 0;
+  using Word = std::conditional_t<kPairs || kFours, uint32_t, T>;
 
  public:
   __device__ T get(int i) const {
     if constexpr (kPairs) {
       return T(static_cast<uint16_t>(words_[i / 2] >> (16 * (i % 2))), T::from_bits());
+    } else if constexpr (kFours) {
+      return static_cast<T>(words_[i / 4] >> (8 * (i % 4)));
     } else {
       return words_[i];
     }
@@ -27,6 +30,7 @@ class alignas(N * sizeof(T) < kVectorBytes ? N * sizeof(T) : kVectorBytes) Pack 
 
   // The other of a pair stays: where results replace values, it is read after this.
   __device__ void set(int i, T value) {
+    static_assert(!kFours, "codes are read only");
     if constexpr (kPairs) {
       const uint32_t bits = value.x, word = words_[i / 2];
       words_[i / 2] = i % 2 == 0 ? (word & 0xffff0000u) | bits : (word & 0xffffu) | bits << 16;

@@ -5,6 +5,7 @@
 #include <optional>
 #include <tuple>
 
+#include "../penalty_arguments.h"
 #include "launch.cuh"
 
 namespace mas_ext::cuda {
@@ -13,28 +14,22 @@ namespace {
 constexpr Scalar kOne{nullptr, 1.0, true};
 
 Tensor penalty(const TensorList& params, const TensorList& anchors, const TensorList& omega,
-               const Tensor& lambda_reg) {
+               const TensorList& omega_scales, const Tensor& lambda_reg) {
   constexpr const char* op = "penalty";
   const Scalar lambda = read_scalar(op, "lambda_reg", lambda_reg, params);
-  FlatList<3> list(op, {{.name = "params", .tensors = params},
-                        {.name = "anchors", .tensors = anchors},
-                        {.name = "omega", .tensors = omega, .is_omega = true}});
+  const FlatList<3> list = state_list(op, params, anchors, omega, omega_scales, false);
   return launch_penalty<PenaltyEnergy>(op, list, home(params, lambda_reg), lambda,
                                        [&]<class T>() { return PenaltyEnergy<T>{}; });
 }
 
 std::tuple<Tensor, TensorList> penalty_and_grad(const TensorList& params, const TensorList& anchors,
-                                                const TensorList& omega, const Tensor& lambda_reg) {
+                                                const TensorList& omega,
+                                                const TensorList& omega_scales,
+                                                const Tensor& lambda_reg) {
   constexpr const char* op = "penalty_and_grad";
   const Scalar lambda = read_scalar(op, "lambda_reg", lambda_reg, params);
-  check_arguments(op, {{.name = "params", .tensors = params},
-                       {.name = "anchors", .tensors = anchors},
-                       {.name = "omega", .tensors = omega, .is_omega = true}});
-  const TensorList grads = empty_like_each(params);
-  FlatList<4> list(op, {{.name = "grads", .tensors = grads, .writable = true},
-                        {.name = "params", .tensors = params},
-                        {.name = "anchors", .tensors = anchors},
-                        {.name = "omega", .tensors = omega, .is_omega = true}});
+  const TensorList grads = new_gradients(op, params, anchors, omega, omega_scales);
+  FlatList<4> list = gradient_list(op, grads, params, anchors, omega, omega_scales);
   const Tensor value = launch_penalty<PenaltyGradient>(
       op, list, home(params, lambda_reg), lambda,
       [&]<class T>() { return PenaltyGradient<T>{lambda, kOne, 0}; });
@@ -44,16 +39,14 @@ std::tuple<Tensor, TensorList> penalty_and_grad(const TensorList& params, const 
 
 Tensor add_penalty_grad_(const TensorList& grads, const TensorList& params,
                          const TensorList& anchors, const TensorList& omega,
-                         const Tensor& lambda_reg, const std::optional<Tensor>& grad_scale) {
+                         const TensorList& omega_scales, const Tensor& lambda_reg,
+                         const std::optional<Tensor>& grad_scale) {
   constexpr const char* op = "add_penalty_grad_";
   const Scalar lambda = read_scalar(op, "lambda_reg", lambda_reg, grads);
   const Scalar scale = grad_scale ? read_scalar(op, "grad_scale", *grad_scale, grads) : kOne;
   check_non_negative(op, "lambda_reg", lambda);
   check_non_negative(op, "grad_scale", scale);
-  FlatList<4> list(op, {{.name = "grads", .tensors = grads, .writable = true},
-                        {.name = "params", .tensors = params},
-                        {.name = "anchors", .tensors = anchors},
-                        {.name = "omega", .tensors = omega, .is_omega = true}});
+  FlatList<4> list = gradient_list(op, grads, params, anchors, omega, omega_scales);
   const Tensor value = launch_penalty<AddPenaltyGradient>(
       op, list, home(params, lambda_reg), lambda,
       [&]<class T>() { return AddPenaltyGradient<T>{lambda, scale, 0}; });

@@ -47,22 +47,22 @@ Tensor penalised_step(const char* op, FlatList<Streams> list, const Tensor& home
 
 Tensor sgd_step_(const TensorList& params, const TensorList& grads,
                  const TensorList& momentum_buffers, const TensorList& anchors,
-                 const TensorList& omega, const Tensor& lambda_reg, const Tensor& lr,
-                 double momentum, double dampening, double weight_decay, bool nesterov,
-                 bool maximize, bool proximal, const std::optional<Tensor>& grad_scale,
-                 const std::optional<Tensor>& found_inf) {
+                 const TensorList& omega, const TensorList& omega_scales, const Tensor& lambda_reg,
+                 const Tensor& lr, double momentum, double dampening, double weight_decay,
+                 bool nesterov, bool maximize, bool proximal,
+                 const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf) {
   constexpr const char* op = "sgd_step_";
   const SgdOptions options{momentum, dampening, weight_decay, nesterov, maximize};
   const DeviceScalars scalars = read_scalars(op, params, lambda_reg, lr, grad_scale, found_inf);
   check_options(op, options, momentum_buffers);
   const Tensor& where = home(params, lambda_reg);
   if (momentum == 0) {
-    return penalised_step<SgdRule>(op, sgd_list(op, params, grads, anchors, omega), where, scalars,
-                                   options, proximal);
+    return penalised_step<SgdRule>(op, sgd_list(op, params, grads, anchors, omega, omega_scales),
+                                   where, scalars, options, proximal);
   }
   return penalised_step<MomentumRule>(
-      op, momentum_list(op, params, momentum_buffers, grads, anchors, omega), where, scalars,
-      options, proximal);
+      op, momentum_list(op, params, momentum_buffers, grads, anchors, omega, omega_scales), where,
+      scalars, options, proximal);
 }
 
 // One a parameter, on the device: nothing waits for the counts.
@@ -88,9 +88,10 @@ Tensor make_corrections(const char* op, const Tensor& steps, const AdamOptions& 
 
 Tensor adamw_step_(const TensorList& params, const TensorList& grads, const TensorList& exp_avgs,
                    const TensorList& exp_avg_sqs, const Tensor& steps, const TensorList& anchors,
-                   const TensorList& omega, const Tensor& lambda_reg, const Tensor& lr,
-                   double beta1, double beta2, double eps, double weight_decay, bool decoupled,
-                   bool maximize, bool proximal, const std::optional<Tensor>& grad_scale,
+                   const TensorList& omega, const TensorList& omega_scales,
+                   const Tensor& lambda_reg, const Tensor& lr, double beta1, double beta2,
+                   double eps, double weight_decay, bool decoupled, bool maximize, bool proximal,
+                   const std::optional<Tensor>& grad_scale,
                    const std::optional<Tensor>& found_inf) {
   static_assert(sizeof(BiasCorrection) == 2 * sizeof(double));
   constexpr const char* op = "adamw_step_";
@@ -98,7 +99,8 @@ Tensor adamw_step_(const TensorList& params, const TensorList& grads, const Tens
   const DeviceScalars scalars = read_scalars(op, params, lambda_reg, lr, grad_scale, found_inf);
   check_options(op, options);
   check_steps(op, steps, params);
-  FlatList<6> list = adamw_list(op, params, exp_avgs, exp_avg_sqs, grads, anchors, omega);
+  FlatList<6> list =
+      adamw_list(op, params, exp_avgs, exp_avg_sqs, grads, anchors, omega, omega_scales);
   const Tensor corrections = make_corrections(op, steps, options);
   return penalised_step<AdamRule>(op, std::move(list), home(params, lambda_reg), scalars, options,
                                   proximal,

@@ -11,16 +11,29 @@
 
 #include "../entry.h"
 #include "../numbers.h"
+#include "omega.cuh"
 
 namespace mas_ext::cuda {
 
 constexpr int64_t kChunk = 8192;    // elements a block; fixed, so sums do not depend on the grid
 constexpr int kTableBytes = 28672;  // kernel parameters hold 32,764 bytes from CUDA 12.1 on
 
-// Tensors of one dtype. Chunks are numbered through all of them; no chunk spans two tensors.
-template <size_t Streams>
-struct Table {
-  static constexpr int kCapacity = kTableBytes / (8 * static_cast<int>(Streams) + 16);
+// Only an Ω in codes has scales: a table without them holds more tensors.
+template <int Capacity, bool Scaled>
+struct Scales {};
+template <int Capacity>
+struct Scales<Capacity, true> {
+  const float* scales[Capacity];
+};
+
+template <size_t Streams, bool Scaled>
+constexpr int kCapacityOf = kTableBytes / (8 * (static_cast<int>(Streams) + Scaled) + 16);
+
+// Tensors of one dtype, whose Ω is kept alike. Chunks are numbered through all of them; no chunk
+// spans two tensors.
+template <size_t Streams, bool Scaled>
+struct Table : Scales<kCapacityOf<Streams, Scaled>, Scaled> {
+  static constexpr int kCapacity = kCapacityOf<Streams, Scaled>;
   void* data[Streams][kCapacity];
   int64_t numel[kCapacity];
   int place[kCapacity];            // in the call's lists
@@ -41,15 +54,43 @@ int64_t chunks_in(const std::vector<Entry<Streams>>& entries) {
   return chunks;
 }
 
-// Fills a table with the entries of one dtype, from `next` on, until it or the grid is full.
-template <size_t Streams>
-void fill(Table<Streams>& table, const std::vector<Entry<Streams>>& entries, ScalarType dtype,
-          size_t& next) {
+// What a table's tensors have in common.
+struct Kind {
+  ScalarType dtype, omega_dtype;
+  bool operator==(const Kind&) const = default;
+};
+inline constexpr Kind kKinds[] = {
+    {ScalarType::Float, ScalarType::Float},    {ScalarType::Float, ScalarType::BFloat16},
+    {ScalarType::Float, ScalarType::Byte},     {ScalarType::Double, ScalarType::Double},
+    {ScalarType::BFloat16, ScalarType::Float}, {ScalarType::BFloat16, ScalarType::BFloat16},
+    {ScalarType::BFloat16, ScalarType::Byte},  {ScalarType::Half, ScalarType::Float},
+    {ScalarType::Half, ScalarType::BFloat16},  {ScalarType::Half, ScalarType::Byte}};
+
+// Calls `function.template operator()<T, Kept>()` with the types of a kind.
+template <class F>
+void visit_kind(const Kind& kind, F&& function) {
+  visit_dtype(kind.dtype, [&]<class T>() {
+    if constexpr (std::is_same_v<T, double>) {
+      function.template operator()<T, double>();
+    } else if (kind.omega_dtype == ScalarType::Float) {
+      function.template operator()<T, float>();
+    } else if (kind.omega_dtype == ScalarType::BFloat16) {
+      function.template operator()<T, BFloat16>();
+    } else {
+      function.template operator()<T, uint8_t>();
+    }
+  });
+}
+
+// Fills a table with the entries of one kind, from `next` on, until it or the grid is full.
+template <size_t Streams, bool Scaled>
+void fill(Table<Streams, Scaled>& table, const std::vector<Entry<Streams>>& entries,
+          const Kind& kind, size_t& next) {
   int64_t chunks = 0;
   table.tensors = 0;
-  for (; next < entries.size() && table.tensors < Table<Streams>::kCapacity; ++next) {
+  for (; next < entries.size() && table.tensors < table.kCapacity; ++next) {
     const Entry<Streams>& entry = entries[next];
-    if (entry.dtype != dtype) {
+    if (entry.dtype != kind.dtype || entry.omega_dtype != kind.omega_dtype) {
       continue;
     }
     if (chunks + chunks_in(entry.numel) > INT_MAX) {
@@ -57,6 +98,9 @@ void fill(Table<Streams>& table, const std::vector<Entry<Streams>>& entries, Sca
     }
     for (size_t s = 0; s < Streams; ++s) {
       table.data[s][table.tensors] = entry.data[s];
+    }
+    if constexpr (Scaled) {
+      table.scales[table.tensors] = entry.omega_scales;
     }
     table.numel[table.tensors] = entry.numel;
     table.place[table.tensors] = static_cast<int>(entry.index);
@@ -66,25 +110,26 @@ void fill(Table<Streams>& table, const std::vector<Entry<Streams>>& entries, Sca
   table.first_chunk[table.tensors] = static_cast<int>(chunks);
 }
 
-// Calls `use.template operator()<T>(table)` with one table after another: each holds as many
-// tensors of one dtype as fit, and none is empty.
+// Calls `use.template operator()<T, Kept>(table)` with one table after another, T being the values'
+// type and Kept that of Ω: each holds as many tensors of one kind as fit, and none is empty.
 template <size_t Streams, class Use>
 void for_each_table(const std::vector<Entry<Streams>>& entries, Use&& use) {
-  for (ScalarType dtype :
-       {ScalarType::Float, ScalarType::Double, ScalarType::BFloat16, ScalarType::Half}) {
-    for (size_t next = 0; next < entries.size();) {
-      Table<Streams> table;
-      fill(table, entries, dtype, next);
-      if (table.chunks() > 0) {
-        visit_dtype(dtype, [&]<class T>() { use.template operator()<T>(table); });
+  for (const Kind& kind : kKinds) {
+    visit_kind(kind, [&]<class T, class Kept>() {
+      for (size_t next = 0; next < entries.size();) {
+        Table<Streams, in_codes<Kept>> table;
+        fill(table, entries, kind, next);
+        if (table.chunks() > 0) {
+          use.template operator()<T, Kept>(table);
+        }
       }
-    }
+    });
   }
 }
 
 // The tensor that a chunk belongs to: the last one whose first chunk is not beyond it.
-template <size_t Streams>
-__device__ int tensor_of_chunk(const Table<Streams>& table, int chunk) {
+template <size_t Streams, bool Scaled>
+__device__ int tensor_of_chunk(const Table<Streams, Scaled>& table, int chunk) {
   int low = 0, high = table.tensors - 1;
   while (low < high) {
     const int middle = (low + high + 1) / 2;

@@ -44,6 +44,10 @@ class FineTuning:
         """Ω by parameter name, a copy; empty for a method without."""
         return {}
 
+    def lambda_reg(self) -> float | None:
+        """λ from here on; None for a method without."""
+        return None
+
 
 class L2(FineTuning):
     """The same penalty with Ω = 1: every parameter is held equally, where the last task left it."""
@@ -71,6 +75,10 @@ class L2(FineTuning):
         """Takes θ* ← θ."""
         self._anchors = [p.detach().clone() for p in self._params]
 
+    def lambda_reg(self) -> float | None:
+        """The same from task to task."""
+        return self.settings.lambda_l2
+
 
 class Mas(FineTuning):
     """Memory Aware Synapses: the penalty's gradient joins the loss's before the step."""
@@ -81,15 +89,21 @@ class Mas(FineTuning):
 
     def __init__(self, model: nn.Module, settings: Settings) -> None:
         super().__init__(model, settings)
-        self.mas = mas_ext.MAS(model, lambda_reg=self.strength(settings))
+        self.mas = mas_ext.MAS(
+            model, self.strength(settings), drift=settings.drift, state_dtype=settings.state_dtype
+        )
 
     def begin_task(self, optimizer: Optimizer) -> None:
         """Attaches MAS to the optimizer."""
         self.mas.attach(optimizer, mode=self.mode)
 
-    def strength(self, settings: Settings) -> float:
-        """This mode's λ."""
-        return settings.lambda_reg or 0.0
+    def strength(self, settings: Settings) -> float | str:
+        """This mode's λ, as it was set."""
+        return settings.lambda_reg
+
+    def lambda_reg(self) -> float:
+        """This mode's λ, as it is."""
+        return float(self.mas.lambda_reg)  # type: ignore[arg-type]
 
     def end_task(self, task: Task, batches: Batches, tick: Tick) -> None:
         """Measures Ω on the task's images, sample by sample, and takes θ* ← θ."""
@@ -110,9 +124,13 @@ class MasProximal(Mas):
     label = "MAS, proximal"
     mode = "proximal"
 
-    def strength(self, settings: Settings) -> float:
-        """This mode's λ."""
-        return settings.lambda_proximal or 0.0
+    def strength(self, settings: Settings) -> float | str:
+        """This mode's λ, as it was set."""
+        return settings.lambda_proximal
+
+    def lambda_reg(self) -> float:
+        """This mode's λ, as it is."""
+        return float(self.mas.lambda_proximal)  # type: ignore[arg-type]
 
 
 METHODS: dict[str, type[FineTuning]] = {
@@ -131,6 +149,7 @@ class Outcome:
         accuracy_matrix: see :mod:`mas_ext.demo.metrics`.
         seconds: of learning and measuring Ω, without testing.
         importance_seconds: the part of it that measured Ω.
+        lambdas: λ after each task; None for a method without.
         importance: for each task, Ω after it by parameter name; empty without Ω.
         first_network: a copy of the network as it was after the first task.
     """
@@ -138,6 +157,7 @@ class Outcome:
     accuracy_matrix: list[list[float]] = field(default_factory=list)
     seconds: float = 0.0
     importance_seconds: float = 0.0
+    lambdas: list[float | None] = field(default_factory=list)
     importance: list[dict[str, Tensor]] = field(default_factory=list)
     first_network: nn.Module | None = None
 
@@ -158,6 +178,7 @@ def learn(method: str, tasks: list[Task], settings: Settings, tick: Tick) -> Out
         outcome.importance_seconds += time.perf_counter() - trained
         outcome.seconds += time.perf_counter() - start
         outcome.accuracy_matrix.append([accuracy(model, tested) for tested in tasks])
+        outcome.lambdas.append(learner.lambda_reg())
         outcome.importance.append(learner.importance())
         outcome.first_network = outcome.first_network or deepcopy(model)
     return outcome

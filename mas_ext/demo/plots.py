@@ -24,6 +24,7 @@ from mas_ext.demo import comparison, metrics
 from mas_ext.demo.data import SIDE
 from mas_ext.demo.learning import METHODS
 from mas_ext.demo.results import Run
+from mas_ext.drift import DEFAULT
 
 INK, MUTED, GRID = "#1d2433", "#667085", "#d9dde5"
 COLOURS = {"finetune": "#d1495b", "l2": "#b9770e", "mas": "#2f6fde", "mas_proximal": "#12876f"}
@@ -150,6 +151,39 @@ def learning_curves(run: Run) -> Figure:
             ax.spines[["left"]].set_visible(False)
         axes[0].set_ylabel("test accuracy")
         axes[0].legend(frameon=False, loc="lower left")
+    return figure
+
+
+def sweep(found: dict[str, Any]) -> Figure:
+    """Accuracy and forgetting over λ, and over drift."""
+    names = {"lambda": "λ", "drift": "drift"}
+    with matplotlib.rc_context(STYLE):
+        figure = _figure(10.5, 3.7)
+        axes = figure.subplots(1, 2, sharey=True)
+        for ax, (kind, label) in zip(axes, names.items(), strict=True):
+            curve = found[kind]
+            colour = COLOURS["mas_proximal"]
+            for values, style in (("average_accuracy", "-"), ("forgetting", ":")):
+                ax.plot(
+                    curve["values"],
+                    curve[values],
+                    color=colour,
+                    linestyle=style,
+                    marker=MARKERS["mas_proximal"],
+                    markersize=5,
+                    linewidth=2,
+                    label=values.replace("_", " "),
+                )
+            ax.set_xscale("log")
+            ax.set_xticks(curve["values"], [f"{value:g}" for value in curve["values"]])
+            ax.minorticks_off()
+            ax.set_xlabel(label)
+            ax.yaxis.set_major_formatter("{x:.0%}")
+            ax.tick_params(length=0)
+            ax.grid(axis="y")
+            ax.spines[["left"]].set_visible(False)
+        axes[1].axvline(DEFAULT, color=MUTED, linewidth=1, zorder=0)
+        axes[0].legend(frameon=False, loc="center left")
     return figure
 
 

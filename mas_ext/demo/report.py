@@ -11,6 +11,7 @@ from markupsafe import Markup
 from mas_ext.demo import comparison, metrics, plots
 from mas_ext.demo.learning import HIDDEN, METHODS
 from mas_ext.demo.results import Run
+from mas_ext.strength import AUTO
 
 SCENARIO_IN_WORDS = {
     "permuted": "each task shuffles the pixels of every image in an order of its own, "
@@ -83,13 +84,25 @@ def facts(run: Run) -> dict[str, str]:
         "Optimizer": f"Adam, learning rate {settings.lr:g}, a new one for each task",
         "Epochs a task": str(settings.epochs),
         "Batch size": str(settings.batch_size),
-        "λ, MAS": f"{settings.lambda_reg:g}",
-        "λ, MAS proximal": f"{settings.lambda_proximal:g} (Adam rescales a penalty’s gradient "
-        "but not this step, so its λ is on another scale)",
+        "λ, MAS": _strength(run, "mas", settings.lambda_reg),
+        "λ, MAS proximal": _strength(run, "mas_proximal", settings.lambda_proximal)
+        + " (Adam rescales a penalty’s gradient but not this step, so its λ is on another scale)",
         "λ, L2": f"{settings.lambda_l2:g}",
+        "Ω kept in": settings.state_dtype,
         "Ω measured on": "all training images" if samples is None else f"{samples:,} images a task",
         "Seed": str(settings.seed),
     }
+
+
+def _strength(run: Run, method: str, value: float | str) -> str:
+    """λ as it was set, or what was found from task to task."""
+    if value != AUTO:
+        return f"{value:g}"
+    source = f"found from drift {run.settings.drift:g}"
+    if method not in run.outcomes:
+        return source
+    found = [found for found in run.outcomes[method].lambdas if found is not None]
+    return f"{', '.join(f'{number:.3g}' for number in found)}: {source}, task by task"
 
 
 def _values(run: Run) -> dict[str, Any]:
@@ -114,6 +127,7 @@ def _values(run: Run) -> dict[str, Any]:
         "comparison_words": {
             comparison.LABELS[name]: words for name, words in comparison.DEFINITIONS.items()
         },
+        "sweep_svg": _svg(plots.sweep(run.sweep), "Accuracy over λ and drift") if run.sweep else "",
         "samples_svg": _svg(plots.samples(run), "Images of every task"),
         "accuracy_svg": _svg(plots.accuracy_matrices(run), "Accuracy matrices of every method"),
         "curves_svg": _svg(plots.learning_curves(run), "Accuracy after each task"),

@@ -22,12 +22,14 @@ class Run:
         tasks: what was learned.
         outcomes: method → accuracies, times and Ω.
         estimators: see :func:`mas_ext.demo.comparison.compare`.
+        sweep: see :func:`mas_ext.demo.sweep.sweep`; None where it was not asked for.
     """
 
     settings: Settings
     tasks: list[Task]
     outcomes: dict[str, Outcome]
     estimators: dict[str, Any]
+    sweep: dict[str, Any] | None = None
 
     @cached_property
     def results(self) -> dict[str, Any]:
@@ -37,6 +39,7 @@ class Run:
             "settings": self.settings.as_dict(),
             "methods": {method: _summary(outcome) for method, outcome in self.outcomes.items()},
             "estimators": self.estimators,
+            **({} if self.sweep is None else {"sweep": self.sweep}),
             "tasks": [task.name for task in self.tasks],
             "command": self.settings.command(),
             "versions": build_info(),
@@ -53,6 +56,8 @@ def _summary(outcome: Outcome) -> dict[str, Any]:
         "seconds": outcome.seconds,
         "accuracy_so_far": metrics.accuracy_so_far(matrix),
     }
+    if outcome.lambdas[-1] is not None:
+        summary["lambda"] = outcome.lambdas
     if outcome.importance[-1]:
         summary["importance_seconds"] = outcome.importance_seconds
         summary["importance"] = {

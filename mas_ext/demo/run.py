@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from mas_ext.demo import comparison, plots, report
+from mas_ext.demo import comparison, plots, report, sweep
 from mas_ext.demo.data import load_digits
 from mas_ext.demo.learning import METHODS, Outcome, learn
 from mas_ext.demo.progress import bars
@@ -26,19 +26,15 @@ def run_demo(
     Args:
         settings: what to run; the permuted scenario with its defaults if None.
         out: a folder, made if need be, for ``results.json``, ``accuracy.png``,
-            ``importance.png``, ``estimators.png`` and ``report.html``; None writes nothing.
+            ``importance.png``, ``estimators.png`` and ``report.html``, and ``sweep.png`` if it is
+            asked for; None writes nothing.
         progress: whether to show progress bars.
 
     Returns:
         The results; the same accuracies for the same settings on the same machine.
     """
     settings = settings or Settings()
-    tasks = make_tasks(
-        settings.scenario,
-        settings.tasks,
-        settings.seed,
-        *load_digits(settings.data, settings.root),
-    )
+    tasks = tasks_of(settings)
     outcomes: dict[str, Outcome] = {}
     with _one_thread(), bars(progress) as bar:
         for method in settings.methods:
@@ -49,10 +45,20 @@ def run_demo(
         assert network is not None
         with bar("Ω, compared", comparison.work(tasks[0], settings)) as tick:
             estimators = comparison.compare(network, tasks[0], settings, tick)
-    run = Run(settings, tasks, outcomes, estimators)
+        found = None
+        if settings.sweep:
+            with bar("λ and drift", sweep.RUNS * _work(sweep.METHOD, tasks, settings)) as tick:
+                found = sweep.sweep(tasks, settings, tick)
+    run = Run(settings, tasks, outcomes, estimators, found)
     if out is not None:
         write(run, Path(out))
     return run
+
+
+def tasks_of(settings: Settings) -> list[Task]:
+    """The tasks that a run with these settings learns."""
+    digits = load_digits(settings.data, settings.root)
+    return make_tasks(settings.scenario, settings.tasks, settings.seed, *digits)
 
 
 def write(run: Run, folder: Path) -> None:
@@ -63,6 +69,8 @@ def write(run: Run, folder: Path) -> None:
     plots.save_png(plots.accuracy_matrices(run), folder / "accuracy.png")
     plots.save_png(plots.importance(run), folder / "importance.png")
     plots.save_png(plots.estimators(run), folder / "estimators.png")
+    if run.sweep is not None:
+        plots.save_png(plots.sweep(run.sweep), folder / "sweep.png")
     (folder / "report.html").write_text(report.render(run), encoding="utf-8")
 
 

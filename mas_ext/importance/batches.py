@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from mas_ext.distributed.shards import whole
 from mas_ext.importance.watching import tensors_in
 
 Forward = Callable[[nn.Module, Any], Tensor]
@@ -175,13 +176,14 @@ def _describe(batch: Any) -> str:
 
 
 def output_tensor(output: Any) -> Tensor:
-    """The tensor in what a model returned: itself, its ``.logits``, or a tuple's first item.
+    """The tensor in what a model returned: itself, its ``logits``, or a tuple's first item.
 
     Raises:
         TypeError: there is none, or it is not of a floating dtype.
         ValueError: it has no sample dimension.
     """
-    found = getattr(output, "logits", output)
+    is_mapping = isinstance(output, Mapping)
+    found = output.get("logits", output) if is_mapping else getattr(output, "logits", output)
     if isinstance(found, (tuple, list)) and found:
         found = found[0]
     if not isinstance(found, Tensor):
@@ -196,4 +198,4 @@ def output_tensor(output: Any) -> Tensor:
             "the model's output has no sample dimension (it is 0-dim); return one row a sample, "
             "or pass forward= that does"
         )
-    return found
+    return whole(found)

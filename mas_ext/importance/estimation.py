@@ -6,11 +6,13 @@ import inspect
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from mas_ext import functional
+from mas_ext.distributed.shards import is_sharded, local, local_grad
 from mas_ext.importance import objectives
 from mas_ext.importance.batches import Batch, output_tensor
 from mas_ext.importance.objectives import Objective
@@ -35,8 +37,8 @@ class Estimation:
 
     Attributes:
         model: F.
-        params: θ, by canonical name.
-        sums: Σ over samples, what the estimators add to.
+        params: θ, by canonical name; DTensors under tensor parallelism.
+        sums: Σ over samples, what the estimators add to; of a DTensor, the local part.
         objective: as the user named or gave it.
         weighting: ``"samples"``, or ``"batches"``: each counts as one, whatever its size.
         coverage: parameter name → the path that served it, so far.
@@ -54,6 +56,11 @@ class Estimation:
 
     def __post_init__(self) -> None:
         self._to_scalars = objectives.resolve(self.objective)
+
+    @cached_property
+    def is_cut_up(self) -> bool:
+        """Whether other processes hold parts of what each operation works on."""
+        return any(is_sharded(p) for p in self.model.parameters())
 
     def output(self, batch: Batch) -> Tensor:
         """F's output, with one row a sample."""
@@ -84,7 +91,7 @@ class Estimation:
 
     def _suspect(self) -> str:
         """A parameter that is not finite itself, else the first one that would be spoilt."""
-        bad = [name for name, p in self.params.items() if not torch.isfinite(p).all()]
+        bad = [name for name, p in self.params.items() if not torch.isfinite(local(p)).all()]
         name = (bad or list(self.params))[0]
         return f"{name!r} (which holds NaN or Inf itself)" if bad else repr(name)
 
@@ -109,9 +116,13 @@ class Estimation:
             allow_unused=True,
             retain_graph=keep_graph,
         )
-        used = [(n, _dense(g)) for n, g in zip(chosen, grads, strict=True) if g is not None]
-        for omega, dense in _by_device([(sums[name], grad) for name, grad in used]):
-            functional.accumulate_importance_(omega, dense)
+        used = [
+            (name, dense(local_grad(grad, self.params[name])))
+            for name, grad in zip(chosen, grads, strict=True)
+            if grad is not None
+        ]
+        for omega, arrived in _by_device([(sums[name], grad) for name, grad in used]):
+            functional.accumulate_importance_(omega, arrived)
         if sums is self.sums:
             self.covered({name: path for name, _ in used})
 
@@ -143,7 +154,8 @@ def warn(message: str) -> None:
     warnings.warn(message, stacklevel=level + 1)
 
 
-def _dense(grad: Tensor) -> Tensor:
+def dense(grad: Tensor) -> Tensor:
+    """A gradient as kernels take it: an embedding's may be sparse."""
     return grad.to_dense() if grad.layout != torch.strided else grad
 
 

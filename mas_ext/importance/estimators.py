@@ -9,17 +9,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from mas_ext.importance import per_sample
 from mas_ext.importance.batches import Batch
 from mas_ext.importance.estimation import Estimation
 from mas_ext.importance.local import Local
 
+DEPENDS_ON_NOTHING = (
+    "the objective depends on no parameter that is measured: the forward or the objective detaches "
+    "its result or runs under no_grad, or params selects nothing that is used"
+)
+
 
 class Estimator(Protocol):
     """Made anew for every run, from its :class:`Estimation`."""
 
-    def add_batch(self, batch: Batch, limit: int) -> int:
-        """Adds a batch, at most ``limit`` samples of it, and returns how many it added."""
+    def add_batch(self, batch: Batch, limit: int) -> Tensor:
+        """Adds a batch, at most ``limit`` samples of it, and returns s_k of those it added."""
 
     def finish(self) -> None:
         """After the last batch: says what could not be measured; ValueError if nothing was."""
@@ -34,17 +41,13 @@ class _OfGradients:
     def finish(self) -> None:
         """A parameter without a gradient is one that the output does not depend on."""
         if not self.estimation.coverage:
-            raise ValueError(
-                "the objective depends on no parameter that is measured: the forward or the "
-                "objective detaches its result or runs under no_grad, or params selects nothing "
-                "that is used"
-            )
+            raise ValueError(DEPENDS_ON_NOTHING)
 
 
 class PerSample(_OfGradients):
     r"""Exact: :math:`\sum_k |\partial s_k / \partial\theta|`, from one backward pass."""
 
-    def add_batch(self, batch: Batch, limit: int) -> int:
+    def add_batch(self, batch: Batch, limit: int) -> Tensor:
         """See :mod:`mas_ext.importance.per_sample`."""
         return per_sample.add_batch(self.estimation, batch, limit)
 
@@ -57,17 +60,19 @@ class BatchMean(_OfGradients):
     short last batch counts for what it holds; or, weighted by batches, 1.
     """
 
-    def add_batch(self, batch: Batch, limit: int) -> int:
+    def add_batch(self, batch: Batch, limit: int) -> Tensor:
         """The absolute value of the batch's sum, B times that of its mean; or of its mean."""
         scalars = self.estimation.scalars(batch)[:limit]
         by_samples = self.estimation.weighting == "samples"
         total = scalars.sum() if by_samples else scalars.mean()
         self.estimation.add_gradient(total, path="batch")
-        return len(scalars)
+        return scalars.detach()
 
 
+IN_STEP = "per_sample_sharded"
 ESTIMATORS: dict[str, Callable[[Estimation], Estimator]] = {
     "per_sample": PerSample,
+    IN_STEP: PerSample,  # of a model that is not sharded; else see in_step.py
     "batch": BatchMean,
     "local": Local,
 }

@@ -45,6 +45,11 @@ class Local:
 
     def __init__(self, estimation: Estimation) -> None:
         _check_objective(estimation.objective)
+        if estimation.is_cut_up:
+            raise ValueError(
+                "estimator='local' is not available for a tensor-parallel model, of whose layers "
+                "this process sees only a part; use estimator='per_sample'"
+            )
         self._estimation = estimation
         self._names = {id(p): name for name, p in estimation.params.items()}
         self._layers = [
@@ -60,7 +65,7 @@ class Local:
                 "is measured belongs to one; use estimator='per_sample'"
             )
 
-    def add_batch(self, batch: Batch, limit: int) -> int:
+    def add_batch(self, batch: Batch, limit: int) -> Tensor:
         """One forward pass; one a sample where a layer's rows are not the samples."""
         with torch.no_grad(), _not_fused():
             if isinstance(batch, Inputs):
@@ -88,7 +93,7 @@ class Local:
 
     # -- which rows are a sample's ---------------------------------------------------------------
 
-    def _add_inputs(self, inputs: Inputs) -> int:
+    def _add_inputs(self, inputs: Inputs) -> Tensor:
         size = inputs.size()
         if size > 1 and self._samples_first is None:
             # One sample alone must be one row everywhere: not time first, not positions among the
@@ -96,17 +101,22 @@ class Local:
             alone, _ = self._watched(inputs.take([0], size))
             self._samples_first = all(use.rows == 1 for use in alone)
         if size == 1 or self._samples_first:
-            uses, _ = self._watched(inputs)
+            uses, every = self._watched(inputs)
             if size == 1 or all(use.rows == size for use in uses):
                 self._add(uses, size)
-                return size
-        for k in range(size):
-            self._add(self._watched(inputs.take([k], size))[0], 1)
-        return size
+                return every
+        scalars = [self._add_alone(inputs.take([k], size)) for k in range(size)]
+        return torch.cat(scalars) if scalars else torch.empty(0)
 
-    def _add_custom_batch(self, batch: Batch, limit: int) -> int:
+    def _add_alone(self, sample: Inputs) -> Tensor:
+        uses, scalars = self._watched(sample)
+        self._add(uses, 1)
+        return scalars
+
+    def _add_custom_batch(self, batch: Batch, limit: int) -> Tensor:
         """How to cut such a batch into samples is only a guess: its dimension 0 has to be that."""
-        uses, size = self._watched(batch)
+        uses, scalars = self._watched(batch)
+        size = len(scalars)
         wrong = [use for use in uses if size > 1 and use.rows != size]
         if wrong:
             name = next(self._names[id(p)] for p in _own(wrong[0].layer) if id(p) in self._names)
@@ -119,17 +129,17 @@ class Local:
             for use in uses:
                 use.inputs, use.outputs = use.inputs[:limit], use.outputs[:limit]
         self._add(uses, min(size, limit))
-        return min(size, limit)
+        return scalars[:limit]
 
-    def _watched(self, batch: Batch) -> tuple[list[Use], int]:
-        """What the layers did in a forward pass, and how many samples came out."""
+    def _watched(self, batch: Batch) -> tuple[list[Use], Tensor]:
+        """What the layers did in a forward pass, and ‖F‖² of each sample that came out."""
         with ExitStack() as stack:
             watch = stack.enter_context(Watch())
             for layer in self._layers:
                 # First of the hooks: a user's may replace the output.
                 handle = layer.register_forward_hook(watch.record, prepend=True, with_kwargs=True)
                 stack.callback(handle.remove)
-            return watch.uses, len(self._estimation.output(batch))
+            return watch.uses, self._estimation.unchecked_scalars(batch)
 
     # -- from inputs and outputs to Ω ------------------------------------------------------------
 

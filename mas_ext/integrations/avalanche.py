@@ -53,7 +53,7 @@ class MASPlugin(SupervisedPlugin):
     where Avalanche's fades; a loss of exactly zero is no error.
 
     Args:
-        lambda_reg: λ ≥ 0.
+        lambda_reg: λ ≥ 0, or ``"auto"``.
         alpha: what is kept of the old Ω, in [0, 1).
         verbose: shows a progress bar while importance is measured.
         mode: ``"gradient"``, the penalty is part of ``strategy.loss``, and so of whatever other
@@ -75,7 +75,7 @@ class MASPlugin(SupervisedPlugin):
 
     def __init__(
         self,
-        lambda_reg: float = 1.0,
+        lambda_reg: float | str = 1.0,
         alpha: float = 0.5,
         verbose: bool = False,
         *,

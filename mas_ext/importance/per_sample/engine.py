@@ -49,18 +49,22 @@ class Plans:
 _plans: WeakKeyDictionary[nn.Module, Plans] = WeakKeyDictionary()
 
 
-def add_batch(estimation: Estimation, batch: Batch, limit: int) -> int:
-    """Adds Σ_k |∂s_k/∂θ| of a batch, of at most ``limit`` samples, and returns of how many."""
+def add_batch(estimation: Estimation, batch: Batch, limit: int) -> Tensor:
+    """Adds Σ_k |∂s_k/∂θ| of a batch, of at most ``limit`` samples, and returns their s_k."""
     scalars = _undisturbed_by_chance(estimation, batch)
     count = min(len(scalars), limit)
     if len(scalars) == 1:
         estimation.add_gradient(scalars[0])
     elif count > 0 and scalars.requires_grad:
         _add_several(estimation, batch, scalars, count)
-    return count
+    return scalars[:count].detach()
 
 
 def _add_several(estimation: Estimation, batch: Batch, scalars: Tensor, count: int) -> None:
+    if estimation.is_cut_up:
+        reasons = dict.fromkeys(estimation.params, _CUT_UP)
+        _add_alone(estimation, batch, reasons, scalars, count)
+        return
     weights = torch.ones_like(scalars)
     weights[count:] = 0
     try:
@@ -209,6 +213,8 @@ def _check_samples(
     if not selfcheck.agree(graph.root.detach()[list(chosen)], alone, graph.dtype):
         raise ValueError(f"{_NOT_A_FUNCTION} (It looks at the batch with {decision}.)")
 
+
+_CUT_UP = "the model is tensor-parallel, and this process sees only a part of each operation"
 
 _NOT_A_FUNCTION = (
     "the model's output for a sample depends on the other samples in its batch, or on the call: "

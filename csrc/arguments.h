@@ -1,0 +1,128 @@
+// What an operator is given, as checks and kernels see it, and how what is wrong with it is said.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <array>
+#include <cstdint>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "numbers.h"
+
+namespace mas_ext {
+
+using torch::stable::Tensor;
+using TensorList = std::vector<Tensor>;
+
+// What tensor.scalar_type() gives. That asks torch for the code of one dtype after another, for
+// every tensor anew; here the codes of those that kernels take are asked for once.
+inline ScalarType dtype_of(const Tensor& tensor) {
+  static const std::array<std::pair<int32_t, ScalarType>, 5> supported{{
+      {aoti_torch_dtype_float32(), ScalarType::Float},
+      {aoti_torch_dtype_bfloat16(), ScalarType::BFloat16},
+      {aoti_torch_dtype_float16(), ScalarType::Half},
+      {aoti_torch_dtype_uint8(), ScalarType::Byte},
+      {aoti_torch_dtype_float64(), ScalarType::Double},
+  }};
+  int32_t code;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &code));
+  for (const auto& [supported_code, dtype] : supported) {
+    if (code == supported_code) {
+      return dtype;
+    }
+  }
+  return tensor.scalar_type();
+}
+
+inline bool is_strided(const Tensor& tensor) {
+  static const int32_t strided = aoti_torch_layout_strided();
+  int32_t layout;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(tensor.get(), &layout));
+  return layout == strided;
+}
+
+struct Place {
+  explicit Place(const Tensor& tensor)
+      : is_cpu(tensor.is_cpu()), device_index(tensor.get_device_index()) {}
+  bool operator==(const Place&) const = default;
+
+  bool is_cpu;
+  int32_t device_index;
+};
+
+// What checks and kernels want to know of a tensor, read once: torch's stable ABI answers every
+// question by a function call or several, and a call has many small tensors.
+struct Operand {
+  explicit Operand(const Tensor& tensor)
+      : tensor(&tensor),
+        dtype(dtype_of(tensor)),
+        place(tensor),
+        strided(is_strided(tensor)),
+        numel(tensor.numel()),
+        sizes(tensor.sizes()) {
+    if (strided) {  // a sparse tensor has none of these
+      strides = tensor.strides();
+      contiguous = tensor.is_contiguous();
+      data = tensor.data_ptr();
+    }
+  }
+
+  size_t dim() const { return sizes.size(); }
+  size_t element_size() const { return tensor->element_size(); }
+
+  const Tensor* tensor;
+  ScalarType dtype;
+  Place place;
+  bool strided, contiguous = false;
+  int64_t numel;
+  torch::headeronly::IntHeaderOnlyArrayRef sizes, strides;
+  void* data = nullptr;
+};
+
+// Of the tensors of one argument, which have to outlive them.
+struct Operands : std::vector<Operand> {
+  Operands(const TensorList& tensors) : vector(tensors.begin(), tensors.end()) {}
+  Operands(const Tensor& tensor) : vector{Operand(tensor)} {}
+};
+
+// One argument of an operator: a list, or a single tensor as a list of one.
+struct Argument {
+  const char* name;
+  Operands tensors;
+  bool is_omega = false;  // has a dtype of its own; all others share one
+  bool writable = false;
+  bool is_list = true;
+};
+
+template <class... Parts>
+[[noreturn]] void fail(const char* op, const Parts&... parts) {
+  std::ostringstream message;
+  message << "mas_ext::" << op << ": ";
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+inline std::string at(const Argument& argument, size_t i) {
+  const std::string name(argument.name);
+  return argument.is_list ? name + "[" + std::to_string(i) + "]" : name;
+}
+
+inline std::string shape_of(const Tensor& tensor) {
+  std::ostringstream text;
+  text << "[";
+  for (int64_t d = 0; d < tensor.dim(); ++d) {
+    text << (d ? ", " : "") << tensor.size(d);
+  }
+  text << "]";
+  return text.str();
+}
+
+inline std::string device_of(const Tensor& tensor) {
+  return tensor.is_cpu() ? "cpu" : "device " + std::to_string(tensor.get_device_index());
+}
+
+}  // namespace mas_ext

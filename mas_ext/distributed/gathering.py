@@ -1,0 +1,53 @@
+"""Writing one file of what many processes hold: each brings its parts, one process writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from mas_ext.distributed.ranks import Ranks
+from mas_ext.distributed.shards import is_sharded, whole
+
+Fetch = Callable[[str], Tensor]
+
+
+def write_once(tensors: Mapping[str, Tensor], write: Callable[[Fetch], None]) -> None:
+    """Has a file written by one of the processes that hold parts of its tensors; all call this.
+
+    Args:
+        tensors: by name; of those that are DTensors a process never holds more than one as a whole.
+        write: writes the file, and gets each tensor, in the order of names, from what it is given.
+
+    Raises:
+        Exception: on all of them, where writing fails.
+    """
+    meshes = list({id(t.device_mesh): t.device_mesh for t in _sharded(tensors)}.values())
+    if not meshes:
+        write(tensors.__getitem__)
+        return
+    is_writer = dist.get_rank() == min(int(mesh.mesh.min()) for mesh in meshes)
+    groups = dict.fromkeys(group for mesh in meshes for group in mesh.get_all_groups())
+    Ranks(model=tuple(groups)).attempt(lambda: _bring(tensors, write if is_writer else None))
+
+
+def _sharded(tensors: Mapping[str, Tensor]) -> list[Any]:
+    return [tensor for tensor in tensors.values() if is_sharded(tensor)]
+
+
+def _bring(tensors: Mapping[str, Tensor], write: Callable[[Fetch], None] | None) -> None:
+    """Takes part in making every tensor whole, whatever becomes of the file."""
+    left = dict.fromkeys(sorted(tensors))
+
+    def fetch(name: str) -> Tensor:
+        del left[name]
+        return whole(tensors[name])
+
+    try:
+        if write is not None:
+            write(fetch)
+    finally:
+        for name in list(left):
+            fetch(name)

@@ -1,0 +1,225 @@
+"""Parameters of which every process holds a part: DTensors, and what is remembered of them.
+
+Kernels and state work on the local parts, plain tensors. A :class:`Sharding` turns one back into a
+DTensor that is placed as its parameter is.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Whether it is a DTensor; without loading what defines them, which takes a second."""
+    if type(tensor) in (Tensor, torch.nn.Parameter):
+        return False
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Any) -> Any:
+    """This process's part, in the same memory and without a history; of others, all."""
+    if not is_sharded(tensor):
+        return tensor
+    with torch.no_grad():
+        return tensor.to_local()
+
+
+def locals_of(tensors: Iterable[Any]) -> list[Any]:
+    """:func:`local` of each."""
+    return [local(tensor) for tensor in tensors]
+
+
+def local_grad(grad: Tensor, param: Tensor) -> Tensor:
+    """A gradient's local part, with no sum over processes left to be formed."""
+    return local(placed_like(grad, param))
+
+
+def local_grads(params: Iterable[Tensor]) -> list[Tensor]:
+    """:func:`local_grad` of each."""
+    return [local_grad(p.grad, p) for p in params]  # type: ignore[arg-type]
+
+
+def local_parts(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """:func:`local` by name."""
+    return {name: local(tensor) for name, tensor in tensors.items()}
+
+
+def differentiable_part(tensor: Tensor) -> Tensor:
+    """This process's part, through which gradients flow."""
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of it, on every process; differentiable."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def placed_like(tensor: Tensor, param: Tensor) -> Tensor:
+    """A gradient where its parameter is: sums over processes that are still due are formed."""
+    if not is_sharded(param) or tensor.placements == param.placements:  # type: ignore[attr-defined]
+        return tensor
+    return tensor.redistribute(param.device_mesh, param.placements)  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """Where the parts of a DTensor are, and what they make up."""
+
+    mesh: Any
+    placements: tuple[Any, ...]
+    shape: torch.Size
+    stride: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: Any) -> Sharding | None:
+        """None for a plain tensor."""
+        if not is_sharded(tensor):
+            return None
+        return cls(tensor.device_mesh, tensor.placements, tensor.shape, tensor.stride())
+
+    def place(self, part: Tensor) -> Tensor:
+        """The DTensor of which this is the local part, in the same memory."""
+        from torch.distributed.tensor import DTensor
+
+        return DTensor.from_local(
+            part,
+            self.mesh,
+            self.placements,
+            run_check=False,
+            shape=self.shape,
+            stride=self.stride,
+        )
+
+    def part_of(self, value: Tensor) -> Tensor:
+        """The local part of a whole tensor, or of a DTensor however placed."""
+        from torch.distributed.tensor import distribute_tensor
+
+        if is_sharded(value):
+            return value.redistribute(self.mesh, self.placements).to_local()  # type: ignore[attr-defined]
+        return distribute_tensor(value, self.mesh, self.placements, src_data_rank=None).to_local()
+
+
+class Shardings:
+    """How each parameter was sharded when it was first remembered, by name; plain ones are None."""
+
+    def __init__(self, known: Mapping[str, Sharding | None] | None = None) -> None:
+        self._known = dict(known or {})
+
+    def joined_by(self, params: Mapping[str, Tensor]) -> Shardings:
+        """These and those of more parameters.
+
+        Raises:
+            ValueError: one is known and is sharded otherwise now, or has grown.
+        """
+        found = {name: Sharding.of(p) for name, p in params.items()}
+        for name, now in found.items():
+            before = self._known.get(name, now)
+            if before != now:
+                raise ValueError(_changed(name, before, now))
+        return Shardings({**self._known, **found})
+
+    def names(self) -> list[str]:
+        """Of those that are sharded."""
+        return [name for name, sharding in self._known.items() if sharding is not None]
+
+    def parts(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The local parts of values, which may be whole or placed in whatever way."""
+        return {
+            name: value if (sharding := self._known.get(name)) is None else sharding.part_of(value)
+            for name, value in values.items()
+        }
+
+    def placed(self, parts: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Local parts as DTensors where the parameters are; the mapping itself if none is."""
+        if not any(self._known.get(name) for name in parts):
+            return parts
+        return Placed(parts, self._known)
+
+
+class Placed(Mapping[str, Tensor]):
+    """Local parts, seen as the DTensors that they are parts of."""
+
+    def __init__(
+        self, parts: Mapping[str, Tensor], shardings: Mapping[str, Sharding | None]
+    ) -> None:
+        self._parts = parts
+        self._shardings = shardings
+
+    def __getitem__(self, name: str) -> Tensor:
+        part, sharding = self._parts[name], self._shardings.get(name)
+        return part if sharding is None else sharding.place(part)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self)} tensors)"
+
+
+def _changed(name: str, before: Sharding | None, now: Sharding | None) -> str:
+    if before and now and before.shape != now.shape:
+        return (
+            f"parameter {name!r} had shape {list(before.shape)} and now has {list(now.shape)}: one "
+            "that is sharded may not grow between tasks; grow it before the model is sharded, "
+            "start a new MAS, or leave it out with params="
+        )
+    return (
+        f"parameter {name!r} was remembered {_described(before)} and is {_described(now)} now; "
+        "shard the model before it is measured, or save() the state before and load() it after"
+    )
+
+
+def _described(sharding: Sharding | None) -> str:
+    if sharding is None:
+        return "whole"
+    return f"as {sharding.placements} over a mesh of {list(sharding.mesh.shape)}"
+
+
+class Home(NamedTuple):
+    """What parameters need to have in common for one operator call.
+
+    Attributes:
+        sharded: the dimensions of the mesh over which the parts are different ones.
+    """
+
+    device: torch.device
+    mesh: Any = None
+    sharded: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, param: Any) -> Home:
+        """A parameter's home."""
+        if not is_sharded(param):
+            return cls(param.device)
+        dims = [d for d, placement in enumerate(param.placements) if not placement.is_replicate()]
+        return cls(param.device, param.device_mesh, tuple(dims))
+
+    def total(self, value: Tensor) -> Tensor:
+        """The sum of a 0-dim value over the different parts, on every process; differentiable."""
+        if not self.sharded:
+            return value
+        from torch.distributed.tensor import DTensor, Partial, Replicate
+
+        placements = [
+            Partial() if d in self.sharded else Replicate() for d in range(self.mesh.ndim)
+        ]
+        total = DTensor.from_local(value, self.mesh, placements, run_check=False)
+        for dim in self.sharded:  # one by one: PyTorch warns of sums over several at once
+            placements[dim] = Replicate()
+            total = total.redistribute(self.mesh, placements)
+        return total.to_local()
+
+
+def home_key(param: Tensor) -> Home | torch.device:
+    """Equal for parameters of one home, and cheap for plain ones."""
+    return Home.of(param) if is_sharded(param) else param.device

@@ -1,0 +1,203 @@
+r"""The exact importance of a model that is too large to be whole on one process.
+
+Every rank takes one sample a pass, through the sharded model as in training. Where a gradient
+arrives it is the rank's own sample's: its magnitude is taken there, before ranks are summed,
+
+.. math:: \Omega_\text{part} \mathrel{+}= \mathrm{reduce\_scatter}\,(|\partial s_r/\partial\theta|)
+
+so that no rank ever holds more than one parameter's gradient. All ranks make the same passes: one
+whose data has ended goes through its last sample again, and adds nothing.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mas_ext.distributed import topology
+from mas_ext.distributed.fsdp import ShardedModel
+from mas_ext.distributed.ranks import Ranks
+from mas_ext.distributed.shards import local_grad
+from mas_ext.importance import estimators, loop
+from mas_ext.importance.batches import Batch, CustomBatch, Forward, Inputs
+from mas_ext.importance.estimation import Estimation, dense
+from mas_ext.importance.finite import check_finite
+from mas_ext.importance.isolation import differentiable, no_hidden_parameters, undisturbed
+from mas_ext.importance.objectives import Objective
+from mas_ext.importance.seen import Seen
+
+PATH = "one sample at a time"
+
+
+def add_samples_(
+    sums: Mapping[str, Tensor],
+    sharded: ShardedModel,
+    data: Iterable[Any],
+    named: Mapping[str, Tensor],
+    *,
+    estimator: str,
+    objective: Objective = "squared_l2",
+    forward: Forward | None = None,
+    max_samples: int | None = None,
+    progress: loop.Progress = None,
+    weighting: str = "samples",
+    training: bool = False,
+    counted: Callable[[Seen], None],
+) -> tuple[Seen, dict[str, str]]:
+    """Adds Σ over the samples of all ranks to the local parts of the sums, pass by pass.
+
+    See :func:`mas_ext.importance.spread.add_importance_`. An error in a forward pass of one rank
+    leaves the others waiting in theirs, until the process group's timeout.
+    """
+    estimators.check(estimator, weighting, training)
+    ranks = topology.ranks_of_shards(sharded.sharded_parameters, sharded.mesh)
+    source = _Source(ranks, data, forward, loop.check_max_samples(max_samples))
+    loop.check_samples_are_independent(sharded.model)
+    done = Seen()
+    with (
+        closing(loop.Reporter(ranks.progress(progress))) as reporter,
+        no_hidden_parameters(),
+        sharded.in_training(),
+        undisturbed(sharded.model),
+        _Magnitudes(sums, sharded, named).collected() as magnitudes,
+    ):
+        estimation = Estimation(sharded.model, dict(named), dict(sums), objective)
+        while active := source.advance():
+            with differentiable():
+                scalars: list[Tensor] = []
+
+                def forward_pass(scalars: list[Tensor] = scalars) -> float:
+                    scalars.append(_scalar(estimation, source.placed(sharded.device)))
+                    return scalars[0].item() if source.is_own else 0.0
+
+                energies = ranks.attempt(forward_pass)
+                magnitudes.count_in = source.is_own
+                if scalars[0].requires_grad:
+                    scalars[0].backward()
+            more = Seen(active, active, sum(energies))
+            done += more
+            counted(more)
+            reporter.show(done.samples)
+        ranks.attempt(lambda: check_finite(sums))
+    if done.samples == 0:
+        raise ValueError(loop.NO_SAMPLES)
+    if not magnitudes.seen:
+        raise ValueError(estimators.DEPENDS_ON_NOTHING)
+    return done, dict.fromkeys(magnitudes.seen, PATH)
+
+
+def _scalar(estimation: Estimation, sample: Batch) -> Tensor:
+    scalars = estimation.scalars(sample)
+    if len(scalars) != 1:
+        raise ValueError(
+            f"forward gave {len(scalars)} rows for a batch; with forward= and "
+            f"estimator={estimators.IN_STEP!r} a batch must be one sample"
+        )
+    return scalars[0]
+
+
+class _Source:
+    """One sample a pass, on every rank, until no rank has any left.
+
+    Attributes:
+        is_own: whether this rank's is one that counts.
+    """
+
+    def __init__(
+        self, ranks: Ranks, data: Iterable[Any], forward: Forward | None, limit: int
+    ) -> None:
+        self.is_own = False
+        self._ranks = ranks
+        self._left = limit
+        self._samples = _samples(data, forward)
+        self._sample: Batch | None = None
+        self._all_have_one = False
+
+    def advance(self) -> int:
+        """To the next sample; returns on how many data ranks there is one."""
+        found = self._ranks.attempt(self._take)
+        active = sum(found)
+        if active and not all(found) and not self._all_have_one:
+            self._share_a_spare()
+        self._all_have_one = active > 0
+        return active
+
+    def _take(self) -> bool:
+        sample = next(self._samples, None) if self._left > 0 else None
+        self._left -= 1
+        self.is_own = sample is not None
+        self._sample = sample or self._sample
+        return self.is_own
+
+    def _share_a_spare(self) -> None:
+        """In the first pass: ranks without a sample get one of another's to take part with."""
+        spares = self._ranks.attempt(
+            lambda: None if self._sample is None else pickle.dumps(self._sample)
+        )
+        self._sample = self._sample or pickle.loads(next(s for s in spares if s is not None))
+
+    def placed(self, device: torch.device) -> Batch:
+        """The sample that this rank goes through, which may be one that does not count."""
+        sample = self._sample
+        assert sample is not None
+        return sample.placed(device) if isinstance(sample, Inputs) else sample
+
+
+def _samples(data: Iterable[Any], forward: Forward | None) -> Iterator[Batch]:
+    loop.check_data(data)
+    for raw in data:
+        if forward is not None:
+            yield CustomBatch(raw, forward)
+            continue
+        inputs = Inputs.of(raw)
+        for k in range(size := inputs.size()):
+            yield inputs.take([k], size)
+
+
+class _Magnitudes:
+    """Takes every gradient as it arrives in a backward pass, and leaves none behind.
+
+    Attributes:
+        count_in: whether this rank's sample counts.
+        seen: the parameters for which one has arrived, in order.
+    """
+
+    def __init__(
+        self, sums: Mapping[str, Tensor], sharded: ShardedModel, named: Mapping[str, Tensor]
+    ) -> None:
+        self.count_in = True
+        self.seen: dict[str, None] = {}
+        self._sums = sums
+        self._sharded = sharded
+        self._named = named
+
+    @contextmanager
+    def collected(self) -> Iterator[_Magnitudes]:
+        """While the model is in training: of the parameters that are measured, and no others."""
+        ours = {id(p) for p in self._named.values()}
+        for p in self._sharded.model.parameters():
+            p.requires_grad_(id(p) in ours)
+        with ExitStack() as stack:
+            for name, leaf in self._sharded.whole(self._named).items():
+                leaf.requires_grad_(True)
+                hook = leaf.register_post_accumulate_grad_hook(self._hook(name))
+                stack.callback(hook.remove)
+            yield self
+
+    def _hook(self, name: str) -> Callable[[Tensor], None]:
+        @torch.no_grad()
+        def take(leaf: Tensor) -> None:
+            grad, leaf.grad = leaf.grad, None
+            assert grad is not None
+            magnitude = dense(local_grad(grad, leaf)).abs().to(self._sums[name].dtype)
+            if not self.count_in:
+                magnitude.zero_()
+            self._sums[name].add_(self._sharded.summed_part(self._named[name], magnitude))
+            self.seen[name] = None
+
+        return take

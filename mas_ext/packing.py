@@ -1,0 +1,102 @@
+"""The state for torch.distributed.checkpoint: nothing but tensors, and always the same ones.
+
+That library stores what is no tensor as a pickle, and loads nothing for which there is no tensor
+yet. So settings are the bytes of their JSON, counts a matrix, and a parameter that has not been
+measured has Ω = 0 and its present value for an anchor: a new MAS has room for all that a used one
+saves. What has no count is left out again when it is loaded. An Ω that is kept in codes is there in
+float32, of which other processes can take other parts; compressed again it is the same codes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mas_ext.checkpoint import GROUPS, SCALES, TENSORS, StateDict, with_expanded
+from mas_ext.precision import kept_dtype
+
+_PAGE = 4096  # bytes that settings are a multiple of, so that they seldom change their size
+_TASKS, _SAMPLES = 0, 1  # columns of the counts
+_COUNTED = {"tasks": _TASKS, "num_samples": _SAMPLES}
+
+
+def packed(state: StateDict, unmeasured: Mapping[str, Tensor]) -> StateDict:
+    """A state in which there is room for parameters that have not been measured."""
+    state = with_expanded(state, state["importance"])
+    tensors = {group: dict(state[group]) for group in GROUPS}
+    for name, p in unmeasured.items():
+        tensors["anchor"][name] = p.detach().clone()
+        tensors["importance"][name] = _zeros(p, state["state_dtype"])
+    if state["merge"] == "sum_of_sums":
+        for name, omega in tensors["importance"].items():
+            tensors["earlier"].setdefault(name, torch.zeros_like(omega))
+    settings = {k: v for k, v in state.items() if k not in (*TENSORS, *_COUNTED)}
+    return {"settings": _bytes(settings), "counts": _counts(state, _names(tensors)), **tensors}
+
+
+def is_packed(state: Any) -> bool:
+    """Whether :func:`packed` made it."""
+    return isinstance(state, Mapping) and isinstance(state.get("settings"), Tensor)
+
+
+def unpacked(state: Mapping[str, Any]) -> StateDict:
+    """What was packed.
+
+    Raises:
+        ValueError: a part of it was not loaded, or it is damaged.
+    """
+    try:
+        settings = json.loads(bytes(state["settings"].tolist()))
+        names, counts = _names(state), state["counts"].tolist()
+        known = {
+            key: {n: row[column] for n, row in zip(names, counts, strict=True) if row[column] >= 0}
+            for key, column in _COUNTED.items()
+        }
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"the state is damaged: {error}; use another copy") from error
+    groups = dict.fromkeys(GROUPS, known["tasks"]) | {"open": known["num_samples"]}
+    _check_loaded(state, settings, groups)
+    tensors = {g: {n: t for n, t in state[g].items() if n in groups[g]} for g in GROUPS}
+    return {**settings, **known, **tensors, **{scales: {} for scales in SCALES.values()}}
+
+
+def _check_loaded(state: Mapping[str, Any], settings: StateDict, groups: StateDict) -> None:
+    """Loading in place leaves out, without a word, what there was no room for."""
+    if any(name not in state["open"] for name in groups["open"]):
+        raise ValueError(
+            "the state was saved inside an open task, and there is no room for its sums; call "
+            "update_importance() with one batch before you load, which makes room and is replaced"
+        )
+    earlier = settings.get("merge") == "sum_of_sums"
+    if earlier and any(name not in state["earlier"] for name in groups["earlier"]):
+        raise ValueError(
+            "the state was merged by 'sum_of_sums', and there is no room for its earlier sums; "
+            "load it into a MAS with merge='sum_of_sums'"
+        )
+
+
+def _names(tensors: Mapping[str, Any]) -> list[str]:
+    return sorted({*tensors["importance"], *tensors["open"]})
+
+
+def _zeros(p: Tensor, state_dtype: str) -> Tensor:
+    """In the dtype that the parameter's Ω is packed in."""
+    dtype = kept_dtype(p.dtype, state_dtype)
+    dtype = torch.float32 if dtype == torch.uint8 else dtype
+    return torch.zeros_like(p, dtype=dtype, requires_grad=False)
+
+
+def _counts(state: StateDict, names: Iterable[str]) -> Tensor:
+    """A row a parameter: in how many tasks it was measured, with how many samples in this one."""
+    rows = [[state[key].get(name, -1) for key in _COUNTED] for name in names]
+    return torch.tensor(rows, dtype=torch.int64).view(-1, len(_COUNTED))
+
+
+def _bytes(settings: StateDict) -> Tensor:
+    text = json.dumps(settings).encode()
+    text += b" " * (-len(text) % _PAGE)
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8)
