@@ -1,7 +1,8 @@
 """The cases that the operators' tests run through, and the float64 oracle they are judged by.
 
 THE place to add a case: a dtype to ``DTYPES``, a list of shapes to ``SHAPES``, a memory layout to
-``LAYOUTS``. Every operator then meets it in ``test_functional.py`` and in ``test_ops.py``.
+``LAYOUTS``, a way to keep Ω to ``KEPT``. Every operator then meets it in ``test_functional.py``,
+``test_steps.py`` and ``test_ops.py``.
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from mas_ext.precision import compress_, num_scales
 
 # ================================================================================================
 # The table
@@ -26,9 +29,13 @@ DTYPES = {
     "float16": torch.float16,
 }
 
-# The CPU kernels keep 16 partial sums, cut tensors into chunks of 16384 elements and wake threads
-# from 131072 elements on (test_functional.py has larger ones). The CUDA kernels cut them into
-# chunks of 8192. Below, at and above each.
+# Beside float64 values Ω is always wide, in the accumulation dtype.
+KEPT = {"bfloat16": torch.bfloat16, "uint8": torch.uint8}
+
+# The CPU kernels keep 16 partial sums (of bfloat16 twice as many), cut tensors into chunks of 16384
+# elements and wake threads from 131072 elements on (test_functional.py has larger ones); 256 codes
+# of Ω share a scale, and 1024 are expanded at a time. The CUDA kernels cut tensors into chunks of
+# 8192. Below, at and above each.
 SHAPES: dict[str, list[tuple[int, ...]]] = {
     "empty_list": [],
     "zero_size": [(0,), (3, 0, 2)],
@@ -36,6 +43,9 @@ SHAPES: dict[str, list[tuple[int, ...]]] = {
     "one_element": [(1,)],
     "odd": [(3,), (7, 5), (13,)],
     "15_16_17": [(15,), (16,), (17,)],
+    "31_32_33": [(31,), (32,), (33,)],
+    "255_256_257": [(255,), (256,), (257,)],
+    "1023_1024_1025": [(1023,), (1024,), (1025,)],
     "8191_8192_8193": [(8191,), (8192,), (8193,)],
     "16383": [(16383,)],
     "16384": [(16384,)],
@@ -72,7 +82,8 @@ def sliced(tensor: Tensor) -> Tensor:
 
 def behind(tensor: Tensor, elements: int) -> Tensor:
     """The same values, so many elements behind an aligned address, with as many after them."""
-    base = tensor.new_full((tensor.numel() + 2 * elements,), math.nan)
+    around = math.nan if tensor.is_floating_point() else 255
+    base = tensor.new_full((tensor.numel() + 2 * elements,), around)
     view = base[elements : elements + tensor.numel()].view(tensor.shape)
     return view.copy_(tensor)
 
@@ -113,13 +124,35 @@ class State:
     anchors: list[Tensor]
     omega: list[Tensor]
     grads: list[Tensor]
+    omega_scales: list[Tensor] = field(default_factory=list)  # where Ω may be in codes
 
     def lists(self) -> dict[str, list[Tensor]]:
-        return vars(self)
+        return {k: ts for k, ts in vars(self).items() if ts or k != "omega_scales"}
 
     def double(self) -> State:
-        """A float64 copy, exact."""
-        return State(*([t.detach().double().clone() for t in ts] for ts in self.lists().values()))
+        """A float64 copy, exact, of Ω as it is meant."""
+        lists = {k: [t.detach().double().clone() for t in ts] for k, ts in self.lists().items()}
+        for omega, kept, scales in zip(lists["omega"], self.omega, self.omega_scales, strict=False):
+            if kept.dtype == torch.uint8:
+                _expand(omega, kept, scales)
+        return State(*list(lists.values())[:4])
+
+
+def _expand(omega: Tensor, codes: Tensor, scales: Tensor) -> None:
+    """Ω = s·(q/255)², where 256 neighbours in the codes' memory share s."""
+    flat = codes.as_strided((codes.numel(),), (1,))
+    scale = scales.double().repeat_interleave(256)[: codes.numel()]
+    memory = torch.empty_like(codes, dtype=torch.float64)
+    memory.as_strided((codes.numel(),), (1,)).copy_(scale * (flat.double() / 255) ** 2)
+    omega.copy_(memory)
+
+
+def compressed(omega: Tensor, layout: Layout = contiguous) -> tuple[Tensor, Tensor]:
+    """Its codes, dense in the order of ``layout``, and their scales."""
+    codes = (contiguous if layout is sliced else layout)(torch.zeros_like(omega, dtype=torch.uint8))
+    scales = omega.new_empty(num_scales(omega.numel()), dtype=torch.float32)
+    compress_(codes, scales, omega)
+    return codes, scales
 
 
 def make_state(
@@ -128,20 +161,29 @@ def make_state(
     layouts: tuple[Layout, Layout, Layout, Layout] = LAYOUTS["contiguous"],
     seed: int = 0,
     device: str | torch.device = "cpu",
+    kept: str | None = None,
 ) -> State:
     """Normal values; Ω ≥ 0 with a quarter of exact zeros, as a network with dead units has.
 
-    The same values on every device, where they are then laid out.
+    The same values on every device, where they are then laid out. Ω is in the accumulation dtype,
+    or beside values other than float64 as one of ``KEPT``.
     """
     generator = torch.Generator().manual_seed(seed)
-    state = State([], [], [], [])
+    state, all_scales = State([], [], [], []), []
     for dtype, shape in zip(dtypes, shapes, strict=True):
         params, anchors, omega, grads = torch.randn(4, *shape, generator=generator).unbind()
         omega = omega.abs() * (torch.rand(shape, generator=generator) > 0.25)
         values = [params.to(dtype), anchors.to(dtype), omega, grads.to(dtype)]
-        values[2] = omega.to(accumulation_dtype(dtype))
+        keeps = kept is not None and dtype != torch.float64
+        values[2] = omega.to(KEPT["bfloat16"] if keeps else accumulation_dtype(dtype))
         for tensors, value, layout in zip(state.lists().values(), values, layouts, strict=True):
             tensors.append(layout(value.to(device)))
+        if kept == "uint8":
+            scales = torch.empty(0, device=device)
+            if keeps:
+                state.omega[-1], scales = compressed(omega.to(device), layouts[2])
+            all_scales.append(scales)
+    state.omega_scales = all_scales
     return state
 
 
@@ -150,9 +192,11 @@ class Case:
     dtype_name: str
     shapes_name: str
     layout_name: str
+    kept: str | None = None
 
     def __str__(self) -> str:
-        return f"{self.dtype_name}-{self.shapes_name}-{self.layout_name}"
+        name = f"{self.dtype_name}-{self.shapes_name}-{self.layout_name}"
+        return f"{name}-{self.kept}_omega" if self.kept else name
 
     @property
     def dtype(self) -> torch.dtype:
@@ -166,7 +210,7 @@ class Case:
         """The case's tensors; the same values at every call, in every layout, on every device."""
         seed = zlib.crc32(f"{self.dtype_name}-{self.shapes_name}".encode())
         dtypes = [self.dtype] * len(self.shapes)
-        return make_state(dtypes, self.shapes, LAYOUTS[self.layout_name], seed, device)
+        return make_state(dtypes, self.shapes, LAYOUTS[self.layout_name], seed, device, self.kept)
 
 
 def _is_worthwhile(case: Case) -> bool:
@@ -182,6 +226,31 @@ CASES = [
     for shapes in SHAPES
     for layout in LAYOUTS
     if _is_worthwhile(case := Case(dtype, shapes, layout))
+]
+
+# Where Ω is only read it may be kept in less: what that has to do with.
+_KEPT_SHAPES = [
+    "empty_list",
+    "zero_size",
+    "255_256_257",
+    "1023_1024_1025",
+    "16385",
+    "conv",
+    "mixed",
+]
+_KEPT_LAYOUTS = ["contiguous", "transposed", "unaligned", "params_transposed", "each_differently"]
+KEPT_CASES = [
+    case
+    for dtype, kept in [
+        ("float32", "uint8"),
+        ("float32", "bfloat16"),
+        ("bfloat16", "uint8"),
+        ("bfloat16", "bfloat16"),
+        ("float16", "uint8"),
+    ]
+    for shapes in _KEPT_SHAPES
+    for layout in _KEPT_LAYOUTS
+    if _is_worthwhile(case := Case(dtype, shapes, layout, kept))
 ]
 
 
@@ -214,6 +283,8 @@ OPS = list(ARGUMENTS)
 WRITING_OPS = [op for op in OPS if op.endswith("_")]
 PENALTY_OPS = [op for op in OPS if "lambda_reg" in ARGUMENTS[op]]
 READING_OPS = [op for op in OPS if not op.endswith("_")]
+OP_CASES = [(op, case) for op in OPS for case in CASES]
+OP_CASES += [(op, case) for op in PENALTY_OPS for case in KEPT_CASES]
 
 
 def list_arguments(op: str) -> list[str]:
@@ -229,6 +300,14 @@ def arguments(op: str, state: State, scalars: Scalars = Scalars()) -> list:  # n
     return [known[name] for name in ARGUMENTS[op]]
 
 
+def raw_arguments(op: str, state: State, scalars: Scalars = Scalars()) -> list:  # noqa: B008
+    """For ``torch.ops.mas_ext``, where scalars are tensors and Ω's scales come behind it."""
+    inputs = arguments(op, state, scalars.as_tensors())
+    if op in PENALTY_OPS:
+        inputs.insert(ARGUMENTS[op].index("omega") + 1, state.omega_scales)
+    return inputs
+
+
 class Outcome(NamedTuple):
     value: Tensor | None
     tensors: list[Tensor]  # what was written or, for penalty_and_grad, returned
@@ -236,7 +315,8 @@ class Outcome(NamedTuple):
 
 def call(module: ModuleType, op: str, state: State, scalars: Scalars = Scalars()) -> Outcome:  # noqa: B008
     """Runs ``module.op``, module being mas_ext.functional or mas_ext.reference."""
-    result = getattr(module, op)(*arguments(op, state, scalars))
+    scales = {"omega_scales": state.omega_scales} if state.omega_scales else {}
+    result = getattr(module, op)(*arguments(op, state, scalars), **scales)
     if op == "penalty_and_grad":
         return Outcome(*result)
     written = written_argument(op)

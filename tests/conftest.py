@@ -16,7 +16,7 @@ except ImportError:  # `make gpu` needs only torch and pytest
     np = None
 
 # Of `make gpu` and its rehearsal, which say on which device.
-_ON_A_DEVICE = ["test_cuda.py", "test_cuda_steps.py"]
+_ON_A_DEVICE = ["test_cuda.py", "test_cuda_kept.py", "test_cuda_steps.py"]
 collect_ignore = [] if os.environ.get("MAS_EXT_TEST_DEVICE") else _ON_A_DEVICE
 
 

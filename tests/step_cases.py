@@ -106,6 +106,7 @@ def make_problem(
     layout: str = "contiguous",
     seed: int = 0,
     device: str = "cpu",
+    kept: str | None = None,
 ) -> Problem:
     """As ``make_state``; second moments are positive, and every parameter is at another step."""
     generator = torch.Generator().manual_seed(seed + 1)
@@ -115,15 +116,15 @@ def make_problem(
         values = [torch.randn(shape, generator=generator) for shape in shapes]
         values = [v.square() + 0.1 if name == "exp_avg_sqs" else v for v in values]
         moments[name] = [where(v.to(d).to(device)) for v, d in zip(values, dtypes, strict=True)]
-    state = make_state(dtypes, shapes, LAYOUTS[layout], seed, device)
+    state = make_state(dtypes, shapes, LAYOUTS[layout], seed, device, kept)
     steps = torch.arange(len(shapes), dtype=torch.float32).to(device)
     return Problem(rule, state, moments, steps)
 
 
 def from_case(rule: Rule, case: Case, device: str = "cpu") -> Problem:
-    seed = zlib.crc32(str(case).rsplit("-", 1)[0].encode())
+    seed = zlib.crc32(f"{case.dtype_name}-{case.shapes_name}".encode())
     dtypes = [case.dtype] * len(case.shapes)
-    return make_problem(rule, dtypes, case.shapes, case.layout_name, seed, device)
+    return make_problem(rule, dtypes, case.shapes, case.layout_name, seed, device, case.kept)
 
 
 def call(
@@ -145,6 +146,7 @@ def call(
         s.omega,
         strengths.lambda_reg,
         strengths.lr,
+        omega_scales=s.omega_scales,
         mode=mode,
         **{
             **keep,
@@ -171,7 +173,8 @@ def raw_arguments(
     else:
         kept = [*problem.moments.values(), problem.steps]
         options |= dict(zip(("beta1", "beta2"), options.pop("betas", (0.9, 0.999)), strict=True))
-    return (s.params, s.grads, *kept, s.anchors, s.omega, scalars.lambda_reg, scalars.lr), options
+    state = s.anchors, s.omega, s.omega_scales
+    return (s.params, s.grads, *kept, *state, scalars.lambda_reg, scalars.lr), options
 
 
 # ================================================================================================

@@ -255,7 +255,10 @@ each_side = pytest.mark.parametrize(
 )
 
 ONE_DEVICE = "{0} is on meta but {1} is on cpu; all tensors of one call must be on one device"
-CONVERT = r"; convert it \(omega is float64 beside float64 values and float32 beside others\)"
+CONVERT = (
+    r"; convert it \(omega is float64 beside float64 values and float32 beside others, or, where "
+    r"it is only read, bfloat16 or uint8\)"
+)
 BAD: dict[str, tuple[Callable[[Problem], dict[str, Tensor]], str]] = {
     "omega_1d": (lambda x: {"omega": x.omega[0]}, r"omega has shape \[6\]; pass a matrix \[p, d\]"),
     "left_2d": (

@@ -17,10 +17,11 @@ from tests.cases import (
     WRITING_OPS,
     Scalars,
     State,
-    arguments,
     call,
+    compressed,
     list_arguments,
     make_state,
+    raw_arguments,
     written_argument,
 )
 
@@ -103,12 +104,13 @@ WRONG_BESIDE_THE_FIRST: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     ),
     "float64": (
         lambda t: t.double(),
-        r"\[1\] has dtype \w+ where \w+ is expected beside \w+ values; convert it",
+        r"\[1\] has dtype \w+ where .* is expected beside \w+ values; convert it",
     ),
-    "bfloat16": (
-        lambda t: t.bfloat16(),
-        r"{name}\[1\] has dtype bfloat16 where float32 is expected beside \w+ values; convert it "
-        r"\(omega is float64 beside float64 values and float32 beside others\)",
+    "float16": (
+        lambda t: t.half(),
+        r"{name}\[1\] has dtype float16 where float32.* is expected beside \w+ values; convert it "
+        r"\(omega is float64 beside float64 values and float32 beside others, or, where it is only "
+        r"read, bfloat16 or uint8\)",
     ),
 }
 
@@ -121,18 +123,26 @@ def check_one_bad_tensor(op: str, name: str, spoil: Callable, message: str) -> N
     refused(op, state, f"mas_ext::{op}: .*{message}")
 
 
-@pytest.mark.parametrize(("spoil", "message"), WRONG_ANYWHERE.values(), ids=WRONG_ANYWHERE)
-@pytest.mark.parametrize(("op", "name"), ANYWHERE)
-def test_bad_tensor(op: str, name: str, spoil: Callable, message: str) -> None:
-    check_one_bad_tensor(op, name, spoil, message)
+BAD_TENSORS = [
+    (op, name, kind)
+    for op, name in ANYWHERE
+    for kind in WRONG_ANYWHERE
+    # Of an Ω that is only read these are codes, which want scales.
+    if (name, kind) != ("omega", "uint8") or op not in PENALTY_OPS
+]
+
+
+@pytest.mark.parametrize(("op", "name", "kind"), BAD_TENSORS)
+def test_bad_tensor(op: str, name: str, kind: str) -> None:
+    check_one_bad_tensor(op, name, *WRONG_ANYWHERE[kind])
 
 
 UNLIKE_THE_FIRST = [
     (op, name, kind)
     for op, name in BUT_FIRST
     for kind in WRONG_BESIDE_THE_FIRST
-    # Gradients in bfloat16 beside Ω in float32 are what this operator is for.
-    if (op, kind) != ("accumulate_importance_", "bfloat16")
+    # Gradients in float16 beside Ω in float32 are what this operator is for.
+    if (op, kind) != ("accumulate_importance_", "float16")
 ]
 
 
@@ -141,13 +151,24 @@ def test_tensor_unlike_the_first(op: str, name: str, kind: str) -> None:
     check_one_bad_tensor(op, name, *WRONG_BESIDE_THE_FIRST[kind])
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_omega_in_a_low_precision(op: str) -> None:
-    """In bfloat16 beside bfloat16 it would stall while it accumulates."""
+def test_an_importance_that_accumulates_in_a_low_precision() -> None:
+    """In bfloat16 beside bfloat16 it would stall."""
     state = make_state([torch.float32, torch.bfloat16], [(4, 5), (6,)])
     state.omega[1] = state.omega[1].bfloat16()
     message = r"omega\[1\] has dtype bfloat16 where float32 is expected beside bfloat16 values"
-    refused(op, state, message)
+    refused("accumulate_importance_", state, message)
+
+
+@pytest.mark.parametrize("op", PENALTY_OPS)
+def test_omega_in_a_low_precision_beside_float64(op: str) -> None:
+    for kept in (torch.bfloat16, torch.uint8):
+        state = make_state([torch.float32, torch.float64], [(4, 5), (6,)])
+        state.omega[1] = state.omega[1].to(kept)
+        refused(
+            op,
+            state,
+            r"omega\[1\] has dtype \w+(, which is not supported| where float64 is expected)",
+        )
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -177,6 +198,90 @@ def test_empty_first_list(op: str) -> None:
     first, second = list_arguments(op)[:2]
     state.lists()[first].clear()
     refused(op, state, f"{second} has 2 tensors but {first} has 0; pass one of each per parameter")
+
+
+# ================================================================================================
+# Ω in codes, and their scales
+# ================================================================================================
+WRONG_SCALES: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "another_block": (
+        lambda s: torch.ones(4),
+        r"omega_scales\[1\] has shape \[4\] where \[3\] is expected, a scale for every 256 codes "
+        r"of omega\[1\]; pass those it was compressed with",
+    ),
+    "a_block_less": (lambda s: s[:2], r"omega_scales\[1\] has shape \[2\] where \[3\] is expected"),
+    "none": (lambda s: s[:0], r"omega_scales\[1\] has shape \[0\] where \[3\] is expected"),
+    "a_column": (
+        lambda s: s[:, None],
+        r"omega_scales\[1\] has shape \[3, 1\] where \[3\] is expected",
+    ),
+    "float64": (lambda s: s.double(), r"omega_scales\[1\] has dtype float64; pass float32"),
+    "strided": (
+        lambda s: s.repeat_interleave(2)[::2],
+        r"omega_scales\[1\] is not contiguous; pass contiguous\(\)",
+    ),
+    "sparse": (lambda s: s.to_sparse(), r"omega_scales\[1\] is not a dense \(strided\) tensor"),
+    "meta": (
+        lambda s: s.to("meta"),
+        r"omega_scales\[1\] is on meta but omega\[1\] is on cpu; move it there",
+    ),
+}
+each_penalty_op = pytest.mark.parametrize("op", PENALTY_OPS)
+
+
+def state_in_codes() -> State:
+    """The first Ω is wide, the second in codes of three blocks."""
+    state = make_state([torch.float32, torch.bfloat16], [(4, 5), (30, 20)])
+    state.omega[1], scales = compressed(state.omega[1])
+    state.omega_scales = [torch.empty(0), scales]
+    return state
+
+
+@each_penalty_op
+def test_codes_are_accepted(op: str) -> None:
+    call(functional, op, state_in_codes())
+
+
+@pytest.mark.parametrize(("spoil", "message"), WRONG_SCALES.values(), ids=WRONG_SCALES)
+@each_penalty_op
+def test_bad_scales(op: str, spoil: Callable, message: str) -> None:
+    state = state_in_codes()
+    state.omega_scales[1] = spoil(state.omega_scales[1])
+    refused(op, state, f"mas_ext::{op}: {message}")
+
+
+@each_penalty_op
+def test_codes_without_scales_and_scales_without_codes(op: str) -> None:
+    state = state_in_codes()
+    state.omega_scales = []
+    refused(
+        op, state, r"omega\[1\] has uint8 codes but omega_scales is empty; pass the scales it was"
+    )
+    state = state_in_codes()
+    state.omega_scales.pop()
+    refused(op, state, "omega_scales has 1 tensors but omega has 2; pass one for each, without el")
+    state = state_in_codes()
+    state.omega_scales[0] = torch.ones(1)
+    refused(
+        op, state, r"omega_scales\[0\] has shape \[1\] but omega\[0\] is float32, which has no scal"
+    )
+
+
+@each_penalty_op
+def test_codes_that_do_not_fill_their_memory(op: str) -> None:
+    for spoil in (lambda t: t.repeat(1, 2)[:, ::2], lambda t: t[:, :1].expand(30, 20)):
+        state = state_in_codes()
+        state.omega[1] = spoil(state.omega[1])
+        refused(op, state, r"omega\[1\] has uint8 codes that do not fill their memory")
+
+
+@pytest.mark.parametrize("op", [op for op in WRITING_OPS if op in PENALTY_OPS])
+def test_written_tensor_shares_memory_with_scales(op: str) -> None:
+    state = state_in_codes()
+    base = torch.ones(25)
+    written = state.lists()[written_argument(op)]
+    written[0], state.omega_scales[1] = base[:20].view(4, 5), base[19:22]
+    refused(op, state, shares(op, "omega_scales"))
 
 
 # ================================================================================================
@@ -338,7 +443,7 @@ def test_raw_operators_make_the_same_checks(op: str) -> None:
     name = list_arguments(op)[1]
     state.lists()[name].pop()
     with pytest.raises(RuntimeError, match=f"mas_ext::{op}: {name} has 1 tensors but {first} has"):
-        getattr(torch.ops.mas_ext, op)(*arguments(op, state, Scalars().as_tensors()))
+        getattr(torch.ops.mas_ext, op)(*raw_arguments(op, state))
 
 
 @pytest.mark.parametrize("op", PENALTY_OPS)

@@ -225,7 +225,7 @@ def run(out, *names: str) -> dict:
     from rich.console import Console
 
     asked = {"quick": True, "rounds": 3, "sizes": (), "workloads": (), "seeds": (0,)}
-    results = runner.opened(out / "results.json", is_all=False)
+    results = runner.opened(out / "results.json")
     entries = [tiny(name) for name in names]
     runner.run(entries, asked, results, out, Console(quiet=True))
     return runner.read_json(out / "results.json")
@@ -255,14 +255,44 @@ def test_a_run_leaves_results_plots_and_a_page(tmp_path):
     assert results["benchmarks"].keys() == results["runs"].keys() == {"penalty", "accumulate"}
 
 
-def test_results_of_another_machine_are_not_mixed(tmp_path):
+def test_a_run_beside_results_of_another_machine_names_its_own(tmp_path):
     path = tmp_path / "results.json"
     other = {"machine": {**machine(), "cpu": "another"}, "runs": {}, "benchmarks": {}}
     runner.write_json(path, other)
-    with pytest.raises(runner.OtherMachine, match="another"):
-        runner.opened(path, is_all=False)
-    assert runner.opened(path, is_all=True)["machine"]["cpu"] == machine()["cpu"]
-    assert runner.read_json(path) == other
+    results = run(tmp_path, "penalty")
+    assert results["machine"] == other["machine"]
+    assert results["runs"]["penalty"]["machine"]["cpu"] == machine()["cpu"]
+    named = f"of another run: {machine()['cpu']}"
+    assert named in (tmp_path / "report.html").read_text("utf-8")
+    block = readme.block(ENTRIES["penalty"], results, "plots")
+    assert f"(Of another run: {machine()['cpu']}" in block
+
+    # A run of all others keeps it: now it is the file's machine, and the first was another.
+    anew = runner.opened(path, kept=["penalty"])
+    assert anew["machine"]["cpu"] == machine()["cpu"]
+    assert "machine" not in anew["runs"]["penalty"]
+    assert anew["benchmarks"] == results["benchmarks"]
+    assert runner.opened(path, kept=[])["benchmarks"] == {}
+
+
+@needs_compiler
+@pytest.mark.usefixtures("uncompiled")
+def test_a_run_that_is_cut_off_leaves_the_results_as_they_were(tmp_path, monkeypatch):
+    before = run(tmp_path, "penalty")
+    files = {path.name for path in tmp_path.iterdir()}
+
+    measured = measure.measure
+
+    def cut_off(job, *arguments, **options):
+        if job.name == "accumulate":
+            raise KeyboardInterrupt
+        return measured(job, *arguments, **options)
+
+    monkeypatch.setattr(measure, "measure", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, "penalty", "accumulate")
+    assert runner.read_json(tmp_path / "results.json") == before
+    assert {path.name for path in tmp_path.iterdir()} - files == {"results.part.json"}
 
 
 # -- what is committed -----------------------------------------------------------------------------

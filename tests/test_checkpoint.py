@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from mas_ext import MAS, checkpoint
+from mas_ext.packing import unpacked
 from tests.models import mlp, vectors
 from tests.test_regularizer import assert_states_equal, move
 
@@ -131,28 +132,47 @@ def test_every_flipped_bit_is_noticed(saved):
 
 
 def test_a_file_of_the_future_is_refused(saved, monkeypatch):
-    monkeypatch.setattr(checkpoint, "VERSION", 3)
+    monkeypatch.setattr(checkpoint, "VERSION", 5)
     used().save(saved)
     monkeypatch.undo()
-    refused(saved, "format version 3 and this mas_ext reads up to 2; install a newer")
+    refused(saved, "format version 5 and this mas_ext reads up to 4; install a newer")
 
 
-def version_1(state):
-    """What the first version of the format had."""
-    older = {k: v for k, v in state.items() if k not in ("weighting", "earlier")}
-    return {**older, "version": 1}
+# What a later version of the format has and this one had not.
+ADDED = {3: {"drift", "energy", "seen"}}
+ADDED[2] = ADDED[3] | {"importance_scales", "earlier_scales"}
+ADDED[1] = ADDED[2] | {"weighting", "earlier"}
 
 
-def test_a_state_of_the_first_version_is_read(tmp_path, monkeypatch):
+# What none of them can know.
+UNKNOWN = {
+    "energy": {"mean": 0.0, "tasks": 0},
+    "seen": {"samples": 0, "weight": 0, "energy": 0.0},
+}
+
+
+def as_of(version, state):
+    older = {k: v for k, v in state.items() if k not in ADDED[version]}
+    return {**older, "version": version}
+
+
+@pytest.mark.parametrize("version", ADDED)
+def test_a_state_of_an_older_version_is_read(version, tmp_path, monkeypatch):
     mas = used()
     new = MAS(mlp(torch.float32))
-    new.load_state_dict(version_1(mas.state_dict()))
-    assert_states_equal(new.state_dict(), mas.state_dict())
-    monkeypatch.setattr(checkpoint, "GROUPS", ("importance", "anchor", "open"))
-    checkpoint.write(version_1(mas.state_dict()), tmp_path / "old")
+    new.load_state_dict(as_of(version, unpacked(mas.state_dict())))
+    expected = {**unpacked(mas.state_dict()), **UNKNOWN}
+    assert_states_equal(new.state_dict(), expected)
+    for name in ("SCALES", "TENSORS"):  # what write() knows of
+        left = [group for group in getattr(checkpoint, name) if group not in ADDED[version]]
+        kept = left if name == "TENSORS" else {}
+        monkeypatch.setattr(checkpoint, name, kept)
+    checkpoint.write(as_of(version, unpacked(mas.state_dict())), tmp_path / "old")
     monkeypatch.undo()
     new.load(tmp_path / "old")
-    assert_states_equal(new.state_dict(), mas.state_dict())
+    assert_states_equal(new.state_dict(), expected)
+    new.consolidate()  # the open task's energy is not known, and does not count
+    assert unpacked(new.state_dict())["energy"] == UNKNOWN["energy"]
 
 
 def test_sums_of_sums_and_of_batches_continue_to_the_same_bits(tmp_path):
@@ -224,7 +244,7 @@ def test_new_parameters_may_join_when_not_strict(saved):
 def test_a_damaged_state_dict_is_refused(key, value):
     mas = used()
     before = mas.state_dict()
-    damaged = {**mas.state_dict(), "lambda_reg": 77.0, key: value}
+    damaged = {**unpacked(mas.state_dict()), "lambda_reg": 77.0, key: value}
     if value is None:
         del damaged[key]
     with pytest.raises(ValueError, match=r"damaged|merge|lambda_reg|weighting"):

@@ -45,6 +45,7 @@ def test_info_without_rich(
         (["demo", "--tasks", "many"], "invalid int value: 'many'"),
         (["demo", "--scenario", "split", "--tasks", "6"], "at most 5"),
         (["demo", "--lambda", "-1"], "lambda_reg is -1.0"),
+        (["demo", "--lambda", "strong"], "argument --lambda: invalid"),
         (["demo", "--methods", "ewc"], "'ewc' is unknown; use 'finetune'"),
         (["demo", "--out", __file__], "is a file; name a folder"),
     ],
@@ -63,11 +64,11 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = (
         "demo --scenario split --data bundled --tasks 2 --epochs 1 --lambda 0.5 --lambda-l2 0.2 "
         "--lambda-proximal 20 --batch-size 100 --importance-samples 32 --seed 3 "
-        "--methods mas finetune"
+        "--drift 0.3 --methods mas mas_proximal finetune"
     )
     assert cli.main([*words.split(), "--out", str(tmp_path / "new")]) == 0
     results = json.loads((tmp_path / "new" / "results.json").read_text("utf-8"))
-    assert list(results["methods"]) == ["finetune", "mas"]
+    assert list(results["methods"]) == ["finetune", "mas", "mas_proximal"]
     expected = {"lambda_reg": 0.5, "lambda_l2": 0.2, "lambda_proximal": 20, "batch_size": 100}
     assert expected.items() <= results["settings"].items()
     out = capsys.readouterr().out
@@ -79,8 +80,14 @@ def test_the_reported_command_repeats_the_run() -> None:
     pytest.importorskip("mlxtend", reason="needs mas_ext[demo]")
     from mas_ext.demo import Settings
 
-    settings = Settings("rotated", tasks=3, lambda_reg=0.25, seed=7, methods=("l2", "mas"))
-    assert cli.demo_settings(settings.command().split()[1:]) == settings
+    for strength in (
+        {"lambda_reg": 0.25},
+        {"drift": 0.1},
+        {"lambda_proximal": 3.0},
+        {"sweep": True},
+    ):
+        settings = Settings("rotated", tasks=3, seed=7, methods=("l2", "mas"), **strength)
+        assert cli.demo_settings(settings.command().split()[1:]) == settings
 
 
 def test_demo_without_its_packages(

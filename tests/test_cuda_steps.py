@@ -41,7 +41,7 @@ def copy_of(problem: Problem) -> Problem:
     """On the CPU, whatever becomes of the problem."""
     copy = problem.cpu()
     lists = {name: [t.clone() for t in ts] for name, ts in copy.lists().items()}
-    state = State(**{field.name: lists[field.name] for field in fields(State)})
+    state = State(**{field.name: lists.get(field.name, []) for field in fields(State)})
     return Problem(copy.rule, state, {name: lists[name] for name in copy.moments}, copy.steps)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 
 pytest.importorskip("mlxtend", reason="needs mas_ext[demo]")
 
-from mas_ext.demo import Run, Settings, comparison, metrics, run_demo
+from mas_ext.demo import Run, Settings, comparison, metrics, run_demo, sweep
 from mas_ext.demo.data import Digits, load_digits, split_by_class
 from mas_ext.demo.learning import METHODS, accuracy, make_model, measured_batches, within
 from mas_ext.demo.scenarios import make_tasks, permutations, rotate
@@ -309,6 +310,23 @@ def test_same_start_for_the_same_seed() -> None:
     assert not torch.equal(weights[0], weights[2])
 
 
+def test_a_sweep_is_over_strengths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "LAMBDAS", (1.0, 1e9))
+    monkeypatch.setattr(sweep, "DRIFTS", (0.2, 1e-9))
+    settings = replace(QUICK, sweep=True, methods=("mas_proximal",))
+    run = run_demo(settings, tmp_path, progress=False)
+    found = json.loads((tmp_path / "results.json").read_text("utf-8"))["sweep"]
+    assert found == run.sweep
+    for kind in ("lambda", "drift"):
+        weak, strong = found[kind]["average_accuracy"]
+        assert strong < weak, "what is held altogether learns nothing"
+        assert found[kind]["forgetting"][1] == pytest.approx(0, abs=0.01)
+    (default,) = run.results["methods"].values()
+    assert found["drift"]["average_accuracy"][0] == default["average_accuracy"]
+    assert (tmp_path / "sweep.png").stat().st_size > 10_000
+    assert "How strong" in (tmp_path / "report.html").read_text("utf-8")
+
+
 # -- settings ------------------------------------------------------------------------------------
 
 
@@ -327,6 +345,7 @@ def test_same_start_for_the_same_seed() -> None:
         ({"lr": 0.0}, "lr is 0"),
         ({"lambda_reg": -1.0}, "lambda_reg is -1"),
         ({"lambda_proximal": float("nan")}, "lambda_proximal is nan"),
+        ({"drift": 0.0}, "drift is 0"),
     ],
 )
 def test_settings_that_cannot_be_used(wrong: dict[str, object], message: str) -> None:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from mas_ext import functional, reference
 from tests.cases import (
-    CASES,
     DTYPES,
     LAYOUTS,
+    OP_CASES,
     OPS,
     PENALTY_OPS,
     READING_OPS,
@@ -32,11 +32,12 @@ from tests.cases import (
     exact_tensors,
     list_arguments,
     make_state,
+    raw_arguments,
     written_argument,
 )
 
 each_op = pytest.mark.parametrize("op", OPS)
-each_case = pytest.mark.parametrize("case", CASES, ids=str)
+each_case = pytest.mark.parametrize(("op", "case"), OP_CASES, ids=str)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 
 
@@ -71,14 +72,12 @@ def assert_right(op: str, before: State, after: State, outcome: Outcome, scalars
 # ================================================================================================
 # The case table
 # ================================================================================================
-@each_op
 @each_case
 def test_float64_oracle(op: str, case: Case) -> None:
     state, scalars = case.state(), Scalars()
     assert_right(op, case.state(), state, call(functional, op, state, scalars), scalars)
 
 
-@each_op
 @each_case
 def test_reference(op: str, case: Case) -> None:
     fast, plain = case.state(), case.state()
@@ -92,7 +91,6 @@ def test_reference(op: str, case: Case) -> None:
         assert_value_near(mine.value, float(theirs.value), dtype=mine.value.dtype)
 
 
-@each_op
 @each_case
 def test_nothing_else_is_written(op: str, case: Case) -> None:
     state, untouched = case.state(), case.state()
@@ -101,7 +99,8 @@ def test_nothing_else_is_written(op: str, case: Case) -> None:
         for now, before in zip(state.lists()[name], untouched.lists()[name], strict=True):
             assert_same_bits(now, before)
     for tensor in itertools.chain(*state.lists().values()):
-        if tensor._base is not None and tensor._base.numel() > tensor.numel():
+        parted = tensor._base is not None and tensor._base.numel() > tensor.numel()
+        if parted and tensor.is_floating_point():
             # The layouts leave NaN between and before the elements.
             assert int(tensor._base.isnan().sum()) == tensor._base.numel() - tensor.numel()
 
@@ -442,7 +441,7 @@ def seeded() -> torch.Generator:
 # ================================================================================================
 def call_raw(op: str, state: State) -> None:
     with torch.no_grad():
-        getattr(torch.ops.mas_ext, op)(*arguments(op, state, Scalars().as_tensors()))
+        getattr(torch.ops.mas_ext, op)(*raw_arguments(op, state))
 
 
 CALLERS = {"functional": lambda op, state: call(functional, op, state), "torch.ops": call_raw}

@@ -89,6 +89,13 @@ class Logits(Keywords):
         return super().forward(x, scale, labels)[1]
 
 
+class Mapped(Keywords):
+    """As models do that are written for transformers' Trainer."""
+
+    def forward(self, x, scale, labels=None):
+        return {"loss": None, "logits": super().forward(x, scale, labels)[1].logits}
+
+
 class First(Keywords):
     def forward(self, x):
         return self.body(x), "hidden states"
@@ -109,8 +116,8 @@ def test_forms_of_a_batch(form):
     assert_same(estimate_importance(model, batches_of(form)), oracle(model, vectors()))
 
 
-def test_a_mapping_becomes_keyword_arguments_without_labels():
-    model = Logits()
+@pytest.mark.parametrize("model", [Logits(), Mapped()], ids=["object", "mapping"])
+def test_a_mapping_becomes_keyword_arguments_without_labels(model):
     shared = torch.tensor([[2.0]], dtype=torch.float64)  # no sample dimension: used by every sample
     data = [{"x": p, "scale": shared, "labels": p[:, 0]} for p in vectors().split(4)]
     omega = estimate_importance(model, data)

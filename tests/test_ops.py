@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -22,8 +23,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mas_ext import functional, reference
 from tests.cases import (
     ARGUMENTS,
-    CASES,
+    KEPT,
     LAYOUTS,
+    OP_CASES,
     OPS,
     PENALTY_OPS,
     READING_OPS,
@@ -35,6 +37,7 @@ from tests.cases import (
     assert_value_near,
     exact_penalty,
     make_state,
+    raw_arguments,
     written_argument,
 )
 
@@ -43,13 +46,12 @@ from tests.cases import (
 # ================================================================================================
 # Tracing does not depend on the values, so large tensors would only take time.
 OPCHECK_SHAPES = ["empty_list", "zero_size", "0_dim", "conv"]
-OPCHECK_CASES = [case for case in CASES if case.shapes_name in OPCHECK_SHAPES]
+OPCHECK_CASES = [(op, case) for op, case in OP_CASES if case.shapes_name in OPCHECK_SHAPES]
 
 
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("case", OPCHECK_CASES, ids=str)
+@pytest.mark.parametrize(("op", "case"), OPCHECK_CASES, ids=str)
 def test_opcheck(op: str, case: Case) -> None:
-    inputs = arguments(op, case.state(), Scalars().as_tensors())
+    inputs = raw_arguments(op, case.state())
     opcheck(getattr(torch.ops.mas_ext, op).default, tuple(inputs))
 
 
@@ -57,8 +59,9 @@ def test_opcheck(op: str, case: Case) -> None:
 @pytest.mark.parametrize("op", READING_OPS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_opcheck_with_gradients(op: str, wanting: str, dtype: str) -> None:
-    inputs = arguments(op, Case(dtype, "odd", "contiguous").state(), Scalars().as_tensors())
-    for name, argument in zip(["params", "anchors", "omega", "lambda_reg"], inputs, strict=True):
+    inputs = raw_arguments(op, Case(dtype, "odd", "contiguous").state())
+    names = ["params", "anchors", "omega", "omega_scales", "lambda_reg"]
+    for name, argument in zip(names, inputs, strict=True):
         if wanting in (name, "all"):
             for tensor in [argument] if isinstance(argument, Tensor) else argument:
                 tensor.requires_grad_()
@@ -67,7 +70,7 @@ def test_opcheck_with_gradients(op: str, wanting: str, dtype: str) -> None:
 
 def test_the_optional_scale_may_be_left_out() -> None:
     state = make_state([torch.float32], [(5,)])
-    inputs = arguments("add_penalty_grad_", state, Scalars().as_tensors())
+    inputs = raw_arguments("add_penalty_grad_", state)
     opcheck(torch.ops.mas_ext.add_penalty_grad_.default, (*inputs[:-1], None))
     opcheck(torch.ops.mas_ext.add_penalty_grad_.default, tuple(inputs[:-1]))
 
@@ -207,6 +210,58 @@ def test_backward_is_the_references(dtype: str, layout: str) -> None:
         torch.testing.assert_close(actual, expected, rtol=AUTOGRAD_RTOL[dtype], atol=1e-7)
 
 
+@pytest.mark.parametrize("kept", KEPT)
+@pytest.mark.parametrize("op", READING_OPS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_beside_a_kept_omega(op: str, kept: str, dtype: str) -> None:
+    """First and second ones, of θ, θ*, λ and an Ω that has one, as the reference's autograd has."""
+
+    def both_orders(module: ModuleType) -> list[Tensor]:
+        state = Case(dtype, "mixed", "each_differently", kept).state()
+        strength = torch.tensor(0.7)
+        leaves = [*state.params, *state.anchors, strength]
+        leaves += [o for o in state.omega if o.is_floating_point()]
+        for leaf in leaves:
+            leaf.requires_grad_()
+        result = getattr(module, op)(
+            *arguments(op, state, Scalars(strength)), omega_scales=state.omega_scales
+        )
+        value, grads = result if op == "penalty_and_grad" else (result, [])
+        total = 3 * value + sum((grad.float() ** 2).sum() for grad in grads)
+        first = torch.autograd.grad(total, leaves, create_graph=True)
+        second = torch.autograd.grad(sum(g.float().square().sum() for g in first), leaves)
+        return [*first, *second]
+
+    for mine, theirs in zip(both_orders(functional), both_orders(reference), strict=True):
+        bound = 2**-5 if "bfloat16" in (str(mine.dtype)[6:], dtype) else 1e-5
+        largest = float(theirs.detach().abs().max()) if theirs.numel() else 0.0
+        torch.testing.assert_close(mine, theirs, rtol=bound, atol=bound * largest)
+
+
+@pytest.mark.parametrize("kept", KEPT)
+@pytest.mark.parametrize("op", PENALTY_OPS)
+def test_compiled_with_a_kept_omega(op: str, kept: str) -> None:
+    def step(lists: Lists, strength: Tensor) -> list[Tensor]:
+        known = {**lists, "lambda_reg": strength, "lr": strength, "grad_scale": strength}
+        scales = lists.get("omega_scales", [])
+        inputs = [known[name] for name in ARGUMENTS[op]]
+        result = getattr(functional, op)(*inputs, omega_scales=scales)
+        value, grads = result if op == "penalty_and_grad" else (result, [])
+        return [value * 2, *grads]
+
+    def make() -> Lists:
+        shapes = [(33,), (4, 5), (300,)]
+        return make_state([torch.bfloat16] * 3, shapes, kept=kept).lists()
+
+    compiled, counter = compile_and_count(step, "aot_eager")
+    for strength in (0.5, 2.0):
+        mine, theirs = make(), make()
+        results = compiled(mine, torch.tensor(strength))
+        torch.testing.assert_close(results, step(theirs, torch.tensor(strength)))
+        torch.testing.assert_close(mine, theirs)
+    assert counter.frame_count == 1
+
+
 def test_gradient_of_the_gradients_alone() -> None:
     """Backward where the value takes no part, and where one of the gradients does not."""
     inputs = double_inputs()
@@ -248,7 +303,9 @@ def test_writing_operators_record_nothing(op: str) -> None:
 # ================================================================================================
 def call_operator(op: str, inputs: list) -> Tensor | None:
     with torch.no_grad():
-        return getattr(torch.ops.mas_ext, op)(*inputs)
+        scales = [[]] if op in PENALTY_OPS else []
+        place = ARGUMENTS[op].index("omega") + 1
+        return getattr(torch.ops.mas_ext, op)(*inputs[:place], *scales, *inputs[place:])
 
 
 def call_function(op: str, inputs: list) -> Tensor | None:

@@ -21,6 +21,7 @@ from benchmarks.predict import (
     count,
     evenly,
     find_gpu,
+    large,
     launches,
     predict,
     predict_abs_matmul,
@@ -69,7 +70,8 @@ def test_constants_are_those_of_the_kernels(constant, value):
 
 def test_a_table_is_cut_as_that_of_the_kernels():
     text = (ROOT / "csrc/cuda/table.cuh").read_text()
-    (entry,) = re.findall(r"kTableBytes / \(8 \* static_cast<int>\(Streams\) \+ (\d+)\)", text)
+    pointers = r"8 \* \(static_cast<int>\(Streams\) \+ Scaled\)"  # and one to scales, of codes
+    (entry,) = re.findall(rf"kTableBytes / \({pointers} \+ (\d+)\)", text)
     assert int(entry) == launches.ENTRY_BYTES
 
 
@@ -452,3 +454,19 @@ def test_every_figure_says_that_it_is_predicted():
         predict_abs_matmul("mas_ext", "float32", problem, H100),
     ):
         assert "predicted" in str(prediction)
+
+
+# -- large models ----------------------------------------------------------------------------------
+
+
+def test_the_page_on_large_models_has_the_tables_of_its_command():
+    text = large.PAGE.read_text("utf-8")
+    assert large.rewritten(text) == text
+    assert large.TABLES.keys() == set(re.findall(r"<!-- (\w+) -->\n.*?<!-- end -->", text, re.S))
+
+
+@pytest.mark.parametrize(
+    ("model", "published"), list(zip(large.MODELS, (6_738_415_616, 68_976_648_192), strict=True))
+)
+def test_the_large_models_have_the_published_number_of_parameters(model, published):
+    assert model.parameters == published

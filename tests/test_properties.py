@@ -14,6 +14,7 @@ from torch import Tensor
 from mas_ext import functional
 from tests.cases import (
     DTYPES,
+    KEPT,
     OPS,
     PENALTY_OPS,
     WRITING_OPS,
@@ -212,6 +213,37 @@ def test_interleaved_columns_are_written_apart(
         return state
 
     check(op, make_interleaved, Scalars())
+
+
+@pytest.mark.parametrize("op", PENALTY_OPS)
+@settings(PROFILE, max_examples=150)
+@given(
+    shape=shapes,
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    kept=st.sampled_from(list(KEPT)),
+    layouts=st.tuples(*[st.sampled_from(list(LAYOUTS.values()))] * 4),
+    shared=st.booleans(),
+    seed=seeds,
+)
+def test_an_omega_that_is_kept_in_less(
+    op: str,
+    shape: list[int],
+    dtype: torch.dtype,
+    kept: str,
+    layouts: tuple,
+    shared: bool,
+    seed: int,
+) -> None:
+    """Any shape, any strides of each; one memory for two parameters' codes and scales."""
+
+    def make_kept() -> State:
+        state = make_state([dtype] * 2, [tuple(shape)] * 2, layouts, seed % 2**31, kept=kept)
+        if shared:
+            state.omega[1] = state.omega[0]
+            state.omega_scales[1:] = state.omega_scales[:1]
+        return state
+
+    check(op, make_kept, Scalars())
 
 
 windows = st.tuples(

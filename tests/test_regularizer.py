@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import mas_ext
-from mas_ext import MAS
+from mas_ext import MAS, checkpoint
+from mas_ext.packing import is_packed, unpacked
 from tests.models import assert_same, mlp, oracle, vectors
 
 X = vectors()
@@ -380,10 +381,10 @@ BAD_ARGUMENTS = {
     "negative lambda": ({"lambda_reg": -1.0}, ValueError, "lambda_reg is -1.0"),
     "NaN lambda": ({"lambda_reg": float("nan")}, ValueError, "lambda_reg is nan"),
     "infinite lambda": ({"lambda_reg": float("inf")}, ValueError, "lambda_reg is inf"),
-    "lambda a string": ({"lambda_reg": "auto"}, TypeError, "lambda_reg is 'auto'"),
+    "lambda a string": ({"lambda_reg": "strong"}, TypeError, "lambda_reg is 'strong'"),
     "merge": ({"merge": "median"}, ValueError, "merge: 'median' is unknown; use 'sum'"),
     "alpha": ({"merge": ("ema", 1.5)}, ValueError, r"alpha .* is 1.5; it must be in \[0, 1\)"),
-    "state_dtype": ({"state_dtype": "uint8"}, ValueError, "state_dtype: 'uint8'.*'float32'"),
+    "state_dtype": ({"state_dtype": "int4"}, ValueError, "state_dtype: 'int4'.*'float32'"),
     "params": ({"params": ["nothing"]}, ValueError, "'nothing' matches no parameter"),
     "none selected": ({"params": lambda n, p: False}, ValueError, "no parameter is selected"),
 }
@@ -435,9 +436,10 @@ def test_a_failed_measurement_changes_nothing(measure, data, error):
 
 
 def assert_states_equal(a, b):
+    a, b = (unpacked(state) if is_packed(state) else state for state in (a, b))
     assert a.keys() == b.keys()
     for key, value in a.items():
-        if isinstance(value, dict) and key in ("importance", "anchor", "earlier", "open"):
+        if key in checkpoint.TENSORS:
             assert_same(value, b[key], 0, 0)
         else:
             assert value == b[key], key

@@ -11,7 +11,7 @@ from torch.utils import cpp_extension
 
 from tests.sass import __main__ as command
 from tests.sass import table
-from tests.sass.expectations import ARCHITECTURES, DTYPES, EXPECTATIONS, accesses
+from tests.sass.expectations import ARCHITECTURES, DTYPES, EXPECTATIONS, KEPT, accesses
 from tests.sass.listing import Instruction, Kernel, assemble, read
 from tests.sass.loops import loops
 from tests.sass.occupancy import blocks, occupancy
@@ -19,8 +19,8 @@ from tests.sass.proof import bytes_in_flight, missing, prove
 
 CSRC = Path(__file__).parents[1] / "csrc"
 SYMBOL = (
-    "_ZN7mas_ext4cuda12chunk_kernelINS0_20AccumulateImportanceEfEEvNS0_5TableIXsr9OperationIT0_EE"
-    "8kStreamsEEET_IS4_EPd"
+    "_ZN7mas_ext4cuda12chunk_kernelINS0_20AccumulateImportanceEffEEvNS0_5TableIXsr9OperationIT0_EE"
+    "8kStreamsEL_ZNS0_8in_codesEEEET_IS4_EPd"
 )
 SECTION = """
 Fatbin ptx code:
@@ -85,7 +85,7 @@ def instructions(code: str) -> list[Instruction]:
 def test_a_kernel_is_read():
     (kernel,) = assemble(*listings())
     assert kernel.name.startswith(
-        "void mas_ext::cuda::chunk_kernel<mas_ext::cuda::AccumulateImportance, float>("
+        "void mas_ext::cuda::chunk_kernel<mas_ext::cuda::AccumulateImportance, float, float>("
     )
     assert (kernel.architecture, kernel.threads) == (90, 256)
     assert (kernel.registers, kernel.stack, kernel.shared, kernel.local) == (30, 0, 1088, 0)
@@ -131,6 +131,45 @@ def test_what_breaks_a_kernel_is_reported(old, new, problem):
     found = prove(assemble(*listings(CODE.replace(old, new), USAGE.replace(old, new))))[1]
     assert [one for one in found if problem in one], found
     assert all(one.startswith("sm_90 AccumulateImportance float32: ") for one in found)
+
+
+# Two vectors of θ, θ* and codes under way, each with the scales of its first and its last element.
+CODES = """
+/*0000*/  LDG.E.128 R4, desc[UR4][R38.64] ;
+/*0010*/  LDG.E.128 R8, desc[UR4][R38.64+0x1000] ;
+/*0020*/  LDG.E.128 R12, desc[UR4][R40.64] ;
+/*0030*/  LDG.E.128 R16, desc[UR4][R40.64+0x1000] ;
+/*0040*/  LDG.E R20, desc[UR4][R42.64] ;
+/*0050*/  LDG.E R21, desc[UR4][R42.64+0x400] ;
+/*0060*/  LDG.E R22, desc[UR4][R44.64] ;
+/*0070*/  LDG.E R23, desc[UR4][R46.64] ;
+/*0080*/  LDG.E R24, desc[UR4][R48.64] ;
+/*0090*/  LDG.E R25, desc[UR4][R50.64] ;
+/*00a0*/  I2FP.F32.U8 R20, R20 ;
+/*00b0*/  @!P0 BRA 0x0 ;
+/*00c0*/  EXIT ;
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        ("", "", None),
+        ("LDG.E R21", "LDG.E.U8 R21", "has accesses of less than 16 bytes: 1 LDG.E.U8"),
+        ("LDG.E R25", "NOP ; // R25", "has 5 + 0 accesses of 4 bytes, no multiple of 3 + 0"),
+        ("LDG.E.128 R16", "LDG.E R16", "has 3 + 0 accesses of 16 bytes, no multiple of 2 + 0"),
+    ],
+)
+def test_codes_are_read_by_as_much_less_as_they_are_narrower(old, new, problem):
+    symbol = SYMBOL.replace("20AccumulateImportanceEff", "13PenaltyEnergyEfh")
+    (proof,), problems = prove(assemble(*listings(CODES.replace(old, new), symbol=symbol)))
+    assert proof.expectation.dtype_title == "float32, Ω uint8"
+    if problem is None:
+        assert problems == []
+        assert table.hot_loop(proof) == "4 + 0, 6 of 4"
+        assert proof.in_flight == 4 * 16 + 6 * 4
+    else:
+        assert [one for one in problems if problem in one], problems
 
 
 PRODUCT = """
@@ -255,9 +294,19 @@ def test_blocks_on_a_multiprocessor(architecture, registers, shared, threads, re
     assert occupancy(kernel) == resident * threads / 32 / warps
 
 
-def test_omega_of_narrow_parameters_takes_two_accesses():
-    assert accesses(("grads", "omega"), DTYPES["float"]) == 2
-    assert accesses(("grads", "omega"), DTYPES["c10::BFloat16"]) == 3
+@pytest.mark.parametrize(
+    ("dtype", "kept", "expected"),
+    [
+        ("float", "float", {16: 2}),
+        ("c10::BFloat16", "float", {16: 3}),  # eight elements of Ω are two accesses
+        ("c10::BFloat16", "c10::BFloat16", {16: 2}),
+        ("float", "c10::BFloat16", {16: 1, 8: 1}),
+        ("c10::Half", "unsigned char", {16: 1, 8: 1, 4: 2}),
+        ("float", "unsigned char", {16: 1, 4: 3}),
+    ],
+)
+def test_omega_is_read_by_as_many_elements_as_the_parameters(dtype, kept, expected):
+    assert accesses(("grads", "omega"), DTYPES[dtype], KEPT[kept]) == expected
 
 
 def test_a_kernel_nobody_expects_and_kernels_that_are_missing():

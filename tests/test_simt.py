@@ -38,12 +38,16 @@ STEPS = tuple(
     for mode in ("gradient", "proximal")
 )
 WALKED = "adam_step/gradient/"
+NARROW = ("penalty/", "proximal_step/", WALKED)  # of a narrow Ω, beside the one that sees all cases
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 RUNS = [
     Run("works", "thread", "", 3),
     Run("works", "address", "", 3),
     *(Run("multi_tensor", "address", op, 400) for op in (*OPERATIONS, "proximal_step/")),
     *(Run("multi_tensor", "thread", op, 50, "3/8") for op in (*OPERATIONS, "proximal_step/")),
+    Run("compressed", "address", "add_penalty_gradient/", 550),
+    *(Run("compressed", "address", op, 60, "1/4") for op in NARROW),
+    Run("compressed", "thread", "", 30, "3/8"),
     Run("steps", "address", WALKED, 500),
     *(Run("steps", "address", step, 125, "1/4") for step in STEPS if step != WALKED),
     Run("steps", "address", "bias_corrections/", 28),
@@ -69,7 +73,7 @@ def test_kernels(run: Run) -> None:
     assert number_of_cases(output) >= run.minimum
 
 
-@pytest.mark.parametrize(("sanitizer", "minimum"), [("address", 3200), ("thread", 380)])
+@pytest.mark.parametrize(("sanitizer", "minimum"), [("address", 3900), ("thread", 410)])
 def test_there_are_enough_cases(sanitizer: str, minimum: int) -> None:
     total = 0
     for run in RUNS:
@@ -127,8 +131,9 @@ def test_race_is_found(race: str) -> None:
     assert "ThreadSanitizer: data race" in output, output[-4000:]
 
 
-def test_right_alignment_is_not_a_fault() -> None:
-    status, output = build.run(build.build("faults", "address"), "aligned_pack")
+@pytest.mark.parametrize("right", ["aligned_pack", "halves_part"])
+def test_what_is_right_is_not_a_fault(right: str) -> None:
+    status, output = build.run(build.build("faults", "address"), right)
     assert (status, output) == (0, "nothing was found\n")
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 
 from mas_ext.flat import ALIGNMENT, FlatTensors
+from mas_ext.importance.seen import Seen
 from mas_ext.reference import accumulation_dtype
 from mas_ext.state import Memory, OpenTask, check_merge, merge_
 
@@ -71,19 +72,28 @@ def test_merge(merge):
     torch.testing.assert_close(omega, torch.tensor(MERGED[merge]))
 
 
+def measured(omega):
+    """An open task of one sample, whose sums are then its Ω."""
+    return OpenTask(omega, dict.fromkeys(omega, 1))
+
+
 def test_sum_of_sums_doubles_the_weight_of_every_old_task_with_each_new_one():
     memory = Memory()
     for task in range(5):  # a digit a task
         p = torch.zeros(1, dtype=torch.float64)
-        memory.end_task({"w": p}, {"w": p + 10**task}, "sum_of_sums")
+        memory.end_task({"w": p}, measured({"w": p + 10**task}), "sum_of_sums")
     assert memory.importance["w"].item() == 11248
 
 
 def test_sum_of_sums_follows_growth_and_new_parameters():
     memory, one = Memory(), torch.ones(1)
-    memory.end_task({"w": one}, {"w": one}, "sum_of_sums")
-    memory.end_task({"w": torch.ones(2), "v": one}, {"w": torch.ones(1), "v": one}, "sum_of_sums")
-    memory.end_task({"w": torch.ones(2), "v": one}, {"w": torch.ones(2), "v": one}, "sum_of_sums")
+    memory.end_task({"w": one}, measured({"w": one}), "sum_of_sums")
+    memory.end_task(
+        {"w": torch.ones(2), "v": one}, measured({"w": torch.ones(1), "v": one}), "sum_of_sums"
+    )
+    memory.end_task(
+        {"w": torch.ones(2), "v": one}, measured({"w": torch.ones(2), "v": one}), "sum_of_sums"
+    )
     assert memory.importance["w"].tolist() == [4.0, 1.0]
     assert memory.importance["v"].tolist() == [2.0]
     memory.fit({"w": torch.ones(3), "v": one})
@@ -93,7 +103,7 @@ def test_sum_of_sums_follows_growth_and_new_parameters():
 @pytest.mark.parametrize("merge", ["sum", ("ema_from_zero", 0.5)], ids=str)
 def test_other_merges_need_no_memory_of_their_own(merge):
     memory = Memory()
-    memory.end_task({"w": torch.ones(2)}, {"w": torch.ones(2)}, merge)
+    memory.end_task({"w": torch.ones(2)}, measured({"w": torch.ones(2)}), merge)
     assert not memory.earlier
 
 
@@ -109,7 +119,7 @@ def test_unknown_merge_is_refused(merge):
 def remembered():
     memory = Memory()
     p = torch.arange(6.0).view(2, 3)
-    memory.end_task({"w": p}, {"w": p + 1}, "sum")
+    memory.end_task({"w": p}, measured({"w": p + 1}), "sum")
     return memory, p
 
 
@@ -141,7 +151,7 @@ def test_a_change_of_dtype_is_followed():
 
 def test_what_is_not_measured_in_a_task_keeps_its_importance():
     memory, p = remembered()
-    memory.end_task({"w": p, "v": p}, {"v": 2 * p}, "mean")
+    memory.end_task({"w": p, "v": p}, measured({"v": 2 * p}), "mean")
     assert torch.equal(memory.importance["w"], p + 1)
     assert torch.equal(memory.importance["v"], 2 * p)
     assert memory.tasks == {"w": 1, "v": 1}
@@ -150,25 +160,28 @@ def test_what_is_not_measured_in_a_task_keeps_its_importance():
 def test_open_task_adds_up_and_follows_growth():
     first = OpenTask().opened({"w": torch.zeros(2)})
     first.sums["w"].fill_(3.0)
-    first.count(["w"], 1)
+    first.count(["w"], Seen(2, 1, 3.0))
     both = first.opened({"w": torch.zeros(3)})
     both.sums["w"].add_(1.0)
-    both.count(["w"], 3)
+    both.count(["w"], Seen(3, 3, 4.0))
     assert both.counts == {"w": 4}
-    assert torch.equal(both.omega()["w"], torch.tensor([1.0, 1.0, 0.25]))
+    assert both.seen == Seen(5, 4, 7.0)
+    assert torch.equal(both.sums["w"], torch.tensor([4.0, 4.0, 1.0]))
     assert torch.equal(first.sums["w"], torch.tensor([3.0, 3.0])), "the first stayed as it was"
     assert first.counts == {"w": 1}
 
 
 def test_open_task_counts_samples_a_parameter():
     task = OpenTask().opened({"w": torch.zeros(1)})
-    task.count(["w"], 3)
+    task.count(["w"], Seen(3, 3))
     task = task.opened({"w": torch.zeros(1), "thawed": torch.zeros(1)})
-    assert set(task.omega()) == {"w"}, "what has no samples yet has no importance"
+    assert set(task.counted()) == {"w"}, "what has no samples yet has no importance"
     task.sums["thawed"].fill_(2.0)
-    task.count(["w", "thawed"], 2)
+    task.count(["w", "thawed"], Seen(2, 2))
     assert task.counts == {"w": 5, "thawed": 2}
-    assert task.omega()["thawed"] == 1.0
+    memory = Memory()
+    memory.end_task(dict(task.sums), task, "sum")
+    assert memory.importance["thawed"] == 1.0
 
 
 def test_flat_tensors_made_in_inference_mode_are_ordinary():

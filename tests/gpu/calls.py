@@ -12,6 +12,7 @@ import mas_ext
 from tests import abs_matmul, cases, step_cases
 
 ABS_MATMUL = "accumulate_abs_matmul_"
+KEPT = {f"{op}, Ω in {kept}": (op, kept) for op in cases.PENALTY_OPS for kept in cases.KEPT}
 OPS = [*cases.OPS, ABS_MATMUL]
 STEPS = [f"{rule}, {mode} step" for rule in step_cases.RULES for mode in step_cases.MODES]
 SCALARS = ("lambda_reg", "grad_scale", "lr")
@@ -39,8 +40,10 @@ def make(op: str, device: str, dtype: torch.dtype, scalar_dtype: torch.dtype, wh
         return make_abs_matmul(device, dtype)
     if op in STEPS:
         return make_step(op, device, dtype, scalar_dtype, where)
-    state = cases.make_state([dtype] * len(SHAPES), SHAPES, device=device)
-    before = cases.make_state([dtype] * len(SHAPES), SHAPES)
+    op, kept = KEPT.get(op, (op, None))
+    dtypes = [dtype] * len(SHAPES)
+    state = cases.make_state(dtypes, SHAPES, device=device, kept=kept)
+    before = cases.make_state(dtypes, SHAPES, kept=kept)
     scalars = cases.Scalars().as_tensors(scalar_dtype)
     if where == "device":
         scalars = cases.Scalars(*(t.to(device) for t in scalars[:3]), scale=scalars.scale)

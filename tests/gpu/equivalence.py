@@ -1,4 +1,4 @@
-"""tests/test_cuda.py and test_cuda_steps.py, under pytest, as one step."""
+"""tests/test_cuda.py, test_cuda_kept.py and test_cuda_steps.py, under pytest, as one step."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from tests.gpu.checks import DID_NOT_RUN, FAILED, NEEDS_GPU, NOT_HERE, PASSED, Check, Session
 from tests.gpu.steps import ROOT
 
-FILES = ("test_cuda.py", "test_cuda_steps.py")
+FILES = ("test_cuda.py", "test_cuda_kept.py", "test_cuda_steps.py")
 MOST_FAILURES = 25  # after an illegal access all that follow fail
 
 

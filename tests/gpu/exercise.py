@@ -20,6 +20,7 @@ SHAPES: list[list[tuple[int, ...]]] = [
     [(8191,), (8192,), (8193,)],
     [(16385,), (2, 3)],
 ]
+KEPT_SHAPES: list[tuple[int, ...]] = [(5,), (0,), (255,), (256,), (700,), (8193,)]
 ALONE = ("none", "all", "params", "omega")  # which lists are not aligned to a vector
 SIZES = [
     abs_matmul.Size(1, 1, 1, 1),
@@ -35,6 +36,7 @@ def main(device: str) -> None:
             for shapes in SHAPES:
                 for unaligned in ALONE:
                     exercise(op, dtype, shapes, unaligned, device)
+        exercise_kept(dtype, device)
         for rule in step_cases.RULES.values():
             for mode in step_cases.MODES:
                 for shapes in SHAPES:
@@ -53,14 +55,31 @@ def behind_on(device: str, tensor: torch.Tensor, elements: int) -> torch.Tensor:
 
 
 def exercise(
-    op: str, dtype: torch.dtype, shapes: list[tuple[int, ...]], unaligned: str, device: str
+    op: str,
+    dtype: torch.dtype,
+    shapes: list[tuple[int, ...]],
+    unaligned: str,
+    device: str,
+    kept: str | None = None,
 ) -> None:
-    before = cases.make_state([dtype] * len(shapes), shapes)
+    before = cases.make_state([dtype] * len(shapes), shapes, kept=kept)
     lists = {
         name: [behind_on(device, t, int(unaligned in ("all", name))) for t in tensors]
         for name, tensors in before.lists().items()
     }
     judge(op, before, cases.State(**lists), device)
+
+
+def exercise_kept(dtype: torch.dtype, device: str) -> None:
+    """An Ω of fewer bytes; unaligned, vectors end in the next block of codes."""
+    if dtype == torch.float64:
+        return
+    for kept in cases.KEPT:
+        for op in cases.PENALTY_OPS:
+            for unaligned in ("none", "all", "omega"):
+                exercise(op, dtype, KEPT_SHAPES, unaligned, device, kept)
+        for rule in ("momentum", "adamw"):
+            exercise_step(step_cases.RULES[rule], "gradient", dtype, KEPT_SHAPES, device, kept)
 
 
 def judge(op: str, before: cases.State, state: cases.State, device: str) -> None:
@@ -91,12 +110,13 @@ def exercise_step(
     dtype: torch.dtype,
     shapes: list[tuple[int, ...]],
     device: str,
+    kept: str | None = None,
 ) -> None:
     """Aligned to a vector; with θ, which is written, an element behind; and a step skipped."""
     dtypes = [dtype] * len(shapes)
     for elements, found in ((0, 0.0), (1, 0.0), (0, 1.0)):
-        before = step_cases.make_problem(rule, dtypes, shapes)
-        moved = step_cases.make_problem(rule, dtypes, shapes)
+        before = step_cases.make_problem(rule, dtypes, shapes, kept=kept)
+        moved = step_cases.make_problem(rule, dtypes, shapes, kept=kept)
         moved.steps = before.steps.to(device)
         for name, tensors in moved.lists().items():
             distance = elements if name == "params" else 0

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import mas_ext
+from mas_ext.reference import BLOCK
 from tests import cases
 from tests.cases import State
 
@@ -162,8 +163,10 @@ def providers(op: str, with_compile: bool) -> dict[str, Job]:
 # ================================================================================================
 # State, bytes, correctness
 # ================================================================================================
-def make_state(shapes: list[tuple[int, ...]], device: str, dtype: torch.dtype) -> State:
-    """Values of the magnitude that training gives them, made on the device."""
+def make_state(
+    shapes: list[tuple[int, ...]], device: str, dtype: torch.dtype, kept: str | None = None
+) -> State:
+    """Values of the magnitude that training gives them, made on the device; Ω ``kept`` in less."""
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(shape: tuple[int, ...], std: float) -> Tensor:
@@ -177,6 +180,11 @@ def make_state(shapes: list[tuple[int, ...]], device: str, dtype: torch.dtype) -
         state.grads.append(normal(shape, 0.01))
         omega = torch.empty(shape, device=device, dtype=cases.accumulation_dtype(dtype))
         state.omega.append(omega.uniform_(generator=generator))
+    if kept == "uint8":
+        pairs = [cases.compressed(omega) for omega in state.omega]
+        state.omega, state.omega_scales = (list(tensors) for tensors in zip(*pairs, strict=True))
+    elif kept is not None:
+        state.omega = [omega.to(cases.KEPT[kept]) for omega in state.omega]
     return state
 
 
@@ -193,7 +201,8 @@ WRITTEN = {op: "params" if op == "penalty_and_grad" else cases.written_argument(
 def bytes_moved(op: str, state: State) -> int:
     lists = state.lists()
     names = [*READ[op], *filter(None, [WRITTEN[op]])]
-    return sum(t.numel() * t.element_size() for name in names for t in lists[name])
+    tensors = [t for name in names for t in lists[name]] + state.omega_scales
+    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 SLICE = 1 << 24
@@ -201,9 +210,16 @@ TIMES = 4  # other orders of the same operations round a little differently
 VALUE_TOLERANCE = 1e-4  # of a sum that eager mode forms in float32
 
 
-def slices(tensors: list[Tensor]) -> Iterator[Tensor]:
+def slices(tensors: list[Tensor], size: int = SLICE) -> Iterator[Tensor]:
     for tensor in tensors:
-        yield from tensor.reshape(-1).split(SLICE)
+        yield from tensor.reshape(-1).split(size)
+
+
+def pieces(lists: dict[str, list[Tensor]]) -> Iterator[State]:
+    """Slice by slice, scales with the codes that they are of."""
+    sizes = {"omega_scales": SLICE // BLOCK}
+    for piece in zip(*(slices(ts, sizes.get(n, SLICE)) for n, ts in lists.items()), strict=True):
+        yield State(*([tensor] for tensor in piece))
 
 
 def assert_right(op: str, job: Job, state: State, what: str) -> None:
@@ -212,10 +228,8 @@ def assert_right(op: str, job: Job, state: State, what: str) -> None:
     before = [t.clone() for t in state.lists()[written]] if written else []
     value, tensors = job(state)
     start = {**state.lists(), **({written: before} if written else {})}
-    pieces = zip(*(list(slices(start[name])) for name in state.lists()), strict=True)
     results, energies = slices(tensors), []
-    for params, anchors, omega, grads in pieces:
-        piece = State([params], [anchors], [omega], [grads])
+    for piece in pieces(start):
         actual = next(results, None)
         if actual is not None:
             (exact,) = cases.exact_tensors(op, piece, SCALARS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 from itertools import product
 
@@ -12,24 +13,42 @@ VECTOR_BYTES = 16
 
 @dataclass(frozen=True)
 class Dtype:
-    """Bytes of a parameter's element, and of its Ω."""
+    """Bytes of a parameter's element, and what its Ω is accumulated in."""
 
     title: str
     value: int
-    omega: int
+    accumulates: str
 
 
 DTYPES = {
-    "float": Dtype("float32", 4, 4),
-    "double": Dtype("float64", 8, 8),
-    "c10::BFloat16": Dtype("bfloat16", 2, 4),
-    "c10::Half": Dtype("float16", 2, 4),
+    "float": Dtype("float32", 4, "float"),
+    "double": Dtype("float64", 8, "double"),
+    "c10::BFloat16": Dtype("bfloat16", 2, "float"),
+    "c10::Half": Dtype("float16", 2, "float"),
+}
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Bytes of an element of Ω as memory keeps it, and of the scales that a vector looks up."""
+
+    title: str
+    value: int
+    scales: tuple[int, ...] = ()
+
+
+KEPT = {
+    "float": Kept("float32", 4),
+    "double": Kept("float64", 8),
+    "c10::BFloat16": Kept("bfloat16", 2),
+    "unsigned char": Kept("uint8", 1, scales=(4, 4)),  # its first element's and its last one's
 }
 
 
 @dataclass(frozen=True)
 class Streams:
-    """Memory that the hot loop reads and writes from end to end, each by accesses of 16 bytes."""
+    """Memory that the hot loop reads and writes from end to end, by accesses of 16 bytes; Ω, where
+    it is kept in less than the parameters, by as much less."""
 
     reads: tuple[str, ...]
     writes: tuple[str, ...] = ()
@@ -55,6 +74,16 @@ class Expectation:
     dtype: str
     pattern: str  # of its C++ name, up to the arguments
     hot: Streams | Product | None
+    kept: str = ""  # Ω's type; "" where it is what the dtype accumulates in
+
+    @property
+    def dtype_title(self) -> str:
+        title = DTYPES[self.dtype].title
+        return f"{title}, Ω {KEPT[self.kept].title}" if self.kept else title
+
+    @property
+    def omega(self) -> Kept:
+        return KEPT[self.kept or DTYPES[self.dtype].accumulates]
 
     def matches(self, name: str) -> bool:
         return re.match(rf"void mas_ext::cuda::{self.pattern}\(", name) is not None
@@ -81,7 +110,22 @@ PRODUCTS = {
 }
 
 
-def step_by(rule: str, proximal: bool, dtype: str) -> Expectation:
+# How an Ω that is only read may be kept, by the dtype beside it.
+READ_ONLY = [
+    (dtype, kept)
+    for dtype, known in DTYPES.items()
+    for kept in (("",) if known.accumulates == "double" else ("", "c10::BFloat16", "unsigned char"))
+]
+
+
+def streaming(
+    title: str, operation: str, dtype: str, streams: Streams, kept: str = ""
+) -> Expectation:
+    types = f"{dtype}, {kept or DTYPES[dtype].accumulates}"
+    return Expectation(title, dtype, rf"chunk_kernel<{operation}, {types}>", streams, kept)
+
+
+def step_by(rule: str, proximal: bool, dtype: str, kept: str) -> Expectation:
     """A step reads all its streams, whatever the rule, and writes the rule's."""
     options, moments = RULES[rule]
     operation = (
@@ -91,16 +135,17 @@ def step_by(rule: str, proximal: bool, dtype: str) -> Expectation:
         ("params", *moments, "grads", "anchors", "omega"), writes=("params", *moments)
     )
     title = f"{rule.removesuffix('Rule')} step, {'proximal' if proximal else 'gradient'}"
-    return Expectation(title, dtype, rf"chunk_kernel<{operation}::Operation, {dtype}>", streams)
+    return streaming(title, f"{operation}::Operation", dtype, streams, kept)
 
 
 EXPECTATIONS = [
     *(
-        Expectation(name, dtype, rf"chunk_kernel<mas_ext::cuda::{name}, {dtype}>", streams)
+        streaming(name, f"mas_ext::cuda::{name}", dtype, streams, kept)
         for name, streams in STREAMING.items()
-        for dtype in DTYPES
+        for dtype, kept in READ_ONLY
+        if not ("omega" in streams.writes and kept)
     ),
-    *(step_by(*of, dtype) for of in product(RULES, (False, True)) for dtype in DTYPES),
+    *(step_by(*of, *how) for of in product(RULES, (False, True)) for how in READ_ONLY),
     *(
         Expectation("abs_matmul", dtype, rf"abs_matmul_kernel<{dtype}>", product)
         for dtype, product in PRODUCTS.items()
@@ -120,6 +165,15 @@ def expectation_of(name: str) -> Expectation | None:
     return next((e for e in EXPECTATIONS if e.matches(name)), None)
 
 
-def accesses(streams: tuple[str, ...], dtype: Dtype) -> int:
-    """Of 16 bytes each, for one vector of parameters. A vector of Ω may be wider than that."""
-    return sum(dtype.omega // dtype.value if stream == "omega" else 1 for stream in streams)
+def accesses(streams: tuple[str, ...], dtype: Dtype, omega: Kept) -> Counter[int]:
+    """How many, by their bytes, for one vector of parameters. A vector of Ω may be several."""
+    elements = VECTOR_BYTES // dtype.value
+    found: Counter[int] = Counter()
+    for stream in streams:
+        if stream != "omega":
+            found[VECTOR_BYTES] += 1
+            continue
+        width = elements * omega.value
+        found[min(width, VECTOR_BYTES)] += max(width // VECTOR_BYTES, 1)
+        found.update(omega.scales)
+    return found

@@ -31,16 +31,41 @@ FLOAT64 = ("DADD", "DMUL", "DFMA", "DSETP")
 class Traffic:
     """What one turn of a loop reads from, or writes to, one kind of memory."""
 
-    accesses: int
-    vectors: int  # of 16 bytes; an access of 32 is two
-    narrow: tuple[str, ...]  # accesses of fewer bytes
+    found: tuple[Instruction, ...]
+
+    @property
+    def accesses(self) -> int:
+        return len(self.found)
+
+    @property
+    def vectors(self) -> int:
+        """Of 16 bytes; an access of 32 is two."""
+        return self.widths[VECTOR_BYTES]
+
+    @property
+    def widths(self) -> Counter[int]:
+        """Accesses by their bytes."""
+        counted: Counter[int] = Counter()
+        for one in self.found:
+            counted[min(one.width, VECTOR_BYTES)] += max(one.width // VECTOR_BYTES, 1)
+        return counted
+
+    def narrow(self, but: Iterable[int] = ()) -> tuple[str, ...]:
+        """Accesses of fewer bytes, but those that are meant to be."""
+        # What a warp loads as a matrix is spread over it evenly, however little that is for a
+        # thread.
+        known = {VECTOR_BYTES, *but}
+        return tuple(
+            i.opcode
+            for i in self.found
+            if min(i.width, VECTOR_BYTES) not in known and i.base != "LDSM"
+        )
 
 
 def traffic(code: Iterable[Instruction], space: str, stores: bool = False) -> Traffic:
-    found = [i for i in code if i.space == space and (i.is_store if stores else i.is_load)]
-    # What a warp loads as a matrix is spread over it evenly, however little that is for a thread.
-    narrow = tuple(i.opcode for i in found if i.width < VECTOR_BYTES and i.base != "LDSM")
-    return Traffic(len(found), sum(i.width // VECTOR_BYTES for i in found), narrow)
+    return Traffic(
+        tuple(i for i in code if i.space == space and (i.is_store if stores else i.is_load))
+    )
 
 
 def bytes_in_flight(code: Iterable[Instruction]) -> int:
@@ -123,7 +148,8 @@ class Proof:
 
     @cached_property
     def problems(self) -> list[str]:
-        where = f"sm_{self.kernel.architecture} {self.expectation.title} {self.dtype.title}"
+        title = f"{self.expectation.title} {self.expectation.dtype_title}"
+        where = f"sm_{self.kernel.architecture} {title}"
         return [f"{where}: {problem}" for problem in self.find_problems()]
 
     def find_problems(self) -> Iterator[str]:
@@ -152,21 +178,24 @@ class Proof:
         generic = [i.opcode for i in self.hot_code if i.space == "generic"]
         if generic:
             yield f"the hot loop does not know which memory it goes to: {listed(generic)}"
-        if self.dtype.omega < 8 and count(self.hot_code, *FLOAT64):
+        if self.dtype.accumulates != "double" and count(self.hot_code, *FLOAT64):
             yield "the hot loop computes in float64"
 
     def streaming(self, wanted: Streams) -> Iterator[str]:
-        narrow = self.reads.narrow + self.writes.narrow
+        omega = self.expectation.omega
+        reads = accesses(wanted.reads, self.dtype, omega)
+        writes = accesses(wanted.writes, self.dtype, omega)
+        narrow = self.reads.narrow(but=reads) + self.writes.narrow(but=writes)
         if narrow:
             yield f"the hot loop has accesses of less than 16 bytes: {listed(narrow)}"
-        reads, writes = accesses(wanted.reads, self.dtype), accesses(wanted.writes, self.dtype)
-        found = self.reads.vectors, self.writes.vectors
-        turns = self.reads.vectors // reads
-        if not turns or found != (turns * reads, turns * writes):
-            yield (
-                f"the hot loop has {found[0]} + {found[1]} accesses of 16 bytes,"
-                f" no multiple of {reads} + {writes}"
-            )
+        turns = self.reads.vectors // reads[VECTOR_BYTES]
+        for width in sorted(reads | writes, reverse=True):
+            found = self.reads.widths[width], self.writes.widths[width]
+            if not turns or found != (turns * reads[width], turns * writes[width]):
+                yield (
+                    f"the hot loop has {found[0]} + {found[1]} accesses of {width} bytes,"
+                    f" no multiple of {reads[width]} + {writes[width]}"
+                )
         needed = bytes_that_saturate(self.kernel.architecture)
         if self.in_flight_together < needed:
             yield (
@@ -175,8 +204,8 @@ class Proof:
             )
 
     def multiplying(self) -> Iterator[str]:
-        if self.shared_reads.narrow:
-            yield f"the hot loop reads shared memory by {listed(self.shared_reads.narrow)}"
+        if narrow := self.shared_reads.narrow():
+            yield f"the hot loop reads shared memory by {listed(narrow)}"
         if not self.shared_reads.accesses:
             yield "the hot loop reads nothing from shared memory"
         if not any(vectors(loop) for loop in self.loops):
@@ -211,7 +240,7 @@ def missing(proofs: list[Proof]) -> list[str]:
     """Kernels that a whole library must hold, and does not."""
     there = {(proof.expectation, proof.kernel.architecture) for proof in proofs}
     return [
-        f"sm_{architecture} {expectation.title} {DTYPES[expectation.dtype].title}: not in there"
+        f"sm_{architecture} {expectation.title} {expectation.dtype_title}: not in there"
         for expectation in EXPECTATIONS
         for architecture in ARCHITECTURES
         if (expectation, architecture) not in there

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from tests.sass.expectations import ARCHITECTURES, DTYPES, Expectation, Product, Streams
+from tests.sass.expectations import (
+    ARCHITECTURES,
+    DTYPES,
+    KEPT,
+    VECTOR_BYTES,
+    Expectation,
+    Product,
+    Streams,
+)
 from tests.sass.occupancy import bytes_that_saturate, occupancy, shared_bytes
 from tests.sass.proof import Proof
 
 NEEDED = ", ".join(f"{bytes_that_saturate(a) / 1024:.0f} on sm_{a}" for a in ARCHITECTURES)
 NOTES = f"""\
-hot loop   of 16 bytes each, the loads + stores of global memory in one turn; of a product, the
-           loads of shared memory, and the multiplications they serve
+hot loop   of 16 bytes each, the loads + stores of global memory in one turn, and behind them the
+           loads of fewer bytes, of an Ω that is kept in less than the parameters; of a product,
+           the loads of shared memory, and the multiplications they serve
 in flight  bytes that a thread of that loop loads before it waits for any of them
 shared     bytes of shared memory a block
 spills     bytes of stack, loads and stores of local memory
@@ -28,7 +37,9 @@ def same_or_each(values: Iterable[object]) -> str:
 def hot_loop(proof: Proof) -> str:
     wanted = proof.expectation.hot
     if isinstance(wanted, Streams):
-        return f"{proof.reads.vectors} + {proof.writes.vectors}"
+        widths = proof.reads.widths.items()
+        narrow = [f"{n} of {w}" for w, n in sorted(widths, reverse=True) if w < VECTOR_BYTES]
+        return ", ".join([f"{proof.reads.vectors} + {proof.writes.vectors}", *narrow])
     if isinstance(wanted, Product):
         return f"{proof.shared_reads.accesses} for {proof.products} {wanted.instruction}"
     return ""
@@ -53,7 +64,7 @@ def lines(proofs: Sequence[Proof]) -> tuple[list[str], list[list[str]]]:
         found = [by_architecture[a] for a in architectures if a in by_architecture]
         line = [
             expectation.title,
-            DTYPES[expectation.dtype].title,
+            expectation.dtype_title,
             same_or_each(hot_loop(proof) for proof in found),
             same_or_each(proof.in_flight or "" for proof in found),
             same_or_each(shared_bytes(proof.kernel) for proof in found),
@@ -64,8 +75,10 @@ def lines(proofs: Sequence[Proof]) -> tuple[list[str], list[list[str]]]:
     return head, body
 
 
-def order(item: tuple[Expectation, object]) -> tuple[str, int]:
-    return item[0].title, list(DTYPES).index(item[0].dtype)
+def order(item: tuple[Expectation, object]) -> tuple[str, int, int]:
+    expectation = item[0]
+    kept = ["", *KEPT].index(expectation.kept)
+    return expectation.title, list(DTYPES).index(expectation.dtype), kept
 
 
 def text(proofs: Sequence[Proof]) -> str:

@@ -79,6 +79,17 @@ void reads_from_outside() {
   });
 }
 
+// No fault, however the halves of a warp overtake each other.
+void halves_part() {
+  for (int i = 0; i < 2000; ++i) {
+    run([] {
+      if (lane() < 16) {
+        __ballot_sync(0xffff, 1);
+      }
+    });
+  }
+}
+
 void masks_differ() {
   run([] { __syncwarp(lane() == 0 ? 1 : ~0u); });
 }
@@ -222,6 +233,7 @@ const std::map<std::string, void (*)()> kFaults{
     {"lane_stays_away", lane_stays_away},
     {"left_out_of_mask", left_out_of_mask},
     {"reads_from_outside", reads_from_outside},
+    {"halves_part", halves_part},
     {"masks_differ", masks_differ},
     {"lanes_wait_in_a_ring", lanes_wait_in_a_ring},
     {"lanes_not_there", lanes_not_there},

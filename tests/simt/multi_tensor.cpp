@@ -10,8 +10,8 @@ namespace {
 using namespace harness;
 
 template <class Operation>
-void strengths(Program& program, const std::string& dtype, ScalarType type) {
-  const std::vector<Shape> shapes = with_sizes(type, {37});
+void strengths(Program& program, const std::string& dtype, const Kind& kind) {
+  const std::vector<Shape> shapes = with_sizes(kind, {37});
   const auto add = [&](const std::string& name, const Strengths& strengths) {
     test<Operation>(program, dtype + "/" + name, {shapes, strengths});
   };

@@ -13,6 +13,8 @@ VAST = Run("vast")
 IMPORTANCE = Run("multi_tensor", only="Importance")
 ADD = Run("multi_tensor", only="AddGradient")
 PROXIMAL = Run("multi_tensor", only="Proximal")
+CODES = Run("compressed", only="AddGradient")
+CODES_PENALTY = Run("compressed", only="Penalty")
 SGD = Run("steps", only="Step<Sgd, false>")
 MOMENTUM = Run("steps", only="Step<Momentum, false>")
 ADAM = Run("steps", only="Step<Adam, false>")
@@ -42,12 +44,24 @@ MUTANTS = [
             TABLES,
         ),
         ("one pointer for all streams", "= entry.data[s];", "= entry.data[0];", TABLES),
-        ("dtypes mixed", "if (entry.dtype != dtype) {", "if (false) {", TABLES),
+        ("dtypes mixed", "entry.dtype != kind.dtype || ", "", TABLES),
+        (
+            "omegas of other dtypes among them",
+            " || entry.omega_dtype != kind.omega_dtype",
+            "",
+            TABLES,
+        ),
+        (
+            "scales of the tensor before",
+            "table.scales[table.tensors] = entry.omega_scales;",
+            "table.scales[table.tensors] = entries[next > 0 ? next - 1 : 0].omega_scales;",
+            TABLES,
+        ),
         ("a block more than a grid has", "> INT_MAX) {", "> INT_MAX + int64_t{1}) {", TABLES),
         (
             "a tensor more than a table holds",
-            "table.tensors < Table<Streams>::kCapacity",
-            "table.tensors <= Table<Streams>::kCapacity",
+            "table.tensors < table.kCapacity",
+            "table.tensors <= table.kCapacity",
             TABLES,
         ),
         (
@@ -86,9 +100,39 @@ MUTANTS = [
         ),
         (
             "omega as wide as values",
-            "static_cast<int>(stream == Op::kOmega ? sizeof(A) : sizeof(T))",
+            "static_cast<int>(stream == Op::kOmega ? sizeof(Kept) : sizeof(T))",
             "static_cast<int>(stream == Op::kOmega ? sizeof(T) : sizeof(T))",
             ADD,
+        ),
+        (
+            "omega as wide as it is computed",
+            "static_cast<int>(stream == Op::kOmega ? sizeof(Kept) : sizeof(T))",
+            "static_cast<int>(stream == Op::kOmega ? sizeof(A) : sizeof(T))",
+            CODES,
+        ),
+        (
+            "codes at any alignment",
+            "stream == Op::kOmega ? alignof(Pack<Kept, kVector>) : kVectorBytes",
+            "stream == Op::kOmega ? 1 : kVectorBytes",
+            CODES,
+        ),
+        (
+            "scales of the tensor's first blocks",
+            "table.scales[tensor] + begin / kScaleBlock",
+            "table.scales[tensor]",
+            CODES,
+        ),
+        (
+            "scales of another chunk",
+            "begin / kScaleBlock",
+            "begin / (2 * kScaleBlock)",
+            CODES,
+        ),
+        (
+            "32-bit offset of scales",
+            "+ begin / kScaleBlock",
+            "+ static_cast<int>(begin) / kScaleBlock",
+            VAST,
         ),
         (
             "head counted twice",
@@ -173,6 +217,35 @@ MUTANTS = [
         "cuda/pack.cuh",
         ("first of a pair clears the second", "(word & 0xffff0000u) | bits", "bits", ADD),
         ("pairs swapped", ">> (16 * (i % 2))", ">> (16 - 16 * (i % 2))", ADD),
+        ("codes of a word turned round", ">> (8 * (i % 4))", ">> (24 - 8 * (i % 4))", CODES),
+        ("the first word's codes twice", "words_[i / 4]", "words_[0]", CODES),
+    ),
+    *planted_in(
+        "cuda/omega.cuh",
+        (
+            "scale of the block before",
+            "scales[first / kBlock]",
+            "scales[(first > kBlock ? first - kBlock : first) / kBlock]",
+            CODES,
+        ),
+        ("blocks twice as long", "kBlock = kScaleBlock;", "kBlock = 2 * kScaleBlock;", CODES),
+        ("one scale a vector", "(first + N - 1) / kBlock", "first / kBlock", CODES),
+        ("scale behind the vector", "(first + N - 1) / kBlock", "(first + N) / kBlock", CODES),
+        ("an element more of the block", "i < left_", "i <= left_", CODES),
+        ("an element less of the block", "i < left_", "i + 1 < left_", CODES),
+        ("scales swapped", "? of_first_ : of_last_", "? of_last_ : of_first_", CODES),
+        (
+            "as if vectors began with blocks",
+            "kBlock - first % kBlock",
+            "kBlock - first / N * N % kBlock",
+            CODES,
+        ),
+        (
+            "codes of the chunk's beginning",
+            "static_cast<const uint8_t*>(codes) + first)",
+            "static_cast<const uint8_t*>(codes) + first % kBlock)",
+            CODES_PENALTY,
+        ),
     ),
     *planted_in(
         "formulas.h",
@@ -185,6 +258,8 @@ MUTANTS = [
         ),
         ("sign", "param - delta * (c", "param + delta * (c", PROXIMAL),
         ("not a square", "return omega * delta * delta;", "return omega * delta;", ADD),
+        ("codes not companded", "root * root * (", "255 * root * (", CODES),
+        ("codes up to 256", "65025.0f", "65536.0f", CODES),
         (
             "infinite strength",
             "scalar > static_cast<double>(largest) ? largest : static_cast<A>(scalar)",

@@ -32,7 +32,7 @@ const std::vector<std::pair<const char*, StepOptions>> kOptions{
 // finite stays finite.
 void zero_or_at_anchor(List& list) {
   zero_or_one(list);
-  visit_dtype(list[0].shape.dtype, [&]<class T>() {
+  visit_dtype(list[0].shape.kind.dtype, [&]<class T>() {
     for (int64_t i = 0; i < list[0].shape.numel; ++i) {
       list[0].of[kParam].as<T>()[i] = list[0].of[kAnchor].as<T>()[i];
     }
@@ -42,7 +42,7 @@ void zero_or_at_anchor(List& list) {
 // What a scaled loss that overflowed leaves in gradients.
 void spoil_gradients(List& list) {
   for (const Parameter& parameter : list) {
-    visit_dtype(parameter.shape.dtype, [&]<class T>() {
+    visit_dtype(parameter.shape.kind.dtype, [&]<class T>() {
       for (int64_t i = 0; i < parameter.shape.numel; ++i) {
         set<T>(parameter, kGrad, i, i % 3 == 0 ? NAN : HUGE_VAL);
       }
@@ -51,8 +51,8 @@ void spoil_gradients(List& list) {
 }
 
 template <class Operation>
-void own_cases(Program& program, const std::string& dtype, ScalarType type) {
-  const std::vector<Shape> shapes = with_sizes(type, {37, 0, 5});
+void own_cases(Program& program, const std::string& dtype, const Kind& kind) {
+  const std::vector<Shape> shapes = with_sizes(kind, {37, 0, 5});
   const auto add = [&](const std::string& name, const Strengths& strengths) {
     test<Operation>(program, dtype + "/" + name, {shapes, strengths});
   };
@@ -63,7 +63,7 @@ void own_cases(Program& program, const std::string& dtype, ScalarType type) {
   add("strengths on the device, float32", {.where = Where::kDeviceFloat});
   add("lambda and rate of 0", {.lambda = 0, .lr = 0});
   add("small strengths", {.lambda = 1e-3, .grad_scale = 1e-2, .lr = 1e-2});
-  const std::vector<Shape> one = with_sizes(type, {37});
+  const std::vector<Shape> one = with_sizes(kind, {37});
   test<Operation>(program, dtype + "/lambda beyond float32",
                   {one, {.lambda = 1e60}, zero_or_at_anchor});
   test<Operation>(program, dtype + "/not finite", {one, {}, not_finite});
@@ -72,7 +72,7 @@ void own_cases(Program& program, const std::string& dtype, ScalarType type) {
         dtype + "/skipped, strengths " + std::to_string(static_cast<int>(where));
     test<Operation>(
         program, name,
-        {with_sizes(type, {17, 0, 8193, 2048}), {.where = where, .found_inf = 1}, spoil_gradients});
+        {with_sizes(kind, {17, 0, 8193, 2048}), {.where = where, .found_inf = 1}, spoil_gradients});
   }
 }
 

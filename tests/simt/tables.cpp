@@ -17,8 +17,7 @@ using mas_ext::cuda::tensor_of_chunk;
 // ================================================================================================
 // Tables
 // ================================================================================================
-constexpr ScalarType kTypes[] = {ScalarType::Float, ScalarType::Double, ScalarType::BFloat16,
-                                 ScalarType::Half};
+constexpr size_t kCount = std::size(kKinds);
 
 template <size_t Streams>
 using Entries = std::vector<Entry<Streams>>;
@@ -31,16 +30,27 @@ Entries<Streams> make_entries(const std::vector<int64_t>& sizes, Random& random)
     for (void*& data : entry.data) {
       data = reinterpret_cast<void*>(random.bits());
     }
-    entry.numel = numel, entry.dtype = kTypes[random.below(4)];
+    const Kind kind = kKinds[random.below(kCount)];
+    entry.numel = numel, entry.dtype = kind.dtype, entry.omega_dtype = kind.omega_dtype;
+    entry.omega_scales = reinterpret_cast<const float*>(random.bits());
     entry.index = random.below(INT_MAX);
   }
   return entries;
 }
 
-// Every entry of a dtype comes once, in order, with all its chunks.
 template <size_t Streams>
-void check_table(Program& program, const Table<Streams>& table, const Entries<Streams>& entries,
-                 size_t& next) {
+bool has_scales_of(const Table<Streams, true>& table, int tensor, const Entry<Streams>& entry) {
+  return table.scales[tensor] == entry.omega_scales;
+}
+template <size_t Streams>
+bool has_scales_of(const Table<Streams, false>&, int, const Entry<Streams>&) {
+  return true;
+}
+
+// Every entry of a kind comes once, in order, with all its chunks.
+template <size_t Streams, bool Scaled>
+void check_table(Program& program, const Table<Streams, Scaled>& table,
+                 const Entries<Streams>& entries, size_t& next) {
   int64_t chunk = 0;
   for (int t = 0; t < table.tensors; ++t, ++next) {
     if (!program.expect(next < entries.size(), "a tensor too many")) {
@@ -49,7 +59,7 @@ void check_table(Program& program, const Table<Streams>& table, const Entries<St
     const Entry<Streams>& entry = entries[next];
     const int64_t chunks = entry.numel / kChunk + (entry.numel % kChunk != 0);
     bool right = table.numel[t] == entry.numel && table.first_chunk[t] == chunk &&
-                 table.place[t] == entry.index;
+                 table.place[t] == entry.index && has_scales_of(table, t, entry);
     for (size_t s = 0; s < Streams; ++s) {
       right &= table.data[s][t] == entry.data[s];
     }
@@ -62,48 +72,64 @@ void check_table(Program& program, const Table<Streams>& table, const Entries<St
   program.expect(table.chunks() == chunk && chunk <= INT_MAX, "number of chunks");
 }
 
+size_t place_of(const Kind& kind) {
+  return static_cast<size_t>(std::find(std::begin(kKinds), std::end(kKinds), kind) -
+                             std::begin(kKinds));
+}
+
+template <class T>
+constexpr ScalarType type_of() {
+  return std::is_same_v<T, float>      ? ScalarType::Float
+         : std::is_same_v<T, double>   ? ScalarType::Double
+         : std::is_same_v<T, BFloat16> ? ScalarType::BFloat16
+         : std::is_same_v<T, Half>     ? ScalarType::Half
+                                       : ScalarType::Byte;
+}
+
 template <size_t Streams>
 void check_tables(Program& program, const std::vector<int64_t>& sizes, uint64_t seed) {
   Random random(seed);
   const Entries<Streams> entries = make_entries<Streams>(sizes, random);
-  std::vector<Entries<Streams>> by_dtype(4);
-  std::vector<size_t> next(4);
+  std::vector<Entries<Streams>> by_kind(kCount);
+  std::vector<size_t> next(kCount);
   for (const auto& entry : entries) {
-    by_dtype[static_cast<size_t>(std::find(kTypes, kTypes + 4, entry.dtype) - kTypes)].push_back(
-        entry);
+    by_kind[place_of({entry.dtype, entry.omega_dtype})].push_back(entry);
   }
   size_t latest = 0;
-  mas_ext::cuda::for_each_table(entries, [&]<class T>(const Table<Streams>& table) {
-    const size_t d = std::is_same_v<T, float>      ? 0
-                     : std::is_same_v<T, double>   ? 1
-                     : std::is_same_v<T, BFloat16> ? 2
-                                                   : 3;
-    program.expect(d >= latest && table.chunks() > 0, "dtypes out of order, or an empty table");
-    latest = d;
-    check_table(program, table, by_dtype[d], next[d]);
+  mas_ext::cuda::for_each_table(entries, [&]<class T, class Kept>(const auto& table) {
+    const size_t k = place_of({type_of<T>(), type_of<Kept>()});
+    program.expect(k >= latest && table.chunks() > 0, "kinds out of order, or an empty table");
+    latest = k;
+    check_table(program, table, by_kind[k], next[k]);
   });
-  for (size_t d = 0; d < 4; ++d) {
-    for (; next[d] < by_dtype[d].size(); ++next[d]) {
-      program.expect(by_dtype[d][next[d]].numel == 0, "a tensor is missing");
+  for (size_t k = 0; k < kCount; ++k) {
+    for (; next[k] < by_kind[k].size(); ++next[k]) {
+      program.expect(by_kind[k][next[k]].numel == 0, "a tensor is missing");
     }
   }
 }
 
 template <size_t Streams>
 void test_tables(Program& program) {
-  const int64_t capacity = Table<Streams>::kCapacity, all = int64_t{INT_MAX} * kChunk;
+  const int64_t capacity = Table<Streams, false>::kCapacity, all = int64_t{INT_MAX} * kChunk;
   const auto add = [&](const std::string& name, const std::vector<int64_t>& sizes) {
     program.test("tables/" + std::to_string(Streams) + " streams/" + name,
                  [&](uint64_t seed) { check_tables<Streams>(program, sizes, seed); });
   };
-  for (const int64_t n : {int64_t{0}, int64_t{1}, 4 * capacity - 1, 4 * capacity, 9 * capacity}) {
+  const auto count = static_cast<int64_t>(kCount);
+  for (const int64_t n :
+       {int64_t{0}, int64_t{1}, count * capacity - 1, count * capacity, 21 * capacity}) {
     for (const int64_t numel : {int64_t{1}, kChunk - 1, kChunk, kChunk + 1, 3 * kChunk}) {
       add(std::to_string(n) + " of " + std::to_string(numel),
           std::vector<int64_t>(static_cast<size_t>(n), numel));
     }
   }
-  add("as many chunks as a grid has blocks", {all, all, 1, all, 5, all - kChunk, kChunk, 1});
-  add("one chunk too many", std::vector<int64_t>(12, all / 2 / kChunk * kChunk + kChunk));
+  std::vector<int64_t> full;
+  for (int64_t i = 0; i < count; ++i) {
+    full.insert(full.end(), {all, all, 1, all, 5, all - kChunk, kChunk, 1});
+  }
+  add("as many chunks as a grid has blocks", full);
+  add("one chunk too many", std::vector<int64_t>(40, all / 2 / kChunk * kChunk + kChunk));
   for (int i = 0; i < 8; ++i) {
     Random random(static_cast<uint64_t>(i) + 1);
     std::vector<int64_t> sizes(static_cast<size_t>(random.below(3000)));

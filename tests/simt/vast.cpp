@@ -43,13 +43,17 @@ struct Stream {
   }
 };
 
-template <class Operation, class T>
+template <class Operation, class T, class Kept>
 class VastList {
  public:
-  VastList(Program& program, ScalarType dtype, uint64_t seed)
-      : program_(program), dtype_(dtype), seed_(seed), told_(Strengths{}) {
+  VastList(Program& program, const Kind& kind, uint64_t seed)
+      : program_(program),
+        kind_(kind),
+        seed_(seed),
+        told_(Strengths{}),
+        scales_(mas_ext::is_codes(kind.omega_dtype) ? 4 * scales_of(kNumel) : 1, 0) {
     for (const Role role : Operation::roles) {
-      const size_t bytes = width(dtype, role);
+      const size_t bytes = width(kind, role);
       streams_.push_back({role, bytes, VastBuffer(static_cast<size_t>(kNumel) * bytes, 0)});
     }
   }
@@ -60,6 +64,7 @@ class VastList {
       for (const Stream& stream : streams_) {
         stream.copy_in(chunk * kChunk, make(chunk).front());
       }
+      copy_in_scales(chunk * kChunk, make(chunk).front());
     }
     launch(partial);
     for (const int64_t chunk : kChunks) {
@@ -72,13 +77,20 @@ class VastList {
 
   static int64_t size_of(int64_t chunk) { return std::min(kChunk, kNumel - chunk * kChunk); }
 
+  void copy_in_scales(int64_t begin, const Parameter& chunk) const {
+    if (chunk.shape.in_codes()) {
+      std::memcpy(scales_.as<float>() + begin / kScaleBlock, chunk.scales.as<void>(),
+                  chunk.scales.size());
+    }
+  }
+
   List make(int64_t chunk) const {
-    return make_list({{dtype_, size_of(chunk), {}}}, seed_ + static_cast<uint64_t>(chunk),
+    return make_list({{kind_, size_of(chunk), {}}}, seed_ + static_cast<uint64_t>(chunk),
                      kMoments<Operation>);
   }
 
   void launch(const Buffer& partial) const {
-    const List small = make_list({{dtype_, 77, {}}}, seed_, kMoments<Operation>);
+    const List small = make_list({{kind_, 77, {}}}, seed_, kMoments<Operation>);
     auto entries = entries_of<Operation>(small);
     entries.front().index = 1;
     auto& entry = entries.emplace_back();
@@ -86,18 +98,26 @@ class VastList {
     for (size_t s = 0; s < streams_.size(); ++s) {
       entry.data[s] = streams_[s].at(0);
     }
-    entry.numel = kNumel, entry.dtype = dtype_;
+    entry.numel = kNumel, entry.dtype = kind_.dtype;
+    entry.omega_dtype = kind_.omega_dtype, entry.omega_scales = scales_.as<float>();
     prepare<Operation>(told_, entries.size());
-    mas_ext::cuda::for_each_table(entries, [&]<class>(const auto& table) {
-      simt::Launch grid{static_cast<unsigned>(table.chunks()), {0}};
-      for (const int64_t chunk : kChunks) {
-        grid.blocks.push_back(static_cast<unsigned>(1 + chunk));  // behind that of the small one
+    mas_ext::cuda::for_each_table(entries, [&]<class U, class K>(const auto& table) {
+      if constexpr (std::is_same_v<U, T> && std::is_same_v<K, Kept>) {
+        run_chunks(table, partial);
       }
-      const auto operation = Operation::template make<T>(told_);
-      simt::run(grid, kThreads, [&] {
-        mas_ext::cuda::chunk_kernel<Operation::template Operation, T>(table, operation,
-                                                                      partial.as<double>());
-      });
+    });
+  }
+
+  template <class Table>
+  void run_chunks(const Table& table, const Buffer& partial) const {
+    simt::Launch grid{static_cast<unsigned>(table.chunks()), {0}};
+    for (const int64_t chunk : kChunks) {
+      grid.blocks.push_back(static_cast<unsigned>(1 + chunk));  // behind that of the small one
+    }
+    const auto operation = Operation::template make<T>(told_);
+    simt::run(grid, kThreads, [&] {
+      mas_ext::cuda::chunk_kernel<Operation::template Operation, T, Kept>(table, operation,
+                                                                          partial.as<double>());
     });
   }
 
@@ -119,21 +139,24 @@ class VastList {
   }
 
   Program& program_;
-  const ScalarType dtype_;
+  const Kind kind_;
   const uint64_t seed_;
   const Told told_;
+  const VastBuffer scales_;
   std::vector<Stream> streams_;
 };
 
+template <class Operation, class T, class Kept>
+void test_list(Program& program, const std::string& name, const Kind& kind) {
+  program.test(std::string("vast/") + Operation::name + "/" + name,
+               [&](uint64_t seed) { VastList<Operation, T, Kept>(program, kind, seed).run(); });
+}
+
 template <class Operation>
 void test_list(Program& program) {
-  const std::string name = std::string("vast/") + Operation::name;
-  program.test(name + "/bfloat16", [&](uint64_t seed) {
-    VastList<Operation, BFloat16>(program, ScalarType::BFloat16, seed).run();
-  });
-  program.test(name + "/float32", [&](uint64_t seed) {
-    VastList<Operation, float>(program, ScalarType::Float, seed).run();
-  });
+  test_list<Operation, BFloat16, float>(program, "bfloat16",
+                                        {ScalarType::BFloat16, ScalarType::Float});
+  test_list<Operation, float, float>(program, "float32", {ScalarType::Float, ScalarType::Float});
 }
 
 // ================================================================================================
@@ -171,6 +194,8 @@ int main(int argc, char** argv) {
   test_list<AddGradient>(program);
   test_list<Proximal>(program);
   test_list<Step<Adam, false>>(program);
+  test_list<AddGradient, float, uint8_t>(program, "float32, codes",
+                                         {ScalarType::Float, ScalarType::Byte});
   test_matmul<float>(program, "float32");
   test_matmul<BFloat16>(program, "bfloat16");
   return program.finish();

@@ -25,7 +25,7 @@ class Judge {
     for (size_t p = 0; p < before_.size(); ++p) {
       untouched(p);
       if constexpr (Operation::writes > 0) {
-        visit_dtype(before_[p].shape.dtype, [&]<class T>() { written<T>(p); });
+        visit_dtype(before_[p].shape.kind.dtype, [&]<class T>() { written<T>(p); });
       }
     }
   }
@@ -38,7 +38,7 @@ class Judge {
     for (size_t i = 0; i < pieces.size(); ++i) {
       const Parameter& parameter = before_[pieces[i].parameter];
       const double actual = partial.as<double>()[i];
-      visit_dtype(parameter.shape.dtype, [&]<class T>() {
+      visit_dtype(parameter.shape.kind.dtype, [&]<class T>() {
         const long double sum = check_sum<T>(pieces[i], actual);
         penalty.exact += half * sum;
         penalty.bound += half * sum * kSum<T>;
@@ -61,6 +61,9 @@ class Judge {
       program_.expect(after_[p].of[role].gap_is_untouched(),
                       "tensor %zu: memory in front of argument %zu was written", p, role);
     }
+    program_.expect(
+        same_bytes(after_[p].scales, before_[p].scales) && after_[p].scales.gap_is_untouched(),
+        "tensor %zu: scales, or memory in front of them, were written", p);
   }
 
   template <class T>
@@ -186,7 +189,7 @@ class Comparison {
   // The penalty of a list has the widest dtype that its sums are formed in.
   bool is_double() const {
     return std::any_of(case_.shapes.begin(), case_.shapes.end(),
-                       [](const Shape& s) { return s.dtype == ScalarType::Double; });
+                       [](const Shape& s) { return s.kind.dtype == ScalarType::Double; });
   }
 
   // Nothing depends on the order in which blocks run.

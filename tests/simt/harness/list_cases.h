@@ -36,13 +36,13 @@ inline Ahead all(int64_t elements) {
 
 // All as in one flat buffer: vectors from some element on.
 template <class Operation>
-void together(Program& program, const std::string& dtype, ScalarType type) {
-  const int64_t vector = 16 / static_cast<int64_t>(width(type, kParam));
+void together(Program& program, const std::string& dtype, const Kind& kind) {
+  const int64_t vector = 16 / static_cast<int64_t>(width(kind, kParam));
   const auto add = [&](int64_t numel, int64_t ahead) {
     test<Operation>(
         program,
         dtype + "/" + std::to_string(numel) + " elements/all " + std::to_string(ahead) + " ahead",
-        {.shapes = {{type, numel, all(ahead)}}, .finishes = ahead == 0});
+        {.shapes = {{kind, numel, all(ahead)}}, .finishes = ahead == 0});
   };
   for (int64_t ahead = 0; ahead < vector; ++ahead) {
     for (const int64_t numel : kSmall) {
@@ -63,7 +63,7 @@ void together(Program& program, const std::string& dtype, ScalarType type) {
 
 // One argument an element further on: no element is at a boundary of all.
 template <class Operation>
-void apart(Program& program, const std::string& dtype, ScalarType type) {
+void apart(Program& program, const std::string& dtype, const Kind& kind) {
   for (const Role role : Operation::roles) {
     for (const int64_t numel : {1, 9, 17, 2049, 8193}) {
       Ahead ahead = all(2);
@@ -71,7 +71,7 @@ void apart(Program& program, const std::string& dtype, ScalarType type) {
       test<Operation>(program,
                       dtype + "/" + std::to_string(numel) + " elements/argument " +
                           std::to_string(role) + " apart",
-                      {.shapes = {{type, numel, ahead}}, .finishes = false});
+                      {.shapes = {{kind, numel, ahead}}, .finishes = false});
     }
   }
 }
@@ -79,29 +79,29 @@ void apart(Program& program, const std::string& dtype, ScalarType type) {
 // ================================================================================================
 // Lists
 // ================================================================================================
-inline std::vector<Shape> with_sizes(ScalarType type, const std::vector<int64_t>& sizes) {
+inline std::vector<Shape> with_sizes(const Kind& kind, const std::vector<int64_t>& sizes) {
   std::vector<Shape> shapes;
   for (const int64_t numel : sizes) {
-    shapes.push_back({type, numel, {}});
+    shapes.push_back({kind, numel, {}});
   }
   return shapes;
 }
 
 // More than one table holds, most of them empty; not empty are those around the edges.
 template <class Operation>
-std::vector<Shape> too_many(ScalarType type) {
-  const int64_t capacity = Table<Operation::roles.size()>::kCapacity;
+std::vector<Shape> too_many(const Kind& kind) {
+  constexpr size_t streams = Operation::roles.size();
+  const int64_t capacity = kind.omega_dtype == ScalarType::Byte ? Table<streams, true>::kCapacity
+                                                                : Table<streams, false>::kCapacity;
   std::vector<int64_t> sizes(static_cast<size_t>(2 * capacity + 2), 0);
   int64_t numel = 1;
   for (const int64_t i : {int64_t{0}, capacity - 1, capacity, 2 * capacity - 1, 2 * capacity + 1}) {
     sizes[static_cast<size_t>(i)] = ++numel;
   }
-  return with_sizes(type, sizes);
+  return with_sizes(kind, sizes);
 }
 
-inline std::vector<Shape> random_shapes(Random& random, bool one_dtype, ScalarType type) {
-  constexpr ScalarType kTypes[] = {ScalarType::Float, ScalarType::Double, ScalarType::BFloat16,
-                                   ScalarType::Half};
+inline std::vector<Shape> random_shapes(Random& random, const std::vector<Kind>& kinds) {
   std::vector<Shape> shapes;
   for (int64_t left = 1 + random.below(5); left > 0; --left) {
     const int64_t numel = random.below(4) == 0 ? 8192 - 20 + random.below(40) : random.below(300);
@@ -109,39 +109,39 @@ inline std::vector<Shape> random_shapes(Random& random, bool one_dtype, ScalarTy
     if (random.below(3) == 0) {
       ahead[static_cast<size_t>(random.below(4))] += random.below(8);
     }
-    shapes.push_back({one_dtype ? type : kTypes[random.below(4)], numel, ahead});
+    const int64_t kind = random.below(static_cast<int64_t>(kinds.size()));
+    shapes.push_back({kinds[static_cast<size_t>(kind)], numel, ahead});
   }
   return shapes;
 }
 
 template <class Operation>
-void lists(Program& program, const std::string& dtype, ScalarType type) {
+void lists(Program& program, const std::string& dtype, const Kind& kind) {
   test<Operation>(program, dtype + "/list/several",
-                  {with_sizes(type, {5, 0, 8193, 1, 16384, 0, 17, 8191})});
-  test<Operation>(program, dtype + "/list/only empty", {with_sizes(type, {0, 0})});
+                  {with_sizes(kind, {5, 0, 8193, 1, 16384, 0, 17, 8191})});
+  test<Operation>(program, dtype + "/list/only empty", {with_sizes(kind, {0, 0})});
   test<Operation>(program, dtype + "/list/none", {{}});
-  test<Operation>(program, dtype + "/list/too many for a table", {too_many<Operation>(type)});
+  test<Operation>(program, dtype + "/list/too many for a table", {too_many<Operation>(kind)});
   for (int i = 0; i < 4; ++i) {
     const std::string name = dtype + "/list/random " + std::to_string(i);
     Random random(seed_of(name));
-    test<Operation>(program, name, {random_shapes(random, true, type)});
+    test<Operation>(program, name, {random_shapes(random, {kind})});
   }
 }
 
 template <class Operation>
-void mixed(Program& program) {
+void mixed(Program& program, const std::vector<Kind>& kinds, const std::string& list = "mixed") {
   for (int i = 0; i < 8; ++i) {
-    const std::string name = "mixed/random " + std::to_string(i);
+    const std::string name = list + "/random " + std::to_string(i);
     Random random(seed_of(name));
-    test<Operation>(program, name, {random_shapes(random, false, ScalarType::Float)});
+    test<Operation>(program, name, {random_shapes(random, kinds)});
   }
   std::vector<Shape> shapes;
-  for (const ScalarType type :
-       {ScalarType::Half, ScalarType::Float, ScalarType::BFloat16, ScalarType::Double}) {
-    shapes.push_back({type, 8195, all(1)});
-    shapes.push_back({type, 3, {}});
+  for (auto kind = kinds.rbegin(); kind != kinds.rend(); ++kind) {
+    shapes.push_back({*kind, 8195, all(1)});
+    shapes.push_back({*kind, 3, {}});
   }
-  test<Operation>(program, "mixed/every dtype", {shapes});
+  test<Operation>(program, list + "/every dtype", {shapes});
 }
 
 // ================================================================================================
@@ -150,7 +150,7 @@ void mixed(Program& program) {
 template <class T>
 void set(const Parameter& parameter, Role role, int64_t i, double value) {
   if (role == kOmegaRole) {
-    parameter.of[role].as<accumulate_t<T>>()[i] = static_cast<accumulate_t<T>>(value);
+    parameter.set_omega(i, value);
   } else {
     parameter.of[role].as<T>()[i] = static_cast<T>(value);
   }
@@ -159,7 +159,7 @@ void set(const Parameter& parameter, Role role, int64_t i, double value) {
 // NaN and infinities in one argument after the other; and a θ that is no number, of no importance.
 inline void not_finite(List& list) {
   constexpr double nan = NAN, inf = HUGE_VAL;
-  visit_dtype(list[0].shape.dtype, [&]<class T>() {
+  visit_dtype(list[0].shape.kind.dtype, [&]<class T>() {
     int64_t i = 0;
     for (const Role role : {kOmegaRole, kGrad, kParam, kAnchor}) {
       set<T>(list[0], role, i++, nan);
@@ -173,31 +173,40 @@ inline void not_finite(List& list) {
 
 // Ω, so that no product of it with the largest number is beyond that.
 inline void zero_or_one(List& list) {
-  visit_dtype(list[0].shape.dtype, [&]<class T>() {
-    for (int64_t i = 0; i < list[0].shape.numel; ++i) {
-      set<T>(list[0], kOmegaRole, i, i % 3 == 0 ? 0 : 1);
-    }
-  });
+  for (int64_t i = 0; i < list[0].shape.numel; ++i) {
+    list[0].set_omega(i, i % 3 == 0 ? 0 : 1);
+  }
 }
 
 // ================================================================================================
 // All of them
 // ================================================================================================
-inline const std::pair<const char*, ScalarType> kDtypes[] = {{"float32", ScalarType::Float},
-                                                             {"float64", ScalarType::Double},
-                                                             {"bfloat16", ScalarType::BFloat16},
-                                                             {"float16", ScalarType::Half}};
+using NamedKind = std::pair<std::string, Kind>;
 
-// `strengths(program, dtype, type)` adds those cases that an operation has of its own.
+// Ω as it is accumulated, beside each dtype.
+inline const std::vector<NamedKind> kDtypes{{"float32", {ScalarType::Float, ScalarType::Float}},
+                                            {"float64", {ScalarType::Double, ScalarType::Double}},
+                                            {"bfloat16", {ScalarType::BFloat16, ScalarType::Float}},
+                                            {"float16", {ScalarType::Half, ScalarType::Float}}};
+
+inline std::vector<Kind> kinds_of(const std::vector<NamedKind>& named) {
+  std::vector<Kind> kinds;
+  for (const auto& [name, kind] : named) {
+    kinds.push_back(kind);
+  }
+  return kinds;
+}
+
+// `strengths(program, dtype, kind)` adds those cases that an operation has of its own.
 template <class Operation, class Strengths>
 void test_operation(Program& program, Strengths strengths) {
-  for (const auto& [name, type] : kDtypes) {
-    together<Operation>(program, name, type);
-    apart<Operation>(program, name, type);
-    lists<Operation>(program, name, type);
-    strengths(program, std::string(name), type);
+  for (const auto& [name, kind] : kDtypes) {
+    together<Operation>(program, name, kind);
+    apart<Operation>(program, name, kind);
+    lists<Operation>(program, name, kind);
+    strengths(program, name, kind);
   }
-  mixed<Operation>(program);
+  mixed<Operation>(program, kinds_of(kDtypes));
 }
 
 }  // namespace harness

@@ -189,7 +189,7 @@ struct Proximal {
     }
     const long double c = limited<A>(told.lambda.value() * told.lr.value()) * omega;
     long double value = std::isinf(c) ? anchor : (param + c * anchor) / (1 + c);
-    value = std::isinf(param) ? NAN : value;  // from infinity there is no step
+    value = std::isfinite(param) ? value : NAN;  // from infinity there is no step
     return {{{value, std::abs(param) + std::abs(anchor)}}};
   }
   // Where Ω = 0 a parameter keeps its bits, even those of a NaN.

@@ -136,7 +136,7 @@ Exact proximal(const Exact& moved, const Values& v, const Told& told) {
     return moved;
   }
   long double value = std::isinf(c) ? anchor : (moved.value + c * anchor) / (1 + c);
-  value = std::isinf(moved.value) ? NAN : value;  // from infinity there is no step
+  value = std::isfinite(moved.value) ? value : NAN;  // from infinity there is no step
   return {value, moved.magnitude + std::abs(anchor)};
 }
 

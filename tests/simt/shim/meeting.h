@@ -88,12 +88,12 @@ class Meeting {
     if (order == Order::kMemory) {
       __tsan_release(&before_);
     }
-    const uint32_t here = __atomic_or_fetch(&here_, 1u << me, __ATOMIC_ACQ_REL);
-    if ((here & mask) != mask) {
-      wait(me);
-    } else {
+    __atomic_or_fetch(&inside_, 1u << me, __ATOMIC_ACQ_REL);
+    if (completes(me, mask)) {
       check_agreement(me, mask, place);
       finish(mask, order, act);
+    } else {
+      wait(me);
     }
     if (order == Order::kMemory) {
       __tsan_acquire(&after_);
@@ -106,6 +106,20 @@ class Meeting {
     uint32_t mask;
     void* data;
   };
+
+  // Comes in. Whoever finds all others of its mask there takes them with it in the same instant: a
+  // group that has met waits for nobody any more, and no one may find it waiting.
+  SIMT_UNSEEN bool completes(int me, uint32_t mask) {
+    uint32_t waiting = __atomic_load_n(&waiting_, __ATOMIC_ACQUIRE), with_me;
+    do {
+      with_me = waiting | 1u << me;
+      if ((with_me & mask) == mask) {
+        with_me &= ~mask;
+      }
+    } while (!__atomic_compare_exchange_n(&waiting_, &waiting, with_me, true, __ATOMIC_ACQ_REL,
+                                          __ATOMIC_ACQUIRE));
+    return (with_me >> me & 1u) == 0;
+  }
 
   // By the last one, for all: what `act` does comes behind all that they did, and before all that
   // they will do.
@@ -122,14 +136,14 @@ class Meeting {
     if (order == Order::kMemory) {
       __tsan_release(&after_);
     }
-    __atomic_and_fetch(&here_, ~mask, __ATOMIC_ACQ_REL);
-    syscall(SYS_futex, &here_, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
+    __atomic_and_fetch(&inside_, ~mask, __ATOMIC_ACQ_REL);
+    syscall(SYS_futex, &inside_, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
   }
 
   SIMT_UNSEEN void wait(int me) {
-    uint32_t here;
-    while ((here = __atomic_load_n(&here_, __ATOMIC_ACQUIRE)) >> me & 1u) {
-      syscall(SYS_futex, &here_, FUTEX_WAIT_PRIVATE, here, nullptr, nullptr, 0);
+    uint32_t inside;
+    while ((inside = __atomic_load_n(&inside_, __ATOMIC_ACQUIRE)) >> me & 1u) {
+      syscall(SYS_futex, &inside_, FUTEX_WAIT_PRIVATE, inside, nullptr, nullptr, 0);
     }
   }
 
@@ -159,7 +173,8 @@ class Meeting {
 
   SIMT_UNSEEN int thread(int member) const { return first_thread_ + member * stride_; }
 
-  uint32_t here_ = 0;  // members that wait
+  uint32_t waiting_ = 0;  // members whose group has not met yet
+  uint32_t inside_ = 0;   // those, and members of a group that has met and was not let go yet
   uint32_t everyone_ = 0;
   int first_thread_ = 0, stride_ = 1;
   Slot slots_[32] = {};
