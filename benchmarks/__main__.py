@@ -1,8 +1,9 @@
 """``python -m benchmarks``: every way of doing a thing, side by side, on this machine.
 
-Without a name, all of them. ``predict`` alone is about another machine: what GPUs are predicted to
-take. ``report`` measures nothing: it draws the plots and the page again from results.json, and
-writes the READMEs' tables from it if it is the committed one.
+Without a name, all of them but ``drift``, which takes as long as all others. ``predict`` alone is
+about another machine: what GPUs are predicted to take. ``report`` measures nothing: it draws the
+plots and the page again from results.json, and writes the READMEs' tables from it if it is the
+committed one.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from benchmarks import lists, per_sample, runner
 from benchmarks.lists.shapes import SIZES
 from benchmarks.predict import GPUS
 from benchmarks.predict import report as predict
-from benchmarks.registry import ENTRIES
+from benchmarks.registry import ALONE, ENTRIES
 from benchmarks.show import readme
 
 
@@ -72,10 +73,9 @@ def main(words: Sequence[str] | None = None) -> None:
         predict.run(arguments.gpu, out, console)
     if name == "predict":
         return
-    try:
-        results = runner.opened(out / "results.json", name == "all")
-    except runner.OtherMachine as error:
-        raise SystemExit(f"python -m benchmarks: {error}") from None
+    everything = [entry for entry in ENTRIES.values() if not entry.alone]
+    chosen = everything if name == "all" else [ENTRIES[name]]
+    results = runner.opened(out / "results.json", ALONE if name == "all" else None)
     asked = {
         "quick": arguments.quick,
         "rounds": arguments.repeats,
@@ -83,7 +83,6 @@ def main(words: Sequence[str] | None = None) -> None:
         "workloads": tuple(arguments.workloads),
         "seeds": tuple(arguments.seeds[:1] if arguments.quick else arguments.seeds),
     }
-    chosen = list(ENTRIES.values()) if name == "all" else [ENTRIES[name]]
     runner.run(chosen, asked, results, out, console)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,9 +18,6 @@ from benchmarks.show.table import Table
 from benchmarks.show.text import three
 from benchmarks.tools.timing import interleave, quartiles, ratios
 from mas_ext import functional
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 SAMPLES = 32
 CHUNKS = (1, 4, 8, 32)
@@ -173,10 +170,6 @@ def _overview(results: Results) -> list[Table]:
     ]
 
 
-def _no_figures(results: Results, machine: str) -> dict[str, Figure]:
-    return {}
-
-
 ENTRY = Entry(
     name="abs_matmul",
     title="The exact importance of a weight that is used at many positions",
@@ -185,7 +178,5 @@ ENTRY = Entry(
     run=_run,
     detail=lambda result: [],
     overview=_overview,
-    plots=(),
-    figures=_no_figures,
-    seconds=(30, 3),
+    seconds=(20, 3),
 )

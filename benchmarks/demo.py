@@ -5,14 +5,12 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from benchmarks.entry import Entry, Options, Result, Results
 from benchmarks.show.table import Table
 from benchmarks.show.text import duration
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from benchmarks.tools.seeds import deviation
 
 FIGURES = ("average_accuracy", "forgetting", "backward_transfer", "seconds")
 
@@ -51,8 +49,7 @@ def _spread(results: list[dict[str, float]]) -> dict[str, dict[str, float]]:
     spread = {}
     for figure in FIGURES:
         values = [result[figure] for result in results]
-        deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-        spread[figure] = {"mean": statistics.mean(values), "stdev": deviation}
+        spread[figure] = {"mean": statistics.mean(values), "stdev": deviation(values)}
     return spread
 
 
@@ -75,10 +72,6 @@ def _overview(results: Results) -> list[Table]:
     return [_table(result) for result in results.values()]
 
 
-def _no_figures(results: Results, machine: str) -> dict[str, Figure]:
-    return {}
-
-
 ENTRY = Entry(
     name="demo",
     title="The whole demo",
@@ -87,7 +80,5 @@ ENTRY = Entry(
     run=_run,
     detail=lambda result: [_table(result)],
     overview=_overview,
-    plots=(),
-    figures=_no_figures,
     seconds=(0, 0),  # of seeds, not of rounds
 )

@@ -49,9 +49,10 @@ class Entry:
         run: yields the name and the result of one item after another.
         detail: the tables of one item.
         overview: the tables of all that were measured, which the README shows.
+        seconds: that the rounds may take, in a full run and in a quick one.
         plots: file stems of the plots.
         figures: file stem → plot; from the results and a line that names the machine.
-        seconds: that the rounds may take, in a full run and in a quick one.
+        alone: whether it runs only when it is asked for by name, as it takes long.
         headline: a figure and what it is, for the top of the page; None where there is none.
     """
 
@@ -61,7 +62,8 @@ class Entry:
     run: Callable[[Options], Iterator[tuple[str, Result]]]
     detail: Callable[[Result], list[Table]]
     overview: Callable[[Results], list[Table]]
-    plots: tuple[str, ...]
-    figures: Callable[[Results, str], dict[str, Figure]]
     seconds: tuple[float, float]
+    plots: tuple[str, ...] = ()
+    figures: Callable[[Results, str], dict[str, Figure]] = lambda results, machine: {}
+    alone: bool = False
     headline: Callable[[Results], tuple[str, str] | None] | None = None

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from benchmarks import abs_matmul, demo, lists, per_sample, scaling, training
+from benchmarks import (
+    abs_matmul,
+    compression,
+    demo,
+    drift,
+    lists,
+    narrow,
+    per_sample,
+    scaling,
+    training,
+)
 from benchmarks.entry import Entry
 
 _EVERY: tuple[Entry, ...] = (
@@ -12,5 +22,9 @@ _EVERY: tuple[Entry, ...] = (
     per_sample.ENTRY,
     abs_matmul.ENTRY,
     demo.ENTRY,
+    compression.ENTRY,
+    narrow.ENTRY,
+    drift.ENTRY,
 )
 ENTRIES = {entry.name: entry for entry in _EVERY}
+ALONE = [entry.name for entry in _EVERY if entry.alone]

@@ -2,7 +2,9 @@
 
 ``results.json`` is {"machine": …, "runs": {name: …}, "benchmarks": {name: {item: …}}}; "runs" says
 how long each took and how it was asked for. A benchmark that is run alone replaces its own results
-and leaves the others, as long as they are of the same machine and versions.
+and leaves the others; on another machine, or with other versions, its run says so. No figure is of
+two runs, and a run that is cut off replaces nothing: until its end what it measures is in
+``results.part.json``.
 """
 
 from __future__ import annotations
@@ -24,10 +26,6 @@ from benchmarks.show.text import duration
 from benchmarks.tools.machine import describe, is_same, machine
 
 
-class OtherMachine(ValueError):
-    """Results of another machine are in the way."""
-
-
 def write_json(path: Path, results: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -37,18 +35,26 @@ def read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def opened(path: Path, is_all: bool) -> dict[str, Any]:
-    """The results to add to: those that are there already if this run is of a part only."""
+def opened(path: Path, kept: Iterable[str] | None = None) -> dict[str, Any]:
+    """The results to add to: those that are there already.
+
+    Args:
+        path: of results.json.
+        kept: names of the benchmarks whose results stay when all others are measured anew; None if
+            this run is of a part only.
+    """
     here = machine()
-    if is_all or not path.exists():
+    if not path.exists():
         return {"machine": here, "runs": {}, "benchmarks": {}}
-    results = read_json(path)
-    if not is_same(results["machine"], here):
-        raise OtherMachine(
-            f"{path} is of another machine or other versions: {describe(results['machine'])}; "
-            "choose another --out, or run all benchmarks"
-        )
-    return results
+    before = read_json(path)
+    if kept is None:
+        return before
+    runs = {name: run for name, run in before["runs"].items() if name in kept}
+    for run in runs.values():
+        was = run.pop("machine", before["machine"])
+        run |= {} if is_same(here, was) else {"machine": was}
+    stay = {name: before["benchmarks"][name] for name in runs}
+    return {"machine": here, "runs": runs, "benchmarks": stay}
 
 
 def run(
@@ -58,21 +64,22 @@ def run(
     out: Path,
     console: Console,
 ) -> None:
-    """One benchmark after another; a run that is cut off leaves what it had measured."""
+    """One benchmark after another."""
+    part = out / "results.part.json"
     console.print(describe(results["machine"]), end="\n\n", highlight=False)
     begin = perf_counter()
     for entry in entries:
-        _run_one(entry, options, results, out, console)
+        _run_one(entry, options, results, part, console)
         passed = duration(results["runs"][entry.name]["seconds"])
         total = duration(perf_counter() - begin)
         console.print(f"{entry.name} took {passed}; {total} so far", end="\n\n", highlight=False)
-    for path in write_pages(entries, results, out):
+    part.replace(out / "results.json")
+    for path in [*write_pages(entries, results, out), out / "results.json"]:
         console.print(f"wrote {path}", highlight=False)
-    console.print(f"wrote {out / 'results.json'}", highlight=False)
 
 
 def _run_one(
-    entry: Entry, asked: dict[str, Any], results: dict[str, Any], out: Path, console: Console
+    entry: Entry, asked: dict[str, Any], results: dict[str, Any], part: Path, console: Console
 ) -> None:
     begin, seconds = perf_counter(), entry.seconds[asked["quick"]]
     measured = results["benchmarks"][entry.name] = {}
@@ -90,20 +97,27 @@ def _run_one(
                 "seconds": round(perf_counter() - begin, 1),
                 "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
                 "quick": asked["quick"],
+                **_elsewhere(results),
             }
-            write_json(out / "results.json", results)
+            write_json(part, results)
     for table in entry.overview(measured):
         console.print(table.rich(), end="\n\n")
+
+
+def _elsewhere(results: dict[str, Any]) -> dict[str, Any]:
+    """What runs here, where that is not what the other results are of."""
+    here = machine()
+    return {} if is_same(results["machine"], here) else {"machine": here}
 
 
 def write_pages(entries: Iterable[Entry], results: dict[str, Any], out: Path) -> list[Path]:
     """A PNG a plot, and the page with all of them; from the results alone."""
     written, drawn = [], {}
-    line = describe(results["machine"])
     for entry in entries:
         measured = results["benchmarks"].get(entry.name)
         if not measured:
             continue
+        line = describe(results["runs"][entry.name].get("machine", results["machine"]))
         for stem, figure in entry.figures(measured, line).items():
             written.append(style.save_png(figure, out / f"{stem}.png"))
             drawn.setdefault(entry.name, []).append(style.as_svg(figure, stem))

@@ -62,7 +62,7 @@ JOB = Job(
         Provider("mas_ext", fused, 12),
         Provider("mas_ext, flat", fused, 12, flat=True),
         Provider("torch.compile, flat", torch_compile, 12, flat=True),
-        Provider("torch.compile, list", torch_compile, 12),
+        Provider("torch.compile, list", torch_compile, 12, most_tensors=50),
         Provider("eager, in place", eager_in_place, 20),
         Provider("torch._foreach", foreach, 20),
         Provider("notebook loop", notebook_loop, 36),

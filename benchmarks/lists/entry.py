@@ -22,7 +22,7 @@ def entry(job: Job) -> Entry:
         overview=partial(show.overview, job),
         plots=(job.name,),
         figures=lambda sizes, machine: {job.name: plot.figure(job, sizes, machine)},
-        seconds=(7 * len(job.sizes), 4),
+        seconds=(5 * len(job.sizes), 4),
         headline=partial(show.headline, job),
     )
 

@@ -93,7 +93,7 @@ JOB = Job(
         Provider("mas_ext", fused, 20),
         Provider("mas_ext, flat", fused, 20, flat=True),
         Provider("torch.compile, flat", torch_compile, 32, flat=True),
-        Provider("torch.compile, list", torch_compile, 32, most_tensors=400),
+        Provider("torch.compile, list", torch_compile, 32, most_tensors=50),
         Provider("eager, no_grad in place", eager_no_grad, 44),
         Provider("torch._foreach", foreach, 52),
         Provider("eager autograd", eager_autograd, 84),

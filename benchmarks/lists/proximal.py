@@ -97,7 +97,7 @@ JOB = Job(
         Provider("mas_ext", fused, 16),
         Provider("mas_ext, flat", fused, 16, flat=True),
         Provider("torch.compile, flat", torch_compile, 28, flat=True),
-        Provider("torch.compile, list", torch_compile, 28, most_tensors=400),
+        Provider("torch.compile, list", torch_compile, 28, most_tensors=50),
         Provider("eager, no_grad in place", eager_in_place, 60),
         Provider("torch._foreach", foreach, 84),
         Provider("eager, by formula", eager_formula, 104),

@@ -206,5 +206,5 @@ ENTRY = Entry(
     overview=overview,
     plots=("per_sample",),
     figures=lambda results, machine: {"per_sample": plot.figure(results, machine)},
-    seconds=(120, 9),
+    seconds=(75, 9),
 )

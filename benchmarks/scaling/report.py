@@ -111,5 +111,5 @@ ENTRY = Entry(
     overview=overview,
     plots=("scaling",),
     figures=lambda results, machine: {"scaling": plot.figure(results, machine)},
-    seconds=(75, 5),
+    seconds=(60, 5),
 )

@@ -42,6 +42,7 @@ def _section(entry: Entry, results: dict[str, Any], figures: list[str]) -> dict[
         "took": took([run]),
         "date": run["date"][:10],
         "quick": run["quick"],
+        "elsewhere": describe(run["machine"]) if "machine" in run else "",
     }
 
 

@@ -203,6 +203,6 @@ ENTRY = Entry(
     overview=overview,
     plots=("training",),
     figures=lambda results, machine: {"training": plot.figure(results, machine)},
-    seconds=(110, 6),
+    seconds=(80, 6),
     headline=headline,
 )

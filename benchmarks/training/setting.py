@@ -41,6 +41,8 @@ def make(chosen: Model, optimizer: str | None = None, **options: float) -> Setti
     model, (inputs, targets) = chosen.model(), chosen.batch()
     mas = MAS(model)
     mas.consolidate([inputs[:SAMPLES]], estimator="batch")
+    # As codes hold it: so that a state in fewer bytes has the same Ω as all others.
+    mas.load_state_dict(kept_in(model, mas, "uint8").state_dict())
     _move(model)
     named = {name: p for name, p in model.named_parameters() if name in mas.anchor}
     state = State(
@@ -53,6 +55,13 @@ def make(chosen: Model, optimizer: str | None = None, **options: float) -> Setti
         model.parameters(), fused=True, **(options or chosen.options)
     )
     return Setting(model, inputs, targets, made, mas, list(named), state)
+
+
+def kept_in(model: nn.Module, mas: MAS, state_dtype: str) -> MAS:
+    """Another of the same model, with the same memory in another dtype."""
+    other = MAS(model, state_dtype=state_dtype)
+    other.load_state_dict(mas.state_dict())
+    return other
 
 
 @torch.no_grad()

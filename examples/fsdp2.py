@@ -1,0 +1,132 @@
+"""MAS on a model sharded by fully_shard (FSDP2): forgetting with and without.
+
+    torchrun --nproc-per-node 2 examples/fsdp2.py
+
+A small transformer learns to continue sequences by one rule (task A), then by another (task B).
+Every process has samples of its own, and a part of the model, of its importance and of its anchors.
+Runs on CPUs, with gloo, in under a minute.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn import functional as F
+
+import mas_ext
+
+SYMBOLS, LENGTH, WIDTH, HEADS = 32, 16, 64, 4
+STEPS, BATCH = 100, 32
+RULES = {"A": (3, 1), "B": (5, 7)}  # the next symbol: (a·x + b) mod SYMBOLS
+
+
+class Block(nn.Module):
+    """Causal attention and an MLP, each behind a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList([nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)])
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[samples, positions, WIDTH] in and out."""
+        heads = self.qkv(self.norms[0](x)).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+        seen = F.scaled_dot_product_attention(*heads, is_causal=True)
+        x = x + self.out(seen.transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.norms[1](x))))
+
+
+class Transformer(nn.Module):
+    """Symbols [samples, positions], of which the first names the task → logits of the next."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.symbols = nn.Embedding(SYMBOLS + len(RULES), WIDTH)
+        self.positions = nn.Parameter(torch.randn(LENGTH, WIDTH) / 10)
+        self.blocks = nn.Sequential(Block(), Block())
+        self.head = nn.Linear(WIDTH, SYMBOLS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[samples, positions, SYMBOLS]."""
+        return self.head(self.blocks(self.symbols(x) + self.positions))
+
+
+def sequences(task: str, count: int) -> Tensor:
+    """The task's name, and symbols by its rule from a random one on."""
+    factor, shift = RULES[task]
+    rows = [torch.randint(SYMBOLS, (count,))]
+    for _ in range(LENGTH - 1):
+        rows.append((factor * rows[-1] + shift) % SYMBOLS)
+    name = torch.full((count,), SYMBOLS + list(RULES).index(task))
+    return torch.stack([name, *rows], 1)
+
+
+def loss(model: nn.Module, batch: Tensor) -> Tensor:
+    """Cross-entropy of all but the first, which cannot be known."""
+    logits = model(batch[:, :-1])[:, 1:]
+    return F.cross_entropy(logits.flatten(0, 1), batch[:, 2:].flatten())
+
+
+def sharded_model() -> nn.Module:
+    """Every block by itself, and the rest; the same on every process before it is cut up."""
+    torch.manual_seed(0)
+    model = Transformer()
+    for block in model.blocks:
+        fully_shard(block)
+    return fully_shard(model)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, task: str) -> None:
+    """A loop like any other."""
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        loss(model, sequences(task, BATCH)).backward()
+        optimizer.step()
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, task: str) -> float:
+    """The mean over all processes' sequences."""
+    value = loss(model, sequences(task, 256))
+    dist.all_reduce(value)
+    return float(value) / dist.get_world_size()
+
+
+def learn_both(lambda_reg: float) -> dict[str, float]:
+    """The loss of A before B is learned, and of both after."""
+    model = sharded_model()
+    torch.manual_seed(1 + dist.get_rank())  # every process its own samples
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
+    mas = mas_ext.MAS(model, lambda_reg)
+    mas.attach(optimizer)
+    train(model, optimizer, "A")
+    learned = evaluate(model, "A")
+    batches = 2 + dist.get_rank()  # processes need not have the same number
+    mas.consolidate(sequences("A", 32)[:, :-1] for _ in range(batches))
+    train(model, optimizer, "B")
+    return {"A": learned, "A after B": evaluate(model, "A"), "B": evaluate(model, "B")}
+
+
+def main() -> None:
+    """Prints the losses, on one process."""
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # nothing is done in place
+    dist.init_process_group("gloo")
+    for name, lambda_reg in {"without MAS": 0.0, "with MAS": 0.02}.items():
+        losses = learn_both(lambda_reg)
+        if dist.get_rank() == 0:
+            print(f"{name:12}", "  ".join(f"{k}: {v:.3f}" for k, v in losses.items()))
+    # A thread of gloo's that still holds the last tensor when Python leaves would abort the process
+    # (pytorch/pytorch#190489): it needs a moment in which nothing else runs to let go of it.
+    time.sleep(0.1)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
