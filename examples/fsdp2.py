@@ -124,7 +124,7 @@ def main() -> None:
             print(f"{name:12}", "  ".join(f"{k}: {v:.3f}" for k, v in losses.items()))
     # A thread of gloo's that still holds the last tensor when Python leaves would abort the process
     # (pytorch/pytorch#190489): it needs a moment in which nothing else runs to let go of it.
-    time.sleep(0.1)
+    time.sleep(1)
     dist.destroy_process_group()
 
 

@@ -24,7 +24,7 @@ from tests.models import vectors
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.distributed.deaths", "pytest", "safetensors.torch"])
-LIMIT = 60.0  # seconds until a process is taken for hung
+LIMIT = 180.0  # seconds until a process is taken for hung
 Program = Callable[..., None]
 
 

@@ -36,7 +36,7 @@ def test_on_one_rank(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_what_hangs_is_ended_and_told(tmp_path: Path) -> None:
-    found = run(["stuck"], 2, tmp_path, timeout=40)
+    found = run(["stuck"], 2, tmp_path, silence=10)
     assert found["stuck.check_that_ends"] == []
     ended = [key for key in found if "ended with -9" in key]
     assert len(ended) == 2, found

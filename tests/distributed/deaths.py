@@ -16,7 +16,7 @@ from tests.distributed.leaving import leave
 from tests.distributed.models import net, samples, sharded
 from tests.killed import BETWEEN, CONTEXT, LIMIT, MEASURING, SAVING, Stage, await_moment
 
-TIMEOUT = 10.0  # seconds that a process waits for another
+TIMEOUT = 30.0  # seconds that a process waits for another, which may share its core with three
 TASKS, SAMPLES = 2, 24
 WAYS = {
     "ddp": nn.parallel.DistributedDataParallel,

@@ -11,5 +11,5 @@ def leave() -> None:
     They need the GIL for it. Asked for when Python is already leaving, it aborts the process
     (pytorch/pytorch#190489); a group that a device mesh knows keeps its threads until then.
     """
-    time.sleep(0.1)
+    time.sleep(0.5)
     dist.destroy_process_group()

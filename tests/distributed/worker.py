@@ -35,7 +35,7 @@ def main(programs: list[str], world: World) -> None:
         init_method=f"file://{world.folder}/store",
         rank=world.rank,
         world_size=world.size,
-        timeout=timedelta(seconds=120),
+        timeout=timedelta(seconds=300),
     )
     with open(world.folder / f"report.{world.rank}", "w", buffering=1) as report:
         for program in programs:
