@@ -21,7 +21,7 @@ def run(
     """Runs ``tests/distributed/PROGRAM.py``, one after the other, in so many processes.
 
     Args:
-        programs: their names.
+        programs: their names, or ``PROGRAM:CHECK``.
         ranks: how many processes.
         folder: theirs; each writes a line for every check into a file of its own.
         silence: seconds without a new line after which they are taken for hung, and ended.

@@ -1,4 +1,7 @@
-"""One process of a program: python -m tests.distributed.worker PROGRAMS RANK RANKS FOLDER."""
+"""One process of a program: python -m tests.distributed.worker PROGRAMS RANK RANKS FOLDER.
+
+A program is a module of this folder, all of whose checks are run, or MODULE:CHECK.
+"""
 
 from __future__ import annotations
 
@@ -39,8 +42,9 @@ def main(programs: list[str], world: World) -> None:
     )
     with open(world.folder / f"report.{world.rank}", "w", buffering=1) as report:
         for program in programs:
+            program, _, only = program.partition(":")
             module = importlib.import_module(f"tests.distributed.{program}")
-            for name in [name for name in vars(module) if name.startswith("check_")]:
+            for name in [name for name in vars(module) if name.startswith(only or "check_")]:
                 if (check := getattr(module, name)).__module__ == module.__name__:
                     said = {"check": f"{program}.{name}", "problem": _problem(check, world)}
                     report.write(json.dumps(said) + "\n")

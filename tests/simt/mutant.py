@@ -10,11 +10,18 @@ CSRC = Path(__file__).resolve().parents[2] / "csrc"
 
 
 class Run(NamedTuple):
-    """One program of test_simt.py, or of its cases those of an operation or a dtype."""
+    """One program of test_simt.py, or of its cases those of an operation or a dtype.
+
+    Without a sanitizer, which doubles the time to compile it, where a wrong value gives it away.
+    """
 
     program: str
-    sanitizer: str = "address"
+    sanitizer: str = "none"
     only: str = ""  # as in C++
+
+    def sanitized(self) -> Run:
+        """The same, watched for accesses that are out of bounds or misaligned."""
+        return self._replace(sanitizer="address")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from tests.simt.mutant import Run, planted_in
 
 TABLES = Run("tables")
-VAST = Run("vast")
+VAST = Run("vast", "address")
 IMPORTANCE = Run("multi_tensor", only="Importance")
 ADD = Run("multi_tensor", only="AddGradient")
 PROXIMAL = Run("multi_tensor", only="Proximal")
@@ -62,7 +62,7 @@ MUTANTS = [
             "a tensor more than a table holds",
             "table.tensors < table.kCapacity",
             "table.tensors <= table.kCapacity",
-            TABLES,
+            TABLES.sanitized(),
         ),
         (
             "a place of its own, not in the lists",
@@ -90,43 +90,43 @@ MUTANTS = [
             "chunk counted from the table's first tensor",
             "static_cast<int64_t>(chunk - table.first_chunk[tensor])",
             "static_cast<int64_t>(chunk)",
-            ADD,
+            ADD.sanitized(),
         ),
         (
             "every chunk is whole",
             "static_cast<int>(left < kChunk ? left : kChunk)",
             "static_cast<int>(left < 0 ? left : kChunk)",
-            ADD,
+            ADD.sanitized(),
         ),
         (
             "omega as wide as values",
             "static_cast<int>(stream == Op::kOmega ? sizeof(Kept) : sizeof(T))",
             "static_cast<int>(stream == Op::kOmega ? sizeof(T) : sizeof(T))",
-            ADD,
+            ADD.sanitized(),
         ),
         (
             "omega as wide as it is computed",
             "static_cast<int>(stream == Op::kOmega ? sizeof(Kept) : sizeof(T))",
             "static_cast<int>(stream == Op::kOmega ? sizeof(A) : sizeof(T))",
-            CODES,
+            CODES.sanitized(),
         ),
         (
             "codes at any alignment",
             "stream == Op::kOmega ? alignof(Pack<Kept, kVector>) : kVectorBytes",
             "stream == Op::kOmega ? 1 : kVectorBytes",
-            CODES,
+            CODES.sanitized(),
         ),
         (
             "scales of the tensor's first blocks",
             "table.scales[tensor] + begin / kScaleBlock",
             "table.scales[tensor]",
-            CODES,
+            CODES.sanitized(),
         ),
         (
             "scales of another chunk",
             "begin / kScaleBlock",
             "begin / (2 * kScaleBlock)",
-            CODES,
+            CODES.sanitized(),
         ),
         (
             "32-bit offset of scales",
@@ -138,7 +138,7 @@ MUTANTS = [
             "head counted twice",
             "walk<kVector>(op, head, tail)",
             "walk<kVector>(op, 0, tail)",
-            ADD,
+            ADD.sanitized(),
         ),
         ("head dropped", "return walk<1>(op, 0, head) + ", "return ", ADD),
         ("tail dropped", " + walk<1>(op, tail, size_);", ";", ADD),
@@ -146,31 +146,31 @@ MUTANTS = [
             "alignment of the first stream alone",
             "aligned &= (reinterpret_cast",
             "aligned &= s > 0 || (reinterpret_cast",
-            ADD,
+            ADD.sanitized(),
         ),
         (
             "head longer than the chunk",
             "bool aligned = head <= size_;",
             "bool aligned = true;",
-            ADD,
+            ADD.sanitized(),
         ),
         (
             "second load without a bound",
             "if (first + u * kStride < end) {\n          elements[u].load",
             "{\n          elements[u].load",
-            ADD,
+            ADD.sanitized(),
         ),
         (
             "second load's bound one too far",
             "if (first + u * kStride < end) {\n          elements[u].load",
             "if (first + u * kStride <= end) {\n          elements[u].load",
-            ADD,
+            ADD.sanitized(),
         ),
         (
             "second store without a bound",
             "if (first + u * kStride < end) {\n          sum += elements[u].compute(op);\n",
             "{\n          sum += elements[u].compute(op);\n",
-            ADD,
+            ADD.sanitized(),
         ),
         (
             "rounds overlap",
@@ -204,7 +204,7 @@ MUTANTS = [
             "all blocks in one partial sum",
             "partial_sums[blockIdx.x] = total;",
             "partial_sums[0] = total;",
-            ADD,
+            ADD.sanitized(),
         ),
         (
             "every thread writes the sum",
@@ -230,7 +230,12 @@ MUTANTS = [
         ),
         ("blocks twice as long", "kBlock = kScaleBlock;", "kBlock = 2 * kScaleBlock;", CODES),
         ("one scale a vector", "(first + N - 1) / kBlock", "first / kBlock", CODES),
-        ("scale behind the vector", "(first + N - 1) / kBlock", "(first + N) / kBlock", CODES),
+        (
+            "scale behind the vector",
+            "(first + N - 1) / kBlock",
+            "(first + N) / kBlock",
+            CODES.sanitized(),
+        ),
         ("an element more of the block", "i < left_", "i <= left_", CODES),
         ("an element less of the block", "i < left_", "i + 1 < left_", CODES),
         ("scales swapped", "? of_first_ : of_last_", "? of_last_ : of_first_", CODES),
@@ -332,7 +337,7 @@ MUTANTS = [
             "element[0] - anchor",
             MOMENTUM,
         ),
-        ("a correction too many", "if (i < count) {", "if (i <= count) {", ADAM),
+        ("a correction too many", "if (i < count) {", "if (i <= count) {", ADAM.sanitized()),
     ),
     *planted_in(
         "steps.h",
@@ -382,7 +387,12 @@ MUTANTS = [
         ),
         ("without the half", "0.5 * lambda.load()", "lambda.load()", TABLES),
         ("first sum forgotten", "int64_t i = threadIdx.x;", "int64_t i = threadIdx.x + 1;", TABLES),
-        ("a sum too many", "i < count; i += kThreads", "i <= count; i += kThreads", TABLES),
+        (
+            "a sum too many",
+            "i < count; i += kThreads",
+            "i <= count; i += kThreads",
+            TABLES.sanitized(),
+        ),
     ),
     *planted_in(
         "abs_matmul.h",
@@ -392,7 +402,12 @@ MUTANTS = [
             "call.absolute = false;",
             MATMUL,
         ),
-        ("turned, but for the factors", "std::swap(call.left, call.right);", "", MATMUL),
+        (
+            "turned, but for the factors",
+            "std::swap(call.left, call.right);",
+            "",
+            MATMUL.sanitized(),
+        ),
     ),
     *planted_in(
         "cuda/stage.cuh",
@@ -419,7 +434,7 @@ MUTANTS = [
             "positions of the next sample",
             "sample < call.samples && position < call.positions",
             "sample < call.samples",
-            TENSOR_CORES,
+            TENSOR_CORES.sanitized(),
         ),
         (
             "slots beyond a sample stay as they were",
@@ -431,25 +446,25 @@ MUTANTS = [
             "vectors of unaligned memory",
             "reinterpret_cast<uintptr_t>(factor.data) % kVectorBytes == 0 &&",
             "",
-            MATMUL,
+            MATMUL.sanitized(),
         ),
         (
             "vectors of unaligned positions",
             "(factor.sample_stride | factor.position_stride | rows)",
             "(factor.sample_stride | rows)",
-            MATMUL,
+            MATMUL.sanitized(),
         ),
         (
             "vectors of unaligned samples",
             "(factor.sample_stride | factor.position_stride | rows)",
             "(factor.position_stride | rows)",
-            MATMUL,
+            MATMUL.sanitized(),
         ),
         (
             "vectors across the last row",
             "(factor.sample_stride | factor.position_stride | rows)",
             "(factor.sample_stride | factor.position_stride)",
-            MATMUL,
+            MATMUL.sanitized(),
         ),
         (
             "magnitude of every second value",
@@ -511,12 +526,27 @@ MUTANTS = [
         ),
         ("parts rounded down", "(all / unit + parts - 1) / parts", "(all / unit) / parts", MATMUL),
         ("slots of the next part", "first + slot < slots.last;", "true;", MATMUL),
-        ("all parts in one place", "(part * call.rows + row)", "(0 * call.rows + row)", MATMUL),
-        ("every part adds to omega", "if (parts.count == 1) {", "if (parts.count >= 1) {", MATMUL),
+        (
+            "all parts in one place",
+            "(part * call.rows + row)",
+            "(0 * call.rows + row)",
+            MATMUL.sanitized(),
+        ),
+        (
+            "every part adds to omega",
+            "if (parts.count == 1) {",
+            "if (parts.count >= 1) {",
+            MATMUL.sanitized(),
+        ),
         ("a part too few", "part < parts.count; ++part", "part < parts.count - 1; ++part", MATMUL),
-        ("an element too many", "if (i < size) {", "if (i <= size) {", MATMUL),
-        ("row guard one too far", "row < call.rows &&", "row <= call.rows &&", MATMUL),
-        ("column guard one too far", "column < call.columns)", "column <= call.columns)", MATMUL),
+        ("an element too many", "if (i < size) {", "if (i <= size) {", MATMUL.sanitized()),
+        ("row guard one too far", "row < call.rows &&", "row <= call.rows &&", MATMUL.sanitized()),
+        (
+            "column guard one too far",
+            "column < call.columns)",
+            "column <= call.columns)",
+            MATMUL.sanitized(),
+        ),
         (
             "columns of another tile",
             "at / tiles_of(call.columns) * kTile",
