@@ -1,6 +1,6 @@
 // Argument checks shared by CPU and CUDA. They run inside the registered operators, so no entry
 // point skips them, and before anything is written, so a refused call leaves every tensor as it
-// was. `mas_ext/_checks.py` makes the same checks, in the same words, for the reference kernels.
+// was. `mas_ext/_operators/checks.py` makes the same checks, in the same words, for the reference kernels.
 #pragma once
 
 #include <algorithm>

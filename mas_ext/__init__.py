@@ -12,7 +12,7 @@ operators on lists of tensors), :mod:`mas_ext.reference` (the same in plain PyTo
 """
 
 from mas_ext import functional, optim, reference
-from mas_ext._native import build_info
+from mas_ext._operators.native import build_info
 from mas_ext._version import __version__
 from mas_ext.importance import Importance, estimate_importance
 from mas_ext.presets import Preset, preset

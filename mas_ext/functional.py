@@ -30,8 +30,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mas_ext import _native, _ops, _steps  # noqa: F401  (they define and load the operators)
-from mas_ext._dispatch import writing
+from mas_ext._operators import list_operators as _ops  # noqa: F401  (they define and load the operators)
+from mas_ext._operators import native as _native  # noqa: F401  (they define and load the operators)
+from mas_ext._operators import optimizer_steps as _steps  # noqa: F401  (they define and load the operators)
+from mas_ext._operators.dispatch import writing
 
 __all__ = [
     "accumulate_abs_matmul_",

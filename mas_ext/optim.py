@@ -41,10 +41,10 @@ from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
 from mas_ext import functional
-from mas_ext.bundles import Bundle, Held, bundled, largest_pulls, naming, near
-from mas_ext.distributed.shards import local_grads, locals_of, whole
-from mas_ext.drift import pushed_by
-from mas_ext.grad_scaling import scaled_step
+from mas_ext._distributed.shards import local_grads, locals_of, whole
+from mas_ext._penalty.auto_strength import pushed_by
+from mas_ext._penalty.grad_scaling import scaled_step
+from mas_ext._penalty.parameter_groups import Bundle, Held, bundled, largest_pulls, naming, near
 from mas_ext.regularizer import MAS
 
 __all__ = ["SGD", "Adam", "AdamW"]

@@ -22,7 +22,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mas_ext.flat import FlatTensors
+from mas_ext._state.flat_tensors import FlatTensors
 from mas_ext.reference import BLOCK, accumulation_dtype, expanded, in_memory_order, num_scales
 
 STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "uint8": torch.uint8}

@@ -15,22 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mas_ext import bundles, checkpoint, packing
-from mas_ext.attachment import Attachment, unwrapped
-from mas_ext.bundles import Bundle, Held, Scalar
-from mas_ext.distributed.ranks import ProcessGroup
-from mas_ext.distributed.shards import Shardings, local, local_parts
-from mas_ext.distributed.topology import check_process_group
-from mas_ext.drift import DEFAULT as DEFAULT_DRIFT
-from mas_ext.drift import Energy, check_energy
-from mas_ext.importance import add_importance_
-from mas_ext.importance.batches import Forward
-from mas_ext.importance.estimators import check_weighting
-from mas_ext.importance.journal import Journal, kept_journal
-from mas_ext.importance.loop import Progress
-from mas_ext.importance.objectives import Objective
-from mas_ext.importance.seen import Seen
-from mas_ext.parameters import (
+from mas_ext._distributed.ranks import ProcessGroup
+from mas_ext._distributed.shards import Shardings, local, local_parts
+from mas_ext._distributed.topology import check_process_group
+from mas_ext._parameters import (
     ParameterIndex,
     Selection,
     check_materialised,
@@ -38,10 +26,24 @@ from mas_ext.parameters import (
     select_measurable,
     select_some,
 )
+from mas_ext._penalty import parameter_groups as bundles
+from mas_ext._penalty.attachment import Attachment, unwrapped
+from mas_ext._penalty.auto_strength import DEFAULT as DEFAULT_DRIFT
+from mas_ext._penalty.auto_strength import Energy, check_energy
+from mas_ext._penalty.parameter_groups import Bundle, Held, Scalar
+from mas_ext._penalty.strength import Drift, Lambda, Strength
+from mas_ext._state import checkpoint
+from mas_ext._state import distributed_checkpoint as packing
+from mas_ext._state.importance_state import Memory, OpenTask, check_merge, fits
+from mas_ext.importance import add_importance_
+from mas_ext.importance.batches import Forward
+from mas_ext.importance.estimators import check_weighting
+from mas_ext.importance.loop import Progress
+from mas_ext.importance.measurement_checkpoint import Journal, kept_journal
+from mas_ext.importance.objectives import Objective
+from mas_ext.importance.sample_statistics import Seen
 from mas_ext.precision import check_state_dtype
 from mas_ext.reference import accumulation_dtype
-from mas_ext.state import Memory, OpenTask, check_merge, fits
-from mas_ext.strength import Drift, Lambda, Strength
 
 
 class MAS:
@@ -84,7 +86,7 @@ class MAS:
             (:mod:`mas_ext.precision`). While a task is measured its sums are float32; θ* has the
             parameters' dtype.
         drift: ε, by what fraction of the output's energy E‖F(x)‖² a new task may change what was
-            learned, for ``lambda_reg="auto"`` (:mod:`mas_ext.drift` has the equation): less holds
+            learned, for ``lambda_reg="auto"`` (see the documentation): less holds
             more. A number, or one for each glob that is ``"auto"``, of its own part of the model.
         process_group: the processes that share the data out, where the model does not say it.
             None: those of ``DistributedDataParallel``, or of the mesh of ``fully_shard``, else
@@ -164,7 +166,7 @@ class MAS:
         """λ of a proximal step after an optimizer whose steps have one size, such as Adam's.
 
         ``lambda_reg``, but where that is ``"auto"``: what a gradient pushes and what a step pushes
-        are held by different λ (:mod:`mas_ext.drift`).
+        are held by different λ (:mod:`mas_ext._penalty.auto_strength`).
         """
         return self._strength.shown("step")
 
@@ -473,7 +475,7 @@ class MAS:
 
         Args:
             owned: ids of the parameters that are meant.
-            pushed_by: whose λ, of :class:`mas_ext.drift.Lambdas`.
+            pushed_by: whose λ, of :class:`mas_ext._penalty.auto_strength.Lambdas`.
         """
         active = self._held(owned, pushed_by)
         if all(fits(held.anchor, local(held.param)) for held in active):

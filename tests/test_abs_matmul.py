@@ -14,7 +14,8 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 
-from mas_ext import _ops, functional, reference
+from mas_ext import functional, reference
+from mas_ext._operators import list_operators as _ops
 from tests.abs_matmul import (
     LAYOUTS,
     SCALE,

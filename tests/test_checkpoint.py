@@ -8,8 +8,9 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from mas_ext import MAS, checkpoint
-from mas_ext.packing import unpacked
+from mas_ext import MAS
+from mas_ext._state import checkpoint
+from mas_ext._state.distributed_checkpoint import unpacked
 from tests.models import mlp, vectors
 from tests.test_regularizer import assert_states_equal, move
 

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 import mas_ext
-from mas_ext import MAS, checkpoint, estimate_importance
-from mas_ext.drift import COHERENCE, LASTING, takes_equal_steps
-from mas_ext.packing import unpacked
+from mas_ext import MAS, estimate_importance
+from mas_ext._penalty.auto_strength import COHERENCE, LASTING, takes_equal_steps
+from mas_ext._state import checkpoint
+from mas_ext._state.distributed_checkpoint import unpacked
 from tests.models import mlp, vectors
 from tests.test_regularizer import assert_states_equal, by_hand, move
 

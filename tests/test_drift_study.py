@@ -16,8 +16,8 @@ from benchmarks.drift.learning import Learner, read, tasks_of
 from benchmarks.drift.networks import Louder, Transformer, cnn, made, mlp
 from benchmarks.drift.problems import CHANGES, DRIFTS, PROBLEMS
 from benchmarks.drift.study import FREE
+from mas_ext._penalty.auto_strength import DEFAULT
 from mas_ext.demo.learning import accuracy
-from mas_ext.drift import DEFAULT
 
 SMALL = {"epochs": 1, "images": 200}
 QUICK = replace(PROBLEMS["permuted_small"], **SMALL)

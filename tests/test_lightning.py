@@ -16,8 +16,8 @@ with warnings.catch_warnings():
     from lightning.pytorch.callbacks import ModelCheckpoint
 
 import mas_ext
+from mas_ext._state.distributed_checkpoint import unpacked
 from mas_ext.integrations.lightning import MASCallback
-from mas_ext.packing import unpacked
 from tests.hand_loop import ByHand
 from tests.models import assert_same, mlp
 from tests.oracle import assert_exact, one_by_one

@@ -6,8 +6,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mas_ext import MAS, estimate_importance
+from mas_ext._state.importance_state import _PIECE, Memory, OpenTask
 from mas_ext.precision import BLOCK, KeptImportance, num_scales
-from mas_ext.state import _PIECE, Memory, OpenTask
 from tests.models import mlp, vectors
 from tests.test_regularizer import assert_states_equal, move
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import mas_ext
-from mas_ext import _native
+from mas_ext._operators import native as _native
 
 ACCUMULATE = "import mas_ext, torch; o = [torch.zeros(3)]; " + (
     "mas_ext.functional.accumulate_importance_(o, [torch.full((3,), -2.0)], 0.5); "
@@ -39,14 +39,14 @@ def test_build_info():
 
 def test_compiled_kernels_serve_the_cpu_when_native():
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    for name in mas_ext._dispatch.SCHEMAS:
+    for name in mas_ext._operators.dispatch.SCHEMAS:
         assert has_kernel(f"mas_ext::{name}", "CPU") is mas_ext.build_info()["native"]
 
 
 def test_compiled_kernels_serve_cuda_whatever_torch_was_built_with():
     """A torch for the CPU registers them too: it never calls them, and one file serves both."""
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    for name in mas_ext._dispatch.SCHEMAS:
+    for name in mas_ext._operators.dispatch.SCHEMAS:
         assert has_kernel(f"mas_ext::{name}", "CUDA") is mas_ext.build_info()["cuda_kernels"]
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from mas_ext.parameters import ParameterIndex, select
+from mas_ext._parameters import ParameterIndex, select
 from tests.models import mlp
 
 

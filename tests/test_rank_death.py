@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from mas_ext import checkpoint
+from mas_ext._state import checkpoint
 from tests import killed
 from tests.distributed import deaths
 

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 import mas_ext
-from mas_ext import MAS, checkpoint
-from mas_ext.packing import is_packed, unpacked
+from mas_ext import MAS
+from mas_ext._state import checkpoint
+from mas_ext._state.distributed_checkpoint import is_packed, unpacked
 from tests.models import assert_same, mlp, oracle, vectors
 
 X = vectors()

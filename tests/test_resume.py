@@ -8,8 +8,9 @@ import torch
 from safetensors import safe_open
 from torch.utils.data import DataLoader, TensorDataset
 
-from mas_ext import MAS, tensor_file
-from mas_ext.replacing import replacing
+from mas_ext import MAS
+from mas_ext._state import tensor_file
+from mas_ext._state.atomic_write import replacing
 from tests import killed
 from tests.models import assert_same, convnet, images, mlp, vectors
 from tests.test_regularizer import assert_states_equal, move

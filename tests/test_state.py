@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 
-from mas_ext.flat import ALIGNMENT, FlatTensors
-from mas_ext.importance.seen import Seen
+from mas_ext._state.flat_tensors import ALIGNMENT, FlatTensors
+from mas_ext._state.importance_state import Memory, OpenTask, check_merge, merge_
+from mas_ext.importance.sample_statistics import Seen
 from mas_ext.reference import accumulation_dtype
-from mas_ext.state import Memory, OpenTask, check_merge, merge_
 
 SHAPES = st.lists(st.lists(st.integers(0, 5), max_size=4).map(tuple), max_size=6)
 DTYPES = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16])

@@ -6,7 +6,7 @@ from torch import nn
 
 import mas_ext
 from mas_ext import MAS
-from mas_ext.strength import Strength
+from mas_ext._penalty.strength import Strength
 from tests.models import mlp, vectors
 from tests.test_regularizer import assert_states_equal, move
 

@@ -14,8 +14,8 @@ from accelerate import Accelerator
 from transformers import Trainer, TrainerCallback
 
 import mas_ext
+from mas_ext._state.distributed_checkpoint import unpacked
 from mas_ext.integrations.transformers import MASCallback
-from mas_ext.packing import unpacked
 from tests.hand_loop import ByHand
 from tests.models import assert_same
 from tests.oracle import assert_exact, one_by_one

@@ -13,7 +13,7 @@ pytest.importorskip("accelerate", reason="needs mas_ext[transformers]")
 pytest.importorskip("transformers", reason="needs mas_ext[transformers]")
 from transformers import TrainerCallback
 
-from mas_ext import checkpoint
+from mas_ext._state import checkpoint
 from mas_ext.integrations.transformers import FILE, MASCallback
 from tests.models import assert_same
 from tests.trainer import learn, llama, texts

@@ -1,4 +1,4 @@
-r"""``python -m benchmarks.drift.coherence``: the two numbers of mas_ext.drift, looked at directly.
+r"""``python -m benchmarks.drift.coherence``: the two constants of automatic λ, measured.
 
 For every problem, after its first task: c, how much more often the changes that the next task's
 steps make to an image's ‖F‖² agree in sign than not,

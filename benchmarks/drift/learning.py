@@ -18,11 +18,11 @@ from torch.nn.functional import cross_entropy
 from benchmarks.drift.networks import made
 from benchmarks.drift.problems import Problem
 from mas_ext import MAS
+from mas_ext._penalty.auto_strength import pushed_by
 from mas_ext.demo.data import Digits, load_digits
 from mas_ext.demo.learning import accuracy, batches_of, measured_objective
 from mas_ext.demo.metrics import average_accuracy, forgetting
 from mas_ext.demo.scenarios import Task, make_tasks
-from mas_ext.drift import pushed_by
 
 MEASURED = 1000  # images of a task that Ω is measured on
 

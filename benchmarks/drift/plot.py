@@ -27,7 +27,7 @@ from benchmarks.drift.summary import (
 )
 from benchmarks.entry import Result, Results
 from benchmarks.show import style
-from mas_ext.drift import DEFAULT
+from mas_ext._penalty.auto_strength import DEFAULT
 
 SCENARIOS = dict(zip(("permuted", "rotated", "split", "incremental"), style.PALETTE, strict=False))
 COLUMNS = 4

@@ -27,7 +27,7 @@ from benchmarks.drift.summary import (
 from benchmarks.entry import Entry, Result, Results
 from benchmarks.show.table import Table
 from benchmarks.show.text import count, three
-from mas_ext.drift import DEFAULT
+from mas_ext._penalty.auto_strength import DEFAULT
 
 
 def _accuracy(runs: Runs) -> str:

@@ -15,8 +15,8 @@ import torch
 from benchmarks.drift.learning import Learner
 from benchmarks.drift.problems import CHANGED, CHANGES, DRIFTS, PROBLEMS, QUICK, changed
 from benchmarks.entry import Options, Result
+from mas_ext._penalty.auto_strength import DEFAULT
 from mas_ext.demo.data import load_digits
-from mas_ext.drift import DEFAULT
 
 TASKS = 5
 FREE = "fine-tuning"

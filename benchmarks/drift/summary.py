@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from benchmarks.drift.study import FREE
 from benchmarks.entry import Result, Results
 from benchmarks.tools import seeds
-from mas_ext.drift import DEFAULT
+from mas_ext._penalty.auto_strength import DEFAULT
 
 CLOSE = 0.03  # of the best λ's accuracy: what the default drift should come within
 STEADY = 0.02  # what a change of the network or the batch should move it by at most

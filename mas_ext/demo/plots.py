@@ -20,11 +20,11 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+from mas_ext._penalty.auto_strength import DEFAULT
 from mas_ext.demo import comparison, metrics
 from mas_ext.demo.data import SIDE
 from mas_ext.demo.learning import METHODS
 from mas_ext.demo.results import Run
-from mas_ext.drift import DEFAULT
 
 INK, MUTED, GRID = "#1d2433", "#667085", "#d9dde5"
 COLOURS = {"finetune": "#d1495b", "l2": "#b9770e", "mas": "#2f6fde", "mas_proximal": "#12876f"}

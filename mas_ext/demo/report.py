@@ -8,10 +8,10 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from mas_ext._penalty.strength import AUTO
 from mas_ext.demo import comparison, metrics, plots
 from mas_ext.demo.learning import HIDDEN, METHODS
 from mas_ext.demo.results import Run
-from mas_ext.strength import AUTO
 
 SCENARIO_IN_WORDS = {
     "permuted": "each task shuffles the pixels of every image in an order of its own, "

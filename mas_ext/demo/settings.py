@@ -7,9 +7,9 @@ import shlex
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mas_ext.drift import DEFAULT as DEFAULT_DRIFT
+from mas_ext._penalty.auto_strength import DEFAULT as DEFAULT_DRIFT
+from mas_ext._penalty.strength import AUTO
 from mas_ext.precision import check_state_dtype
-from mas_ext.strength import AUTO
 
 SCENARIOS = ("permuted", "rotated", "split")
 DATA = ("bundled", "torchvision")

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from mas_ext._penalty.auto_strength import DEFAULT
 from mas_ext.demo import metrics
 from mas_ext.demo.learning import Tick, learn
 from mas_ext.demo.scenarios import Task
 from mas_ext.demo.settings import Settings
-from mas_ext.drift import DEFAULT
 
 METHOD = "mas_proximal"
 LAMBDAS = (1.0, 10.0, 30.0, 100.0, 1000.0)

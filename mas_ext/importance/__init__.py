@@ -8,7 +8,7 @@ data becomes outputs, ``watching.py`` what is seen of a forward pass, and ``isol
 model is left as it was.
 """
 
+from mas_ext.importance.data_parallel import add_importance_
 from mas_ext.importance.estimate import Importance, estimate_importance
-from mas_ext.importance.spread import add_importance_
 
 __all__ = ["Importance", "add_importance_", "estimate_importance"]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from mas_ext.distributed.shards import whole
+from mas_ext._distributed.shards import whole
 from mas_ext.importance.watching import tensors_in
 
 Forward = Callable[[nn.Module, Any], Tensor]

@@ -7,15 +7,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mas_ext.distributed.ranks import ProcessGroup
-from mas_ext.distributed.shards import Shardings, local_parts
-from mas_ext.flat import FlatTensors
+from mas_ext._distributed.ranks import ProcessGroup
+from mas_ext._distributed.shards import Shardings, local_parts
+from mas_ext._parameters import ParameterIndex, Selection, select_measurable
+from mas_ext._state.flat_tensors import FlatTensors
 from mas_ext.importance.batches import Forward
+from mas_ext.importance.data_parallel import add_importance_
 from mas_ext.importance.loop import Progress
 from mas_ext.importance.objectives import Objective
-from mas_ext.importance.seen import Seen
-from mas_ext.importance.spread import add_importance_
-from mas_ext.parameters import ParameterIndex, Selection, select_measurable
+from mas_ext.importance.sample_statistics import Seen
 from mas_ext.reference import accumulation_dtype
 
 

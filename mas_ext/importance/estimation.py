@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mas_ext import functional
-from mas_ext.distributed.shards import is_sharded, local, local_grad
+from mas_ext._distributed.shards import is_sharded, local, local_grad
 from mas_ext.importance import objectives
 from mas_ext.importance.batches import Batch, output_tensor
 from mas_ext.importance.objectives import Objective

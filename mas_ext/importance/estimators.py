@@ -72,7 +72,7 @@ class BatchMean(_OfGradients):
 IN_STEP = "per_sample_sharded"
 ESTIMATORS: dict[str, Callable[[Estimation], Estimator]] = {
     "per_sample": PerSample,
-    IN_STEP: PerSample,  # of a model that is not sharded; else see in_step.py
+    IN_STEP: PerSample,  # of a model that is not sharded; else see sharded.py
     "batch": BatchMean,
     "local": Local,
 }

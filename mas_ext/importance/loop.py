@@ -15,9 +15,9 @@ from mas_ext.importance.batches import Batch, CustomBatch, Forward, Inputs
 from mas_ext.importance.estimation import Estimation
 from mas_ext.importance.finite import check_finite
 from mas_ext.importance.isolation import differentiable, no_hidden_parameters, undisturbed
-from mas_ext.importance.journal import Journal
+from mas_ext.importance.measurement_checkpoint import Journal
 from mas_ext.importance.objectives import Objective
-from mas_ext.importance.seen import Seen
+from mas_ext.importance.sample_statistics import Seen
 
 NO_SAMPLES = "data: it gave no samples; an exhausted iterator or an empty set?"
 Progress = bool | Callable[[int], None] | None

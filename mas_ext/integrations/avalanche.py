@@ -15,15 +15,15 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from mas_ext.attachment import Attachment
+from mas_ext._parameters import Selection
+from mas_ext._penalty.attachment import Attachment
+from mas_ext._state.importance_state import Merge, check_merge
 from mas_ext.functional import check_mode
 from mas_ext.importance import estimators
 from mas_ext.importance.batches import Forward
 from mas_ext.importance.objectives import Objective
-from mas_ext.parameters import Selection
 from mas_ext.presets import preset
 from mas_ext.regularizer import MAS
-from mas_ext.state import Merge, check_merge
 
 try:
     from avalanche.core import SupervisedPlugin

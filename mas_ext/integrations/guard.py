@@ -11,14 +11,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mas_ext.attachment import Attachment, unwrapped
-from mas_ext.distributed.shards import is_sharded
-from mas_ext.distributed.topology import is_running
-from mas_ext.drift import DEFAULT as DEFAULT_DRIFT
+from mas_ext._distributed.shards import is_sharded
+from mas_ext._distributed.topology import is_running
+from mas_ext._penalty.attachment import Attachment, unwrapped
+from mas_ext._penalty.auto_strength import DEFAULT as DEFAULT_DRIFT
+from mas_ext._penalty.strength import Strength
 from mas_ext.functional import check_mode
 from mas_ext.importance import estimators
 from mas_ext.regularizer import MAS
-from mas_ext.strength import Strength
 
 
 def _keywords(function: Callable[..., Any]) -> frozenset[str]:

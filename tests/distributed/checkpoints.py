@@ -17,9 +17,10 @@ from torch import nn
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.device_mesh import init_device_mesh
 
-from mas_ext import MAS, checkpoint
-from mas_ext.distributed import gathering
-from mas_ext.packing import unpacked
+from mas_ext import MAS
+from mas_ext._distributed import gathering
+from mas_ext._state import checkpoint
+from mas_ext._state.distributed_checkpoint import unpacked
 from tests.distributed.models import net, samples, sharded, tensor_parallel, whole
 from tests.distributed.worker import World
 

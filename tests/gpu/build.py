@@ -88,8 +88,9 @@ def covers(built_for: Sequence[str], capability: Capability) -> bool:
 
 def kernels_are_registered() -> str:
     import mas_ext
+    from mas_ext._operators.dispatch import SCHEMAS
 
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    missing = [n for n in mas_ext._dispatch.SCHEMAS if not has_kernel(f"mas_ext::{n}", "CUDA")]
+    missing = [n for n in SCHEMAS if not has_kernel(f"mas_ext::{n}", "CUDA")]
     assert not missing, f"no CUDA kernel for {missing}: {mas_ext.build_info()}"
-    return f"all {len(mas_ext._dispatch.SCHEMAS)} operators"
+    return f"all {len(SCHEMAS)} operators"

@@ -13,8 +13,8 @@ from mas_ext.importance.estimation import Estimation
 from mas_ext.importance.per_sample import selfcheck
 from mas_ext.importance.per_sample.accumulation import Accumulation
 from mas_ext.importance.per_sample.graph import Graph, Unplannable
-from mas_ext.importance.per_sample.owners import assign_layouts, displaced
 from mas_ext.importance.per_sample.plan import LARGE, SMALL, Plan, make_plan
+from mas_ext.importance.per_sample.sample_assignment import assign_layouts, displaced
 
 _KEPT = 64  # plans a model; one for every shape of input it was shown
 

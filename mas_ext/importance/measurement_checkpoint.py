@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mas_ext import replacing, tensor_file
-from mas_ext.distributed.shards import local
-from mas_ext.distributed.topology import is_running
+from mas_ext._distributed.shards import local
+from mas_ext._distributed.topology import is_running
+from mas_ext._state import atomic_write as replacing
+from mas_ext._state import tensor_file
 from mas_ext.importance.finite import check_finite
-from mas_ext.importance.seen import Seen
+from mas_ext.importance.sample_statistics import Seen
 
 _FORMAT = "mas_ext measurement"
 _VERSION = 2  # with the energy

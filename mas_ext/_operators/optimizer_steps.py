@@ -1,8 +1,8 @@
 """The optimizer steps among the operators: their default and fake kernels.
 
-See :mod:`mas_ext._ops` for their schemas and for how a call travels. A call is an object here,
-whose fields are the schema's arguments in their order: checked the same way by both kernels, which
-differ in whether there are values and addresses to look at.
+See :mod:`mas_ext._operators.list_operators` for how a call travels. A call is an object here,
+whose fields are the schema's arguments in their order: checked the same way by both kernels,
+which differ in whether there are values and addresses to look at.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Protocol
 from torch import Tensor
 
 from mas_ext import reference
-from mas_ext._checks import (
+from mas_ext._operators.checks import (
     Argument,
     check_adam_options,
     check_counts,
@@ -25,8 +25,8 @@ from mas_ext._checks import (
     check_steps,
     check_strengths,
 )
-from mas_ext._dispatch import register
-from mas_ext._ops import Tensors, empty_value
+from mas_ext._operators.dispatch import register
+from mas_ext._operators.list_operators import Tensors, empty_value
 
 
 class _Call(Protocol):

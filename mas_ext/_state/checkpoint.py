@@ -2,7 +2,7 @@
 
 A file is safetensors: tensors ``importance/NAME``, ``anchor/NAME``, ``earlier/NAME`` and
 ``open/NAME``, where Ω is kept in codes also ``importance_scales/NAME``, everything else as JSON in
-the metadata (:mod:`mas_ext.tensor_file`).
+the metadata (:mod:`mas_ext._state.tensor_file`).
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mas_ext import tensor_file
-from mas_ext.distributed.gathering import write_once
-from mas_ext.drift import DEFAULT as DEFAULT_DRIFT
-from mas_ext.drift import Energy
-from mas_ext.importance.seen import Seen
+from mas_ext._distributed.gathering import write_once
+from mas_ext._penalty.auto_strength import DEFAULT as DEFAULT_DRIFT
+from mas_ext._penalty.auto_strength import Energy
+from mas_ext._state import tensor_file
+from mas_ext.importance.sample_statistics import Seen
 from mas_ext.precision import num_scales
 from mas_ext.reference import expanded, in_memory_order
 

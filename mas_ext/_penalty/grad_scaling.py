@@ -17,7 +17,7 @@ from torch.amp import GradScaler
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
-from mas_ext.distributed.shards import is_sharded, local
+from mas_ext._distributed.shards import is_sharded, local
 
 _SCALER_STEP = inspect.unwrap(GradScaler.step).__code__
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import Parameter
 from torch.optim.swa_utils import AveragedModel
 
-from mas_ext.distributed.fsdp import sharded_stand_ins
+from mas_ext._distributed.fsdp import sharded_stand_ins
 
 Selection = Iterable[str] | Callable[[str, Parameter], bool] | None
 

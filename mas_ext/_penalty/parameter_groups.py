@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from mas_ext import functional
-from mas_ext.distributed.shards import Home, differentiable_part, home_key, locals_of, placed_like
+from mas_ext._distributed.shards import Home, differentiable_part, home_key, locals_of, placed_like
 
 Scalar = float | Tensor
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from mas_ext.distributed.ranks import Ranks
-from mas_ext.distributed.shards import is_sharded, whole
+from mas_ext._distributed.ranks import Ranks
+from mas_ext._distributed.shards import is_sharded, whole
 
 Fetch = Callable[[str], Tensor]
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mas_ext.distributed.shards import Home
-from mas_ext.drift import Group
-from mas_ext.flat import FlatTensors, leading
-from mas_ext.importance.seen import Seen
+from mas_ext._distributed.shards import Home
+from mas_ext._penalty.auto_strength import Group
+from mas_ext._state.flat_tensors import FlatTensors, leading
+from mas_ext.importance.sample_statistics import Seen
 from mas_ext.precision import KeptImportance
 from mas_ext.reference import accumulation_dtype, in_memory_order
 

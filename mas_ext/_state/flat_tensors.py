@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from mas_ext._checks import is_dense
+from mas_ext._operators.checks import is_dense
 
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector a kernel loads
 HUGE_PAGE = 2**21  # bytes, on x86-64 and most ARM systems

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 from torch.optim import Optimizer
 
-from mas_ext.importance.seen import Seen
+from mas_ext.importance.sample_statistics import Seen
 
 DEFAULT = 0.2
 COHERENCE = 0.01  # c, of all parameters, also of those that never come as far as to their rest

@@ -27,7 +27,7 @@ except ImportError:  # not built: build_info() and the warning below say so
 
 
 def _library() -> Path | None:
-    return next(iter(sorted(Path(__file__).parent.glob("_kernels*.so"))), None)
+    return next(iter(sorted(Path(__file__).parents[1].glob("_kernels*.so"))), None)
 
 
 def _reason_not_to_load() -> str | None:

@@ -1,12 +1,12 @@
 """The operators ``torch.ops.mas_ext.*``: default kernels, fake kernels, autograd.
 
-(Their schemas are in :mod:`mas_ext._dispatch`, the kernels of the optimizer steps in
-:mod:`mas_ext._steps`.)
+(Their schemas are in :mod:`mas_ext._operators.dispatch`, the kernels of the optimizer steps in
+:mod:`mas_ext._operators.optimizer_steps`.)
 
 How a call travels: :mod:`mas_ext.functional` → dispatcher → (Autograd, for the differentiable) →
 (ADInplaceOrView, for those that write: it bumps version counters; :func:`writing` does that itself
 where it can, and calls what is below) → a kernel. The default kernel is the reference in plain
-PyTorch; ``mas_ext/_native.py`` adds compiled ones for CPU and CUDA, so no code here or above asks
+PyTorch; ``native.py`` adds compiled ones for CPU and CUDA, so no code here or above asks
 whether they are there.
 """
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mas_ext import reference
-from mas_ext._checks import (
+from mas_ext._operators.checks import (
     Argument,
     check_abs_matmul,
     check_metadata,
@@ -28,7 +28,7 @@ from mas_ext._checks import (
     check_non_negative,
     check_scalar,
 )
-from mas_ext._dispatch import LIBRARY, register
+from mas_ext._operators.dispatch import LIBRARY, register
 
 Tensors = Sequence[Tensor]
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mas_ext.checkpoint import GROUPS, SCALES, TENSORS, StateDict, with_expanded
+from mas_ext._state.checkpoint import GROUPS, SCALES, TENSORS, StateDict, with_expanded
 from mas_ext.precision import kept_dtype
 
 _PAGE = 4096  # bytes that settings are a multiple of, so that they seldom change their size

@@ -19,17 +19,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mas_ext.distributed import topology
-from mas_ext.distributed.fsdp import ShardedModel
-from mas_ext.distributed.ranks import Ranks
-from mas_ext.distributed.shards import local_grad
+from mas_ext._distributed import topology
+from mas_ext._distributed.fsdp import ShardedModel
+from mas_ext._distributed.ranks import Ranks
+from mas_ext._distributed.shards import local_grad
 from mas_ext.importance import estimators, loop
 from mas_ext.importance.batches import Batch, CustomBatch, Forward, Inputs
 from mas_ext.importance.estimation import Estimation, dense
 from mas_ext.importance.finite import check_finite
 from mas_ext.importance.isolation import differentiable, no_hidden_parameters, undisturbed
 from mas_ext.importance.objectives import Objective
-from mas_ext.importance.seen import Seen
+from mas_ext.importance.sample_statistics import Seen
 
 PATH = "one sample at a time"
 
@@ -51,7 +51,7 @@ def add_samples_(
 ) -> tuple[Seen, dict[str, str]]:
     """Adds Σ over the samples of all ranks to the local parts of the sums, pass by pass.
 
-    See :func:`mas_ext.importance.spread.add_importance_`. An error in a forward pass of one rank
+    See :func:`.add_importance_`. An error in a forward pass of one rank
     leaves the others waiting in theirs, until the process group's timeout.
     """
     estimators.check(estimator, weighting, training)

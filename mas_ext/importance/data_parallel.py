@@ -13,16 +13,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from mas_ext.distributed import fsdp, topology
-from mas_ext.distributed.ranks import ProcessGroup, Ranks
-from mas_ext.distributed.shards import local_parts
-from mas_ext.flat import FlatTensors
-from mas_ext.importance import in_step
+from mas_ext._distributed import fsdp, topology
+from mas_ext._distributed.ranks import ProcessGroup, Ranks
+from mas_ext._distributed.shards import local_parts
+from mas_ext._state.flat_tensors import FlatTensors
+from mas_ext.importance import sharded
 from mas_ext.importance.estimation import PATHS, warn
 from mas_ext.importance.estimators import IN_STEP
-from mas_ext.importance.journal import Journal
 from mas_ext.importance.loop import NO_SAMPLES, Measured, add_samples_
-from mas_ext.importance.seen import Seen
+from mas_ext.importance.measurement_checkpoint import Journal
+from mas_ext.importance.sample_statistics import Seen
 from mas_ext.reference import accumulation_dtype
 
 Tensors = Mapping[str, Tensor]
@@ -57,7 +57,7 @@ def add_importance_(
     kept = journal or Journal()
     if how.get("estimator") == IN_STEP and (whole := fsdp.find(model)) is not None:
         kept.refuse(f"estimator={IN_STEP!r}")
-        seen, coverage = in_step.add_samples_(sums, whole, data, named, counted=counted, **how)
+        seen, coverage = sharded.add_samples_(sums, whole, data, named, counted=counted, **how)
         return seen, _complete(coverage, named)
     site = _site(model, process_group)
     count = counted if site.is_live else _not_yet

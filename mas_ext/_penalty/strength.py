@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mas_ext import drift as drifts
-from mas_ext.drift import Group, Lambdas
+from mas_ext._penalty import auto_strength as drifts
+from mas_ext._penalty.auto_strength import Group, Lambdas
 
 AUTO = "auto"
 Lambda = float | str | Mapping[str, float | str]
@@ -35,7 +35,7 @@ class Strength:
 
     Args:
         value: a number or ``"auto"``, or a mapping from name or glob to either.
-        drift: ε of what is ``"auto"`` (:mod:`mas_ext.drift`): a number, or a mapping from the globs
+        drift: ε of what is ``"auto"`` (``auto_strength.py``): a number, or a mapping from the globs
             of ``value`` that are.
 
     Attributes:
@@ -85,7 +85,7 @@ class Strength:
             self._tensors[glob] = _scalars(self._lambdas[glob])
 
     def shown(self, kind: str) -> float | str | dict[str, float | str]:
-        """λ as numbers, where it is known; ``kind``: of :class:`mas_ext.drift.Lambdas`."""
+        """λ as numbers, where it is known; ``kind``: of :class:`.Lambdas`."""
         numbers = {
             glob: getattr(self._lambdas[glob], kind) if glob in self._lambdas else AUTO
             for glob in self._globs

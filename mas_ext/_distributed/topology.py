@@ -8,8 +8,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mas_ext.distributed.ranks import ProcessGroup, Ranks
-from mas_ext.distributed.shards import is_sharded
+from mas_ext._distributed.ranks import ProcessGroup, Ranks
+from mas_ext._distributed.shards import is_sharded
 
 
 def is_running() -> bool:

@@ -9,10 +9,10 @@ from weakref import WeakSet
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mas_ext.distributed.shards import whole
-from mas_ext.drift import pushed_by
+from mas_ext._distributed.shards import whole
+from mas_ext._penalty.auto_strength import pushed_by
+from mas_ext._penalty.grad_scaling import scaled_step
 from mas_ext.functional import check_mode
-from mas_ext.grad_scaling import scaled_step
 
 
 class Penalty(Protocol):

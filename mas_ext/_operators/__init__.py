@@ -1,0 +1,1 @@
+"""How the operators are declared, checked, registered and loaded."""
