@@ -102,6 +102,11 @@ def select(named: Mapping[str, Parameter], params: Selection) -> dict[str, Param
     return {n: p for n, p in trainable.items() if any(fnmatchcase(n, g) for g in patterns)}
 
 
+def reusable(params: Selection) -> Selection:
+    """The same selection, as a list if it is an iterator of names, which one look would use up."""
+    return params if params is None or callable(params) or isinstance(params, str) else list(params)
+
+
 def _patterns(params: Iterable[str]) -> list[str]:
     patterns = None if isinstance(params, str) else list(params)
     if patterns is None or not all(isinstance(pattern, str) for pattern in patterns):

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from mas_ext._penalty.strength import AUTO, check_lambda
-from mas_ext._state.importance_state import Merge, check_merge
+from mas_ext._state.merging import Merge, check_merge
+from mas_ext._strength.strength import AUTO, check_lambda
 from mas_ext.importance.objectives import Objective
 from mas_ext.regularizer import MAS
 

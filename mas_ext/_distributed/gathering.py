@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mas_ext._distributed.ranks import Ranks
-from mas_ext._distributed.shards import is_sharded, whole
+from mas_ext._distributed.shards import full_tensor, is_sharded
 
 Fetch = Callable[[str], Tensor]
 
@@ -38,12 +38,12 @@ def _sharded(tensors: Mapping[str, Tensor]) -> list[Any]:
 
 
 def _bring(tensors: Mapping[str, Tensor], write: Callable[[Fetch], None] | None) -> None:
-    """Takes part in making every tensor whole, whatever becomes of the file."""
+    """Takes part in making every tensor full_tensor, whatever becomes of the file."""
     left = dict.fromkeys(sorted(tensors))
 
     def fetch(name: str) -> Tensor:
         del left[name]
-        return whole(tensors[name])
+        return full_tensor(tensors[name])
 
     try:
         if write is not None:

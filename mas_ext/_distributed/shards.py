@@ -1,7 +1,7 @@
-"""Parameters of which every process holds a part: DTensors, and what is remembered of them.
+"""DTensors, of which every process holds a part.
 
-Kernels and state work on the local parts, plain tensors. A :class:`Sharding` turns one back into a
-DTensor that is placed as its parameter is.
+Kernels and state work on the local parts, which are plain tensors. A :class:`Sharding` turns a
+local part back into a DTensor that is placed as its parameter is.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 def is_sharded(tensor: Any) -> bool:
-    """Whether it is a DTensor; without loading what defines them, which takes a second."""
+    """Whether it is a DTensor. Does not import the module that defines it, which takes a second."""
     if type(tensor) in (Tensor, torch.nn.Parameter):
         return False
     module = sys.modules.get("torch.distributed.tensor")
@@ -24,7 +24,7 @@ def is_sharded(tensor: Any) -> bool:
 
 
 def local(tensor: Any) -> Any:
-    """This process's part, in the same memory and without a history; of others, all."""
+    """A DTensor's local part, in the same memory, detached; any other tensor as it is."""
     if not is_sharded(tensor):
         return tensor
     with torch.no_grad():
@@ -37,8 +37,8 @@ def locals_of(tensors: Iterable[Any]) -> list[Any]:
 
 
 def local_grad(grad: Tensor, param: Tensor) -> Tensor:
-    """A gradient's local part, with no sum over processes left to be formed."""
-    return local(placed_like(grad, param))
+    """A gradient's local part, after any pending sum over processes."""
+    return local(redistribute_like(grad, param))
 
 
 def local_grads(params: Iterable[Tensor]) -> list[Tensor]:
@@ -52,17 +52,17 @@ def local_parts(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def differentiable_part(tensor: Tensor) -> Tensor:
-    """This process's part, through which gradients flow."""
+    """A DTensor's local part, differentiable; any other tensor as it is."""
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """All of it, on every process; differentiable."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """A DTensor's full tensor, on every process, differentiable; any other tensor as it is."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
-def placed_like(tensor: Tensor, param: Tensor) -> Tensor:
-    """A gradient where its parameter is: sums over processes that are still due are formed."""
+def redistribute_like(tensor: Tensor, param: Tensor) -> Tensor:
+    """A gradient placed as its parameter is; pending sums over processes are carried out."""
     if not is_sharded(param) or tensor.placements == param.placements:  # type: ignore[attr-defined]
         return tensor
     return tensor.redistribute(param.device_mesh, param.placements)  # type: ignore[attr-defined]
@@ -107,7 +107,7 @@ class Sharding:
 
 
 class Shardings:
-    """How each parameter was sharded when it was first remembered, by name; plain ones are None."""
+    """How each parameter was sharded when it was first remembered, by name; None if it was not."""
 
     def __init__(self, known: Mapping[str, Sharding | None] | None = None) -> None:
         self._known = dict(known or {})
@@ -140,11 +140,11 @@ class Shardings:
         """Local parts as DTensors where the parameters are; the mapping itself if none is."""
         if not any(self._known.get(name) for name in parts):
             return parts
-        return Placed(parts, self._known)
+        return DTensorView(parts, self._known)
 
 
-class Placed(Mapping[str, Tensor]):
-    """Local parts, seen as the DTensors that they are parts of."""
+class DTensorView(Mapping[str, Tensor]):
+    """Local parts, shown as the DTensors that they are parts of."""
 
     def __init__(
         self, parts: Mapping[str, Tensor], shardings: Mapping[str, Sharding | None]
@@ -185,11 +185,13 @@ def _described(sharding: Sharding | None) -> str:
     return f"as {sharding.placements} over a mesh of {list(sharding.mesh.shape)}"
 
 
-class Home(NamedTuple):
-    """What parameters need to have in common for one operator call.
+class Placement(NamedTuple):
+    """What parameters must have in common to share an operator call.
 
     Attributes:
-        sharded: the dimensions of the mesh over which the parts are different ones.
+        device: where this process's part is.
+        mesh: the DTensor's; None for plain tensors.
+        sharded: the dimensions of the mesh over which the parts differ.
     """
 
     device: torch.device
@@ -197,15 +199,15 @@ class Home(NamedTuple):
     sharded: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, param: Any) -> Home:
-        """A parameter's home."""
+    def of(cls, param: Any) -> Placement:
+        """A parameter's placement."""
         if not is_sharded(param):
             return cls(param.device)
         dims = [d for d, placement in enumerate(param.placements) if not placement.is_replicate()]
         return cls(param.device, param.device_mesh, tuple(dims))
 
-    def total(self, value: Tensor) -> Tensor:
-        """The sum of a 0-dim value over the different parts, on every process; differentiable."""
+    def sum_over_shards(self, value: Tensor) -> Tensor:
+        """The sum of a 0-dim value over all parts, on every process; differentiable."""
         if not self.sharded:
             return value
         from torch.distributed.tensor import DTensor, Partial, Replicate
@@ -220,6 +222,6 @@ class Home(NamedTuple):
         return total.to_local()
 
 
-def home_key(param: Tensor) -> Home | torch.device:
-    """Equal for parameters of one home, and cheap for plain ones."""
-    return Home.of(param) if is_sharded(param) else param.device
+def placement_key(param: Tensor) -> Placement | torch.device:
+    """Equal for parameters of one placement, and cheap for plain tensors."""
+    return Placement.of(param) if is_sharded(param) else param.device

@@ -1,4 +1,4 @@
-"""The penalty's operators on a model's parameters: one call a device, errors with names."""
+"""Protected parameters, and the groups of them that share one operator call."""
 
 from __future__ import annotations
 
@@ -12,21 +12,27 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from mas_ext import functional
-from mas_ext._distributed.shards import Home, differentiable_part, home_key, locals_of, placed_like
+from mas_ext._distributed.shards import (
+    Placement,
+    differentiable_part,
+    locals_of,
+    placement_key,
+    redistribute_like,
+)
 
 Scalar = float | Tensor
 
 
-class Held(NamedTuple):
-    """A parameter, what is remembered of it, and how strongly it is held.
+class ProtectedParameter(NamedTuple):
+    """A parameter, what is remembered of it, and how strongly it is regularized.
 
     Attributes:
         name: its canonical name.
         param: θ, as the model has it.
         anchor: θ*; of a DTensor, of its local part.
-        omega: Ω as it is kept (:mod:`mas_ext.precision`); of a DTensor, of its local part.
-        scales: of Ω, where it is kept in codes.
-        glob: what decides on its λ; parameters that share it share a call.
+        omega: Ω as it is stored (:mod:`mas_ext.precision`); of a DTensor, of its local part.
+        scales: of Ω, where it is stored as uint8 codes.
+        pattern: what decides its λ; parameters that share it share a call.
         lambda_reg: λ, a 0-dim tensor.
     """
 
@@ -35,19 +41,21 @@ class Held(NamedTuple):
     anchor: Tensor
     omega: Tensor
     scales: Tensor | None
-    glob: str
+    pattern: str
     lambda_reg: Tensor
 
 
-class Bundle(NamedTuple):
-    """Parameters that one call of an operator serves, with what belongs to them.
+class ParameterGroup(NamedTuple):
+    """Protected parameters that one operator call serves: one device, one sharding, one λ.
 
     Attributes:
-        home: the device they are on, and how they are sharded.
-        scales: by place in the lists, of each Ω that is kept in codes.
+        placement: the device they are on, and how they are sharded.
+        lambda_reg: λ, a 0-dim tensor.
+        names, params, anchors, omega: one entry per parameter.
+        scales: by place in the lists, for each Ω that is stored as uint8 codes.
     """
 
-    home: Home
+    placement: Placement
     lambda_reg: Tensor
     names: list[str]
     params: list[Parameter]
@@ -55,96 +63,105 @@ class Bundle(NamedTuple):
     omega: list[Tensor]
     scales: dict[int, Tensor]
 
-    def state(self) -> dict[str, Any]:
-        """θ*, Ω and λ, as the operators take them."""
-        state = {"anchors": self.anchors, "omega": self.omega, "lambda_reg": self.lambda_reg}
+    def operator_arguments(self) -> dict[str, Any]:
+        """θ*, Ω and λ, as the functions of :mod:`mas_ext.functional` take them."""
+        arguments = {"anchors": self.anchors, "omega": self.omega, "lambda_reg": self.lambda_reg}
         if self.scales:
             none = torch.empty(0, device=self.omega[0].device)
-            state["omega_scales"] = [self.scales.get(i, none) for i in range(len(self.omega))]
-        return state
+            arguments["omega_scales"] = [self.scales.get(i, none) for i in range(len(self.omega))]
+        return arguments
+
+    def penalty(self) -> Tensor:
+        """The penalty of these parameters, differentiable."""
+        params = [differentiable_part(p) for p in self.params]
+        return self.sum_over_shards(functional.penalty(params, **self.operator_arguments()))
+
+    def add_penalty_grad_(self, grad_scale: Scalar | None) -> Tensor:
+        """Adds the penalty's gradient; a gradient that is None is set only if the call succeeds."""
+        with torch.inference_mode(False), torch.no_grad():
+            grads = [
+                torch.zeros_like(p) if p.grad is None else redistribute_like(p.grad, p)
+                for p in self.params
+            ]
+        with self.naming_parameters():
+            value = functional.add_penalty_grad_(
+                locals_of(grads),
+                locals_of(self.params),
+                **self.operator_arguments(),
+                grad_scale=to_device_of(self.params[0], grad_scale),
+            )
+        for p, grad in zip(self.params, grads, strict=True):
+            if p.grad is not grad:
+                p.grad = grad
+        return self.sum_over_shards(value)
+
+    def proximal_step_(self, lr: Scalar) -> Tensor:
+        """Takes the proximal step; returns the penalty after it."""
+        with self.naming_parameters():
+            value = functional.proximal_step_(
+                locals_of(self.params),
+                **self.operator_arguments(),
+                lr=to_device_of(self.params[0], lr),
+            )
+        return self.sum_over_shards(value)
+
+    def penalty_grads(self) -> list[Tensor]:
+        """The penalty's gradients; of a DTensor, of its local part."""
+        with self.naming_parameters():
+            return functional.penalty_and_grad(locals_of(self.params), **self.operator_arguments())[
+                1
+            ]
+
+    def sum_over_shards(self, value: Tensor) -> Tensor:
+        """A value of the local parts, summed over all processes that hold other parts."""
+        return self.placement.sum_over_shards(value)
+
+    @contextmanager
+    def naming_parameters(self) -> Iterator[None]:
+        """Adds the parameter's name to an operator's error, beside its place in the list."""
+        try:
+            yield
+        except RuntimeError as error:
+            text = re.sub(r"\[(\d+)\] (has|is)", _with_name(self.names), str(error))
+            if text == str(error):
+                raise
+            raise RuntimeError(text) from None
 
 
-def bundled(held: Iterable[Held]) -> list[Bundle]:
-    """A bundle for each home, of which a model may have several, and each λ."""
-    bundles: dict[Any, Bundle] = {}
-    for name, p, anchor, omega, scales, glob, lambda_reg in held:
-        key = home_key(p), glob
-        bundle = bundles.get(key)
-        if bundle is None:
-            bundle = bundles[key] = Bundle(Home.of(p), lambda_reg, [], [], [], [], {})
+def grouped(protected: Iterable[ProtectedParameter]) -> list[ParameterGroup]:
+    """A group for each placement, of which a model may have several, and each λ."""
+    groups: dict[Any, ParameterGroup] = {}
+    for name, p, anchor, omega, scales, pattern, lambda_reg in protected:
+        key = placement_key(p), pattern
+        group = groups.get(key)
+        if group is None:
+            group = groups[key] = ParameterGroup(Placement.of(p), lambda_reg, [], [], [], [], {})
         if scales is not None:
-            bundle.scales[len(bundle.names)] = scales
-        bundle.names.append(name)
-        bundle.params.append(p)
-        bundle.anchors.append(anchor)
-        bundle.omega.append(omega)
-    return list(bundles.values())
+            group.scales[len(group.names)] = scales
+        group.names.append(name)
+        group.params.append(p)
+        group.anchors.append(anchor)
+        group.omega.append(omega)
+    return list(groups.values())
 
 
-def penalty(bundle: Bundle) -> Tensor:
-    """See :meth:`MAS.penalty`."""
-    params = [differentiable_part(p) for p in bundle.params]
-    return bundle.home.total(functional.penalty(params, **bundle.state()))
+def largest_penalty_grads(protected: Iterable[ProtectedParameter]) -> Iterator[Tensor]:
+    """max |λΩ(θ−θ*)| of every parameter, a 0-dim tensor; of a DTensor, over its local part.
 
-
-def add_penalty_grad_(bundle: Bundle, grad_scale: Scalar | None) -> Tensor:
-    """See :meth:`MAS.add_penalty_grad_`; a gradient that is None becomes one when all went well."""
-    params = bundle.params
-    with torch.inference_mode(False), torch.no_grad():
-        grads = [torch.zeros_like(p) if p.grad is None else placed_like(p.grad, p) for p in params]
-    with naming(bundle.names):
-        value = functional.add_penalty_grad_(
-            locals_of(grads),
-            locals_of(params),
-            **bundle.state(),
-            grad_scale=near(grad_scale, params[0]),
-        )
-    for p, grad in zip(params, grads, strict=True):
-        if p.grad is not grad:
-            p.grad = grad
-    return bundle.home.total(value)
-
-
-def largest_pulls(held: Iterable[Held]) -> Iterator[Tensor]:
-    """Of every parameter max |λΩ(θ−θ*)|, a 0-dim tensor; one gradient at a time is in memory.
-
-    Of a DTensor, of its local part.
+    One gradient is in memory at a time.
     """
-    for one in held:
-        (bundle,) = bundled([one])
-        with naming(bundle.names):
-            _, (pull,) = functional.penalty_and_grad(locals_of(bundle.params), **bundle.state())
-        if pull.numel():
-            yield torch.linalg.vector_norm(pull, torch.inf)
+    for parameter in protected:
+        (group,) = grouped([parameter])
+        (grad,) = group.penalty_grads()
+        if grad.numel():
+            yield torch.linalg.vector_norm(grad, torch.inf)
 
 
-def proximal_step_(bundle: Bundle, lr: Scalar) -> Tensor:
-    """See :meth:`MAS.proximal_step_`."""
-    params = bundle.params
-    with naming(bundle.names):
-        value = functional.proximal_step_(
-            locals_of(params), **bundle.state(), lr=near(lr, params[0])
-        )
-    return bundle.home.total(value)
-
-
-def near(scalar: Any, tensor: Tensor) -> Any:
-    """A scalar of another device, where a model spans several, on the tensor's."""
+def to_device_of(tensor: Tensor, scalar: Any) -> Any:
+    """A scalar that is on another accelerator, where a model spans several, on the tensor's."""
     elsewhere = isinstance(scalar, Tensor) and scalar.device.type != "cpu"
     return scalar.to(tensor.device, non_blocking=True) if elsewhere else scalar
 
 
-@contextmanager
-def naming(names: list[str]) -> Iterator[None]:
-    """Gives an operator's error the parameter's name beside its place in the list."""
-    try:
-        yield
-    except RuntimeError as error:
-        text = re.sub(r"\[(\d+)\] (has|is)", _place_named(names), str(error))
-        if text == str(error):
-            raise
-        raise RuntimeError(text) from None
-
-
-def _place_named(names: list[str]) -> Callable[[re.Match[str]], str]:
+def _with_name(names: list[str]) -> Callable[[re.Match[str]], str]:
     return lambda found: f"[{found[1]}] ({names[int(found[1])]!r}) {found[2]}"

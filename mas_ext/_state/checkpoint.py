@@ -1,8 +1,8 @@
-"""The state as a dictionary and as a file: named, versioned, checksummed, written atomically.
+"""The format of a state: checks of a state dictionary, and how it is written to a file.
 
 A file is safetensors: tensors ``importance/NAME``, ``anchor/NAME``, ``earlier/NAME`` and
-``open/NAME``, where Ω is kept in codes also ``importance_scales/NAME``, everything else as JSON in
-the metadata (:mod:`mas_ext._state.tensor_file`).
+``open/NAME`` (the sums of the task that has not ended); ``importance_scales/NAME`` where Ω is
+stored as uint8 codes; everything else as JSON in the metadata (``tensor_file.py``).
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from mas_ext._distributed.gathering import write_once
-from mas_ext._penalty.auto_strength import DEFAULT as DEFAULT_DRIFT
-from mas_ext._penalty.auto_strength import Energy
 from mas_ext._state import tensor_file
+from mas_ext._strength.auto import DEFAULT_DRIFT, OutputEnergy
 from mas_ext.importance.sample_statistics import Seen
 from mas_ext.precision import num_scales
 from mas_ext.reference import expanded, in_memory_order
@@ -36,7 +35,7 @@ StateDict = dict[str, Any]
 
 
 def check_format(state: Mapping[str, Any], source: str) -> None:
-    """A state dictionary of this format and of a version that this code can read."""
+    """Raises ValueError unless it is a state of this format and of a version this code reads."""
     if not isinstance(state, Mapping) or state.get("format") != FORMAT:
         raise ValueError(f"{source} is not a mas_ext state; pass what state_dict() or save() made")
     version = state.get("version")
@@ -48,14 +47,14 @@ def check_format(state: Mapping[str, Any], source: str) -> None:
 
 
 def upgraded(state: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The state as this version would have written it."""
+    """The state as the present version would have written it."""
     added: StateDict = {}
     if state["version"] < 2:
         added |= {"weighting": "samples", "earlier": {}}
     if state["version"] < 3:
         added |= {scales: {} for scales in SCALES.values()}
     if state["version"] < 4:
-        added |= {"drift": DEFAULT_DRIFT, "energy": asdict(Energy()), "seen": asdict(Seen())}
+        added |= {"drift": DEFAULT_DRIFT, "energy": asdict(OutputEnergy()), "seen": asdict(Seen())}
     return {**state, **added}
 
 
@@ -75,7 +74,7 @@ _CONTENTS: dict[str, Any] = {
 
 
 def check_contents(state: Mapping[str, Any]) -> None:
-    """Everything is there, and of its kind."""
+    """Raises ValueError if an entry is missing or has the wrong type."""
     for key, kind in _CONTENTS.items():
         if not isinstance(state.get(key), kind):
             raise ValueError(f"the state is damaged: {key!r} is {state.get(key)!r}")
@@ -88,7 +87,7 @@ def check_contents(state: Mapping[str, Any]) -> None:
 
 
 def _check_scales(omega: Mapping[str, Tensor], scales: Mapping[str, Tensor], key: str) -> None:
-    """Codes have as many scales as they need, and nothing else has any."""
+    """Raises ValueError unless codes have the scales they need, and nothing else has any."""
     needed = {n: num_scales(o.numel()) for n, o in omega.items() if o.dtype == torch.uint8}
     found = {name: tensor.numel() for name, tensor in scales.items()}
     if needed != found:
@@ -102,10 +101,10 @@ def known_parameters(state: Mapping[str, Any], named: Mapping[str, Tensor]) -> S
     return {**state, **known}
 
 
-def with_expanded(state: Mapping[str, Any], names: Iterable[str]) -> StateDict:
-    """The state with these parameters' Ω in float32: codes of a part are no part of the codes.
+def dequantized(state: Mapping[str, Any], names: Iterable[str]) -> StateDict:
+    """The state with these parameters' Ω in float32 instead of uint8 codes.
 
-    Blocks of codes end where a part ends, so that others cannot be cut out of them.
+    Blocks of codes end where a shard ends, so other shards cannot be cut out of them.
     """
     changed: StateDict = {}
     for group, key in SCALES.items():
@@ -122,7 +121,14 @@ def check_parameters(
     selected: Iterable[str],
     strict: bool,
 ) -> None:
-    """A state of this model: ``named`` its parameters, ``selected`` the names that MAS is about."""
+    """Raises ValueError if the state is of another model.
+
+    Args:
+        state: a state dictionary whose contents have been checked.
+        named: the model's parameters.
+        selected: the names of those that the MAS protects.
+        strict: whether the state must have all of ``selected``, unless it has none.
+    """
     importance, anchor, earlier, in_progress = (state[group] for group in GROUPS)
     for name, tensor in [item for group in GROUPS for item in state[group].items()]:
         if name not in named:
@@ -149,9 +155,9 @@ def check_parameters(
 
 
 def write(state: StateDict, path: str | os.PathLike[str]) -> None:
-    """Writes a state to ``path``, all or nothing: a crash leaves what was there before.
+    """Writes a state to ``path`` atomically: a crash leaves the file that was there before.
 
-    Of DTensors every process has a part: all of them call this, and one writes.
+    With DTensors all processes must call this; one of them writes.
     """
     settings = {key: value for key, value in state.items() if key not in TENSORS}
     settings["strides"] = _strides(state)
@@ -173,8 +179,8 @@ def read(path: str | os.PathLike[str]) -> StateDict:
     return {**settings, **{group: tensor_file.under(group, tensors) for group in TENSORS}}
 
 
-# A file holds contiguous tensors, and blocks of codes run through memory: so codes with other
-# strides are written as if they were contiguous, and put back when they are read.
+# A file holds contiguous tensors, and blocks of codes follow the order in memory. So codes with
+# other strides are written as if they were contiguous, and get their strides back when read.
 def _written(tensor: Tensor) -> Tensor:
     if tensor.dtype != torch.uint8:
         return tensor

@@ -1,10 +1,10 @@
-"""The state for torch.distributed.checkpoint: nothing but tensors, and always the same ones.
+"""The state for torch.distributed.checkpoint: only tensors, and always the same ones.
 
-That library stores what is no tensor as a pickle, and loads nothing for which there is no tensor
-yet. So settings are the bytes of their JSON, counts a matrix, and a parameter that has not been
-measured has Ω = 0 and its present value for an anchor: a new MAS has room for all that a used one
-saves. What has no count is left out again when it is loaded. An Ω that is kept in codes is there in
-float32, of which other processes can take other parts; compressed again it is the same codes.
+That library pickles what is not a tensor, and loads only what already has a tensor to load into. So
+settings are stored as the bytes of their JSON and counts as a matrix, and a parameter that has not
+been measured has Ω = 0 and its present value as its anchor: a new MAS has room for everything that
+a used one saves. Entries without a count are left out when the state is loaded. Ω in uint8 codes is
+stored in float32, which can be sharded in any way; quantized again it gives the same codes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mas_ext._state.checkpoint import GROUPS, SCALES, TENSORS, StateDict, with_expanded
+from mas_ext._state.checkpoint import GROUPS, SCALES, TENSORS, StateDict, dequantized
 from mas_ext.precision import kept_dtype
 
 _PAGE = 4096  # bytes that settings are a multiple of, so that they seldom change their size
@@ -25,8 +25,8 @@ _COUNTED = {"tasks": _TASKS, "num_samples": _SAMPLES}
 
 
 def packed(state: StateDict, unmeasured: Mapping[str, Tensor]) -> StateDict:
-    """A state in which there is room for parameters that have not been measured."""
-    state = with_expanded(state, state["importance"])
+    """The state as tensors, with room for parameters that have not been measured."""
+    state = dequantized(state, state["importance"])
     tensors = {group: dict(state[group]) for group in GROUPS}
     for name, p in unmeasured.items():
         tensors["anchor"][name] = p.detach().clone()
@@ -44,7 +44,7 @@ def is_packed(state: Any) -> bool:
 
 
 def unpacked(state: Mapping[str, Any]) -> StateDict:
-    """What was packed.
+    """The state that :func:`packed` was given.
 
     Raises:
         ValueError: a part of it was not loaded, or it is damaged.
@@ -65,11 +65,12 @@ def unpacked(state: Mapping[str, Any]) -> StateDict:
 
 
 def _check_loaded(state: Mapping[str, Any], settings: StateDict, groups: StateDict) -> None:
-    """Loading in place leaves out, without a word, what there was no room for."""
+    """Raises ValueError if loading in place has silently left something out for lack of room."""
     if any(name not in state["open"] for name in groups["open"]):
         raise ValueError(
-            "the state was saved inside an open task, and there is no room for its sums; call "
-            "update_importance() with one batch before you load, which makes room and is replaced"
+            "the state was saved in the middle of a task, and there is no room for its sums; "
+            "call update_importance() with one batch before you load: it makes room, and its sums "
+            "are replaced"
         )
     earlier = settings.get("merge") == "sum_of_sums"
     if earlier and any(name not in state["earlier"] for name in groups["earlier"]):
@@ -91,7 +92,7 @@ def _zeros(p: Tensor, state_dtype: str) -> Tensor:
 
 
 def _counts(state: StateDict, names: Iterable[str]) -> Tensor:
-    """A row a parameter: in how many tasks it was measured, with how many samples in this one."""
+    """One row per parameter: how many tasks it was measured in, how many samples in this one."""
     rows = [[state[key].get(name, -1) for key in _COUNTED] for name in names]
     return torch.tensor(rows, dtype=torch.int64).view(-1, len(_COUNTED))
 

@@ -93,3 +93,21 @@ def _view(buffer: Tensor, start: int, like: Tensor) -> Tensor:
 def leading(tensor: Tensor, shape: torch.Size) -> Tensor:
     """The part of a tensor that grew which was there when it had ``shape``."""
     return tensor[tuple(slice(0, size) for size in shape)]
+
+
+def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Detached copies, by name."""
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def check_growth(name: str, old: Tensor, new: Tensor) -> None:
+    """Raises ValueError unless a parameter has kept its rank, and its sizes or more."""
+    grown = old.dim() == new.dim() and all(
+        a <= b for a, b in zip(old.shape, new.shape, strict=True)
+    )
+    if not grown:
+        raise ValueError(
+            f"parameter {name!r} had shape {list(old.shape)} and now has {list(new.shape)}: it may "
+            "grow between tasks, not shrink or change its rank; start a new MAS, or leave it out "
+            "with params="
+        )

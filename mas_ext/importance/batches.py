@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from mas_ext._distributed.shards import whole
+from mas_ext._distributed.shards import full_tensor
 from mas_ext.importance.watching import tensors_in
 
 Forward = Callable[[nn.Module, Any], Tensor]
@@ -198,4 +198,4 @@ def output_tensor(output: Any) -> Tensor:
             "the model's output has no sample dimension (it is 0-dim); return one row a sample, "
             "or pass forward= that does"
         )
-    return whole(found)
+    return full_tensor(found)

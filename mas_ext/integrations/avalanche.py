@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from mas_ext._parameters import Selection
 from mas_ext._penalty.attachment import Attachment
-from mas_ext._state.importance_state import Merge, check_merge
+from mas_ext._state.merging import Merge, check_merge
 from mas_ext.functional import check_mode
 from mas_ext.importance import estimators
 from mas_ext.importance.batches import Forward

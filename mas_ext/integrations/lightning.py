@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
-from mas_ext.integrations.guard import Guard, Guarded
+from mas_ext.integrations._managed import HasMAS, ManagedMAS
 from mas_ext.regularizer import MAS
 
 try:
@@ -24,7 +24,7 @@ except ImportError as error:
     ) from error
 
 
-class MASCallback(Guarded, Callback):
+class MASCallback(HasMAS, Callback):
     r"""Every optimizer step includes MAS, and the end of ``fit`` is the end of a task.
 
     .. math:: L(\theta) = L_\text{new}(\theta)
@@ -76,7 +76,7 @@ class MASCallback(Guarded, Callback):
         consolidate: bool = True,
         **options: Any,
     ) -> None:
-        self._guard = Guard(lambda_reg, mas, mode, options)
+        self._managed = ManagedMAS(lambda_reg, mas, mode, options)
         self._consolidates = consolidate
         self._has_trained = False  # since the last consolidation
         self._restored: Mapping[str, Any] | None = None
@@ -93,8 +93,8 @@ class MASCallback(Guarded, Callback):
         self._bind(pl_module)
         if self._consolidates:
             _check_single(trainer.train_dataloader)
-            self._guard.check_ends(math.isfinite(trainer.num_training_batches))
-        self._guard.attach(trainer.optimizers)
+            self._managed.check_ends(math.isfinite(trainer.num_training_batches))
+        self._managed.attach(trainer.optimizers)
 
     def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
         """There is something to consolidate."""
@@ -102,12 +102,12 @@ class MASCallback(Guarded, Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Logs the penalty; Lightning waits for its value when it writes the logs."""
-        if (penalty := self._guard.penalty) is not None:
+        if (penalty := self._managed.penalty) is not None:
             pl_module.log("mas_penalty", penalty, on_step=True, on_epoch=False)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures the task's importance, merges it, and takes θ* ← θ."""
-        self._guard.detach()
+        self._managed.detach()
         self._end_task(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -117,7 +117,7 @@ class MASCallback(Guarded, Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Leaves the optimizers as they were."""
-        self._guard.detach()
+        self._managed.detach()
 
     def state_dict(self) -> dict[str, Any]:
         """For the Trainer's checkpoint: what :meth:`mas_ext.MAS.state_dict` returns, and more."""
@@ -130,7 +130,7 @@ class MASCallback(Guarded, Callback):
         self._restored = state_dict
 
     def _bind(self, module: LightningModule) -> None:
-        mas = self._guard.bind(module)
+        mas = self._managed.bind(module)
         if self._restored is not None:
             mas.load_state_dict(self._restored["mas"])
             self._has_trained = self._restored["has_trained"]
@@ -139,7 +139,7 @@ class MASCallback(Guarded, Callback):
     def _end_task(self, trainer: Trainer, module: LightningModule) -> None:
         if self._consolidates and self._has_trained:
             shows = trainer.progress_bar_callback is not None
-            self._guard.consolidate(_batches(trainer, module), shows_progress=shows)
+            self._managed.consolidate(_batches(trainer, module), shows_progress=shows)
             self._has_trained = False
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from mas_ext.integrations.guard import Guard, Guarded
+from mas_ext.integrations._managed import HasMAS, ManagedMAS
 from mas_ext.regularizer import MAS
 
 try:
@@ -32,7 +32,7 @@ except ImportError as error:
 FILE = "mas_ext.safetensors"
 
 
-class MASCallback(Guarded, TrainerCallback):
+class MASCallback(HasMAS, TrainerCallback):
     r"""Every optimizer step includes MAS, and the end of training is the end of a task.
 
     .. math:: L(\theta) = L_\text{new}(\theta)
@@ -90,7 +90,7 @@ class MASCallback(Guarded, TrainerCallback):
         resume_from_checkpoint: str | None = None,
         **options: Any,
     ) -> None:
-        self._guard = Guard(lambda_reg, mas, mode, options)
+        self._managed = ManagedMAS(lambda_reg, mas, mode, options)
         self._consolidates = consolidate
         self._resume_from = resume_from_checkpoint
 
@@ -105,12 +105,12 @@ class MASCallback(Guarded, TrainerCallback):
                 "args.deepspeed: DeepSpeed steps copies of its own of the parameters, where no "
                 "penalty can reach them; train without it, or with FSDP"
             )
-        mas = self._guard.bind(kwargs["model"])
+        mas = self._managed.bind(kwargs["model"])
         if self._ends_tasks(state):
-            self._guard.check_ends(has_length(kwargs["train_dataloader"]))
+            self._managed.check_ends(has_length(kwargs["train_dataloader"]))
         if state.global_step > 0:
             mas.load(self._checkpoint(args, state) / FILE)
-        self._guard.attach([kwargs["optimizer"]])
+        self._managed.attach([kwargs["optimizer"]])
 
     def on_log(
         self,
@@ -121,30 +121,30 @@ class MASCallback(Guarded, TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Adds the penalty where the loss is logged: only there is the device waited for."""
-        if logs is None or "loss" not in logs or self._guard.penalty is None:
+        if logs is None or "loss" not in logs or self._managed.penalty is None:
             return
         # The history already has its own copy of the entry.
-        logs["mas_penalty"] = state.log_history[-1]["mas_penalty"] = float(self._guard.penalty)
+        logs["mas_penalty"] = state.log_history[-1]["mas_penalty"] = float(self._managed.penalty)
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Puts the state into the checkpoint that has just been written."""
         if not state.is_hyper_param_search:
-            self._guard.save(_folder(args, state) / FILE, writes=args.should_save)
+            self._managed.save(_folder(args, state) / FILE, writes=args.should_save)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Measures the task's importance, merges it, and takes θ* ← θ."""
-        self._guard.detach()
+        self._managed.detach()
         if not self._ends_tasks(state):
             return
         data = _from_the_start(kwargs["train_dataloader"])
-        if not self._guard.has_forward:
+        if not self._managed.has_forward:
             data = _selected(data, _columns(kwargs["model"], args))
         shows = state.is_world_process_zero and not args.disable_tqdm
-        self._guard.consolidate(data, shows_progress=shows)
+        self._managed.consolidate(data, shows_progress=shows)
 
     def _ends_tasks(self, state: TrainerState) -> bool:
         return self._consolidates and not state.is_hyper_param_search

@@ -1,4 +1,4 @@
-"""MAS through the training runs of another library: what its callbacks have in common."""
+"""A MAS inside another library's training runs: what the callbacks have in common."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from torch.optim import Optimizer
 from mas_ext._distributed.shards import is_sharded
 from mas_ext._distributed.topology import is_running
 from mas_ext._penalty.attachment import Attachment, unwrapped
-from mas_ext._penalty.auto_strength import DEFAULT as DEFAULT_DRIFT
-from mas_ext._penalty.strength import Strength
+from mas_ext._strength.auto import DEFAULT_DRIFT
+from mas_ext._strength.strength import RegularizationStrength
 from mas_ext.functional import check_mode
 from mas_ext.importance import estimators
 from mas_ext.regularizer import MAS
 
 
 def _keywords(function: Callable[..., Any]) -> frozenset[str]:
-    """What may be given by name."""
+    """The arguments that may be given by name."""
     return frozenset(inspect.signature(function).parameters) - {"self", "model", "data"}
 
 
-_OF_MAS = _keywords(MAS.__init__)
-_OF_IMPORTANCE = _keywords(MAS.consolidate)
+_MAS_OPTIONS = _keywords(MAS.__init__)
+_MEASUREMENT_OPTIONS = _keywords(MAS.consolidate)
 
 
-class Guard:
-    """A :class:`MAS`, made once there is a model, and inside its optimizers while they train.
+class ManagedMAS:
+    """A :class:`MAS` that is made once there is a model, and attached while it trains.
 
     Args:
         lambda_reg: λ, or None for the default of :class:`MAS`.
-        mas: one that exists already, instead of one that is made here.
+        mas: an existing one, instead of one that is made here.
         mode: as for :meth:`MAS.attach`.
         options: keyword arguments of :class:`MAS` and of :meth:`MAS.consolidate`, in any order.
 
@@ -44,7 +44,7 @@ class Guard:
 
     Raises:
         TypeError: an option that neither of the two has.
-        ValueError: one out of range or unknown; or one of MAS's beside ``mas``.
+        ValueError: an option that is out of range, or one of :class:`MAS` together with ``mas``.
     """
 
     def __init__(
@@ -52,21 +52,21 @@ class Guard:
     ) -> None:
         check_mode(mode)
         self._mode = mode
-        self._regularizer, self._importance = _sorted_out(lambda_reg, options)
+        self._regularizer, self._importance = _split_options(lambda_reg, options)
         if mas is not None and self._regularizer:
             raise ValueError(
                 f"mas: it has settings of its own; leave {', '.join(self._regularizer)} out"
             )
-        _check_early(self._regularizer, self._importance)
+        _check_options(self._regularizer, self._importance)
         self.mas = mas
         self._made_here = mas is None
         self._model: nn.Module | None = None
-        self._steps: list[Any] = []  # what includes the penalty, and knows the last one
+        self._steps: list[Any] = []  # attachments, and optimizers whose step includes the penalty
 
     # -- a run -----------------------------------------------------------------------------------
 
     def bind(self, model: nn.Module) -> MAS:
-        """The regularizer of this model; what is known follows when the model was made anew."""
+        """The MAS of this model; if the model was made anew, its MAS takes over the state."""
         if self._made_here and (self.mas is None or self._model is not model):
             mas = MAS(model, **{**_processes(model), **self._regularizer})
             if self.mas is not None:
@@ -77,9 +77,9 @@ class Guard:
         return self.mas
 
     def attach(self, optimizers: Iterable[Optimizer]) -> None:
-        """Includes the penalty in their steps, in place of those of a run that was broken off.
+        """Includes the penalty in their steps, and no longer in those of an interrupted run.
 
-        One of :mod:`mas_ext.optim` that was made with this MAS has it already.
+        An optimizer of :mod:`mas_ext.optim` that was made with this MAS includes it already.
         """
         self.detach()
         assert self.mas is not None
@@ -96,19 +96,14 @@ class Guard:
         return optimizer if has_it else mas.attach(optimizer, self._mode)
 
     def _ours(self, optimizers: Iterable[Optimizer]) -> list[Optimizer]:
-        """Those that hold parameters of the model; all if none does, for attach() to refuse."""
+        """Those that hold parameters of the model; all if none does, so that attach() raises."""
         assert self.mas is not None
-        everyone = [unwrapped(optimizer) for optimizer in optimizers]
-        params = {id(p) for p in self.mas._index.named().values()}
-        ours = [
-            optimizer
-            for optimizer in everyone
-            if any(id(p) in params for group in optimizer.param_groups for p in group["params"])
-        ]
-        return ours or everyone
+        unwrapped_ones = [unwrapped(optimizer) for optimizer in optimizers]
+        ours = [one for one in unwrapped_ones if self.mas.protected.are_in(one)]
+        return ours or unwrapped_ones
 
     def detach(self) -> None:
-        """Leaves the optimizers as they were; more than once does no harm."""
+        """Leaves the optimizers as they were before; a second call does nothing."""
         for step in self._steps:
             if isinstance(step, Attachment):
                 step.remove()
@@ -116,7 +111,7 @@ class Guard:
 
     @property
     def penalty(self) -> Tensor | None:
-        """Of the last step, over all optimizers; None while there is none."""
+        """The penalty of the last step, over all optimizers; None before the first."""
         if self.mas is None or not self.mas.num_tasks:
             return None
         values = [step.last_penalty for step in self._steps if step.last_penalty is not None]
@@ -130,7 +125,7 @@ class Guard:
     # -- the end of a task -----------------------------------------------------------------------
 
     def check_ends(self, has_length: bool) -> None:
-        """Refuses, before a run, data that could not be measured after it."""
+        """Raises ValueError, before a run, if its data could not be measured after it."""
         if not has_length and self._importance.get("max_samples") is None:
             raise ValueError(
                 "the training data has no length, and measuring importance at the end of training "
@@ -152,15 +147,15 @@ class Guard:
         self.mas.consolidate(data, **{"progress": shows_progress, **self._importance, **how})
 
 
-class Guarded:
-    """What a callback shows of its guard, whatever the library."""
+class HasMAS:
+    """The public members of every callback."""
 
-    _guard: Guard
+    _managed: ManagedMAS
 
     @property
     def mas(self) -> MAS | None:
         """The regularizer of the trained model; None before it is first trained."""
-        return self._guard.mas
+        return self._managed.mas
 
     def consolidate(self, data: Iterable[Any], **options: Any) -> None:
         """Ends a task by hand: :meth:`mas_ext.MAS.consolidate` with this callback's options.
@@ -172,36 +167,38 @@ class Guarded:
         Raises:
             RuntimeError: before the first training, when there is no model yet.
         """
-        self._guard.consolidate(data, **options)
+        self._managed.consolidate(data, **options)
 
 
 def _processes(model: nn.Module) -> dict[str, Any]:
-    """The option that tells who shares the data out, where the model does not.
+    """The ``process_group`` option, where the model does not tell it.
 
-    Trainers pass the model without the DistributedDataParallel around it; a mesh is in it.
+    Trainers pass the model without its DistributedDataParallel wrapper; a sharded model has a mesh.
     """
     if not is_running() or any(map(is_sharded, model.parameters())):
         return {}
     return {"process_group": dist.group.WORLD}
 
 
-def _sorted_out(
+def _split_options(
     lambda_reg: Any, options: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The options that are MAS's, λ with them, and those that are of importance."""
+    """The options of :class:`MAS`, with λ, and those of :meth:`MAS.consolidate`."""
     for name in options:
-        if name not in _OF_MAS | _OF_IMPORTANCE:
-            known = ", ".join(sorted(_OF_MAS | _OF_IMPORTANCE))
-            raise TypeError(f"{name!r} is no option; use {known}")
+        if name not in _MAS_OPTIONS | _MEASUREMENT_OPTIONS:
+            known = ", ".join(sorted(_MAS_OPTIONS | _MEASUREMENT_OPTIONS))
+            raise TypeError(f"{name!r} is not an option; use {known}")
     regularizer = {} if lambda_reg is None else {"lambda_reg": lambda_reg}
-    regularizer |= {name: value for name, value in options.items() if name in _OF_MAS}
-    return regularizer, {n: value for n, value in options.items() if n in _OF_IMPORTANCE}
+    regularizer |= {name: value for name, value in options.items() if name in _MAS_OPTIONS}
+    return regularizer, {n: value for n, value in options.items() if n in _MEASUREMENT_OPTIONS}
 
 
-def _check_early(regularizer: Mapping[str, Any], importance: Mapping[str, Any]) -> None:
-    """Refuses here what would otherwise be refused when training begins, or when it has ended."""
-    Strength(regularizer.get("lambda_reg", 1.0), regularizer.get("drift", DEFAULT_DRIFT))
-    # By a model of one parameter, but for what is about the names of the real one's.
+def _check_options(regularizer: Mapping[str, Any], importance: Mapping[str, Any]) -> None:
+    """Raises now what would otherwise be raised when training begins or when it has ended."""
+    RegularizationStrength(
+        regularizer.get("lambda_reg", 1.0), regularizer.get("drift", DEFAULT_DRIFT)
+    )
+    # Tried on a model of one parameter, except for options that name the real model's parameters.
     named = ("lambda_reg", "drift", "params")
     MAS(nn.Linear(1, 1), **{n: value for n, value in regularizer.items() if n not in named})
     estimators.check(

@@ -1,0 +1,150 @@
+"""The penalty on a model's parameters: what MAS, ``attach`` and :mod:`mas_ext.optim` share."""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from mas_ext._distributed.shards import local
+from mas_ext._parameters import ParameterIndex
+from mas_ext._penalty.parameter_groups import (
+    ParameterGroup,
+    ProtectedParameter,
+    Scalar,
+    grouped,
+)
+from mas_ext._state.importance_state import matches_anchor
+from mas_ext._state.regularizer_state import RegularizerState
+from mas_ext._strength.auto import UpdateKind
+from mas_ext._warnings import warn
+from mas_ext.reference import accumulation_dtype
+
+
+class ProtectedParameters:
+    """The parameters that were measured, are in the model and require gradients.
+
+    Methods that take ``only`` are about those whose ids it has; None means all.
+
+    Attributes:
+        index: the model's parameters by name.
+        state: what is remembered of them.
+        optimizers: those that are attached.
+    """
+
+    def __init__(self, index: ParameterIndex, state: RegularizerState) -> None:
+        self.index = index
+        self.state = state
+        self.optimizers: WeakSet[Optimizer] = WeakSet()
+        self._warned_of: set[str] = set()  # measured once, and gone from the model since
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "optimizers": None}  # a copy is attached to nothing
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, optimizers=WeakSet())
+
+    # -- the penalty -------------------------------------------------------------------------------
+
+    def penalty(self) -> Tensor:
+        """See :meth:`mas_ext.MAS.penalty`."""
+        values = [group.penalty() for group in self._groups()]
+        return self.sum(values) if values else self._zero(torch.is_grad_enabled())
+
+    def add_penalty_grad_(
+        self, grad_scale: Scalar | None = None, only: Set[int] | None = None
+    ) -> Tensor:
+        """See :meth:`mas_ext.MAS.add_penalty_grad_`."""
+        return self.sum([group.add_penalty_grad_(grad_scale) for group in self._groups(only)])
+
+    def proximal_step_(
+        self, lr: Scalar, only: Set[int] | None = None, update: UpdateKind = "normalized"
+    ) -> Tensor:
+        """See :meth:`mas_ext.MAS.proximal_step_`."""
+        return self.sum([group.proximal_step_(lr) for group in self._groups(only, update)])
+
+    def sum(self, values: list[Tensor]) -> Tensor:
+        """The sum of 0-dim values, which may be on several devices; zero for none."""
+        if not values:
+            return self._zero()
+        total = values[0]
+        for value in values[1:]:
+            total = total + value.to(total.device, non_blocking=True)
+        return total
+
+    def _zero(self, requires_grad: bool = False) -> Tensor:
+        p = next(iter(self.index.named().values()))
+        dtype = accumulation_dtype(p.dtype)
+        return torch.zeros((), dtype=dtype, device=p.device, requires_grad=requires_grad)
+
+    # -- which parameters --------------------------------------------------------------------------
+
+    def find(
+        self, only: Set[int] | None = None, update: UpdateKind = "gradient"
+    ) -> list[ProtectedParameter]:
+        """The protected parameters, with λ for this kind of update.
+
+        The state follows first if one of them grew, or moved to another device or dtype.
+        """
+        found = self._find(only, update)
+        if all(matches_anchor(one.anchor, local(one.param)) for one in found):
+            return found
+        params = self.state.local({one.name: one.param for one in found})
+        self.state.consolidated.make_room(params)
+        return self._find(only, update)
+
+    def _find(self, only: Set[int] | None, update: UpdateKind) -> list[ProtectedParameter]:
+        named, remembered = self.index.named(), self.state.consolidated
+        stored, strength = remembered.importance.kept, self.state.strength
+        self._warn_of_missing([name for name in remembered.anchor if name not in named])
+        # Selected before anything is looked up: with one optimizer per parameter each asks for one.
+        names = [
+            name
+            for name in remembered.anchor
+            if name in named
+            and named[name].requires_grad
+            and (only is None or id(named[name]) in only)
+        ]
+        return [
+            ProtectedParameter(
+                name,
+                named[name],
+                remembered.anchor[name],
+                *stored(name),
+                strength.pattern_of(name),
+                strength.lambda_of(name, update),
+            )
+            for name in names
+        ]
+
+    def _groups(
+        self, only: Set[int] | None = None, update: UpdateKind = "gradient"
+    ) -> list[ParameterGroup]:
+        return grouped(self.find(only, update))
+
+    def _warn_of_missing(self, names: list[str]) -> None:
+        """Warns once per name: a head may have been removed, but a renamed layer is unprotected."""
+        new = [name for name in names if name not in self._warned_of]
+        if new:
+            self._warned_of.update(new)
+            warn(
+                f"parameter {new[0]!r} ({len(new)} in all) was measured and is no longer in the "
+                "model under that name, so it is not protected; if it was renamed, by a "
+                "parametrization for example, measure it again with consolidate()"
+            )
+
+    # -- which optimizers --------------------------------------------------------------------------
+
+    def are_in(self, optimizer: Optimizer) -> bool:
+        """Whether an optimizer holds any parameter of the model."""
+        ours = {id(p) for p in self.index.named().values()}
+        return any(id(p) in ours for group in optimizer.param_groups for p in group["params"])
+
+    def check_are_in(self, optimizer: Optimizer) -> None:
+        """Raises ValueError if an optimizer holds no parameter of the model."""
+        if not self.are_in(optimizer):
+            raise ValueError("optimizer: it holds none of this model's parameters")

@@ -1,0 +1,194 @@
+"""Everything that a MAS remembers, and its conversion to and from a state dictionary."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import Tensor
+from torch.nn import Parameter
+
+from mas_ext._distributed.shards import Shardings, local_parts
+from mas_ext._parameters import check_materialised
+from mas_ext._state import checkpoint, distributed_checkpoint
+from mas_ext._state.importance_state import ImportanceState
+from mas_ext._state.merging import Merge, check_merge
+from mas_ext._state.task_accumulator import TaskAccumulator
+from mas_ext._strength.auto import OutputEnergy, check_energy
+from mas_ext._strength.strength import RegularizationStrength
+from mas_ext.importance.estimators import check_weighting
+
+
+@dataclass
+class RegularizerState:
+    """Ω, θ*, λ, and the sums of the task that is being measured.
+
+    Attributes:
+        consolidated: Ω and θ* of the tasks that have ended.
+        strength: λ.
+        merge: how a task's Ω is merged.
+        task: the sums of the task that has not ended.
+        energy: the objective's mean over tasks, from which ``lambda_reg="auto"`` finds λ.
+        num_tasks: how many tasks have ended.
+        shardings: how each parameter was sharded when it was first remembered.
+    """
+
+    consolidated: ImportanceState
+    strength: RegularizationStrength
+    merge: Merge
+    task: TaskAccumulator = field(default_factory=TaskAccumulator)
+    energy: OutputEnergy = field(default_factory=OutputEnergy)
+    num_tasks: int = 0
+    shardings: Shardings = field(default_factory=Shardings)
+
+    @property
+    def state_dtype(self) -> str:
+        """The name of the dtype that Ω is stored in."""
+        return self.consolidated.importance.state_dtype
+
+    def local(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """This process's parts of the parameters; ValueError if they were sharded otherwise."""
+        self.shardings = self.shardings.joined_by(params)
+        return local_parts(params)
+
+    @contextmanager
+    def unchanged_after_an_error(self) -> Iterator[None]:
+        """Puts back the task's sums and the shardings if the block raises."""
+        before = self.task, self.shardings
+        try:
+            yield
+        except BaseException:
+            self.task, self.shardings = before
+            raise
+
+    # -- λ and the end of a task -------------------------------------------------------------------
+
+    def use_strength(
+        self,
+        strength: RegularizationStrength,
+        named: Mapping[str, Parameter],
+        selected: Mapping[str, Parameter],
+    ) -> None:
+        """Takes over λ; raises ValueError if it does not suit these parameters."""
+        strength.check_covers(selected)
+        strength.check_patterns(named)
+        self._resolve(strength, named)
+        self.strength = strength
+
+    def _resolve(self, strength: RegularizationStrength, named: Mapping[str, Parameter]) -> None:
+        """Finds λ where it is ``"auto"`` and a task has been measured."""
+        if not strength.is_auto or not self.consolidated.anchor:
+            return
+        if not self.energy.tasks:
+            raise ValueError(
+                "lambda_reg='auto': this state was saved by an earlier mas_ext, which kept no "
+                "energy to find λ from; pass a number, and 'auto' after the next consolidate()"
+            )
+        check_energy(self.energy.mean)
+        known = {name: named[name] for name in self.consolidated.anchor if name in named}
+        strength.resolve(self.consolidated.statistics(known, self.merge), self.energy.mean)
+
+    def end_task(self, named: Mapping[str, Parameter], selected: Mapping[str, Parameter]) -> None:
+        """Merges the task's Ω, takes θ* ← θ, and finds λ where it is ``"auto"``."""
+        task = self.task
+        if not task.counts:
+            raise RuntimeError(
+                "consolidate() has no importance to merge: pass data, or call "
+                "update_importance(data) first"
+            )
+        known = {name: p for name, p in named.items() if name in self.consolidated.anchor}
+        params = self.local({**known, **selected})
+        task.check_growth(params)
+        self.strength.check_covers(params)
+        energy = self.energy.with_task(task.statistics.samples, task.statistics.mean_energy)
+        if self.strength.is_auto:
+            check_energy(energy.mean)
+        self.consolidated.end_task(params, task, self.merge)
+        self.energy = energy
+        self._resolve(self.strength, named)
+        self.task = TaskAccumulator()
+        self.num_tasks += 1
+
+    # -- state dictionaries ------------------------------------------------------------------------
+
+    def to_dict(self) -> checkpoint.StateDict:
+        """Everything that was measured, as plain values and tensors: a copy."""
+        drift = self.strength.drift
+        state = {
+            "format": checkpoint.FORMAT,
+            "version": checkpoint.VERSION,
+            "lambda_reg": self.strength.value,
+            "drift": drift if isinstance(drift, float) else dict(drift),
+            "energy": asdict(self.energy),
+            "merge": self.merge,
+            "state_dtype": self.state_dtype,
+            "num_tasks": self.num_tasks,
+            **self.consolidated.state_dict(),
+            **self.task.state_dict(),
+        }
+        state = checkpoint.dequantized(state, self.shardings.names())
+        placed = {g: dict(self.shardings.placed(state[g])) for g in checkpoint.GROUPS}
+        return {**state, **placed}
+
+    def to_packed_dict(self, selected: Mapping[str, Parameter]) -> checkpoint.StateDict:
+        """The same as tensors only, with room for parameters that have not been measured."""
+        unmeasured = {n: p for n, p in selected.items() if n not in self.consolidated.anchor}
+        return distributed_checkpoint.packed(self.to_dict(), unmeasured)
+
+    @classmethod
+    def from_dict(
+        cls,
+        state: Mapping[str, Any],
+        named: Mapping[str, Parameter],
+        selected: Mapping[str, Parameter],
+        state_dtype: str,
+        strict: bool,
+    ) -> RegularizerState:
+        """From what :meth:`to_dict` or :meth:`to_packed_dict` returned, in the model's layout.
+
+        See :meth:`mas_ext.MAS.load_state_dict` for what it raises.
+        """
+        state = _checked(state, named, selected, strict)
+        strength = RegularizationStrength(state["lambda_reg"], state["drift"])
+        strength.check_covers(state["anchor"])
+        energy = OutputEnergy(**state["energy"])
+        if strength.is_auto and state["anchor"]:
+            check_energy(energy.mean)
+        merge = check_merge(state["merge"])
+        shardings = Shardings().joined_by(named)
+        state = checkpoint.dequantized(state, shardings.names())
+        state = {**state, **{g: shardings.parts(state[g]) for g in checkpoint.GROUPS}}
+        params = local_parts(named)
+        restored = cls(
+            ImportanceState.from_state_dict(state, params, state_dtype),
+            strength,
+            merge,
+            TaskAccumulator.from_state_dict(state, params),
+            energy,
+            state["num_tasks"],
+            shardings,
+        )
+        restored._resolve(strength, named)
+        return restored
+
+
+def _checked(
+    state: Mapping[str, Any],
+    named: Mapping[str, Parameter],
+    selected: Mapping[str, Parameter],
+    strict: bool,
+) -> Mapping[str, Any]:
+    """A state dictionary of the present version that belongs to this model."""
+    if distributed_checkpoint.is_packed(state):
+        state = distributed_checkpoint.unpacked(state)
+    checkpoint.check_format(state, "the state")
+    state = checkpoint.upgraded(state)
+    checkpoint.check_contents(state)
+    if not strict:
+        state = checkpoint.known_parameters(state, named)
+    checkpoint.check_parameters(state, named, selected, strict)
+    check_materialised({name: named[name] for name in {**state["anchor"], **state["open"]}})
+    check_weighting(state["weighting"])
+    return state
