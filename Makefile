@@ -2,59 +2,78 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALLED := $(VENV)/.installed
+PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check
 SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.[ch]*')
+CPP := $(shell find csrc benchmarks tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help install demo test bench lint format notebook gpu clean
+.PHONY: help install demo test bench docs lint format notebook gpu wheel clean
 
 help:
 	@echo "make demo      learn five tasks on real digits; writes out/demo/report.html"
-	@echo "make test      the whole test suite"
+	@echo "make test      the test suite"
 	@echo "make bench     every way to do each job, side by side; writes out/benchmarks/report.html"
-	@echo "make install   only set up .venv, with the kernels built in place"
-	@echo "make lint      ruff, mypy, clang-format"
+	@echo "make docs      the documentation, in out/docs/index.html; its examples run as tests"
+	@echo "make install   everything for development, with the kernels built in place"
+	@echo "make lint      ruff, mypy, clang-format; 'make format' fixes what can be fixed"
 	@echo "make notebook  execute examples/AMS_Train.ipynb in place"
+	@echo "make wheel     a wheel for the torch that is installed, in dist/"
 	@echo "make gpu       everything that needs a GPU: checks and timings, in out/gpu/report.md"
 
-install: $(INSTALLED)
-
-# torch comes first and torchvision with it, so that the two match; the kernels are then compiled
-# against that torch, which is why the build is not isolated.
-$(INSTALLED): $(SOURCES)
+# An environment with one extra of pyproject.toml. torch comes first (and torchvision with it, so that
+# the two match); the kernels are then compiled against that torch, without build isolation.
+define environment
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade-strategy only-if-needed "torch>=2.13" torchvision
-	$(BIN)/python -m pip install --quiet "setuptools>=77" wheel "pybind11>=2.12" ninja
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
+	$(PIP) "torch>=2.13" $(2) "setuptools>=77" wheel "pybind11>=2.12" ninja
+	$(PIP) --no-build-isolation --editable ".[$(1)]"
 	$(BIN)/mas-ext info
-	touch $@
+	touch $@ $(3)
+endef
 
-demo: install
+$(VENV)/.demo: $(SOURCES)
+	$(call environment,demo)
+
+$(VENV)/.test: $(SOURCES)
+	$(call environment,test,torchvision,$(VENV)/.demo)
+
+$(VENV)/.dev: $(SOURCES)
+	$(call environment,dev,torchvision,$(VENV)/.demo $(VENV)/.test)
+
+install: $(VENV)/.dev
+
+demo: $(VENV)/.demo
 	$(BIN)/mas-ext demo --out out/demo
 
-test: install
+test: $(VENV)/.test
 	$(BIN)/python -m pytest -n auto --maxprocesses 4
 
-bench: install
+bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks --out out/benchmarks
 
-lint: install
+docs: $(VENV)/.dev
+	$(BIN)/sphinx-build -W --keep-going -q -b html docs out/docs
+	$(BIN)/sphinx-build -W --keep-going -q -b doctest docs out/docs/doctest
+
+lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(shell find csrc benchmarks tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
-format: install
+format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(shell find csrc benchmarks tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+	$(BIN)/clang-format -i $(CPP)
 
-notebook: install
+notebook: $(VENV)/.dev
 	$(BIN)/python examples/execute.py examples/AMS_Train.ipynb
+
+wheel: $(VENV)/.demo
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation -w dist .
 
 # Installs nothing: torch, nvcc and pytest are enough, in .venv or in $(PYTHON). Fails where there is
 # no GPU; `make gpu ARGS="--device cpu"` is a rehearsal.
 gpu:
-	$$(test -x $(BIN)/python && echo $(BIN)/python || echo $(PYTHON)) -m tests.gpu $(ARGS)
+	$$(test -x $(BIN)/python && echo $(BIN)/python || echo $(PYTHON)) -m tests.hardware.gpu $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist out *.egg-info mas_ext/*.so

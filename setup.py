@@ -1,10 +1,11 @@
 """Builds the kernels: `pip install --no-build-isolation .`, with the torch they will run under.
 
-MAS_EXT_CUDA=auto|0|1  CUDA kernels when a toolkit and a CUDA torch are there (auto, the default),
-                       never (0), or fail without them (1). FORCE_CUDA=1 means the same as 1.
+MAS_EXT_CUDA=auto|0|1  CUDA kernels for the GPUs of this machine, if it has any (auto, the default);
+                       never (0); or fail without a CUDA toolkit and a CUDA torch (1), for all
+                       architectures if there is no GPU. FORCE_CUDA=1 means the same as 1.
 MAS_EXT_NATIVE=1       fail when the native build fails, instead of leaving the PyTorch fallback.
 MAS_EXT_WERROR=1       treat compiler warnings as errors.
-TORCH_CUDA_ARCH_LIST   the GPUs to compile for (default: 8.0;9.0;10.0;12.0+PTX).
+TORCH_CUDA_ARCH_LIST   the architectures to compile for, with or without a GPU.
 """
 
 import os
@@ -65,17 +66,30 @@ def cuda_choice():
     return choice
 
 
+def architectures(torch):
+    """What to compile for: as asked for, or this machine's GPUs, or all; None for nothing."""
+    if asked := os.getenv("TORCH_CUDA_ARCH_LIST"):
+        return asked
+    if torch.cuda.is_available():
+        found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+        return ";".join(f"{major}.{minor}" for major, minor in sorted(found))
+    return CUDA_ARCHS if cuda_choice() == "1" else None
+
+
 def decide_cuda(torch):
     """The toolkit to build CUDA kernels with, or None; says what was decided and why."""
-    choice, home = cuda_choice(), cuda_home()
+    choice, home, archs = cuda_choice(), cuda_home(), architectures(torch)
     if choice == "0":
         reason = "MAS_EXT_CUDA=0"
     elif torch.version.cuda is None:
         reason = f"torch {torch.__version__} has no CUDA"
+    elif archs is None:
+        reason = "this machine has no GPU (MAS_EXT_CUDA=1 compiles them all the same)"
     elif home is None:
         reason = "no nvcc was found (set CUDA_HOME)"
     else:
-        say(f"CUDA kernels: yes, with {home}, for {os.environ['TORCH_CUDA_ARCH_LIST']}")
+        os.environ["TORCH_CUDA_ARCH_LIST"] = archs
+        say(f"CUDA kernels: yes, with {home}, for {archs}")
         return home
     if choice == "1":
         raise SystemExit(f"mas_ext: CUDA kernels were asked for, but {reason}")
@@ -188,7 +202,6 @@ def native_arguments():
             raise SystemExit(f"mas_ext: the kernels were asked for, but {reason}")
         say(f"kernels: no, {reason}; mas_ext will run in plain PyTorch")
         return {}
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHS)
     home = decide_cuda(torch)
     extensions = [kernels(torch, home), build_information(torch, home)]
     from torch.utils.cpp_extension import BuildExtension
