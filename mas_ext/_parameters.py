@@ -1,4 +1,4 @@
-"""Which parameters: canonical names, selection, and finding them again when the model changes."""
+"""Parameters by canonical name, selection by name, and changes of the model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mas_ext._distributed.fsdp import sharded_stand_ins
 
 Selection = Iterable[str] | Callable[[str, Parameter], bool] | None
 
-# Modules that only wrap another one; their step of the path is left out of canonical names.
+# Wrappers: their part of the path is left out of canonical names.
 _WRAPPING_ATTRIBUTES = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 _WRAPPING_TYPES = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
 
@@ -37,11 +37,11 @@ def _walk(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[tuple[str,
 
 
 class ParameterIndex:
-    """A model's parameters by canonical name: without wrappers' prefixes, tied ones once.
+    """A model's parameters by canonical name: without wrappers' prefixes, tied parameters once.
 
-    A model may change between uses: a head is replaced, a module added. The names are looked up
-    anew when it has, which a comparison of object identities tells without walking the model.
-    Where ``fully_shard`` has put a whole parameter in a module for a while, it is the sharded one.
+    A model may change between uses: a head is replaced, a module added. Names are then looked up
+    again; a comparison of object identities detects it without walking the model. Where
+    ``fully_shard`` has an unsharded parameter in a module, the sharded one is meant.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -70,14 +70,14 @@ class ParameterIndex:
         )
 
     def named(self) -> Mapping[str, Parameter]:
-        """All parameters by canonical name."""
+        """All parameters by canonical name, as the model is now."""
         if not self._is_current():
             self._look_up()
         return self._named
 
 
 def select(named: Mapping[str, Parameter], params: Selection) -> dict[str, Parameter]:
-    """The parameters that require gradients and that ``params`` selects.
+    """The parameters that require gradients and are selected by ``params``.
 
     Args:
         named: parameters by canonical name.
@@ -118,7 +118,7 @@ def _patterns(params: Iterable[str]) -> list[str]:
 
 
 def select_some(named: Mapping[str, Parameter], params: Selection) -> dict[str, Parameter]:
-    """:func:`select`, where nothing selected is an error."""
+    """Like :func:`select`; raises ValueError if nothing is selected."""
     selected = select(named, params)
     if not selected:
         raise ValueError(
@@ -129,14 +129,14 @@ def select_some(named: Mapping[str, Parameter], params: Selection) -> dict[str, 
 
 
 def select_measurable(named: Mapping[str, Parameter], params: Selection) -> dict[str, Parameter]:
-    """:func:`select_some`, of a model that has values."""
+    """Like :func:`select_some`; raises ValueError if the model has no values."""
     selected = select_some(named, params)
     check_materialised(selected)
     return selected
 
 
 def check_materialised(params: Mapping[str, Parameter]) -> None:
-    """That no parameter is on the meta device, where what belongs to it would be lost."""
+    """Raises ValueError if a parameter is on the meta device and so has no values."""
     for name, p in params.items():
         if p.is_meta:
             raise ValueError(

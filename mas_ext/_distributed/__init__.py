@@ -1,6 +1,6 @@
-"""Everything that knows of torch.distributed.
+"""Everything that depends on torch.distributed.
 
-``shards.py``: parameters that are DTensors, of which a process holds a part. ``ranks.py``: which
-processes share the samples out, what they tell each other, and what they add up. ``fsdp.py``: what
-``fully_shard`` does to a model, and its parameters made whole for a measurement.
+``shards.py``: DTensors and their local parts. ``topology.py``: which processes take part in a
+measurement. ``ranks.py``: what they exchange. ``fsdp.py``: models sharded by ``fully_shard``, and
+how to unshard them for a measurement. ``gathering.py``: writing one file from many processes.
 """

@@ -1,7 +1,7 @@
-"""What ``fully_shard`` does to a model (FSDP2), and its parameters made whole for a measurement.
+"""Models sharded by ``fully_shard`` (FSDP2), and how to unshard them for a measurement.
 
-The only file that reads PyTorch's private attributes: FSDP2 has setters for its settings and none
-to read them, which is needed to put them back.
+The only file that reads PyTorch's private attributes: FSDP2 has methods that change its settings
+and none that read them, and they must be read to be restored.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_UNREDUCED = {"reduce_grads": False, "all_reduce_grads": False, "reshard_after_backward": True}
-# No rank ever waits for another one, so each may have as many batches as it likes.
-_QUIET = {
-    **_UNREDUCED,
+_NO_REDUCTION = {"reduce_grads": False, "all_reduce_grads": False, "reshard_after_backward": True}
+# Without communication no rank waits for another, so each may have as many batches as it likes.
+_NO_COMMUNICATION = {
+    **_NO_REDUCTION,
     "reshard_after_backward": False,
     "post_forward_mesh_info": None,  # what reshard_after_forward sets
 }
@@ -33,7 +33,7 @@ def _states(model: nn.Module) -> list[Any]:
     ]
     if not all(hasattr(state, "_fsdp_param_groups") for state in found):
         raise RuntimeError("a model that is sharded with fully_shard needs torch 2.13 or later")
-    return list(dict.fromkeys(found))  # one may be of several modules
+    return list(dict.fromkeys(found))  # several modules may share one
 
 
 def _groups(model: nn.Module) -> list[Any]:
@@ -41,9 +41,9 @@ def _groups(model: nn.Module) -> list[Any]:
 
 
 def sharded_stand_ins(model: nn.Module) -> dict[int, nn.Parameter]:
-    """id of the tensor that stands in a module for now → the sharded parameter that it is made of.
+    """id of the unsharded tensor that is in a module at present → its sharded parameter.
 
-    After a forward pass the root's parameters are whole: other objects, which no optimizer knows.
+    After a forward pass the root's parameters are unsharded: other objects than the optimizer's.
     """
     return {
         id(param._module_info.module._parameters[param._module_info.param_name]): (
@@ -56,10 +56,10 @@ def sharded_stand_ins(model: nn.Module) -> dict[int, nn.Parameter]:
 
 
 class ShardedModel:
-    """A model that ``fully_shard`` has cut up, and that is to be measured.
+    """A model that ``fully_shard`` has sharded.
 
     Attributes:
-        mesh: the ranks between which data is shared out.
+        mesh: the ranks that share the data.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -72,37 +72,37 @@ class ShardedModel:
         meshes = list(dict.fromkeys(param.mesh_info.mesh for param in self._params.values()))
         if len(meshes) > 1:
             raise ValueError(
-                "the model is sharded with fully_shard over different meshes, so the ranks that "
-                "share the data out cannot be told; use one mesh"
+                "the model is sharded with fully_shard over different meshes, so it is unknown "
+                "which ranks share the data; use one mesh"
             )
         self.mesh = meshes[0]
 
     @property
     def sharded_parameters(self) -> list[Tensor]:
-        """Those that FSDP holds, as the optimizer knows them."""
+        """The parameters that FSDP holds, as the optimizer has them."""
         return [param.sharded_param for param in self._params.values()]
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device that the model computes on."""
         return next(iter(self._params.values())).device
 
     @contextmanager
     def unsharded(self) -> Iterator[None]:
-        """All parameters whole and no communication; afterwards sharded, and FSDP as it was.
+        """Unshards all parameters and stops communication; afterwards everything is as it was.
 
-        Memory: the model in the dtype it computes in, on every process.
+        Takes the memory of the whole model, in its compute dtype, on every process.
         """
-        with self._put_back(_QUIET) as modules:
+        with self._restored(_NO_COMMUNICATION) as modules:
             for module in modules:
                 module.unshard()
             yield
 
     @contextmanager
     def in_training(self) -> Iterator[None]:
-        """Parameters whole where and when they are needed; gradients are left to hooks."""
-        with self._put_back(_UNREDUCED) as modules, ExitStack() as stack:
-            for module in modules:  # after the first time they always are the same objects
+        """Unshards parameters when they are needed, as in training; hooks handle the gradients."""
+        with self._restored(_NO_REDUCTION) as modules, ExitStack() as stack:
+            for module in modules:  # so that the unsharded parameters exist
                 module.unshard()
                 module.reshard()
             for param in self._params.values():
@@ -111,13 +111,13 @@ class ShardedModel:
             yield
 
     @contextmanager
-    def _put_back(self, settings: Mapping[str, Any]) -> Iterator[list[Any]]:
-        """FSDP's modules; afterwards all are sharded, with settings as before, also on an error."""
+    def _restored(self, settings: Mapping[str, Any]) -> Iterator[list[Any]]:
+        """FSDP's modules with these settings; afterwards, also after an error, all as before."""
         states, groups = _states(self.model), _groups(self.model)
         for state in states:
-            state._lazy_init()  # which decides, once, what the root's settings are
+            state._lazy_init()  # sets the root's settings, once
         modules = [module for state in states for module in state._modules]
-        with _order_kept(states, groups), _set_to(groups, settings):
+        with _prefetch_order_restored(states, groups), _with_settings(groups, settings):
             try:
                 yield modules
             except BaseException:
@@ -128,18 +128,18 @@ class ShardedModel:
                     module.reshard()
 
     def whole(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What stands in the modules for these parameters, for as long as they are whole."""
+        """The unsharded parameters that are in the modules while :meth:`unsharded` is active."""
         return {
             name: self._params[id(p)].unsharded_param if id(p) in self._params else p
             for name, p in params.items()
         }
 
     def summed_part(self, param: Tensor, total: Tensor) -> Tensor:
-        """Of the sum of ``total`` over the data ranks, the part that a parameter has here.
+        """The sum of ``total`` over the data ranks: this rank's shard of it.
 
         Args:
             param: the sharded parameter, or a plain one that FSDP leaves alone.
-            total: in the local shape of the whole parameter.
+            total: in the local shape of the unsharded parameter.
         """
         from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
@@ -147,15 +147,15 @@ class ShardedModel:
         parts = DTensor.from_local(total, mesh, [Partial()] * mesh.ndim, run_check=False)
         placements: list[Any] = [Replicate()] * mesh.ndim
         if id(param) in self._params:
-            # The data's dimensions come first; with tensor parallelism after them, what is sharded
-            # over the data is the local part of that.
+            # The data's mesh dimensions come first. With tensor parallelism after them, FSDP shards
+            # the tensor-parallel local part.
             data = param.placements[: mesh.ndim]  # type: ignore[attr-defined]
             placements = [p if p.is_replicate() else Shard(p.dim) for p in data]
         return parts.redistribute(mesh, placements).to_local()
 
 
 @contextmanager
-def _set_to(groups: list[Any], settings: Mapping[str, Any]) -> Iterator[None]:
+def _with_settings(groups: list[Any], settings: Mapping[str, Any]) -> Iterator[None]:
     before = [{key: getattr(group, key) for key in settings} for group in groups]
     try:
         for group in groups:
@@ -172,10 +172,11 @@ def _set(group: Any, settings: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def _order_kept(states: list[Any], groups: list[Any]) -> Iterator[None]:
-    """In which order a backward pass gathers parameters ahead follows from the forward passes.
+def _prefetch_order_restored(states: list[Any], groups: list[Any]) -> Iterator[None]:
+    """Restores the order in which a backward pass prefetches parameters.
 
-    Ranks that have measured more than others would do so in another order, and wait for ever.
+    It follows from the forward passes: ranks that have measured more batches than others would
+    prefetch in another order, and wait for each other forever.
     """
     orders = [state._comm_ctx.post_forward_order for state in states]
     lists = [*orders, *(group._post_forward_indices for group in groups)]
@@ -188,19 +189,19 @@ def _order_kept(states: list[Any], groups: list[Any]) -> Iterator[None]:
 
 
 def _recover(states: list[Any]) -> None:
-    """After a pass that was broken off, FSDP would take the next for its continuation."""
+    """After an interrupted pass, FSDP would take the next one for its continuation."""
     for state in states:
         if state._is_root and hasattr(state, "_reset_iter_state"):
             state._reset_iter_state()
 
 
 def find(model: nn.Module) -> ShardedModel | None:
-    """The model's, if ``fully_shard`` holds some of its parameters."""
+    """The model as a :class:`ShardedModel`, if ``fully_shard`` holds some of its parameters."""
     return ShardedModel(model) if any(group.fsdp_params for group in _groups(model)) else None
 
 
 def refuse_older(model: nn.Module) -> None:
-    """FSDP1 flattens parameters: there are none that a name could be given to."""
+    """Raises ValueError for FSDP1, which flattens parameters so that they have no names."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp and any(isinstance(m, fsdp.FullyShardedDataParallel) for m in model.modules()):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Writing one file of what many processes hold: each brings its parts, one process writes."""
+"""Writing one file from many processes: each contributes its parts, one writes."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ Fetch = Callable[[str], Tensor]
 
 
 def write_once(tensors: Mapping[str, Tensor], write: Callable[[Fetch], None]) -> None:
-    """Has a file written by one of the processes that hold parts of its tensors; all call this.
+    """Writes a file from one of the processes that hold parts of its tensors; all must call this.
 
     Args:
-        tensors: by name; of those that are DTensors a process never holds more than one as a whole.
-        write: writes the file, and gets each tensor, in the order of names, from what it is given.
+        tensors: by name. DTensors are gathered one at a time, to bound memory.
+        write: writes the file; its argument returns the tensor of a name, to be called in the
+            order of names.
 
     Raises:
-        Exception: on all of them, where writing fails.
+        Exception: if writing fails, on all of them.
     """
     meshes = list({id(t.device_mesh): t.device_mesh for t in _sharded(tensors)}.values())
     if not meshes:
@@ -38,7 +39,7 @@ def _sharded(tensors: Mapping[str, Tensor]) -> list[Any]:
 
 
 def _bring(tensors: Mapping[str, Tensor], write: Callable[[Fetch], None] | None) -> None:
-    """Takes part in making every tensor full_tensor, whatever becomes of the file."""
+    """Takes part in gathering every tensor, even if writing fails: the other processes wait."""
     left = dict.fromkeys(sorted(tensors))
 
     def fetch(name: str) -> Tensor:

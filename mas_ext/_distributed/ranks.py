@@ -1,4 +1,4 @@
-"""The processes that measure together: what they tell each other, and what they add up."""
+"""The processes that measure together, and what they exchange."""
 
 from __future__ import annotations
 
@@ -17,12 +17,11 @@ _KINDS: dict[str, type[Exception]] = {"TypeError": TypeError, "ValueError": Valu
 
 @dataclass(frozen=True)
 class Ranks:
-    """Those that take part in a measurement.
+    """The processes that take part in a measurement.
 
     Attributes:
-        data: process groups over which samples are shared out: each rank has its own. Of a mesh,
-            one for each dimension.
-        model: process groups whose ranks hold parts of one model and are given the same samples.
+        data: process groups whose ranks have different samples; for a mesh, one per dimension.
+        model: process groups whose ranks hold parts of one model and have the same samples.
     """
 
     data: tuple[ProcessGroup, ...] = ()
@@ -30,32 +29,32 @@ class Ranks:
 
     @property
     def is_alone(self) -> bool:
-        """Whether there is nobody to wait for."""
+        """Whether no other process takes part."""
         return not self.data and not self.model
 
     @property
     def is_first(self) -> bool:
-        """Whether it is the one of the data ranks that brings what was there before."""
+        """Whether this is the data rank that contributes the sums from before the measurement."""
         return all(dist.get_rank(group) == 0 for group in self.data)
 
     def progress(self, wanted: Any) -> Any:
-        """What a rank shows of it: one bar is enough, a callable is everyone's own."""
+        """The ``progress`` argument for this rank: one rank shows a bar, all call a callable."""
         is_leader = all(dist.get_rank(group) == 0 for group in (*self.data, *self.model))
         return wanted if callable(wanted) or is_leader or wanted is not True else None
 
     def agree(self, value: Any) -> bool:
-        """Whether those that go through one model together all have the same to say."""
+        """Whether all ranks that hold parts of one model pass the same value."""
         return all(other == value for other in _gathered([value], self.model))
 
     def attempt(self, work: Callable[[], T]) -> list[T]:
-        """Does a rank's own share; if that fails on one, all raise an error.
+        """Runs ``work`` on every rank; if it fails on one, all raise an error.
 
         Returns:
-            What it came to on every data rank, in the order of ranks: it has to be picklable.
+            The results of all data ranks, in the order of ranks; they must be picklable.
 
         Raises:
-            Exception: this rank's own error, or what tells of another's, of the same kind where
-                that is a TypeError or a ValueError.
+            Exception: this rank's own error, or one that reports another rank's, of the same type
+                if that is a TypeError or a ValueError.
         """
         if self.is_alone:
             return [work()]
@@ -74,7 +73,7 @@ class Ranks:
         return [result for _, result in told]  # type: ignore[misc]
 
     def add_up_(self, sums: Iterable[Tensor]) -> None:
-        """The sums of all data ranks, on all of them, in place."""
+        """Adds up the sums of all data ranks, in place, on all of them."""
         flat = [_flat(total) for total in sums] if self.data else []
         for group in self.data:
             pending = [dist.all_reduce(total, group=group, async_op=True) for total in flat]
@@ -84,7 +83,7 @@ class Ranks:
 
 @dataclass(frozen=True)
 class _Failure:
-    """An error as other ranks are told of it; itself, it might not survive the journey."""
+    """An error as it is reported to other ranks. The exception itself might not be picklable."""
 
     rank: int
     kind: str
@@ -92,7 +91,7 @@ class _Failure:
 
     def as_error(self) -> Exception:
         return _KINDS.get(self.kind, RuntimeError)(
-            f"rank {self.rank} failed, and with it all ranks that it works with: "
+            f"rank {self.rank} failed, and so all ranks of its group did: "
             f"{self.kind}: {self.message}"
         )
 
@@ -105,7 +104,7 @@ def _told_failure(error: Exception | None) -> _Failure | None:
 
 
 def _gathered(items: list[T], groups: Iterable[ProcessGroup]) -> list[T]:
-    """Of groups that are the dimensions of a mesh, the last changes fastest."""
+    """The items of all ranks. If the groups are a mesh's dimensions, the last varies fastest."""
     for group in reversed(tuple(groups)):
         parts: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(parts, items, group=group)
@@ -114,5 +113,5 @@ def _gathered(items: list[T], groups: Iterable[ProcessGroup]) -> list[T]:
 
 
 def _flat(tensor: Tensor) -> Tensor:
-    """A dense tensor as it lies in memory: collectives take no others."""
+    """A dense tensor as a vector in memory order, which collectives accept."""
     return tensor.as_strided((tensor.numel(),), (1,))

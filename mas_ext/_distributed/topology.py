@@ -1,4 +1,4 @@
-"""Which processes take part in a measurement, as the model says or as the user does."""
+"""Which processes take part in a measurement: as the model tells, or as the user does."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def check_process_group(group: ProcessGroup) -> ProcessGroup:
 
 
 def without_ddp(model: nn.Module) -> tuple[nn.Module, ProcessGroup]:
-    """The module inside DistributedDataParallel, and the processes that it is the same on.
+    """The module inside DistributedDataParallel, and the process group that it is replicated on.
 
     DDP itself would wait for the other ranks in every forward pass.
     """
@@ -38,27 +38,27 @@ def without_ddp(model: nn.Module) -> tuple[nn.Module, ProcessGroup]:
     while True:
         if isinstance(inner, nn.parallel.DistributedDataParallel):
             return inner.module, inner.process_group
-        if "_orig_mod" not in inner._modules:  # compiled, of which DDP may be inside
+        if "_orig_mod" not in inner._modules:  # compiled; DDP may be inside
             return model, None
         inner = inner._modules["_orig_mod"]  # type: ignore[assignment]
 
 
 def ranks_of_replica(params: Iterable[Tensor], data: ProcessGroup) -> Ranks:
-    """Of a model that every data rank has for itself, be it cut up over others."""
+    """The ranks of a model that every data rank has a replica of, tensor-parallel or not."""
     meshes = dict.fromkeys(p.device_mesh for p in params if is_sharded(p))  # type: ignore[attr-defined]
     model = [group for mesh in meshes for group in mesh.get_all_groups()]
     return Ranks(_with_others([data] if data is not None else []), _with_others(model))
 
 
 def ranks_of_shards(params: Iterable[Any], mesh: Any) -> Ranks:
-    """Of a model that is sharded over the data ranks' ``mesh``, and maybe over others after it."""
+    """The ranks of a model that is sharded over ``mesh``, and tensor-parallel beyond it or not."""
     meshes = dict.fromkeys(p.device_mesh for p in params if is_sharded(p))
     model = [group for other in meshes for group in other.get_all_groups()[mesh.ndim :]]
     return Ranks(_with_others(mesh.get_all_groups()), _with_others(model))
 
 
 def leaves_ranks_out(ranks: Ranks) -> bool:
-    """Whether there are processes of which nobody has said what they are to this model."""
+    """Whether there are processes whose role for this model is unknown."""
     if not is_running() or ranks.data:
         return False
     size = 1

@@ -1,7 +1,7 @@
-"""An Inf that the penalty adds counts for a ``torch.amp.GradScaler`` as the loss's would.
+"""Reports an Inf in the penalty's gradient to ``torch.amp.GradScaler``, like one in the loss's.
 
-A scaler looks at the gradients before it calls the optimizer's step, and the penalty joins them in
-that step, after clipping: what overflows there has to be reported, or it reaches the weights.
+A scaler checks the gradients before it calls the optimizer's step, and the penalty is added inside
+that step, after clipping. An overflow there must be reported, or it reaches the weights.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _SCALER_STEP = inspect.unwrap(GradScaler.step).__code__
 
 
 class ScaledStep(NamedTuple):
-    """A step that a scaler takes.
+    """A step that is taken by a scaler.
 
     Attributes:
         optimizer: whose step it is.
-        scaler: None where somebody else set ``optimizer.found_inf``.
-        stepped: what the scaler was given, which is ``optimizer`` or what wraps it.
+        scaler: None if something else has set ``optimizer.found_inf``.
+        stepped: what ``scaler.step`` was given: ``optimizer`` or its wrapper.
     """
 
     optimizer: Optimizer
@@ -36,33 +36,32 @@ class ScaledStep(NamedTuple):
     stepped: Optimizer | None
 
     def skips(self, grads: Iterable[Tensor]) -> bool:
-        """Makes it a step with an Inf if one of ``grads`` is not finite.
+        """Reports an Inf if one of ``grads`` is not finite.
 
         Returns:
-            Whether the caller has to leave the step out. Never for a fused optimizer, which reads
-            ``found_inf`` on the device; for others this waits, as the scaler itself just did.
+            Whether the caller must skip the step. Always False for a fused optimizer, which reads
+            ``found_inf`` on the device; for others this waits for the device, as the scaler did.
         """
         parts = [local(g) for g in grads if g.layout == torch.strided]
         largest = get_total_norm([g for g in parts if g.numel()], torch.inf)
         found = _on_any_rank((~largest.isfinite()).float(), self.optimizer)
         if self.scaler is not None:
             state = self.scaler._per_optimizer_states[id(self.stepped)]
-            _raise_to(next(iter(state["found_inf_per_device"].values())), found)
-        noted = _found_inf(self.optimizer)
-        if noted is None:
+            _set_found(next(iter(state["found_inf_per_device"].values())), found)
+        flag = _found_inf(self.optimizer)
+        if flag is None:
             return bool(found)
-        _raise_to(noted, found)
+        _set_found(flag, found)
         return False
 
 
 def scaled_step(optimizer: Optimizer) -> ScaledStep | None:
-    """The step that is being taken, if a scaler takes it.
+    """The step in progress, if a scaler takes it.
 
-    A scaler tells fused optimizers of the Infs that it found and others nothing, and keeps its
-    notes to itself. What leads to it without a change to anyone's loop is the call that is under
-    way, a few frames up; to look costs microseconds.
+    A scaler passes what it found to fused optimizers only. The one way to reach it without a change
+    to the user's loop is through the call in progress, a few frames up; that takes microseconds.
     """
-    if torch.compiler.is_compiling():  # no scaler's step is ever compiled
+    if torch.compiler.is_compiling():  # a scaler's step is never compiled
         return None
     frame = sys._getframe(1)
     while frame is not None and frame.f_code is not _SCALER_STEP:
@@ -73,18 +72,18 @@ def scaled_step(optimizer: Optimizer) -> ScaledStep | None:
 
 
 def _on_any_rank(found: Tensor, optimizer: Optimizer) -> Tensor:
-    """The same on all who hold a part of the parameters: they step together, or none does."""
+    """Whether any rank that holds a part of the parameters found one: all step, or none."""
     params = (p for group in optimizer.param_groups for p in group["params"])
     for mesh, device in {p.device_mesh: p.device for p in params if is_sharded(p)}.items():
-        found = found.to(device)  # it is on the CPU where a rank has no part of anything
+        found = found.to(device)  # on a rank without any part it is on the CPU
         for group in mesh.get_all_groups():
             torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group)
     return found
 
 
-def _raise_to(noted: Tensor, found: Tensor) -> None:
-    """Not added to: a fused step is skipped where it finds 1 and nothing else."""
-    noted.clamp_(min=found.to(noted.device, non_blocking=True))
+def _set_found(flag: Tensor, found: Tensor) -> None:
+    """Sets a flag to 1, not more: a fused optimizer skips only where it is exactly 1."""
+    flag.clamp_(min=found.to(flag.device, non_blocking=True))
 
 
 def _found_inf(optimizer: Optimizer) -> Tensor | None:

@@ -1,7 +1,7 @@
-"""Replacing a file at once: whoever reads it, whenever, finds the old content or the new.
+"""Replacing a file atomically: a reader finds the old content or the new, at any time.
 
-Also after the writer was killed in the middle, or the power was cut. What a killed writer leaves
-behind is removed by the next one.
+That holds if the writer is killed, or the power fails. The next writer removes what a killed one
+leaves behind.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 try:
     import fcntl
-except ImportError:  # Windows: what is left of a killed writer stays there
+except ImportError:  # Windows: what a killed writer leaves behind stays there
     fcntl = None  # type: ignore[assignment]
 
 _SUFFIX = ".partial"
@@ -24,11 +24,11 @@ _SUFFIX = ".partial"
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """A file to write to, which takes the place of ``path`` when the block ends without an error.
+    """A file to write to, which replaces ``path`` when the block ends without an error.
 
-    After an error ``path`` is as it was. Of several writers at a time the last one wins.
+    After an error ``path`` is as it was. If several write at a time, the last one wins.
     """
-    target = Path(path).resolve()  # a link stays one
+    target = Path(path).resolve()  # a link stays a link
     _remove_abandoned(target)
     temporary, file = _opened(target)
     try:
@@ -36,7 +36,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-            os.replace(temporary, target)  # while it is locked: until now it could be cleared away
+            os.replace(temporary, target)  # while it is locked: an unlocked one could be removed
         _sync_folder(target.parent)
     except BaseException:
         _remove(temporary)
@@ -44,7 +44,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 
 def remove(path: str | os.PathLike[str]) -> None:
-    """Removes a file, if it is there, and what killed writers left of it."""
+    """Removes a file, if it is there, and what killed writers left behind."""
     target = Path(path).resolve()
     _remove(target)
     _remove_abandoned(target)
@@ -57,11 +57,11 @@ def _opened(target: Path) -> tuple[Path, BinaryIO]:
         file = open(temporary, "x+b")  # noqa: SIM115  (the caller closes it)
         if not _lock(file, wait=True) or os.fstat(file.fileno()).st_nlink:
             return temporary, file
-        file.close()  # taken for abandoned before it was locked
+        file.close()  # another writer removed it before it was locked
 
 
 def _remove_abandoned(target: Path) -> None:
-    """What nobody holds a lock on: its writer was killed, as a lock ends with its process."""
+    """Removes files without a lock: a lock ends with its process, so their writers were killed."""
     name = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{32}}{re.escape(_SUFFIX)}")
     with contextlib.suppress(OSError):  # a folder that cannot be listed can still be written to
         for entry in [entry for entry in os.scandir(target.parent) if name.fullmatch(entry.name)]:
@@ -71,7 +71,7 @@ def _remove_abandoned(target: Path) -> None:
 
 
 def _lock(file: BinaryIO, wait: bool) -> bool:
-    """Whether the lock was taken; not every file system has locks."""
+    """Whether the lock was taken. Not every file system has locks."""
     if fcntl is None:
         return False
     try:
@@ -87,7 +87,7 @@ def _remove(path: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Makes the new name itself survive a power cut; not every system can."""
+    """Makes the new name survive a power failure, where the system can."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:

@@ -1,4 +1,4 @@
-"""Named tensors laid out one after another in a few flat buffers."""
+"""Named tensors in a few flat buffers."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def _aligned(elements: int, dtype: torch.dtype) -> int:
 
 
 class FlatTensors(Mapping[str, Tensor]):
-    """A mapping from name to tensor, whose tensors are views of one buffer a device and dtype.
+    """A mapping from name to tensor; the tensors are views of one buffer per device and dtype.
 
-    Neighbours in a model are neighbours in memory, each view starts on a 64-byte boundary, and the
-    state of a whole model is a handful of allocations. A view has the strides of the tensor it was
-    made for where those are dense, so that kernels walk both as flat memory.
+    The state of a whole model is a handful of allocations, in the model's order, and each view
+    starts on a 64-byte boundary. A view has the strides of the tensor that it was made for if those
+    are dense, so that kernels walk both as flat memory.
     """
 
-    @torch.inference_mode(False)  # what is made in inference mode could never be trained with
+    @torch.inference_mode(False)  # autograd cannot use what is made in inference mode
     def __init__(
         self,
         like: Mapping[str, Tensor],
@@ -66,21 +66,18 @@ class FlatTensors(Mapping[str, Tensor]):
 def _zeros(elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     buffer = torch.empty(elements, dtype=dtype, device=device)
     if device.type == "cpu":
-        _ask_for_huge_pages(buffer)  # before they are touched
+        _ask_for_huge_pages(buffer)  # before they are first written
     return buffer.zero_()
 
 
 def _ask_for_huge_pages(buffer: Tensor) -> None:
-    """Where the system offers them on request (Linux): fewer addresses to look up on every pass.
-
-    Ω and θ* are read in every step, from end to end.
-    """
+    """Asks Linux for huge pages: Ω and θ* are read in full in every step, with fewer TLB misses."""
     advice, size = getattr(mmap, "MADV_HUGEPAGE", None), buffer.numel() * buffer.element_size()
-    if advice is None or size < 2 * HUGE_PAGE or type(buffer) is not Tensor:  # a fake one
+    if advice is None or size < 2 * HUGE_PAGE or type(buffer) is not Tensor:  # a fake tensor
         return
     begin = -(-buffer.data_ptr() // HUGE_PAGE) * HUGE_PAGE
     length = (buffer.data_ptr() + size - begin) // HUGE_PAGE * HUGE_PAGE
-    madvise = ctypes.CDLL(None).madvise  # an advice: nothing depends on whether it is taken
+    madvise = ctypes.CDLL(None).madvise  # advice: nothing depends on whether it is taken
     madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), ctypes.c_int(advice))
 
 
@@ -91,7 +88,7 @@ def _view(buffer: Tensor, start: int, like: Tensor) -> Tensor:
 
 
 def leading(tensor: Tensor, shape: torch.Size) -> Tensor:
-    """The part of a tensor that grew which was there when it had ``shape``."""
+    """The leading part of a tensor: the one that was there when it had ``shape``."""
     return tensor[tuple(slice(0, size) for size in shape)]
 
 

@@ -1,9 +1,8 @@
-"""Named tensors and settings in one safetensors file, with a checksum over all of it.
+"""Named tensors and settings in one safetensors file, with a checksum.
 
-safetensors itself loads a flipped bit without a word. Its own writer wants every tensor in memory
-at once, and a copy of it; this one takes them one after another, so that a state that is spread
-over devices or processes never has to be in one place. The libraries that files need are imported
-with the first file: the package needs only torch.
+safetensors itself loads a flipped bit without an error, and its writer needs all tensors in memory
+at once. This writer takes them one by one, so a state that is spread over devices or processes is
+never in one place. safetensors is imported with the first file.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from mas_ext._state.atomic_write import replacing
 
 Settings = dict[str, Any]
 
-DTYPES = {  # as safetensors calls them
+DTYPES = {  # safetensors' names
     torch.float64: "F64",
     torch.float32: "F32",
     torch.bfloat16: "BF16",
@@ -39,13 +38,12 @@ def write(
     tensors: Mapping[str, Tensor],
     fetch: Callable[[str], Tensor] | None = None,
 ) -> None:
-    """Writes a file, all or nothing: a crash leaves what was there before.
+    """Writes a file atomically: a crash leaves the file that was there before.
 
     Args:
-        settings: anything that JSON can say.
-        tensors: by name, of any device; each is copied to memory when it is its turn, in the order
-            of names.
-        fetch: gives the tensor of a name, if ``tensors`` only have its shape and dtype.
+        settings: anything that JSON can represent.
+        tensors: by name, on any device; copied to the CPU one by one, in the order of names.
+        fetch: returns the tensor of a name, if ``tensors`` only have shapes and dtypes.
     """
     text = json.dumps(settings)
     fetch = fetch or tensors.__getitem__
@@ -67,11 +65,11 @@ def read(
     """Reads what :func:`write` wrote.
 
     Args:
-        check: raises what is to be raised for settings of another format.
+        check: called with the settings; raises if they are of another format.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is truncated, altered, or of another kind.
+        ValueError: it is truncated or altered, or another kind of file.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -86,8 +84,8 @@ def read(
         settings = json.loads(text)
     except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise ValueError(
-            f"{source} cannot be read ({error}): it is truncated, corrupted, or no mas_ext state; "
-            "use another copy"
+            f"{source} cannot be read ({error}): it is truncated, corrupted, or not a mas_ext "
+            "state; use another copy"
         ) from error
     check(settings)
     digest = _Digest(text)
@@ -99,13 +97,13 @@ def read(
 
 
 def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those whose names begin with ``prefix/``, without it."""
+    """The tensors whose names begin with ``prefix/``, under the rest of their names."""
     start = f"{prefix}/"
     return {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}
 
 
 class _Digest:
-    """SHA-256 over the settings and then every tensor, in the names' order."""
+    """SHA-256 over the settings, then over every tensor in the order of names."""
 
     def __init__(self, text: str) -> None:
         self._hash = hashlib.sha256(text.encode())
@@ -123,7 +121,7 @@ def _content(tensor: Tensor) -> memoryview:
 
 
 def _layout(text: str, tensors: Mapping[str, Tensor]) -> tuple[bytes, dict[str, int]]:
-    """The header of a safetensors file, and where after it each tensor begins."""
+    """The header of a safetensors file, and each tensor's offset after it."""
     entries: dict[str, Any] = {"__metadata__": {"state": text, "sha256": _UNKNOWN}}
     places, end = {}, 0
     for name in _by_alignment(tensors):
@@ -140,7 +138,7 @@ def _layout(text: str, tensors: Mapping[str, Tensor]) -> tuple[bytes, dict[str, 
 
 
 def _by_alignment(tensors: Mapping[str, Tensor]) -> Iterable[str]:
-    """Widest dtype first, so that without gaps each tensor starts at a multiple of its own."""
+    """Widest dtype first, so that every tensor is aligned without gaps."""
     return sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
 
 
