@@ -1,4 +1,4 @@
-"""``python -m tests.mutation``: plants faults in the package, one at a time, and counts those caught.
+"""``python -m tests.mutation``: plants faults in the package one by one, and counts those caught.
 
 A sample of small faults in the Python package and in the CPU kernels: a comparison or an operator
 swapped, a number changed, a condition inverted, a call or a ``raise`` left out. Which ones are
@@ -15,6 +15,7 @@ import argparse
 import ast
 import hashlib
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -28,10 +29,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-PYTHON_ONE_IN, CPP_ONE_IN = 14, 11  # how many of all possible faults are planted
+PYTHON_ONE_IN, CPP_ONE_IN = 14, 22  # how many of all possible faults are planted
 # Tested by several processes or whole programs, which leave no trace of the lines they execute.
 LEFT_OUT = ("demo/", "_distributed/", "distributed/", "cli.py", "__main__.py", "integrations/")
-SECONDS, TESTS = 25.0, 250  # of tests per fault
+SECONDS, TESTS = 20.0, 200  # of tests per fault
+PROCESSES = multiprocessing.get_context("forkserver")
 COMPARISONS = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq,
     ast.NotEq: ast.Eq, ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In,
@@ -47,6 +49,7 @@ CPP_FAULTS = [
     (r" && ", " || "), (r" \|\| ", " && "), (r" \+= ", " -= "), (r"\bstd::abs\(", "("),
     (r"\bif \(", "if (!!0 && "),
 ]  # fmt: skip
+CPP_LEFT_OUT = ("checks.h", "arguments.h", "overlap.h", "multiversion.h")  # refusals, SIMD levels
 CPP_TESTS = ("operator", "functional", "steps", "abs_matmul", "bad_input", "refusals", "precision")
 
 
@@ -142,22 +145,24 @@ def _python_fault(source: str, name: str, node: ast.AST, changed: ast.AST, key: 
 
 def cpp_faults(root: Path) -> Iterator[Fault]:
     for path in sorted([*root.glob("csrc/*.h"), *root.glob("csrc/cpu/*")]):
-        if path.name in ("checks.h", "arguments.h", "overlap.h", "multiversion.h"):
+        if path.name not in CPP_LEFT_OUT:
+            yield from _cpp_faults_of(path, str(path.relative_to(root)))
+
+
+def _cpp_faults_of(path: Path, name: str) -> Iterator[Fault]:
+    source = path.read_text().splitlines(keepends=True)
+    for number, line in enumerate(source):
+        code = line.split("//")[0]
+        if "template" in code or "#" in code:
             continue
-        source = path.read_text().splitlines(keepends=True)
-        for number, line in enumerate(source):
-            code = line.split("//")[0]
-            if "template" in code or "#" in code:
-                continue
-            for pattern, after in CPP_FAULTS:
-                for count, match in enumerate(re.finditer(pattern, code)):
-                    key = f"{pattern} {count} {re.sub(r'[a-z_]{3,}', 'x', code.strip())}"
-                    if _is_planted(key, CPP_ONE_IN):
-                        changed = code[: match.start()] + after + code[match.end() :]
-                        text = "".join([*source[:number], changed.rstrip() + "\n", *source[number + 1 :]])
-                        digest = hashlib.sha1(key.encode()).hexdigest()[:10]
-                        name = str(path.relative_to(root))
-                        yield Fault(name, number + 1, digest, code.strip(), changed.strip(), text)
+        for pattern, after in CPP_FAULTS:
+            for count, match in enumerate(re.finditer(pattern, code)):
+                key = f"{pattern} {count} {re.sub(r'[a-z_]{3,}', 'x', code.strip())}"
+                if _is_planted(key, CPP_ONE_IN):
+                    changed = (code[: match.start()] + after + code[match.end() :]).rstrip()
+                    text = "".join([*source[:number], changed + "\n", *source[number + 1 :]])
+                    digest = hashlib.sha1(key.encode()).hexdigest()[:10]
+                    yield Fault(name, number + 1, digest, code.strip(), changed.strip(), text)
 
 
 # -- which tests ---------------------------------------------------------------------------------
@@ -175,7 +180,7 @@ def measure(root: Path, record: Path, arguments: list[str]) -> None:
 class Tests:
     """Which tests execute a line."""
 
-    def __init__(self, record: Path, root: Path) -> None:
+    def __init__(self, record: Path) -> None:
         self._durations: dict[str, float] = defaultdict(float)
         for line in record.with_suffix(".txt").read_text().splitlines():
             if match := re.match(r"\s*([\d.]+)s (?:call|setup|teardown)\s+(\S.*)$", line):
@@ -221,25 +226,38 @@ def _copy(root: Path) -> Path:
     return Path(shutil.copytree(root, to, ignore=ignored, symlinks=True))
 
 
+def _run_pytest(tree: Path, tests: list[str]) -> None:
+    """In a process of its own, where torch has been imported and this package has not."""
+    os.chdir(tree)
+    sys.path.insert(0, str(tree))
+    with open("pytest.txt", "w") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        import pytest
+
+        code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests])
+    os._exit(int(code))
+
+
 def _pytest(tree: Path, tests: list[str]) -> str:
-    listed = tree / "tests.txt"
-    listed.write_text("\n".join(tests))
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "@tests.txt"]
-    try:
-        done = subprocess.run(
-            command, cwd=tree, capture_output=True, text=True, timeout=40 + 6 * SECONDS, check=False,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"},
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
+    process = PROCESSES.Process(target=_run_pytest, args=(tree, tests))
+    process.start()
+    process.join(40 + 6 * SECONDS)
+    if process.is_alive():
+        process.kill()
+        process.join()
         return "caught (hangs)"
-    if done.returncode == 0:
+    if process.exitcode == 0:
         return "missed"
-    last = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    return "caught: " + (last[0].split(" - ")[0][:150] if last else "does not import")
+    lines = (tree / "pytest.txt").read_text(errors="replace").splitlines()
+    last = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    return "caught: " + (last[0].split(" - ")[0][:150] if last else f"exit {process.exitcode}")
 
 
-def run(root: Path, faults: list[Fault], tests: Tests, out: Path, workers: int) -> None:
+def run(root: Path, faults: list[Fault], tests: Tests | None, out: Path, workers: int) -> None:
     """Plants every fault, and writes down what became of it."""
+    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    PROCESSES.set_forkserver_preload(["torch", "pytest", "hypothesis", "torch.distributed"])
     trees = [_copy(root) for _ in range(workers)]
     done = json.loads(out.read_text()) if out.exists() else {}
 
@@ -254,13 +272,16 @@ def run(root: Path, faults: list[Fault], tests: Tests, out: Path, workers: int) 
             if fault.file.startswith("csrc"):
                 verdict = _built(tree) or _pytest(tree, [*_cpp_tests(tree)])
             else:
-                chosen = tests.of(fault)
+                chosen = tests.of(fault) if tests else []
                 verdict = _pytest(tree, chosen) if chosen else "missed (no test runs it)"
         finally:
             (tree / fault.file).write_text(original)
             trees.append(tree)
         done[name] = [verdict, fault.before, fault.after]
-        print(f"{len(done)}/{len(faults)} {name}: {fault.before} -> {fault.after}: {verdict}", flush=True)
+        print(
+            f"{len(done)}/{len(faults)} {name}: {fault.before} -> {fault.after}: {verdict}",
+            flush=True,
+        )
         out.write_text(json.dumps(done, indent=1))
 
     with ThreadPoolExecutor(workers) as pool:
@@ -305,7 +326,9 @@ def main() -> None:
             print(f"{fault.file}:{fault.line} {fault.key}: {fault.before} -> {fault.after}")
         print(len(faults))
         return
-    run(root, faults, Tests(options.record, root), options.out, options.workers)
+    tests = None if options.kernels else Tests(options.record)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    run(root, faults, tests, options.out, options.workers)
 
 
 if __name__ == "__main__":
