@@ -20,7 +20,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from mas_ext._penalty.auto_strength import DEFAULT
+from mas_ext._strength.auto import DEFAULT_DRIFT
 from mas_ext.demo import comparison, metrics
 from mas_ext.demo.data import SIDE
 from mas_ext.demo.learning import METHODS
@@ -182,7 +182,7 @@ def sweep(found: dict[str, Any]) -> Figure:
             ax.tick_params(length=0)
             ax.grid(axis="y")
             ax.spines[["left"]].set_visible(False)
-        axes[1].axvline(DEFAULT, color=MUTED, linewidth=1, zorder=0)
+        axes[1].axvline(DEFAULT_DRIFT, color=MUTED, linewidth=1, zorder=0)
         axes[0].legend(frameon=False, loc="center left")
     return figure
 

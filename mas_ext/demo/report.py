@@ -8,7 +8,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from mas_ext._penalty.strength import AUTO
+from mas_ext._strength.strength import AUTO
 from mas_ext.demo import comparison, metrics, plots
 from mas_ext.demo.learning import HIDDEN, METHODS
 from mas_ext.demo.results import Run

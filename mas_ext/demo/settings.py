@@ -7,8 +7,8 @@ import shlex
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mas_ext._penalty.auto_strength import DEFAULT as DEFAULT_DRIFT
-from mas_ext._penalty.strength import AUTO
+from mas_ext._strength.auto import DEFAULT_DRIFT
+from mas_ext._strength.strength import AUTO
 from mas_ext.precision import check_state_dtype
 
 SCENARIOS = ("permuted", "rotated", "split")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from mas_ext._penalty.auto_strength import DEFAULT
+from mas_ext._strength.auto import DEFAULT_DRIFT
 from mas_ext.demo import metrics
 from mas_ext.demo.learning import Tick, learn
 from mas_ext.demo.scenarios import Task
@@ -13,7 +13,7 @@ from mas_ext.demo.settings import Settings
 
 METHOD = "mas_proximal"
 LAMBDAS = (1.0, 10.0, 30.0, 100.0, 1000.0)
-DRIFTS = (0.02, 0.06, DEFAULT, 0.6, 2.0)
+DRIFTS = (0.02, 0.06, DEFAULT_DRIFT, 0.6, 2.0)
 RUNS = len(LAMBDAS) + len(DRIFTS)
 
 
