@@ -221,9 +221,9 @@ def _end(row: Result, name: str) -> str:
 def per_sample(models: Results) -> list[Table]:
     return [
         Table(
-            "The price of exactness, our time / that of the faster inexact batch-mean; our time, and "
-            "the time of exact alternatives relative to it; our extra memory relative to that of "
-            "unchunked vmap(grad); and the share of Ω that the batch-mean finds.",
+            "Our time relative to the faster inexact batch-mean; our time, and the time of exact "
+            "alternatives relative to it; our extra memory relative to that of unchunked vmap(grad); "
+            "and the share of Ω that the batch-mean finds.",
             ("", "/ batch-mean", "mas_ext, ms", *PER_SAMPLE, "memory", "batch-mean finds"),
             [_importance(result) for result in models.values()],
         )

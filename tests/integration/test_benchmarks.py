@@ -1,29 +1,50 @@
-"""The benchmarks: every provider is right, and what is shown is what was measured."""
+"""The benchmarks: wrong providers are found, and what is shown is what was measured."""
 
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from dataclasses import replace
 from functools import partial
+from time import sleep
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from benchmarks import runner
-from benchmarks.entry import Entry, Options
-from benchmarks.lists import JOBS, measure, plot, roofline, show
-from benchmarks.lists.providers import Provider
-from benchmarks.lists.shapes import Size, linear
-from benchmarks.lists.state import flatten, make_state
-from benchmarks.registry import ENTRIES
-from benchmarks.show import page, readme
-from benchmarks.show.table import Table
-from benchmarks.show.text import count, duration, milliseconds, percent
-from benchmarks.tools import memory
-from benchmarks.tools.machine import machine
-from benchmarks.tools.timing import interleave
+pytest.importorskip("mlxtend", reason="needs mas_ext[demo]")
+pytest.importorskip("avalanche", reason="needs mas_ext[avalanche]")
+pytest.importorskip("transformers", reason="needs mas_ext[transformers]")
+
+from rich.console import Console
+
+from benchmarks import (
+    job,
+    memory_traffic,
+    narrow,
+    plot,
+    report,
+    roofline,
+    runner,
+    scaling,
+    training,
+)
+from benchmarks.benchmark import Options
+from benchmarks.drift import summary
+from benchmarks.drift.learning import Learner, outputs_of, tasks_of
+from benchmarks.drift.problems import CHANGES, DRIFTS, PROBLEMS, Transformer, cnn, seeded
+from benchmarks.job import Provider
+from benchmarks.machine import machine
+from benchmarks.measure import can_measure_memory, growth_of, interleave
+from benchmarks.models import TRAINING
+from benchmarks.per_sample import error
+from benchmarks.registry import BENCHMARKS, JOBS
+from benchmarks.state import Size, flatten, linear, make_state
+from benchmarks.text import Table, count, duration, milliseconds, percent
+from mas_ext import functional
+from mas_ext.demo.learning import accuracy, make_model
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 TINY = Size("a linear layer", lambda: linear(4, 2))
@@ -31,48 +52,31 @@ TINY = Size("a linear layer", lambda: linear(4, 2))
 
 @pytest.fixture
 def uncompiled():
-    """What torch.compile is given, run as it is: compiling is torch's and takes seconds."""
+    """Runs what is given to torch.compile as it is, because compiling takes seconds."""
     with torch.compiler.set_stance("force_eager"):
         yield
 
 
-def refused(*arguments):
-    with pytest.raises(AssertionError):
-        measure.check(*arguments)
-
-
-# -- lists -----------------------------------------------------------------------------------------
-
-
+# -- providers -------------------------------------------------------------------------------------
 @pytest.mark.usefixtures("uncompiled")
-@pytest.mark.parametrize("job", JOBS.values(), ids=JOBS)
-def test_every_provider_of_a_list(job):
-    state = make_state(linear(5, 3, 2))
-    measure.check(job, list(job.providers), state, flatten(state))
+@pytest.mark.parametrize("name", JOBS)
+def test_wrong_providers_of_a_list_are_found(name):
+    chosen, state = JOBS[name], make_state(linear(5, 3, 2))
+    job.check(chosen, chosen.providers, state, flatten(state))
+
+    def changes_nothing(s):
+        return chosen.providers[0].step(make_state(linear(5, 3, 2)))  # the right value
+
+    with pytest.raises(AssertionError, match="tensor"):
+        job.check(chosen, [Provider("wrong", changes_nothing, 0)], state, state)
 
 
-@pytest.mark.parametrize("job", JOBS.values(), ids=JOBS)
-def test_a_wrong_provider_is_found(job):
-    state = make_state(linear(5, 3, 2))
-
-    def does_nothing(s):
-        return job.providers[0].step(make_state(linear(5, 3, 2)))  # the right value
-
-    def no_value(s):
-        job.providers[0].step(s)
-
-    refused(job, [Provider("does nothing", does_nothing, 0)], state, state)
-    if job.expected(state)[1] is not None:
-        refused(job, [Provider("returns no value", no_value, 0)], state, state)
-
-
-@pytest.mark.parametrize("job", JOBS.values(), ids=JOBS)
-def test_one_pass_moves_the_bytes_of_the_streams(job):
-    streams = job.streams(make_state(linear(4, 2)))
-    written = roofline.WRITTEN[len(streams)]
-    assert job.bytes_per_parameter == 4 * (len(streams) + written)  # all are read
-    assert job.providers[0].moved == job.bytes_per_parameter
-    assert min(p.moved for p in job.providers) == job.bytes_per_parameter
+@pytest.mark.parametrize("name", JOBS)
+def test_one_pass_moves_the_bytes_of_the_rooflines_streams(name):
+    streams = JOBS[name].streams(make_state(linear(4, 2)))
+    moved = 4 * (len(streams) + roofline.WRITTEN[len(streams)])  # all are read
+    assert JOBS[name].bytes_per_parameter == JOBS[name].providers[0].moved == moved
+    assert min(p.moved for p in JOBS[name].providers) == moved
 
 
 @needs_compiler
@@ -81,99 +85,108 @@ def test_the_roofline_visits_every_element(streams):
     roofline.check(streams)
 
 
-def test_what_is_skipped_says_why():
+def test_a_skipped_provider_has_a_reason():
     flat = Provider("flat", lambda s: None, 0, flat=True)
     compiled = Provider("compiled", lambda s: None, 0, most_tensors=20)
     assert "one flat tensor already" in flat.skip_reason(1, True)
     assert "second copy" in flat.skip_reason(2, False)
-    assert flat.skip_reason(2, True) is None
-    assert compiled.skip_reason(20, True) is None
+    assert flat.skip_reason(2, True) is compiled.skip_reason(20, True) is None
     assert "compiling 21 tensors" in compiled.skip_reason(21, True)
     assert "compiling 20 tensors" in compiled.skip_reason(20, True, quick=True)
 
 
-# -- end to end and scaling ------------------------------------------------------------------------
+@pytest.mark.usefixtures("uncompiled")
+def test_wrong_providers_of_training_are_found(monkeypatch):
+    mlp = TRAINING["mlp"]
+    training.check(mlp, list(training.PROVIDERS))
+    monkeypatch.setitem(training.PROVIDERS, "Avalanche", training.PROVIDERS[training.PLAIN])
+    with pytest.raises(AssertionError, match="Avalanche: the step is off"):
+        training.check(mlp, ["Avalanche"])
 
-
-@pytest.fixture(scope="module")
-def training():
-    pytest.importorskip("avalanche", reason="needs mas_ext[avalanche]")
-    from benchmarks.training import measure, models
-
-    return measure, models.MODELS["mlp"]
+    ends = training.task_end.PROVIDERS
+    training.check_task_end(mlp, samples=256)
+    monkeypatch.setitem(ends, training.EXACT, ends[training.BATCH])
+    with pytest.raises(AssertionError, match="Ω is not exact"):
+        training.check_task_end(mlp, samples=256)
 
 
 @pytest.mark.usefixtures("uncompiled")
-def test_every_way_to_train_takes_autograds_step(training, monkeypatch):
-    measure_training, mlp = training
-    measure_training.check(mlp, list(measure_training.WAYS))
-    forgets = {**measure_training.WAYS, "Avalanche": measure_training.WAYS["without MAS"]}
-    monkeypatch.setattr(measure_training, "WAYS", forgets)
-    with pytest.raises(AssertionError, match="Avalanche: the step is off"):
-        measure_training.check(mlp, ["Avalanche"])
+@pytest.mark.parametrize("dtypes", narrow.DTYPES.values(), ids=narrow.DTYPES)
+def test_wrong_providers_of_narrow_values_are_found(dtypes):
+    tensors = narrow.make(2048, *dtypes)
+    for name, step in narrow.PROVIDERS.items():
+        narrow.check(tensors, step, name)
+    with pytest.raises(AssertionError, match="wrong"):
+        narrow.check(tensors, lambda s: narrow.fused(narrow.make(2048, *dtypes)), "wrong")
 
 
-def test_what_is_added_is_taken_from_the_parts_that_differ(training):
-    from benchmarks.training import report
-
-    Seconds = training[0].Seconds
-    seconds = {
-        "without MAS": [Seconds(10, 1), Seconds(20, 1), Seconds(30, 1)],
-        "after": [Seconds(30, 3), Seconds(10, 3), Seconds(20, 3)],
-        "in the loss": [Seconds(15, 1), Seconds(25, 1), Seconds(35, 1)],
-    }
-    in_the_loss = {"without MAS": False, "after": False, "in the loss": True}
-    nothing = dict.fromkeys(seconds, None)
-    measured = training[0].Measurement("mlp", 1, 1, seconds, in_the_loss, bytes=nothing)
-    added = {way: report._way(measured, way)["added_seconds"]["median"] for way in seconds}
-    assert added == {"without MAS": 0, "after": 2, "in the loss": 5}
-    assert report._way(measured, "after")["seconds"]["median"] == 23
-
-
-def test_a_steps_parts_are_timed_apart(training):
-    from time import sleep
-
-    from benchmarks.training.ways import Step
-
-    found = training[0].sample(Step(lambda: None, lambda: sleep(0.01)), 3)
-    assert found.backward < 0.01 <= found.finish
-
-
-def test_every_way_to_end_a_task(training, monkeypatch):
-    measure_training, mlp = training
-    measure_training.check_task_end(mlp, samples=256)
-    ways = measure_training.task_end.WAYS
-    monkeypatch.setitem(ways, measure_training.EXACT, ways[measure_training.BATCH])
-    with pytest.raises(AssertionError, match="Ω is not exact"):
-        measure_training.check_task_end(mlp, samples=256)
+def test_an_error_of_importance_is_that_of_the_worst_parameter():
+    expected = {"a": torch.ones(4), "b": torch.full((4,), 100.0)}
+    assert error(expected, expected)[0] == 0
+    assert error({**expected, "a": torch.full((4,), 1.5)}, expected) == (0.5, "a")
 
 
 @needs_compiler
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize(
     ("axis", "value"),
-    [("parameters", 10), ("parameters_in_tensors", 100), ("tensors", 1000), ("tasks", 3)],
+    [("parameters", 10), ("parameters_in_tensors", 100), ("tensors", 1000), ("tasks", 3)]
+    + [("batch", 2), ("length", 4)],
 )
-def test_ways_along_an_axis_of_the_penalty(axis, value):
-    from benchmarks.scaling.axes import AXES
-
-    calls = AXES[axis].prepare(value, True)  # which checks them
+def test_every_axis_verifies_its_providers(axis, value):
+    calls = scaling.AXES[axis].prepare(value, True)
     assert next(iter(calls)) == "mas_ext"
     assert len(calls) >= 3
 
 
-@pytest.mark.parametrize(("axis", "value"), [("batch", 2), ("length", 4)])
-def test_ways_along_an_axis_of_importance(axis, value):
-    pytest.importorskip("transformers")
-    from benchmarks.scaling.axes import AXES
+# -- memory traffic --------------------------------------------------------------------------------
+class Counter(TorchDispatchMode):
+    """Counts the bytes that mas_ext's operators read and write, from schemas and tensors."""
 
-    assert len(AXES[axis].prepare(value, True)) == 4
+    moved = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.namespace == "mas_ext":
+            schema = zip(func._schema.arguments, args, strict=False)
+            written = [v for a, v in schema if a.alias_info is not None and a.alias_info.is_write]
+            given, written = tree_leaves((args, kwargs)), tree_leaves(written)
+            tensors = [t for t in given + written if isinstance(t, torch.Tensor) and t.numel() > 1]
+            self.moved += sum(t.nbytes for t in tensors)
+        return result
 
 
-# -- tools -----------------------------------------------------------------------------------------
+@pytest.mark.parametrize("operator", memory_traffic.OPERATORS)
+@pytest.mark.parametrize("theta", memory_traffic.THETA)
+@pytest.mark.parametrize("omega", memory_traffic.OMEGA)
+def test_bytes_per_parameter_are_those_of_a_call(operator, theta, omega):
+    numel = 4096
+    tensors = narrow.make(numel, getattr(torch, theta), getattr(torch, omega))
+    g, p, a, o = [tensors.grads], [tensors.params], [tensors.anchors], [tensors.omega]
+    first, second = [torch.rand_like(g[0])], [torch.rand_like(g[0])]
+    codes = {"omega_scales": [tensors.scales]} if omega == "uint8" else {}
+    f, gradient = functional, {"mode": "gradient", **codes}
+    adam = {"exp_avgs": first, "exp_avg_sqs": second, "steps": torch.ones(1), "eps": 1e-8}
+    calls = {
+        "accumulate_importance_": lambda: f.accumulate_importance_([torch.zeros(numel)], g, 1.0),
+        "penalty": lambda: f.penalty(p, a, o, 1.0, **codes),
+        "add_penalty_grad_": lambda: f.add_penalty_grad_(g, p, a, o, 1.0, **codes),
+        "proximal_step_": lambda: f.proximal_step_(p, a, o, 1.0, 0.1, **codes),
+        "sgd_step_": lambda: f.sgd_step_(p, g, a, o, 1.0, 0.1, **gradient),
+        "sgd_step_, momentum": lambda: f.sgd_step_(
+            p, g, a, o, 1.0, 0.1, momentum_buffers=first, momentum=0.9, **gradient
+        ),
+        "adamw_step_": lambda: f.adamw_step_(
+            p, g, a, o, 1.0, 0.1, betas=(0.9, 0.999), weight_decay=0.0, **adam, **gradient
+        ),
+    }
+    with Counter() as counter:
+        calls[operator]()
+    assert counter.moved / numel == memory_traffic.bytes_per_parameter(operator, theta, omega)
 
 
-def test_rounds_fit_their_time_but_are_never_too_few():
+# -- measuring, numbers and tables -----------------------------------------------------------------
+def test_rounds_fit_the_time_limit_but_are_never_too_few():
     calls = {"a": lambda: None, "b": lambda: None}
     assert [len(s) for s in interleave(calls, rounds=50, budget=0.0).values()] == [3, 3]
     assert [len(s) for s in interleave(calls, rounds=5, budget=60.0).values()] == [5, 5]
@@ -181,174 +194,170 @@ def test_rounds_fit_their_time_but_are_never_too_few():
     assert (len(seconds["a"]), len(seconds["b"])) == (5, 3)
 
 
-@pytest.mark.skipif(not memory.is_available(), reason="needs Linux")
+def test_added_time_is_that_of_the_parts_that_differ():
+    found = training.sample(training.Step(lambda: None, lambda: sleep(0.01)), 3)
+    assert found.backward < 0.01 <= found.finish
+    plain = [training.Seconds(b, 1) for b in (10, 20, 30)]
+    after = [training.Seconds(b, 3) for b in (30, 10, 20)]
+    assert training.added(after, plain, in_the_loss=False) == [2, 2, 2]
+    assert training.added(after, plain, in_the_loss=True) == [22, -8, -8]
+
+
+@pytest.mark.skipif(not can_measure_memory(), reason="needs Linux")
 def test_growth_is_what_a_call_allocates():
     size = 2**26
-
-    def fill():
-        torch.ones(size, dtype=torch.uint8)
-
-    assert 0.9 * size < memory.growth_of(fill) < 1.5 * size
-    assert memory.growth_of(lambda: None) < 0.1 * size
+    assert 0.9 * size < growth_of(lambda: torch.ones(size, dtype=torch.uint8).sum()) < 1.5 * size
 
 
-def test_numbers_for_a_reader():
+def test_numbers_and_tables():
     assert [count(n) for n in (10, 269_322, 25_557_032)] == ["10", "269 k", "25.6 M"]
     seconds = (2e-6, 1.5e-5, 0.0042, 0.042, 4.2, 42)
-    expected = ["2.0 µs", "15 µs", "4.2 ms", "42 ms", "4.2 s", "42 s"]
-    assert [duration(s) for s in seconds] == expected
+    assert [*map(duration, seconds)] == ["2.0 µs", "15 µs", "4.2 ms", "42 ms", "4.2 s", "42 s"]
     assert milliseconds({"q1": 0.01, "median": 0.02, "q3": 0.03}) == "20.0 (10.0–30.0)"
     assert percent(-0.123) == "−12.3 %"
-
-
-def test_a_table_in_markdown():
-    table = Table("t", ("", "a|b"), [["mas_ext", "1"], ["other", "2"]], frozenset({"mas_ext"}))
-    lines = ["|  | a\\|b |", "|---|---|", "| **mas_ext** | **1** |", "| other | 2 |"]
+    table = Table("t", ("", "a|b"), [["mas_ext", "1"], ["x", "2"]], frozenset({"mas_ext"}))
+    lines = ["t", "", "|  | a\\|b |", "|---|---|", "| **mas_ext** | **1** |", "| x | 2 |"]
     assert table.markdown().splitlines() == lines
-    with pytest.raises(AssertionError):
-        replace(table, rows=[["too short"]])
 
 
-# -- a run -----------------------------------------------------------------------------------------
+# -- runs and files --------------------------------------------------------------------------------
+def run(out, *names):
+    def run_tiny(chosen, options: Options):
+        yield "tiny", job.measure(chosen, TINY, options, budget=0.0)
 
-
-def _rounds(job, options: Options):
-    measured = measure.measure(job, TINY, options.rounds, options.tell, 0.0, quick=True)
-    yield "tiny", show.summary(job, measured)
-
-
-def tiny(name: str) -> Entry:
-    return replace(ENTRIES[name], run=partial(_rounds, JOBS[name]))
-
-
-def run(out, *names: str) -> dict:
-    from rich.console import Console
-
-    asked = {"quick": True, "rounds": 3, "sizes": (), "workloads": (), "seeds": (0,)}
-    results = runner.opened(out / "results.json")
-    entries = [tiny(name) for name in names]
-    runner.run(entries, asked, results, out, Console(quiet=True))
-    return runner.read_json(out / "results.json")
+    options = {"quick": True, "rounds": 3, "sizes": (), "workloads": (), "seeds": (0,)}
+    chosen = [replace(BENCHMARKS[name], run=partial(run_tiny, JOBS[name])) for name in names]
+    results = runner.load(out / "results.json")
+    runner.run(chosen, options, results, out, Console(quiet=True))
+    return report.read_json(out / "results.json")
 
 
 @needs_compiler
 @pytest.mark.usefixtures("uncompiled")
-def test_a_run_leaves_results_plots_and_a_page(tmp_path):
+def test_a_run_writes_results_plots_and_a_report(tmp_path):
+    other = {"machine": {**machine(), "cpu": "another"}, "runs": {}, "benchmarks": {}}
+    report.write_json(tmp_path / "results.json", other)
     results = run(tmp_path, "penalty")
     size = results["benchmarks"]["penalty"]["tiny"]
-    assert size["parameters"] == 10
-    assert {p.name for p in JOBS["penalty"].providers} <= size["providers"].keys()
-    ours = size["providers"]["mas_ext"]
-    assert ours["time_over_ours"]["median"] == 1
-    assert ours["bytes_moved"] == 200
-    assert results["machine"]["torch"] == torch.__version__
+    assert size["providers"]["mas_ext"]["bytes_moved"] == 200
     assert (tmp_path / "penalty.png").stat().st_size > 10_000
     text = (tmp_path / "report.html").read_text("utf-8")
-    shown = f"{ours['seconds']['median'] * 1e3:.3g}"
-    assert f"<td>{shown}</td>" in text
-    assert "<svg" in text
-    assert results["machine"]["cpu"] in text
-    assert not re.search(r'(src|href)="http', text)  # it needs nothing but itself
-
-    results = run(tmp_path, "accumulate")  # alone: the other results stay
-    assert results["benchmarks"]["penalty"]["tiny"] == size
-    assert results["benchmarks"].keys() == results["runs"].keys() == {"penalty", "accumulate"}
-
-
-def test_a_run_beside_results_of_another_machine_names_its_own(tmp_path):
-    path = tmp_path / "results.json"
-    other = {"machine": {**machine(), "cpu": "another"}, "runs": {}, "benchmarks": {}}
-    runner.write_json(path, other)
-    results = run(tmp_path, "penalty")
-    assert results["machine"] == other["machine"]
+    assert size["title"] in text
+    assert "data:image/png" in text
+    # The file's machine is another one, so the run names its own.
     assert results["runs"]["penalty"]["machine"]["cpu"] == machine()["cpu"]
-    named = f"of another run: {machine()['cpu']}"
-    assert named in (tmp_path / "report.html").read_text("utf-8")
-    block = readme.block(ENTRIES["penalty"], results, "plots")
-    assert f"(Of another run: {machine()['cpu']}" in block
+    block = report.block(BENCHMARKS["penalty"], results, "plots")
+    assert f"(From another run: {machine()['cpu']}" in block
 
-    # A run of all others keeps it: now it is the file's machine, and the first was another.
-    anew = runner.opened(path, kept=["penalty"])
-    assert anew["machine"]["cpu"] == machine()["cpu"]
-    assert "machine" not in anew["runs"]["penalty"]
-    assert anew["benchmarks"] == results["benchmarks"]
-    assert runner.opened(path, kept=[])["benchmarks"] == {}
+    again = run(tmp_path, "accumulate")  # keeps the other results
+    assert again["benchmarks"]["penalty"]["tiny"] == size
+    kept = runner.load(tmp_path / "results.json", kept=["penalty"])
+    assert list(kept["benchmarks"]) == list(kept["runs"]) == ["penalty"]
+    assert kept["machine"]["cpu"] == machine()["cpu"]
+    assert "machine" not in kept["runs"]["penalty"]
 
 
 @needs_compiler
 @pytest.mark.usefixtures("uncompiled")
-def test_a_run_that_is_cut_off_leaves_the_results_as_they_were(tmp_path, monkeypatch):
-    before = run(tmp_path, "penalty")
-    files = {path.name for path in tmp_path.iterdir()}
+def test_an_interrupted_run_keeps_the_results(tmp_path, monkeypatch):
+    before, measure = run(tmp_path, "penalty"), job.measure
 
-    measured = measure.measure
-
-    def cut_off(job, *arguments, **options):
-        if job.name == "accumulate":
+    def interrupted(chosen, *arguments, **options):
+        if chosen.name == "accumulate":
             raise KeyboardInterrupt
-        return measured(job, *arguments, **options)
+        return measure(chosen, *arguments, **options)
 
-    monkeypatch.setattr(measure, "measure", cut_off)
+    monkeypatch.setattr(job, "measure", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, "penalty", "accumulate")
-    assert runner.read_json(tmp_path / "results.json") == before
-    assert {path.name for path in tmp_path.iterdir()} - files == {"results.part.json"}
+    assert report.read_json(tmp_path / "results.json") == before
 
 
-# -- what is committed -----------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def committed():
-    return json.loads(readme.RESULTS.read_text("utf-8"))
-
-
-@pytest.mark.parametrize("path", readme.READMES, ids=lambda path: path.parent.name)
-def test_the_readmes_tables_are_those_of_the_results(committed, path):
+@pytest.mark.parametrize("page", report.pages(), ids=lambda page: page.name)
+def test_tables_in_the_documentation_are_those_of_the_results(page):
     """If not: python -m benchmarks report --out benchmarks/results."""
-    text, entries = path.read_text("utf-8"), list(ENTRIES.values())
-    assert readme.rewritten(text, entries, committed, readme.READMES[path]) == text
-    altered = re.sub(r"(<!-- machine -->\n).", r"\1?", text)
-    if altered != text:
-        assert readme.rewritten(altered, entries, committed, readme.READMES[path]) == text
+    results, text = report.read_json(report.RESULTS), page.read_text("utf-8")
+    assert report.updated(page, list(BENCHMARKS.values()), results) == text
 
 
-def test_every_benchmark_is_in_its_readme():
-    text = (readme.ROOT / "benchmarks/README.md").read_text("utf-8")
-    assert {"machine", *ENTRIES} == set(readme.names(text))
-
-
-def test_the_readmes_sentence_about_the_penalty(committed):
-    rows = committed["benchmarks"]["penalty"]["resnet50"]["providers"]
-
-    def over_ours(name):
-        return f"{rows[name]['time_over_ours']['median']:.1f} times"
-
-    text = " ".join((readme.ROOT / "README.md").read_text("utf-8").split())
-    assert f"{rows['mas_ext']['seconds']['median'] * 1e3:.1f} ms" in text
-    assert over_ours("torch.compile, flat") in text
-    assert over_ours("eager autograd") in text
-
-
-def test_the_readmes_sentence_about_the_steps(committed):
-    text = " ".join((readme.ROOT / "README.md").read_text("utf-8").split())
-    peer = "add_penalty_grad_, torch fused"
-    sgd, momentum, adamw = (
-        committed["benchmarks"][f"{name}_gradient"]["resnet50"]["providers"][peer]
-        for name in ("sgd", "momentum", "adamw")
+def test_every_benchmark_has_tables_and_committed_results():
+    results = json.loads(report.RESULTS.read_text("utf-8"))
+    assert set(report.TABLES) == set(BENCHMARKS) == set(results["benchmarks"])
+    assert all(
+        (report.RESULTS.parent / f"{s}.png").exists() for n in BENCHMARKS for s in plot.stems(n)
     )
-    sgd, momentum, adamw = (
-        f"{row['time_over_ours']['median']:.1f}" for row in (sgd, momentum, adamw)
-    )
-    assert f"{sgd} times as fast for SGD, {momentum} with momentum and {adamw} for AdamW" in text
+    assert {path.stem for path in report.RESULTS.parent.glob("*.png")} == {
+        stem for name in BENCHMARKS for stem in plot.stems(name)
+    }
 
 
-def test_the_committed_results_make_a_page_and_plots(committed):
-    entries = list(ENTRIES.values())
-    text = page.render(entries, committed, {})
-    for entry in entries:
-        assert (f'id="{entry.name}"' in text) == (entry.name in committed["benchmarks"])
-    job = JOBS["penalty"]
-    figure = plot.figure(job, committed["benchmarks"]["penalty"], "a machine")
-    titles = [axes.get_title(loc="left") for axes in figure.axes if axes.get_visible()]
-    assert [title.split(",")[0] for title in titles[1:4]] == ["MLP", "ResNet-50", "GPT-2"]
+# -- the drift study -------------------------------------------------------------------------------
+SMALL = {"epochs": 1, "images": 200}
+QUICK = replace(PROBLEMS["permuted_small"], **SMALL)
+
+
+def test_without_a_penalty_the_study_is_plain_training():
+    found = Learner.after_first_task(QUICK, 0, 2).outcome(lambda_reg=0.0)
+    model, (first, second) = seeded(QUICK.network, 0), tasks_of(QUICK, 0, 2)
+    for number, task in enumerate((first, second)):
+        optimizer = QUICK.optimizer(model.parameters())
+        random = torch.Generator().manual_seed(number + 1)
+        for chosen in torch.randperm(len(task.train), generator=random).split(64):
+            optimizer.zero_grad()
+            images, labels = task.train.images[chosen], task.train.labels[chosen]
+            cross_entropy(model(images), labels).backward()
+            optimizer.step()
+    assert found["average_accuracy"] == (accuracy(model, first) + accuracy(model, second)) / 2
+
+
+def test_outcomes_start_from_the_same_state():
+    start = Learner.after_first_task(QUICK, 0, 2)
+    before = [p.detach().clone() for p in start.model.parameters()]
+    free, strong = start.outcome(lambda_reg=0.0), start.outcome(lambda_reg=1e6)
+    assert all(map(torch.equal, before, start.model.parameters()))
+    assert strong["forgetting"] < free["forgetting"]
+    assert start.outcome() == start.outcome(drift=summary.DEFAULT)
+    explosive = replace(PROBLEMS["permuted_sgd"], **SMALL)
+    assert Learner.after_first_task(explosive, 0, 2).outcome(lambda_reg=1e35) is None
+
+
+def test_networks_changes_and_scenarios():
+    images = torch.rand(3, 784)
+    for network in (cnn, Transformer):
+        model = seeded(network, 0)
+        assert torch.equal(model(images), seeded(network, 0)(images))
+        torch.testing.assert_close(model(images), torch.cat([model(i[None]) for i in images]))
+    demo, ours = make_model(0), seeded(PROBLEMS["permuted"].network, 0)
+    assert all(map(torch.equal, ours.parameters(), demo.parameters()))
+    assert summary.DEFAULT in DRIFTS
+
+    together = Learner.after_first_task(replace(PROBLEMS["incremental"], **SMALL), 0, 3)
+    assert together.as_tested(together.tasks[2]).classes == (0, 1, 2, 3, 4, 5)
+    output = torch.randn(5, 10)
+    assert torch.equal(outputs_of(together.tasks[2], output), output[:, 4:6])
+
+    base = Learner.after_first_task(QUICK, 0, 2)
+    other = Learner.after_first_task(CHANGES["units"][1](QUICK), 0, 2)
+    assert other.strength == pytest.approx(base.strength / 100, rel=1e-3)
+
+
+def runs(*accuracies):
+    return [a if a is None else {"average_accuracy": a, "forgetting": 1 - a} for a in accuracies]
+
+
+def test_statistics_of_the_study():
+    problem = {
+        "lambda": {"1": runs(0.7, 0.8), "10": runs(0.9, 0.8), "100": runs(0.99, None)},
+        "drift": {"0.2": runs(0.8, 0.86)},
+        summary.FREE: runs(0.5, 0.6),
+    }
+    assert summary.best(problem) == (10.0, pytest.approx(0.85))
+    assert summary.behind(problem) == pytest.approx(0.02)
+    assert summary.gain(problem) == pytest.approx(0.28)
+    change = {"lambda": {"1": runs(0.8)}, "drift": {"0.2": runs(0.79)}, "kept": runs(None)}
+    base = {"lambda": {"1": runs(0.85)}, "drift": {"0.2": runs(0.8)}, "kept": runs(0.8)}
+    changed = {"changes": {"base": base, "louder": change}}
+    moved = pytest.approx({"best": -0.05, "drift": -0.01, "kept": -0.8})
+    assert summary.moved(changed) == {"louder": moved}
+    lacking = summary.lacking(changed)["louder"]
+    assert lacking == pytest.approx({"best": 0.0, "drift": 0.01, "kept": 0.8})
