@@ -31,6 +31,7 @@ def foreach(s: State) -> None:
     torch._foreach_add_(s.omega, torch._foreach_abs(s.grads), alpha=1 / s.num_samples)
 
 
+@compiled
 @torch.no_grad()
 def by_formula(omega: list[Tensor], grads: list[Tensor], scale: float) -> None:
     """Plain arithmetic for torch.compile to fuse."""
@@ -38,11 +39,8 @@ def by_formula(omega: list[Tensor], grads: list[Tensor], scale: float) -> None:
         o.add_(scale * grad.abs())
 
 
-step_compiled = compiled(by_formula)
-
-
 def torch_compile(s: State) -> Tensor | None:
-    return step_compiled(s.omega, s.grads, 1 / s.num_samples)
+    return by_formula(s.omega, s.grads, 1 / s.num_samples)
 
 
 def _expected(s: State) -> tuple[list[Tensor], None]:

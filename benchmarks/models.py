@@ -113,7 +113,7 @@ class Workload:
         sample: makes data for a number of samples: a batch, or for a training step (inputs,
             targets).
         task: samples of a task, for the benchmark of a task's end.
-        optimizer: a class of torch.optim, with ``options``.
+        optimizer: name of a class in torch.optim; ``momentum``: its momentum, if it has one.
     """
 
     title: str
@@ -135,6 +135,7 @@ class Workload:
         return self.sample(size or self.batch_size)
 
 
+_WIDTHS, _IMAGES = "784-256-256-10", "torchvision's, 3×32×32"
 _LANGUAGE = f"d={WIDTH}, T={LENGTH}, {LAYERS} layers, V={VOCABULARY:,}"
 
 # Small enough to wait for batch size 1.
@@ -149,35 +150,13 @@ WORKLOADS = {
     "llama": Workload("Llama", _LANGUAGE, llama, _tokens),
 }
 
-# With the optimizer that such a model is usually trained with.
+# With the batch, the task and the optimizer that such a model is usually trained with.
 TRAINING = {
     "mlp": Workload(
-        "MLP",
-        "784-256-256-10",
-        lambda: mlp(784, 256, 256, 10),
-        _labelled(784),
-        batch_size=128,
-        task=256,
-        optimizer="SGD",
-        momentum=0.9,
+        "MLP", _WIDTHS, lambda: mlp(784, 256, 256, 10), _labelled(784), 128, 256, "SGD", 0.9
     ),
     "resnet18": Workload(
-        "ResNet-18",
-        "torchvision's, 3×32×32",
-        lambda: resnet18(10),
-        _labelled(3, 32, 32),
-        batch_size=64,
-        task=128,
-        optimizer="SGD",
-        momentum=0.9,
+        "ResNet-18", _IMAGES, lambda: resnet18(10), _labelled(3, 32, 32), 64, 128, "SGD", 0.9
     ),
-    "gpt2": Workload(
-        "GPT-2",
-        _LANGUAGE,
-        lambda: TokensToRow(gpt2()),
-        _text,
-        batch_size=16,
-        task=32,
-        optimizer="AdamW",
-    ),
+    "gpt2": Workload("GPT-2", _LANGUAGE, lambda: TokensToRow(gpt2()), _text, 16, 32, "AdamW"),
 }

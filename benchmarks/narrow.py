@@ -88,6 +88,7 @@ def eager(s: Tensors) -> Tensor:
     return LAMBDA / 2 * energy
 
 
+@compiled
 @torch.no_grad()
 def by_formula(
     grads: Tensor, params: Tensor, anchors: Tensor, omega: Tensor, scales: Tensor
@@ -99,11 +100,8 @@ def by_formula(
     return LAMBDA / 2 * (weighted * delta).sum()
 
 
-_compiled = compiled(by_formula)
-
-
 def torch_compile(s: Tensors) -> Tensor:
-    return _compiled(s.grads, s.params, s.anchors, s.omega, s.scales)
+    return by_formula(s.grads, s.params, s.anchors, s.omega, s.scales)
 
 
 Step = Callable[[Tensors], Tensor]

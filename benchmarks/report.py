@@ -222,7 +222,7 @@ def per_sample(models: Results) -> list[Table]:
     return [
         Table(
             "Our time relative to the faster inexact batch-mean; our time, and the time of exact "
-            "alternatives relative to it; our extra memory relative to that of unchunked vmap(grad); "
+            "alternatives relative to it; our extra memory relative to unchunked vmap(grad)'s; "
             "and the share of Ω that the batch-mean finds.",
             ("", "/ batch-mean", "mas_ext, ms", *PER_SAMPLE, "memory", "batch-mean finds"),
             [_importance(result) for result in models.values()],
