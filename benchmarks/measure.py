@@ -89,6 +89,7 @@ def interleave(
     samples: dict[str, list[Any]] = {name: [] for name in calls}
     order, shuffle = list(calls), random.Random(0).shuffle
     gc.collect()
+    gc.freeze()  # or every collection below would walk through all imported modules
     gc.disable()
     try:
         for number in range(rounds):
@@ -99,6 +100,7 @@ def interleave(
                     samples[name].append(sample(calls[name], warm[name][0]))
     finally:
         gc.enable()
+        gc.unfreeze()
     return samples
 
 

@@ -42,7 +42,6 @@ from benchmarks.text import (
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "results.json"
 OURS, ROOFLINE, PLAIN, EXACT = "mas_ext", "roofline", "without MAS", "mas_ext, exact"
-BATCH_MEANS = ("batch-mean", "batch-mean, mas_ext")
 PER_SAMPLE = ("batch size 1", "vmap(grad)", "Opacus", "BackPACK")
 UNCHUNKED = "vmap(grad), unchunked"
 
@@ -492,10 +491,6 @@ def write_plots_and_page(
 
 
 _BLOCK = re.compile(r"(<!-- (?P<name>[a-z_]+) -->\n)(?P<text>.*?)(<!-- end -->)", re.DOTALL)
-
-
-def block_names(text: str) -> list[str]:
-    return [found["name"] for found in _BLOCK.finditer(text)]
 
 
 def updated(page: Path, benchmarks: list[Benchmark], results: dict[str, Any]) -> str:

@@ -64,11 +64,6 @@ def zeros(model: nn.Module) -> dict[str, Tensor]:
     return {name: torch.zeros_like(p) for name, p in model.named_parameters()}
 
 
-def add_abs(omega: dict[str, Tensor], grads: Iterable[Tensor], scale: float) -> None:
-    for o, g in zip(omega.values(), grads, strict=True):
-        o.add_(g.abs(), alpha=scale)
-
-
 def add_abs_of_each(omega: dict[str, Tensor], per_sample: Iterable[Tensor], scale: float) -> None:
     """From gradients [samples, …], which are overwritten."""
     for o, g in zip(omega.values(), per_sample, strict=True):
@@ -87,7 +82,8 @@ def in_chunks(model: nn.Module, batch: Batch, length: int) -> Step:
         omega = zeros(model)
         for chunk in chunks(batch, length):
             grads = torch.autograd.grad(objective(model, chunk), params)
-            add_abs(omega, grads, 1 / size(batch))
+            for o, g in zip(omega.values(), grads, strict=True):
+                o.add_(g.abs(), alpha=1 / size(batch))
         return omega
 
     return step
@@ -102,7 +98,8 @@ def vmapped(model: nn.Module, batch: Batch, length: int) -> Step:
     params = {name: p.detach() for name, p in model.named_parameters()}
 
     def of_one(params: dict[str, Tensor], sample: Batch) -> Tensor:
-        return total(functional_call(model, params, *arguments(_as_batch(sample))))
+        batch_of_one = tree_map(lambda t: t.unsqueeze(0), sample)
+        return total(functional_call(model, params, *arguments(batch_of_one)))
 
     of_each = vmap(grad(of_one), in_dims=(None, 0))
 
@@ -114,10 +111,6 @@ def vmapped(model: nn.Module, batch: Batch, length: int) -> Step:
         return omega
 
     return step
-
-
-def _as_batch(sample: Batch) -> Batch:
-    return tree_map(lambda t: t.unsqueeze(0), sample)
 
 
 def opacus(model: nn.Module, batch: Batch) -> Step:

@@ -38,8 +38,6 @@ class Step:
 
 Provider = Callable[[Setting], Step]
 
-PLAIN = "without MAS"
-
 
 def _step(s: Setting, before_step: Callable[[], object] = lambda: None) -> Step:
     def backward() -> None:
@@ -61,20 +59,6 @@ def _with_term(s: Setting, term: Callable[[], Tensor]) -> Step:
     return Step(backward, lambda: s.optimizer.step(), in_the_loss=True)
 
 
-def attached(s: Setting) -> Step:
-    s.mas.attach(s.optimizer)
-    return _step(s)
-
-
-def proximal(s: Setting) -> Step:
-    s.mas.attach(s.optimizer, mode="proximal")
-    return _step(s)
-
-
-def in_the_loss(s: Setting) -> Step:
-    return _with_term(s, s.mas.penalty)
-
-
 def fused_optimizer(s: Setting) -> Step:
     """The penalty in the optimizer's own pass over memory."""
     (group,) = s.optimizer.param_groups
@@ -90,28 +74,15 @@ def fused_optimizer_uint8(s: Setting) -> Step:
     return fused_optimizer(s)
 
 
-def compiled_gradient(s: Setting) -> Step:
-    """Compiled arithmetic on the gradients, after backward: the fastest code to write by hand."""
-    return _step(s, lambda: penalty.torch_compile(s.state))
+def _attached(s: Setting, mode: str) -> Step:
+    s.mas.attach(s.optimizer, mode=mode)
+    return _step(s)
 
 
 def compiled_loss(s: Setting) -> Step:
     """The usual loop, compiled, with autograd through it."""
     term = torch.compile(_loop, dynamic=False, fullgraph=True)
     return _with_term(s, lambda: term(*_lists(s), s.lambda_reg))
-
-
-def foreach(s: Setting) -> Step:
-    return _step(s, lambda: penalty.foreach(s.state))
-
-
-def eager_in_place(s: Setting) -> Step:
-    return _step(s, lambda: penalty.eager_no_grad(s.state))
-
-
-def loop_in_the_loss(s: Setting) -> Step:
-    """As most published code does it: a term of the loss in a loop over the parameters."""
-    return _with_term(s, lambda: _loop(*_lists(s), s.lambda_reg))
 
 
 def _lists(s: Setting) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
@@ -157,20 +128,20 @@ def avalanche_plugin(s: Setting) -> object:
     return plugin
 
 
-OURS: dict[str, Provider] = {
+PLAIN, PROXIMAL = "without MAS", "mas_ext, attach proximal"
+PROVIDERS: dict[str, Provider] = {
+    PLAIN: _step,
     "mas_ext, optimizer": fused_optimizer,
     "mas_ext, optimizer, Ω in uint8": fused_optimizer_uint8,
-    "mas_ext, attach": attached,
-    "mas_ext, attach proximal": proximal,
-    "mas_ext, penalty() in the loss": in_the_loss,
-}
-ALTERNATIVES: dict[str, Provider] = {
-    "torch.compile, gradient": compiled_gradient,
+    "mas_ext, attach": lambda s: _attached(s, "gradient"),
+    PROXIMAL: lambda s: _attached(s, "proximal"),
+    "mas_ext, penalty() in the loss": lambda s: _with_term(s, s.mas.penalty),
+    # Arithmetic on the gradients after backward. Compiled, it is the fastest code to write by hand.
+    "torch.compile, gradient": lambda s: _step(s, lambda: penalty.torch_compile(s.state)),
     "torch.compile, in the loss": compiled_loss,
-    "torch._foreach, gradient": foreach,
-    "eager, gradient in place": eager_in_place,
-    "loop in the loss": loop_in_the_loss,
+    "torch._foreach, gradient": lambda s: _step(s, lambda: penalty.foreach(s.state)),
+    "eager, gradient in place": lambda s: _step(s, lambda: penalty.eager_no_grad(s.state)),
+    # As most published code does it: a term of the loss in a loop over the parameters.
+    "loop in the loss": lambda s: _with_term(s, lambda: _loop(*_lists(s), s.lambda_reg)),
     "Avalanche": avalanche,
 }
-PROVIDERS: dict[str, Provider] = {PLAIN: _step, **OURS, **ALTERNATIVES}
-PROXIMAL = "mas_ext, attach proximal"
