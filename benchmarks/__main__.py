@@ -48,7 +48,7 @@ def _parse(words: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    arguments, console = _parse(words), Console(width=max(140, Console().width))
+    arguments, console = _parse(words), Console(width=max(160, Console().width))
     if "report" in arguments.benchmark:
         for path in report.write_all(list(BENCHMARKS.values()), arguments.out):
             console.print(f"wrote {path}", highlight=False)
