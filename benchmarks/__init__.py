@@ -1,1 +1,1 @@
-"""Side-by-side measurements of MAS on the CPU: ``python -m benchmarks --help``."""
+"""``python -m benchmarks``: times mas_ext and the alternatives to it on this machine."""

@@ -1,9 +1,8 @@
-"""``python -m benchmarks``: every way of doing a thing, side by side, on this machine.
+"""``python -m benchmarks``: times mas_ext and the alternatives to it on this machine.
 
-Without a name, all of them but ``drift``, which takes as long as all others. ``predict`` alone is
-about another machine: what GPUs are predicted to take. ``report`` measures nothing: it draws the
-plots and the page again from results.json, and writes the READMEs' tables from it if it is the
-committed one.
+Without a name, every benchmark runs except ``drift``, which takes as long as all the others.
+``report`` measures nothing: it draws the plots and writes the HTML report again from results.json
+in --out. If that is the committed results.json, the tables in the documentation are updated, too.
 """
 
 from __future__ import annotations
@@ -14,12 +13,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import lists, per_sample, runner
-from benchmarks.lists.shapes import SIZES
-from benchmarks.predict import GPUS
-from benchmarks.predict import report as predict
-from benchmarks.registry import ALONE, ENTRIES
-from benchmarks.show import readme
+from benchmarks import report, runner
+from benchmarks.models import WORKLOADS
+from benchmarks.registry import BENCHMARKS, JOBS
+from benchmarks.state import SIZES
 
 
 def _parse(words: Sequence[str] | None) -> argparse.Namespace:
@@ -28,62 +25,50 @@ def _parse(words: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("benchmark", nargs="*", metavar="NAME", help=", ".join(BENCHMARKS))
     parser.add_argument(
-        "benchmark", nargs="?", default="all", choices=["all", *ENTRIES, "predict", "report"]
+        "--sizes", nargs="+", choices=SIZES, default=(), help=f"for {', '.join(JOBS)}"
     )
-    of_lists = ", ".join(lists.JOBS)
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=(), help=f"of {of_lists}")
     parser.add_argument(
-        "--workloads", nargs="+", choices=per_sample.WORKLOADS, default=(), help="of per_sample"
+        "--workloads", nargs="+", choices=WORKLOADS, default=(), help="for per_sample"
     )
-    parser.add_argument("--repeats", type=int, metavar="N", help="most rounds (20, quick 5)")
-    parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2), help="of the demo")
-    parser.add_argument("--gpu", nargs="+", choices=GPUS, default=["h100"], help="of predict")
-    parser.add_argument("--quick", action="store_true", help="a first look, in two minutes")
+    parser.add_argument("--repeats", type=int, metavar="N", help="most rounds (20; 3 if quick)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2), help="for training runs")
+    parser.add_argument("--quick", action="store_true", help="show that everything runs")
     parser.add_argument("--out", type=Path, default=Path("out/benchmarks"), metavar="DIR")
     arguments = parser.parse_args(words)
+    for name in arguments.benchmark:
+        if name not in {*BENCHMARKS, "all", "report"}:
+            parser.error(f"unknown benchmark {name!r}; choose from {', '.join(BENCHMARKS)}")
     if arguments.repeats is None:
-        arguments.repeats = 5 if arguments.quick else 20
+        arguments.repeats = 3 if arguments.quick else 20
     if arguments.repeats < 1:
         parser.error("--repeats must be at least 1")
     return arguments
 
 
-def _report(out: Path, console: Console) -> None:
-    results = runner.read_json(out / "results.json")
-    for path in runner.write_pages(ENTRIES.values(), results, out):
-        console.print(f"wrote {path}", highlight=False)
-    if (out / "results.json").resolve() != readme.RESULTS:
-        return
-    for path, plots in readme.READMES.items():
-        text = path.read_text(encoding="utf-8")
-        new = readme.rewritten(text, list(ENTRIES.values()), results, plots)
-        if new != text:
-            path.write_text(new, encoding="utf-8")
-            console.print(f"wrote {path}", highlight=False)
-
-
 def main(words: Sequence[str] | None = None) -> None:
-    arguments, console = _parse(words), Console(width=max(140, Console().width))
-    name, out = arguments.benchmark, arguments.out
-    if name == "report":
-        _report(out, console)
+    arguments, console = _parse(words), Console(width=max(160, Console().width))
+    if "report" in arguments.benchmark:
+        for path in report.write_all(list(BENCHMARKS.values()), arguments.out):
+            console.print(f"wrote {path}", highlight=False)
         return
-    if name in ("all", "predict"):
-        predict.run(arguments.gpu, out, console)
-    if name == "predict":
-        return
-    everything = [entry for entry in ENTRIES.values() if not entry.alone]
-    chosen = everything if name == "all" else [ENTRIES[name]]
-    results = runner.opened(out / "results.json", ALONE if name == "all" else None)
-    asked = {
+    names = [name for name in arguments.benchmark if name != "all"]
+    chosen = [
+        benchmark
+        for name, benchmark in BENCHMARKS.items()
+        if (name in names if names else not benchmark.on_request)
+    ]
+    kept = None if names else [b.name for b in BENCHMARKS.values() if b.on_request]
+    results = runner.load(arguments.out / "results.json", kept)
+    options = {
         "quick": arguments.quick,
         "rounds": arguments.repeats,
         "sizes": tuple(arguments.sizes),
         "workloads": tuple(arguments.workloads),
         "seeds": tuple(arguments.seeds[:1] if arguments.quick else arguments.seeds),
     }
-    runner.run(chosen, asked, results, out, console)
+    runner.run(chosen, options, results, arguments.out, console)
 
 
 if __name__ == "__main__":

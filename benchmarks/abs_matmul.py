@@ -1,22 +1,22 @@
-"""A layer's weight at many positions: Ω += Σ_samples |Σ_positions leftᵀ·right|.
+"""Exact importance of a weight used at many positions: Ω += Σ_samples |Σ_positions leftᵀ·right|.
 
-Bound by arithmetic and not by memory, so the measure is PyTorch's own product of the same FLOPs,
-which takes no magnitudes and knows nothing of samples.
+This is bound by arithmetic, not by memory, so the yardstick is PyTorch's own product of the same
+FLOPs, which takes no absolute values and knows nothing of samples.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from statistics import median
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from benchmarks.entry import Entry, Options, Result, Results
-from benchmarks.show.table import Table
-from benchmarks.show.text import three
-from benchmarks.tools.timing import interleave, quartiles, ratios
+from benchmarks.benchmark import Benchmark, Options, Result
+from benchmarks.measure import interleave, median_ratio
 from mas_ext import functional
 
 SAMPLES = 32
@@ -26,7 +26,7 @@ OURS, PRODUCT = "mas_ext", "torch.mm"
 
 @dataclass(frozen=True)
 class Case:
-    """``conv``: positions lie side by side, as a convolution's do; else rows, as a linear's."""
+    """``conv``: positions are adjacent in memory, as a convolution's are; otherwise rows are."""
 
     p: int
     d: int
@@ -54,7 +54,7 @@ CASES = [
     Case(10, 64, 16, False),
     Case(64, 64, 64, False),
 ]
-QUICK = [Case(512, 512, 16, True), Case(64, 64, 64, False)]
+QUICK = [Case(64, 576, 16, True), Case(64, 64, 64, False)]
 
 
 class Problem(NamedTuple):
@@ -79,20 +79,22 @@ def fused(x: Problem) -> None:
 
 
 def in_chunks(x: Problem, samples: int) -> None:
-    """The strongest plain PyTorch: BLAS for the products, which are made and read again."""
+    """The fastest plain PyTorch: products by BLAS, which are written and read again."""
     for left, right in zip(x.left.split(samples), x.right.split(samples), strict=True):
         x.omega.add_(torch.bmm(left.mT, right).abs_().sum(0))
 
 
-def _expected(x: Problem) -> Tensor:
-    """In float64, one sample at a time."""
+PROVIDERS: dict[str, Callable[[Problem], None]] = {
+    OURS: fused,
+    **{f"bmm, {samples}": partial(in_chunks, samples=samples) for samples in CHUNKS},
+}
+
+
+def check(x: Problem, step: Callable[[Problem], None], what: str) -> None:
+    """Verifies against float64, one sample at a time."""
     expected = torch.zeros_like(x.omega, dtype=torch.float64)
     for left, right in zip(x.left.double(), x.right.double(), strict=True):
         expected += (left.mT @ right).abs()
-    return expected
-
-
-def _check(x: Problem, step: Callable[[Problem], None], expected: Tensor, what: str) -> None:
     x.omega.zero_()
     step(x)
     torch.testing.assert_close(
@@ -100,83 +102,40 @@ def _check(x: Problem, step: Callable[[Problem], None], expected: Tensor, what: 
     )
 
 
-def measure(case: Case, rounds: int, budget: float | None = None) -> dict[str, list[float]]:
-    """Seconds a call for each round: every provider checked first, then timed by turns."""
+def measure(case: Case, rounds: int, budget: float | None = None) -> Result:
+    """Every provider is verified, then all are timed in interleaved rounds."""
     x = make(case)
-    steps: dict[str, Callable[[Problem], None]] = {OURS: fused}
-    for samples in CHUNKS:
-        steps[f"bmm, {samples}"] = lambda x, samples=samples: in_chunks(x, samples)
-    expected = _expected(x)
-    for name, step in steps.items():
-        _check(x, step, expected, f"{case.title}, {name}")
-    calls = {name: lambda step=step: step(x) for name, step in steps.items()}
+    for name, step in PROVIDERS.items():
+        check(x, step, f"{case.title}, {name}")
     rows = torch.randn(case.p, SAMPLES * case.positions)
     columns = torch.randn(SAMPLES * case.positions, case.d)
-    return interleave({PRODUCT: lambda: torch.mm(rows, columns), **calls}, rounds, budget=budget)
-
-
-def _summary(case: Case, seconds: dict[str, list[float]]) -> Result:
-    """Ratios are medians of per-round ratios."""
-
-    def over(name: str, other: str) -> float:
-        return quartiles(ratios(seconds[name], seconds[other]))[1]
-
-    medians = {name: quartiles(values)[1] for name, values in seconds.items()}
-    best = min((f"bmm, {samples}" for samples in CHUNKS), key=medians.__getitem__)
+    calls = {name: partial(step, x) for name, step in PROVIDERS.items()}
+    seconds = interleave({PRODUCT: lambda: torch.mm(rows, columns), **calls}, rounds, budget=budget)
+    medians = {name: median(values) for name, values in seconds.items()}
+    best = min((name for name in PROVIDERS if name != OURS), key=medians.__getitem__)
     return {
         "title": case.title,
         "rounds": len(seconds[OURS]),
         "seconds": medians,
         "gigaflops": case.flops / medians[OURS] / 1e9,
-        "fraction_of_product": over(PRODUCT, OURS),
+        "fraction_of_product": median_ratio(seconds[PRODUCT], seconds[OURS]),
         "best_bmm": best,
-        "best_bmm_over_ours": over(best, OURS),
+        "best_bmm_over_ours": median_ratio(seconds[best], seconds[OURS]),
     }
 
 
 def _run(options: Options) -> Iterator[tuple[str, Result]]:
     cases = QUICK if options.quick else CASES
     for case in cases:
-        options.tell(case.title)
-        yield (
-            case.title,
-            _summary(case, measure(case, options.rounds, options.seconds / len(cases))),
-        )
+        options.progress(case.title)
+        yield case.title, measure(case, options.rounds, options.seconds / len(cases))
 
 
-def _row(row: Result) -> list[str]:
-    best = row["best_bmm"]
-    return [
-        row["title"],
-        three(row["seconds"][OURS] * 1e3),
-        f"{row['gigaflops']:.0f}",
-        f"{row['fraction_of_product']:.2f}",
-        three(row["seconds"][best] * 1e3),
-        best.removeprefix("bmm, "),
-        f"{row['best_bmm_over_ours']:.1f}",
-    ]
-
-
-def _overview(results: Results) -> list[Table]:
-    headings = ("p × d, positions", "ms", "GFLOP/s", "of mm", "bmm, ms", "chunk", "bmm / ours")
-    return [
-        Table(
-            f"Ω += Σ|leftᵀ·right|, {SAMPLES} samples",
-            headings,
-            [_row(row) for row in results.values()],
-            note="of mm: the speed, as a fraction of torch.mm's at the same FLOPs; bmm: torch.bmm, "
-            f"abs, sum, with the best chunk of {', '.join(map(str, CHUNKS))} samples",
-        )
-    ]
-
-
-ENTRY = Entry(
+BENCHMARK = Benchmark(
     name="abs_matmul",
     title="The exact importance of a weight that is used at many positions",
-    about="Bound by arithmetic: the measure is torch.mm of the same FLOPs, which knows nothing of "
-    "samples; the alternative in plain PyTorch is torch.bmm, abs_ and sum over chunks of samples.",
+    about="Ω += Σ|leftᵀ·right| over samples, next to torch.bmm, abs_ and sum over chunks of "
+    "samples. torch.mm of the same FLOPs is the yardstick.",
     run=_run,
-    detail=lambda result: [],
-    overview=_overview,
-    seconds=(20, 3),
+    seconds=(20, 1),
 )

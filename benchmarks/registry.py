@@ -4,27 +4,33 @@ from __future__ import annotations
 
 from benchmarks import (
     abs_matmul,
+    accumulate,
     compression,
     demo,
     drift,
-    lists,
     narrow,
+    optimizer_steps,
+    penalty,
     per_sample,
+    proximal,
     scaling,
     training,
 )
-from benchmarks.entry import Entry
+from benchmarks.benchmark import Benchmark
+from benchmarks.job import benchmark_of
 
-_EVERY: tuple[Entry, ...] = (
-    *lists.ENTRIES,
-    scaling.ENTRY,
-    training.ENTRY,
-    per_sample.ENTRY,
-    abs_matmul.ENTRY,
-    demo.ENTRY,
-    compression.ENTRY,
-    narrow.ENTRY,
-    drift.ENTRY,
-)
-ENTRIES = {entry.name: entry for entry in _EVERY}
-ALONE = [entry.name for entry in _EVERY if entry.alone]
+JOBS = {job.name: job for job in (penalty.JOB, accumulate.JOB, proximal.JOB, *optimizer_steps.JOBS)}
+BENCHMARKS: dict[str, Benchmark] = {
+    benchmark.name: benchmark
+    for benchmark in (
+        *map(benchmark_of, JOBS.values()),
+        scaling.BENCHMARK,
+        training.BENCHMARK,
+        per_sample.BENCHMARK,
+        abs_matmul.BENCHMARK,
+        demo.BENCHMARK,
+        compression.BENCHMARK,
+        narrow.BENCHMARK,
+        drift.BENCHMARK,
+    )
+}

@@ -1,15 +1,14 @@
-"""Runs benchmarks and leaves results.json, a plot each and the page behind.
+"""Runs benchmarks and writes results.json, one or more plots per benchmark, and report.html.
 
 ``results.json`` is {"machine": …, "runs": {name: …}, "benchmarks": {name: {item: …}}}; "runs" says
-how long each took and how it was asked for. A benchmark that is run alone replaces its own results
-and leaves the others; on another machine, or with other versions, its run says so. No figure is of
-two runs, and a run that is cut off replaces nothing: until its end what it measures is in
+how long each benchmark took and whether it was a quick run. Running one benchmark replaces its own
+results and leaves the others; if the machine or the versions differ from those of the file, its
+entry in "runs" says so. An interrupted run replaces nothing: until the end, its results are in
 ``results.part.json``.
 """
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterable
 from datetime import datetime, timezone
@@ -17,111 +16,86 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import matplotlib.pyplot as plt
 from rich.console import Console
 
-from benchmarks.entry import Entry, Options
-from benchmarks.show import page, style
-from benchmarks.show.text import duration
-from benchmarks.tools.machine import describe, is_same, machine
+from benchmarks import report
+from benchmarks.benchmark import Benchmark, Options
+from benchmarks.machine import describe, is_same, machine
+from benchmarks.text import duration
 
 
-def write_json(path: Path, results: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def opened(path: Path, kept: Iterable[str] | None = None) -> dict[str, Any]:
-    """The results to add to: those that are there already.
+def load(path: Path, kept: Iterable[str] | None = None) -> dict[str, Any]:
+    """The results in a file, to which a run adds its own.
 
     Args:
-        path: of results.json.
-        kept: names of the benchmarks whose results stay when all others are measured anew; None if
-            this run is of a part only.
+        path: of results.json; a missing file is an empty one.
+        kept: for a run of everything else, the names of the benchmarks whose results stay, marked
+            with the machine they are of; None to keep the file as it is.
     """
     here = machine()
     if not path.exists():
         return {"machine": here, "runs": {}, "benchmarks": {}}
-    before = read_json(path)
+    before = report.read_json(path)
     if kept is None:
         return before
     runs = {name: run for name, run in before["runs"].items() if name in kept}
     for run in runs.values():
-        was = run.pop("machine", before["machine"])
-        run |= {} if is_same(here, was) else {"machine": was}
-    stay = {name: before["benchmarks"][name] for name in runs}
-    return {"machine": here, "runs": runs, "benchmarks": stay}
+        measured_on = run.pop("machine", before["machine"])
+        run |= {} if is_same(here, measured_on) else {"machine": measured_on}
+    return {
+        "machine": here,
+        "runs": runs,
+        "benchmarks": {name: before["benchmarks"][name] for name in runs},
+    }
 
 
 def run(
-    entries: Iterable[Entry],
+    benchmarks: list[Benchmark],
     options: dict[str, Any],
     results: dict[str, Any],
     out: Path,
     console: Console,
 ) -> None:
-    """One benchmark after another."""
-    part = out / "results.part.json"
+    """Runs one benchmark after another; ``options`` are those of :class:`Options`."""
+    part, begin = out / "results.part.json", perf_counter()
     console.print(describe(results["machine"]), end="\n\n", highlight=False)
-    begin = perf_counter()
-    for entry in entries:
-        _run_one(entry, options, results, part, console)
-        passed = duration(results["runs"][entry.name]["seconds"])
+    for benchmark in benchmarks:
+        _run_one(benchmark, options, results, part, console)
+        seconds = duration(results["runs"][benchmark.name]["seconds"])
         total = duration(perf_counter() - begin)
-        console.print(f"{entry.name} took {passed}; {total} so far", end="\n\n", highlight=False)
+        console.print(f"{benchmark.name} took {seconds}; {total} so far\n", highlight=False)
     part.replace(out / "results.json")
-    for path in [*write_pages(entries, results, out), out / "results.json"]:
+    for path in [*report.write_plots_and_page(benchmarks, results, out), out / "results.json"]:
         console.print(f"wrote {path}", highlight=False)
 
 
 def _run_one(
-    entry: Entry, asked: dict[str, Any], results: dict[str, Any], part: Path, console: Console
+    benchmark: Benchmark,
+    options: dict[str, Any],
+    results: dict[str, Any],
+    part: Path,
+    console: Console,
 ) -> None:
-    begin, seconds = perf_counter(), entry.seconds[asked["quick"]]
-    measured = results["benchmarks"][entry.name] = {}
-    with console.status(entry.name) as status, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the peers, about what they lack
+    begin, seconds = perf_counter(), benchmark.seconds[options["quick"]]
+    measured = results["benchmarks"][benchmark.name] = {}
+    here = machine()
+    elsewhere = {} if is_same(results["machine"], here) else {"machine": here}
+    with console.status(benchmark.name) as status, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # competitors warn about optional parts they lack
 
-        def tell(text: str) -> None:
-            status.update(f"{entry.name}, {text}")
+        def progress(text: str) -> None:
+            status.update(f"{benchmark.name}, {text}")
 
-        for item, result in entry.run(Options(**asked, seconds=seconds, tell=tell)):
+        for item, result in benchmark.run(Options(**options, seconds=seconds, progress=progress)):
             measured[item] = result
-            for table in entry.detail(result):
+            for table in report.details(result):
                 console.print(table.rich(), end="\n\n")
-            results["runs"][entry.name] = {
+            results["runs"][benchmark.name] = {
                 "seconds": round(perf_counter() - begin, 1),
                 "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                "quick": asked["quick"],
-                **_elsewhere(results),
+                "quick": options["quick"],
+                **elsewhere,
             }
-            write_json(part, results)
-    for table in entry.overview(measured):
+            report.write_json(part, results)
+    for table in report.TABLES[benchmark.name](measured):
         console.print(table.rich(), end="\n\n")
-
-
-def _elsewhere(results: dict[str, Any]) -> dict[str, Any]:
-    """What runs here, where that is not what the other results are of."""
-    here = machine()
-    return {} if is_same(results["machine"], here) else {"machine": here}
-
-
-def write_pages(entries: Iterable[Entry], results: dict[str, Any], out: Path) -> list[Path]:
-    """A PNG a plot, and the page with all of them; from the results alone."""
-    written, drawn = [], {}
-    for entry in entries:
-        measured = results["benchmarks"].get(entry.name)
-        if not measured:
-            continue
-        line = describe(results["runs"][entry.name].get("machine", results["machine"]))
-        for stem, figure in entry.figures(measured, line).items():
-            written.append(style.save_png(figure, out / f"{stem}.png"))
-            drawn.setdefault(entry.name, []).append(style.as_svg(figure, stem))
-            plt.close(figure)
-    path = out / "report.html"
-    path.write_text(page.render(list(entries), results, drawn), encoding="utf-8")
-    return [*written, path]

@@ -1,10 +1,13 @@
-"""What a drift does that a λ does not: one number for many problems.
+"""How strong the penalty should be: one drift, or one λ, for many problems."""
 
-``problems.py`` is what is learned, with the networks of ``networks.py``; ``learning.py`` learns one
-sequence of tasks, ``study.py`` all of them with every strength, ``summary.py`` says what that comes
-to, in tables (``report.py``) and plots (``plot.py``).
-"""
+from benchmarks.benchmark import Benchmark
+from benchmarks.drift.study import run
 
-from benchmarks.drift.report import ENTRY
-
-__all__ = ["ENTRY"]
+BENCHMARK = Benchmark(
+    name="drift",
+    title="How strong: λ, or how far the output may drift",
+    about="Sequences of tasks on real digits with every λ of a grid and every drift of another: "
+    "several scenarios, networks, optimizers and seeds.",
+    run=run,
+    on_request=True,
+)

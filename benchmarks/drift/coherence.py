@@ -1,13 +1,13 @@
-r"""``python -m benchmarks.drift.coherence``: the two constants of automatic λ, measured.
+r"""``python -m benchmarks.drift.coherence``: measures the two constants of automatic λ.
 
-For every problem, after its first task: c, how much more often the changes that the next task's
-steps make to an image's ‖F‖² agree in sign than not,
+After the first task of every problem, the steps of the second task change ‖F(x_k)‖² of an image.
+c_k says how much more often those changes agree in sign than not:
 
 .. math:: c_k = \frac1P\sum_i \frac{\partial_i\|F(x_k)\|^2}{\Omega_i}\,\mathrm{sign}\,\delta_i
 
-of which the root mean square over 64 images is shown, δ being how far parameters have moved after
-so many steps; 1/√P is what random signs would give. And ρ at the start: the first batch's
-‖∂L/∂θ‖₁ over ΣΩ/2√E. Nothing is held in place, and nothing is written.
+where δ is how far the parameters have moved. Shown is the root mean square of c_k over 64 images
+after some steps; random signs would give 1/√P. ρ is the first batch's ‖∂L/∂θ‖₁ over ΣΩ/2√E. The
+steps are taken without a penalty.
 """
 
 from __future__ import annotations
@@ -19,77 +19,55 @@ from rich.console import Console
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from benchmarks.drift.learning import Learner, read
+from benchmarks.drift.learning import Learner, outputs_of
 from benchmarks.drift.problems import PROBLEMS
-from benchmarks.show.table import Table
-from benchmarks.show.text import three
+from benchmarks.text import Table, three_digits
 from mas_ext import estimate_importance
 
 IMAGES = 64
 AFTER = (1, 10, 60, 300)  # steps; a split task has fewer than the last
 
 
-def changes(learner: Learner) -> tuple[list[Tensor], float, float]:
-    """∂‖F‖²/∂θ over Ω, [images, …] a parameter; ΣΩ and E. Of the first task."""
-    task, model = learner.tasks[0], learner.model
-    images = task.train.images[:: len(task.train) // IMAGES][:IMAGES]
+def _row(name: str) -> list[str]:
+    learner = Learner.after_first_task(PROBLEMS[name], seed=0, count=2)
+    model, (first, second) = learner.model, learner.tasks
+    images = first.train.images[:: len(first.train) // IMAGES][:IMAGES]
 
     def energy(output: Tensor) -> Tensor:
-        return read(output, task).square().sum(1)
+        return outputs_of(first, output).square().sum(1)
 
     params = list(model.parameters())
     rows = [torch.autograd.grad(s, params, retain_graph=True) for s in energy(model(images))]
-    omega = estimate_importance(model, task.train.images[::4].split(IMAGES), objective=energy)
+    omega = estimate_importance(model, first.train.images[::4].split(IMAGES), objective=energy)
     shares = [
-        torch.where(o > 0, torch.stack(each) / o, 0.0)
-        for o, *each in zip(omega.values(), *rows, strict=True)
+        torch.where(o > 0, torch.stack(grads) / o, 0.0)
+        for o, *grads in zip(omega.values(), *rows, strict=True)
     ]
-    return shares, float(sum(o.double().sum() for o in omega.values())), omega.energy
-
-
-def agreement(shares: list[Tensor], moved: list[Tensor]) -> float:
-    """The root mean square of c over images."""
-    numel = sum(m.numel() for m in moved)
-    c = sum((s * m.sign()).flatten(1).sum(1) for s, m in zip(shares, moved, strict=True)) / numel
-    return float(c.square().mean().sqrt())
-
-
-def row(name: str) -> list[str]:
-    """Of one problem, seed 0."""
-    learner = Learner.started(PROBLEMS[name], seed=0, count=2)
-    shares, total, energy = changes(learner)
-    params, task = list(learner.model.parameters()), learner.tasks[1]
-    start = [p.detach().clone() for p in params]
-    optimizer = learner.problem.optimizer(params)
-    found, first = {}, 0.0
-    for step, (images, labels) in enumerate(learner.batches(task, 1), 1):
+    numel, start = sum(p.numel() for p in params), [p.detach().clone() for p in params]
+    optimizer, found, rho = learner.problem.optimizer(params), {}, 0.0
+    for step, (inputs, labels) in enumerate(learner.batches(second, 1), 1):
         optimizer.zero_grad()
-        cross_entropy(read(learner.model(images), task), labels).backward()
-        first = first or sum(float(p.grad.abs().sum()) for p in params if p.grad is not None)
+        cross_entropy(outputs_of(second, model(inputs)), labels).backward()
+        if step == 1:
+            gradient = sum(float(p.grad.abs().sum()) for p in params if p.grad is not None)
+            mass = float(sum(o.double().sum() for o in omega.values()))
+            rho = gradient * 2 * math.sqrt(omega.energy) / mass
         optimizer.step()
         if step in AFTER:
-            moved = [p.detach() - s for p, s in zip(params, start, strict=True)]
-            found[step] = agreement(shares, moved)
-    numel = sum(p.numel() for p in params)
-    return [
-        learner.problem.title,
-        learner.problem.optimizer_name,
-        *(three(found[step]) if step in found else "–" for step in AFTER),
-        three(1 / math.sqrt(numel)),
-        three(first * 2 * math.sqrt(energy) / total),
-    ]
-
-
-def table() -> Table:
-    names = [n for n, problem in PROBLEMS.items() if problem.scenario != "incremental"]
-    return Table(
-        "After the first task",
-        ("", "optimizer", *(f"c after {step}" for step in AFTER), "1/√P", "ρ"),
-        [row(name) for name in names],
-    )
+            signs = [(p.detach() - s).sign() for p, s in zip(params, start, strict=True)]
+            parts = zip(shares, signs, strict=True)
+            c = sum((share * sign).flatten(1).sum(1) for share, sign in parts) / numel
+            found[step] = float(c.square().mean().sqrt())
+    steps = (three_digits(found[step]) if step in found else "–" for step in AFTER)
+    optimizer_name = type(optimizer).__name__
+    random_signs = three_digits(1 / math.sqrt(numel))
+    return [learner.problem.title, optimizer_name, *steps, random_signs, three_digits(rho)]
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    Console(width=140).print(table().rich())
+    names = [name for name, problem in PROBLEMS.items() if problem.scenario != "incremental"]
+    headings = ("", "optimizer", *(f"c after {step}" for step in AFTER), "1/√P", "ρ")
+    table = Table("After the first task", headings, [_row(name) for name in names])
+    Console(width=140).print(table.rich())

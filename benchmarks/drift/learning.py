@@ -1,7 +1,6 @@
-"""One sequence of tasks, learned with one strength after another from the same first task.
+"""A sequence of tasks, learned with one strength after another from the same first task.
 
-Nothing is held in place while the first task is learned, so it is learned, and its Ω measured, once
-for all strengths.
+No penalty acts during the first task, so it is learned, and its Ω measured, once for all strengths.
 """
 
 from __future__ import annotations
@@ -15,8 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from benchmarks.drift.networks import made
-from benchmarks.drift.problems import Problem
+from benchmarks.drift.problems import Problem, seeded
 from mas_ext import MAS
 from mas_ext._penalty.auto_strength import pushed_by
 from mas_ext.demo.data import Digits, load_digits
@@ -24,15 +22,14 @@ from mas_ext.demo.learning import accuracy, batches_of, measured_objective
 from mas_ext.demo.metrics import average_accuracy, forgetting
 from mas_ext.demo.scenarios import Task, make_tasks
 
-MEASURED = 1000  # images of a task that Ω is measured on
+MEASURED = 1000  # images of a task on which Ω is measured
 
 
 @dataclass
 class Learner:
-    """What there is between two tasks.
+    """The state between two tasks.
 
-    Attributes:
-        matrix: a row a task learned so far, see :mod:`mas_ext.demo.metrics`.
+    ``matrix``: accuracies, a row per task learned so far, see :mod:`mas_ext.demo.metrics`.
     """
 
     problem: Problem
@@ -42,29 +39,28 @@ class Learner:
     mas: MAS
     matrix: list[list[float]]
 
-    @property
-    def by_steps(self) -> bool:
-        """Whether it is an optimizer's steps that push, and not the gradient."""
-        optimizer = self.problem.optimizer(self.model.parameters())
-        return pushed_by(optimizer, self.problem.mode) == "step"
-
     @classmethod
-    def started(cls, problem: Problem, seed: int, count: int) -> Learner:
-        """After the first task."""
-        model = made(problem.network, seed)
+    def after_first_task(cls, problem: Problem, seed: int, count: int) -> Learner:
+        model = seeded(problem.network, seed)
         tasks = tasks_of(problem, seed, count)
         learner = cls(problem, seed, tasks, model, MAS(model, lambda_reg="auto"), [])
         learner.learn_next()
         return learner
 
+    @property
+    def strength(self) -> Any:
+        """The λ that the drift comes to."""
+        pushed = pushed_by(self.problem.optimizer(self.model.parameters()), self.problem.mode)
+        return self.mas.lambda_proximal if pushed == "step" else self.mas.lambda_reg
+
     def outcome(self, **strength: Any) -> dict[str, float] | None:
-        """What all tasks come to, from here; this learner stays where it is.
+        """Learns the remaining tasks with a copy of this learner.
 
         Args:
-            strength: what is set of :class:`MAS`: ``lambda_reg``, or ``drift``.
+            strength: attributes of :class:`MAS` to set: ``lambda_reg`` or ``drift``.
 
         Returns:
-            Figures of :mod:`mas_ext.demo.metrics`; None where the network did not stay finite.
+            Figures of :mod:`mas_ext.demo.metrics`; None if the network did not stay finite.
         """
         learner = deepcopy(self)
         for name, value in strength.items():
@@ -80,26 +76,24 @@ class Learner:
         }
 
     def learn_next(self) -> None:
-        """The next task: training, Ω, tests."""
+        """Trains on the next task, consolidates it, and tests all tasks."""
         number = len(self.matrix)
         task, problem = self.tasks[number], self.problem
         optimizer = problem.optimizer(self.model.parameters())
         handle = self.mas.attach(optimizer, problem.mode)
         for images, labels in self.batches(task, number):
             optimizer.zero_grad()
-            output = read(self.model(images), task) / problem.temperature
+            output = outputs_of(task, self.model(images)) / problem.temperature
             cross_entropy(output, labels).backward()
             optimizer.step()
         handle.remove()
         measured = task.train.images[:: max(1, len(task.train) // MEASURED)]
-        self.mas.consolidate(
-            measured.split(problem.batch_size),
-            objective=measured_objective(task),
-        )
-        self.matrix.append([accuracy(self.model, self._asked(task)) for task in self.tasks])
+        batches = measured.split(problem.batch_size)
+        self.mas.consolidate(batches, objective=measured_objective(task))
+        self.matrix.append([accuracy(self.model, self.as_tested(task)) for task in self.tasks])
 
-    def _asked(self, task: Task) -> Task:
-        """A task as it is tested: among its own classes, or among all that were learned too."""
+    def as_tested(self, task: Task) -> Task:
+        """The task with the classes among which it is tested."""
         if self.problem.scenario != "incremental":
             return task
         learned = self.tasks[: len(self.matrix) + 1]
@@ -107,15 +101,15 @@ class Learner:
         return replace(task, classes=tuple(sorted(classes)))
 
     def batches(self, task: Task, number: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Of all epochs, in an order of the seed and the task alone."""
+        """Of all epochs, in an order that depends on the seed and the task alone."""
         random = torch.Generator().manual_seed(1_000_003 * self.seed + number + 1)
         for _ in range(self.problem.epochs):
             order = torch.randperm(len(task.train), generator=random)
             yield from batches_of(task, self.problem.batch_size, order)
 
 
-def read(output: Tensor, task: Task) -> Tensor:
-    """The outputs that a task reads; the others were never taught to say anything."""
+def outputs_of(task: Task, output: Tensor) -> Tensor:
+    """The outputs of the task's classes."""
     return output if len(task.classes) == output.shape[1] else output[:, list(task.classes)]
 
 

@@ -1,22 +1,80 @@
-"""What is learned in the study: a scenario, a network, an optimizer, and how MAS is applied."""
+"""What the study learns: scenarios, networks (from flat images [N, 784] to ten numbers), modes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from benchmarks.drift.networks import Louder, Transformer, cnn, mlp
+from benchmarks.models import mlp
+from mas_ext.demo.data import CLASSES, PIXELS, SIDE
 
-# A decade in two steps, over three: the best λ of any two problems may be that far apart.
+# Two values per decade over three decades: the best λ of two problems may be that far apart.
 PROXIMAL = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 GRADIENT = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 DRIFTS = (0.02, 0.06, 0.2, 0.6, 2.0)
+PATCH = 7
 
 
+# -- networks --------------------------------------------------------------------------------------
+def classifier(*hidden: int) -> nn.Module:
+    return mlp(PIXELS, *hidden, CLASSES)
+
+
+def cnn(channels: int = 16) -> nn.Module:
+    """Three strided convolutions and a linear layer."""
+    widths, layers = (1, channels, 2 * channels, 4 * channels), [nn.Unflatten(1, (1, SIDE, SIDE))]
+    for before, after in pairwise(widths):
+        layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(4 * channels * 16, CLASSES))
+
+
+class Transformer(nn.Module):
+    """A small vision transformer: 16 patches, two blocks, mean pooling."""
+
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        self.embed = nn.Linear(PATCH * PATCH, width)
+        self.position = nn.Parameter(0.02 * torch.randn(PIXELS // PATCH**2, width))
+        options = {"dropout": 0.0, "batch_first": True, "norm_first": True}
+        self.blocks = nn.Sequential(
+            *(nn.TransformerEncoderLayer(width, 4, 2 * width, **options) for _ in range(2))
+        )
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        side = SIDE // PATCH
+        patches = images.view(-1, side, PATCH, side, PATCH).transpose(2, 3)
+        tokens = self.embed(patches.reshape(len(images), side * side, -1)) + self.position
+        return self.head(self.norm(self.blocks(tokens)).mean(1))
+
+
+class Scaled(nn.Module):
+    """A network whose output is multiplied by a factor."""
+
+    def __init__(self, network: nn.Module, factor: float) -> None:
+        super().__init__()
+        self.network, self.factor = network, factor
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.factor * self.network(images)
+
+
+def seeded(make: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """The same parameters for the same seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return make()
+
+
+# -- problems --------------------------------------------------------------------------------------
 _ADAM = partial(Adam, lr=1e-3, fused=True)
 _ADAMW = partial(AdamW, lr=1e-3, weight_decay=0.01, fused=True)
 _SGD = partial(SGD, lr=0.05, momentum=0.9)
@@ -24,18 +82,15 @@ _SGD = partial(SGD, lr=0.05, momentum=0.9)
 
 @dataclass(frozen=True)
 class Problem:
-    """One sequence of tasks, and one way to learn it.
+    """A sequence of tasks, and how it is learned.
 
     Attributes:
         scenario: ``"permuted"``, ``"rotated"``, ``"split"`` (each task has two classes and reads
-            their outputs) or ``"incremental"`` (the same, and it is tested among all classes
-            learned so far).
-        network: makes it.
-        optimizer: makes one a task, from parameters.
+            their outputs) or ``"incremental"`` (the same, tested among all classes learned so far).
         mode: of :meth:`mas_ext.MAS.attach`.
         lambdas: the grid of fixed λ.
-        temperature: what the output is divided by before the loss.
-        epochs, images, batch_size: of training, for each task.
+        temperature: the output is divided by it before the loss.
+        epochs, images, batch_size: of training, per task.
     """
 
     title: str
@@ -49,69 +104,70 @@ class Problem:
     images: int = 4000
     batch_size: int = 64
 
-    @property
-    def optimizer_name(self) -> str:
-        return self.optimizer.func.__name__
+
+_MLP = ("MLP 256-256", partial(classifier, 256, 256))
+_DEEP = ("MLP 6 × 128", partial(classifier, *[128] * 6))
+_GRADIENT = {"mode": "gradient", "lambdas": GRADIENT}
 
 
-_mlp = partial(mlp, 256, 256)
+def _problem(
+    scenario: str, network: tuple[str, Callable[[], nn.Module]], *args: Any, **options: Any
+) -> Problem:
+    title = "class-incremental" if scenario == "incremental" else scenario
+    return Problem(f"{title}, {network[0]}", scenario, network[1], *args, **options)
+
 
 PROBLEMS = {
-    "permuted": Problem("permuted, MLP 256-256", "permuted", _mlp),
-    "permuted_small": Problem("permuted, MLP 64", "permuted", partial(mlp, 64)),
-    "permuted_deep": Problem("permuted, MLP 6 × 128", "permuted", partial(mlp, *[128] * 6), _ADAMW),
-    "permuted_gradient": Problem(
-        "permuted, MLP 256-256", "permuted", _mlp, mode="gradient", lambdas=GRADIENT
+    "permuted": _problem("permuted", _MLP),
+    "permuted_small": _problem("permuted", ("MLP 64", partial(classifier, 64))),
+    "permuted_deep": _problem("permuted", _DEEP, _ADAMW),
+    "permuted_gradient": _problem("permuted", _MLP, **_GRADIENT),
+    "permuted_sgd": _problem("permuted", _MLP, _SGD, **_GRADIENT),
+    "rotated": _problem("rotated", _MLP, epochs=8),
+    "rotated_wide": _problem(
+        "rotated", ("MLP 1024", partial(classifier, 1024)), epochs=8, images=2000
     ),
-    "permuted_sgd": Problem("permuted, MLP 256-256", "permuted", _mlp, _SGD, "gradient", GRADIENT),
-    "rotated": Problem("rotated, MLP 256-256", "rotated", _mlp, epochs=8),
-    "rotated_wide": Problem(
-        "rotated, MLP 1024", "rotated", partial(mlp, 1024), epochs=8, images=2000
+    "rotated_sgd": _problem("rotated", _MLP, _SGD, lambdas=GRADIENT, epochs=8),
+    "rotated_cnn": _problem("rotated", ("CNN", cnn), images=2000, epochs=8),
+    "rotated_transformer": _problem(
+        "rotated", ("transformer", Transformer), _ADAMW, images=2000, epochs=8
     ),
-    "rotated_sgd": Problem(
-        "rotated, MLP 256-256", "rotated", _mlp, _SGD, "proximal", GRADIENT, epochs=8
-    ),
-    "rotated_cnn": Problem("rotated, CNN", "rotated", cnn, images=2000, epochs=8),
-    "rotated_transformer": Problem(
-        "rotated, transformer", "rotated", Transformer, _ADAMW, images=2000, epochs=8
-    ),
-    "split": Problem("split, MLP 256-256", "split", _mlp),
-    "split_cnn": Problem("split, CNN", "split", cnn, _ADAMW, mode="gradient", lambdas=GRADIENT),
-    "split_transformer": Problem("split, transformer", "split", Transformer, epochs=10),
-    "incremental": Problem("class-incremental, MLP 256-256", "incremental", _mlp),
+    "split": _problem("split", _MLP),
+    "split_cnn": _problem("split", ("CNN", cnn), _ADAMW, **_GRADIENT),
+    "split_transformer": _problem("split", ("transformer", Transformer), epochs=10),
+    "incremental": _problem("incremental", _MLP),
 }
+QUICK = ("permuted_small",)
 
 
-QUICK = ("permuted_small", "split")
-
-
-def _louder_network(network: Callable[[], nn.Module]) -> nn.Module:
-    return Louder(network(), 10.0)
+# -- changes that should not change how well λ is chosen -------------------------------------------
+def _scaled(network: Callable[[], nn.Module]) -> nn.Module:
+    return Scaled(network(), 10.0)
 
 
 def _louder(problem: Problem) -> Problem:
-    return replace(problem, network=partial(_louder_network, problem.network))
+    return replace(problem, network=partial(_scaled, problem.network))
 
 
-def _in_other_units(problem: Problem) -> Problem:
-    """The loss sees what it saw before, so all is learned alike; Ω is a hundred times as large."""
+def _other_units(problem: Problem) -> Problem:
+    """The loss is the same, so learning is the same; Ω is a hundred times as large."""
     lambdas = tuple(value / 100 for value in problem.lambdas)
     return replace(_louder(problem), temperature=10.0, lambdas=lambdas)
 
 
-# What should not change how well λ is chosen, on the one scenario and the other.
 CHANGES: dict[str, tuple[str, Callable[[Problem], Problem]]] = {
     "base": ("as it is", lambda p: p),
-    "units": ("output × 10, loss as before", _in_other_units),
+    "units": ("output × 10, loss as before", _other_units),
     "louder": ("output × 10", _louder),
-    "narrow": ("half the width", lambda p: replace(p, network=partial(mlp, 128, 128))),
+    "narrow": ("half the width", lambda p: replace(p, network=partial(classifier, 128, 128))),
     "small_batch": ("batches of 16", lambda p: replace(p, batch_size=16)),
     "large_batch": ("batches of 256", lambda p: replace(p, batch_size=256)),
 }
 CHANGED = ("permuted", "rotated")
+QUICK_CHANGES = ("base", "units")
 
 
 def changed(name: str, change: str) -> Problem:
-    """A problem after a change, with what of the grid is about the best λ before it."""
+    """A problem after a change, with the part of the grid around its best λ before the change."""
     problem = CHANGES[change][1](PROBLEMS[name])
     return problem if change == "base" else replace(problem, lambdas=problem.lambdas[1:5])

@@ -1,10 +1,211 @@
-"""``python -m benchmarks per_sample``: what exact importance costs, beside everything like it.
+"""What the exact importance of a batch costs, next to everything else that computes it."""
 
-``workloads.py`` has the models, ``providers.py`` the ways to compute Ω of one batch, ``measure.py``
-checks and times them, ``memory.py`` weighs them, ``report.py`` and ``plot.py`` show the results.
-"""
+from __future__ import annotations
 
-from benchmarks.per_sample.report import ENTRY
-from benchmarks.per_sample.workloads import QUICK, WORKLOADS
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from time import perf_counter
+from typing import Any
 
-__all__ = ["ENTRY", "QUICK", "WORKLOADS"]
+from torch import Tensor
+
+from benchmarks.benchmark import Benchmark, Options, Result
+from benchmarks.measure import can_measure_memory, interleave, ratios, spread
+from benchmarks.models import WORKLOADS, Workload
+from benchmarks.per_sample import memory
+from benchmarks.per_sample.providers import (
+    BATCH,
+    BATCH_MEAN,
+    BATCH_MEANS,
+    BATCH_SIZE_1,
+    OURS,
+    UNCHUNKED,
+    Step,
+    Unsupported,
+    providers,
+    take,
+    vmapped,
+)
+from mas_ext import estimate_importance
+
+QUICK = ("mlp", "cnn")
+QUICK_BATCH = 8  # samples
+TOLERANCE = 1e-3  # float32
+MOST_ROUNDS_SKIPPED = 4  # a slow provider takes part in every fourth round or more often
+MEMORY_OF = (memory.PLAIN, OURS, BATCH_MEAN, BATCH_SIZE_1, UNCHUNKED)  # a process each
+FRESH_MODELS = 3  # whose first call is timed
+
+
+def error(omega: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> tuple[float, str]:
+    """The worst parameter's ‖Ω − expected‖₁/‖expected‖₁, with a floor for those that are zero."""
+    assert omega.keys() == expected.keys(), omega.keys() ^ expected.keys()
+    floor = 1e-6 * max(e.mean().item() for e in expected.values())
+
+    def of(name: str) -> float:
+        e = expected[name].double()
+        return ((omega[name].double() - e).abs().mean() / e.mean().clamp_min(floor)).item()
+
+    return max((of(name), name) for name in expected)
+
+
+def best_chunk(workload: Workload, batch: Any, candidates: Iterable[int]) -> dict[int, float]:
+    """Seconds per sample that vmap takes with each chunk length, the fastest first."""
+    model, seconds = workload.model(), {}
+    for length in candidates:
+        step = vmapped(model, take(batch, 0, length), length)
+        step()
+        seconds[length] = min(_timed(step)[0] for _ in range(2)) / length
+    return dict(sorted(seconds.items(), key=lambda item: item[1]))
+
+
+def _timed(step: Step) -> tuple[float, Mapping[str, Tensor]]:
+    begin = perf_counter()
+    omega = step()
+    return perf_counter() - begin, omega
+
+
+def _mass(omega: Mapping[str, Tensor]) -> float:
+    return sum(o.double().sum().item() for o in omega.values())
+
+
+class Verified:
+    """The providers that agree with batch size 1, and why the others are skipped."""
+
+    def __init__(self, workload: Workload, batch: Any, chunk: int) -> None:
+        self.steps: dict[str, Step] = {}
+        self.estimates: dict[str, float] = {}  # seconds per call
+        self.errors: dict[str, float] = {}
+        self.skipped: dict[str, str] = {}
+        self.kept = 1.0  # the share of Ω that the batch-mean finds
+        prepared = providers(chunk)
+        expected = prepared[BATCH_SIZE_1](workload.model(), batch)()
+        for name, prepare in prepared.items():
+            try:
+                step = prepare(workload.model(), batch)
+                self.estimates[name], omega = _timed(step)
+                self._verify(name, omega, expected)
+                self.steps[name] = step
+            except Exception as reason:
+                if name in (OURS, BATCH_SIZE_1, *BATCH_MEANS):
+                    raise
+                self.skipped[name] = _one_line(reason)
+
+    def _verify(
+        self, name: str, omega: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+    ) -> None:
+        if name in BATCH_MEANS:
+            kept = _mass(omega) / _mass(expected)
+            assert kept <= 1 + TOLERANCE, f"{name} finds {kept} of Ω, and can only find a part"
+            assert name == BATCH_MEAN or abs(kept - self.kept) <= TOLERANCE, (kept, self.kept)
+            self.kept = kept
+            return
+        self.errors[name], worst = error(omega, expected)
+        if not self.errors[name] <= TOLERANCE:
+            raise Unsupported(f"Ω of {worst} is wrong by {self.errors[name]:.0%}")
+
+    def every(self, rounds: int) -> dict[str, int]:
+        """Slow providers take part in fewer rounds; ours and what it is compared with in all."""
+        fastest = min(self.estimates[name] for name in self.steps)
+        most = min(MOST_ROUNDS_SKIPPED, max(1, (rounds - 1) // 2))
+        every = {
+            name: min(most, max(1, int(self.estimates[name] / fastest / 4))) for name in self.steps
+        }
+        return {**every, OURS: 1, BATCH_MEAN: 1, BATCH: 1}
+
+
+def _one_line(reason: Exception) -> str:
+    text = " ".join(str(reason).split())
+    if isinstance(reason, Unsupported):
+        return text
+    return f"{type(reason).__name__}: {text[:100]}{'…' if len(text) > 100 else ''}"
+
+
+def first_call(workload: Workload, batch: Any) -> tuple[float, dict[str, int]]:
+    """Seconds that ours takes on a new model, and the number of parameters by path."""
+    seconds = []
+    for _ in range(FRESH_MODELS):
+        model = workload.model()
+        begin = perf_counter()
+        importance = estimate_importance(model, [batch])
+        seconds.append(perf_counter() - begin)
+    return statistics.median(seconds), dict(Counter(importance.coverage.values()))
+
+
+def extra_memory(workload: str, chunk: int) -> dict[str, int | None]:
+    """Bytes at the peak beyond those of a forward and backward pass, two processes at a time."""
+    if not can_measure_memory():
+        return {}
+    with ThreadPoolExecutor(2) as pool:
+        used_by = partial(memory.used_by, workload, chunk=chunk)
+        used = dict(zip(MEMORY_OF, pool.map(used_by, MEMORY_OF), strict=True))
+    plain = used.pop(memory.PLAIN)
+    if plain is None:
+        return {}
+    return {name: None if peak is None else peak - plain for name, peak in used.items()}
+
+
+def measure(name: str, options: Options, budget: float) -> Result:
+    """One model: verified, timed in interleaved rounds, then memory in separate processes."""
+    workload = WORKLOADS[name]
+    batch = workload.batch(QUICK_BATCH if options.quick else None)
+    size = QUICK_BATCH if options.quick else workload.batch_size
+    options.progress(f"{workload.title}: looking for the best chunk of vmap")
+    candidates = [4] if options.quick else [2**n for n in range(size.bit_length())]
+    by_chunk = best_chunk(workload, batch, candidates)
+    chunk = next(iter(by_chunk))
+    options.progress(f"{workload.title}: verifying against batch size 1")
+    verified = Verified(workload, batch, chunk)
+    options.progress(f"{workload.title}: timing at most {options.rounds} rounds")
+    every = verified.every(options.rounds)
+    seconds = interleave(verified.steps, options.rounds, every, budget)
+    first, coverage = first_call(workload, batch)
+    options.progress(f"{workload.title}: peak memory, in a process per provider")
+    reference = min(BATCH_MEANS, key=lambda mean: statistics.median(seconds[mean]))
+
+    def over(provider: str, other: str) -> dict[str, float]:
+        """Round by round; the other takes part in every round."""
+        return spread(ratios(seconds[provider], seconds[other][:: every[provider]]))
+
+    return {
+        "title": workload.title,
+        "details": workload.details,
+        "batch_size": size,
+        "parameters": sum(p.numel() for p in workload.model().parameters()),
+        "rounds": len(seconds[OURS]),
+        "batch_mean": reference,
+        "share_kept_by_batch_mean": verified.kept,
+        "providers": {
+            provider: {
+                "rounds": len(values),
+                "seconds": spread(values),
+                "time_over_batch_mean": over(provider, reference),
+                "time_over_ours": over(provider, OURS),
+                "error": verified.errors.get(provider),
+            }
+            for provider, values in seconds.items()
+        },
+        "skipped": verified.skipped,
+        "chunk": chunk,
+        "first_call_seconds": first,
+        "coverage": coverage,
+        "extra_bytes": {} if options.quick else extra_memory(name, chunk),
+    }
+
+
+def _run(options: Options) -> Iterator[tuple[str, Result]]:
+    names = options.workloads or (QUICK if options.quick else tuple(WORKLOADS))
+    for name in names:
+        yield name, measure(name, options, options.seconds / len(names))
+
+
+BENCHMARK = Benchmark(
+    name="per_sample",
+    title="Exact importance of a batch",
+    about="Ω = 1/B Σ_k |∂‖F(x_k)‖²/∂θ| of the second and later batches of a model, next to "
+    "everything else that computes it exactly, and to the batch's mean gradient, which does not.",
+    run=_run,
+    seconds=(75, 3),
+)

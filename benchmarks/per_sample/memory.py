@@ -1,6 +1,7 @@
-"""The peak memory of one call, in a process of its own.
+"""The peak memory of one call, measured in a process of its own.
 
-The allocator is told to give back at once what is freed, so that the mark is what was in use.
+The allocator is told to return freed memory at once, so that the high-water mark only contains what
+was in use.
 """
 
 from __future__ import annotations
@@ -15,12 +16,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from benchmarks.per_sample import providers
-from benchmarks.per_sample.providers import Prepare, Step
-from benchmarks.per_sample.workloads import WORKLOADS, Batch
-from benchmarks.tools.memory import is_available, peak_of, resident, settle
-
-__all__ = ["PLAIN", "is_available", "used_by"]
+from benchmarks.measure import peak_of, resident_bytes, return_free_memory
+from benchmarks.models import WORKLOADS, Batch
+from benchmarks.per_sample.providers import UNCHUNKED, Step, objective, providers, take, vmapped
 
 PLAIN = "forward and backward"
 _ALLOCATOR = {
@@ -32,7 +30,7 @@ _ALLOCATOR = {
 
 
 def used_by(workload: str, provider: str, chunk: int) -> int | None:
-    """Bytes at the peak of a steady call beyond model and batch; None where it fell over."""
+    """Bytes at the peak of a call beyond model and batch; None if the process failed."""
     command = [sys.executable, "-m", "benchmarks.per_sample.memory"]
     done = subprocess.run(
         [*command, workload, provider, str(chunk)],
@@ -44,7 +42,7 @@ def used_by(workload: str, provider: str, chunk: int) -> int | None:
 
 
 def forward_and_backward(model: nn.Module, batch: Batch) -> Step:
-    """No gradient of a weight: back to the first layer's output and no further."""
+    """A backward pass to the first layer's output, without gradients of weights."""
     outputs: list[Tensor] = []
 
     def keep(module: nn.Module, args: object, output: object) -> None:
@@ -57,31 +55,24 @@ def forward_and_backward(model: nn.Module, batch: Batch) -> Step:
 
     def step() -> Mapping[str, Tensor]:
         outputs.clear()
-        scalar = providers.objective(model, batch)
+        scalar = objective(model, batch)
         torch.autograd.grad(scalar, outputs.pop())
         return {}
 
     return step
 
 
-def _prepare(provider: str, chunk: int) -> Prepare:
-    others = {
-        PLAIN: forward_and_backward,
-        providers.UNCHUNKED: partial(providers.vmapped, length=sys.maxsize),
-    }
-    return {**providers.providers(chunk), **others}[provider]
-
-
 def measure(workload: str, provider: str, chunk: int) -> int:
-    prepare, chosen = _prepare(provider, chunk), WORKLOADS[workload]
+    others = {PLAIN: forward_and_backward, UNCHUNKED: partial(vmapped, length=sys.maxsize)}
+    prepare, chosen = {**providers(chunk), **others}[provider], WORKLOADS[workload]
     model, batch = chosen.model(), chosen.batch()
-    # What is loaded, compiled or cached once a process is in nobody's bill.
-    prepare(chosen.model(), providers.take(batch, 0, 2))()
-    settle()
-    before = resident()
+    # What is loaded, compiled or cached once per process counts for nobody.
+    prepare(chosen.model(), take(batch, 0, 2))()
+    return_free_memory()
+    before = resident_bytes()
     step = prepare(model, batch)
-    step()  # what it keeps for the next call is in the bill, what it needed to plan is not
-    settle()
+    step()  # what it caches for the next call counts; what it needed only to plan does not
+    return_free_memory()
     return peak_of(step) - before
 
 

@@ -1,8 +1,8 @@
-"""Ω of one batch, Ω = 1/B Σ_k |∂‖F(x_k)‖²/∂θ|: every function below is one way to get it.
+"""Implementations of the importance of one batch, Ω = 1/B Σ_k |∂‖F(x_k)‖²/∂θ|.
 
-Each prepares once, outside the measurement, what a user would prepare once, and returns the call
-that is measured. That call makes an Ω of zeros and adds to it, as importance is accumulated. It
-may attach to the model it is given, which is its own.
+Each function prepares what a user would prepare once, which is not timed, and returns the call that
+is timed. The call makes an Ω of zeros and adds to it, the way importance is accumulated. Every
+provider has a model of its own and may add hooks to it.
 """
 
 from __future__ import annotations
@@ -16,20 +16,21 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 
-from benchmarks.per_sample.workloads import Batch
+from benchmarks.models import Batch
 from mas_ext import estimate_importance
 
 Step = Callable[[], Mapping[str, Tensor]]
 Prepare = Callable[[nn.Module, Batch], Step]
 
-OURS, BY_HAND, BATCH, SINGLY = "mas_ext", "batch-mean", "batch-mean, mas_ext", "batch size 1"
+OURS, BATCH_SIZE_1 = "mas_ext", "batch size 1"
+BATCH_MEAN, BATCH = "batch-mean", "batch-mean, mas_ext"
+BATCH_MEANS = (BATCH_MEAN, BATCH)  # inexact: what cancels within the batch is lost
 VMAP, UNCHUNKED = "vmap(grad)", "vmap(grad), unchunked"
 OPACUS, BACKPACK = "Opacus", "BackPACK"
-BATCH_MEANS = (BY_HAND, BATCH)  # inexact: what cancels within the batch is lost
 
 
 class Unsupported(Exception):
-    """Why a provider cannot do a model."""
+    """Why a provider can't compute the importance of a model."""
 
 
 def size(batch: Batch) -> int:
@@ -63,13 +64,8 @@ def zeros(model: nn.Module) -> dict[str, Tensor]:
     return {name: torch.zeros_like(p) for name, p in model.named_parameters()}
 
 
-def add_abs(omega: dict[str, Tensor], grads: Iterable[Tensor], scale: float) -> None:
-    for o, g in zip(omega.values(), grads, strict=True):
-        o.add_(g.abs(), alpha=scale)
-
-
 def add_abs_of_each(omega: dict[str, Tensor], per_sample: Iterable[Tensor], scale: float) -> None:
-    """From gradients [samples, …], whose absolute value is taken in place: they are ours."""
+    """From gradients [samples, …], which are overwritten."""
     for o, g in zip(omega.values(), per_sample, strict=True):
         o.add_(g.detach().abs_().sum(0), alpha=scale)
 
@@ -79,14 +75,15 @@ def ours(model: nn.Module, batch: Batch, estimator: str = "per_sample") -> Step:
 
 
 def in_chunks(model: nn.Module, batch: Batch, length: int) -> Step:
-    """The absolute value of each chunk's gradient, as loops over a DataLoader are written."""
+    """The absolute value of each chunk's gradient, as a loop over a DataLoader does it."""
     params = list(model.parameters())
 
     def step() -> dict[str, Tensor]:
         omega = zeros(model)
         for chunk in chunks(batch, length):
             grads = torch.autograd.grad(objective(model, chunk), params)
-            add_abs(omega, grads, 1 / size(batch))
+            for o, g in zip(omega.values(), grads, strict=True):
+                o.add_(g.abs(), alpha=1 / size(batch))
         return omega
 
     return step
@@ -101,11 +98,12 @@ def vmapped(model: nn.Module, batch: Batch, length: int) -> Step:
     params = {name: p.detach() for name, p in model.named_parameters()}
 
     def of_one(params: dict[str, Tensor], sample: Batch) -> Tensor:
-        return total(functional_call(model, params, *arguments(_as_batch(sample))))
+        batch_of_one = tree_map(lambda t: t.unsqueeze(0), sample)
+        return total(functional_call(model, params, *arguments(batch_of_one)))
 
     of_each = vmap(grad(of_one), in_dims=(None, 0))
 
-    @sdpa_kernel(SDPBackend.MATH)  # the fused attention has no rule for vmap: it loops
+    @sdpa_kernel(SDPBackend.MATH)  # vmap has no rule for the fused attention and loops
     def step() -> dict[str, Tensor]:
         omega = zeros(model)
         for chunk in chunks(batch, length):
@@ -115,17 +113,13 @@ def vmapped(model: nn.Module, batch: Batch, length: int) -> Step:
     return step
 
 
-def _as_batch(sample: Batch) -> Batch:
-    return tree_map(lambda t: t.unsqueeze(0), sample)
-
-
 def opacus(model: nn.Module, batch: Batch) -> Step:
     from opacus.grad_sample import GradSampleModule
 
     refused = GradSampleModule.validate(model)
     if refused:
-        raise Unsupported(f"refuses {len(refused)} modules that have buffers, as BatchNorm")
-    # Its hooks look away in evaluation mode. No workload has dropout, and it refuses BatchNorm.
+        raise Unsupported(f"refuses {len(refused)} modules that have buffers, such as BatchNorm")
+    # Its hooks do nothing in evaluation mode. No workload has dropout or, here, BatchNorm.
     wrapped = GradSampleModule(model.train(), loss_reduction="sum")
     batch = _with_positions(model, batch)
 
@@ -140,7 +134,7 @@ def opacus(model: nn.Module, batch: Batch) -> Step:
 
 
 def _with_positions(model: nn.Module, batch: Batch) -> Batch:
-    """GPT-2 makes positions [1, T] itself, which Opacus takes for a batch of one sample."""
+    """GPT-2 makes positions of shape [1, T], which Opacus takes for a batch of one sample."""
     if getattr(getattr(model, "config", None), "model_type", None) != "gpt2":
         return batch
     ids = batch["input_ids"]
@@ -167,14 +161,14 @@ def backpack(model: nn.Module, batch: Batch) -> Step:
 
 
 def _extended(model: nn.Module) -> nn.Module:
-    """Its hooks forbid in-place operations on a layer's output; its converter rewrites those."""
+    """BackPACK's converter rewrites in-place operations, which its hooks forbid."""
     from backpack import extend
 
     if isinstance(model, nn.Sequential):
         return extend(model)
     try:
         return extend(model, use_converter=True)
-    except Exception:  # whatever torch.fx says of a model that it cannot trace
+    except Exception:  # whatever torch.fx raises for a model that it can't trace
         return extend(model)
 
 
@@ -182,16 +176,16 @@ def _check_each_has(model: nn.Module, attribute: str) -> None:
     missing = [n for n, p in model.named_parameters() if getattr(p, attribute, None) is None]
     if missing:
         count = len(list(model.parameters()))
-        raise Unsupported(f"no rule for {len(missing)} of {count} parameters, as {missing[0]}")
+        raise Unsupported(f"no rule for {len(missing)} of {count} parameters, such as {missing[0]}")
 
 
 def providers(chunk: int) -> dict[str, Prepare]:
-    """All that are timed, ours first; ``chunk`` is that of vmap."""
+    """Everything that is timed, ours first; ``chunk``: samples per call of vmap."""
     return {
         OURS: ours,
-        BY_HAND: batch_mean,
+        BATCH_MEAN: batch_mean,
         BATCH: partial(ours, estimator="batch"),
-        SINGLY: partial(in_chunks, length=1),
+        BATCH_SIZE_1: partial(in_chunks, length=1),
         VMAP: partial(vmapped, length=chunk),
         OPACUS: opacus,
         BACKPACK: backpack,

@@ -1,4 +1,4 @@
-"""The middle of a second task: a model off its anchors, with Ω of the first."""
+"""The middle of a second task: a model away from its anchors, with Ω of the first task."""
 
 from __future__ import annotations
 
@@ -6,19 +6,21 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
-from benchmarks.lists.state import State
-from benchmarks.training.models import Model, loss
+from benchmarks.models import Workload
+from benchmarks.state import State
 from mas_ext import MAS
 
-SAMPLES = 8  # of the first task; Ω's values do not change what a step costs
-MOVED = 0.01  # of a tensor's root mean square: how far the parameters are off their anchors
-SHARE = 0.1  # of the task's gradient: how large the penalty's is
+LR = 1e-4  # small, so that thousands of steps on one batch stay ordinary
+SAMPLES = 8  # of the first task; the values of Ω don't change what a step costs
+MOVED = 0.01  # the parameters' distance from their anchors, over a tensor's root mean square
+SHARE = 0.1  # the norm of the penalty's gradient over that of the task's
 
 
 @dataclass
 class Setting:
-    """Each way to train has one of its own, with the same values."""
+    """Every provider has one of its own, with the same values."""
 
     model: nn.Module
     inputs: Tensor
@@ -26,7 +28,7 @@ class Setting:
     optimizer: torch.optim.Optimizer
     mas: MAS
     names: list[str]
-    state: State  # θ, θ* and Ω as lists, for those who keep them so
+    state: State  # θ, θ* and Ω as lists, for providers that keep them so
 
     @property
     def lambda_reg(self) -> float:
@@ -36,13 +38,18 @@ class Setting:
         return loss(self.model(self.inputs), self.targets)
 
 
-def make(chosen: Model, optimizer: str | None = None, **options: float) -> Setting:
-    """``optimizer`` and its options: other ones than the model's own."""
-    model, (inputs, targets) = chosen.model(), chosen.batch()
+def loss(output: Tensor, target: Tensor) -> Tensor:
+    """Cross-entropy, at every position if the target has positions."""
+    return cross_entropy(output.view(target.numel(), -1), target.flatten())
+
+
+def make(workload: Workload, optimizer: str | None = None, **options: float) -> Setting:
+    """With the model's own optimizer, unless another one and its options are given."""
+    model, (inputs, targets) = workload.model().train(), workload.batch()
     mas = MAS(model)
     mas.consolidate([inputs[:SAMPLES]], estimator="batch")
-    # As codes hold it: so that a state in fewer bytes has the same Ω as all others.
-    mas.load_state_dict(kept_in(model, mas, "uint8").state_dict())
+    # Rounded to uint8 and back, so that a provider with Ω in uint8 has the same Ω as the others.
+    mas.load_state_dict(with_state_dtype(model, mas, "uint8").state_dict())
     _move(model)
     named = {name: p for name, p in model.named_parameters() if name in mas.anchor}
     state = State(
@@ -51,14 +58,15 @@ def make(chosen: Model, optimizer: str | None = None, **options: float) -> Setti
         [mas.importance[name].clone() for name in named],
     )
     mas.lambda_reg = state.lambda_reg = _strength(model, inputs, targets, state)
-    made = getattr(torch.optim, optimizer or chosen.optimizer)(
-        model.parameters(), fused=True, **(options or chosen.options)
+    usual = {"lr": LR} | ({"momentum": workload.momentum} if workload.momentum else {})
+    made = getattr(torch.optim, optimizer or workload.optimizer)(
+        model.parameters(), fused=True, **(options or usual)
     )
     return Setting(model, inputs, targets, made, mas, list(named), state)
 
 
-def kept_in(model: nn.Module, mas: MAS, state_dtype: str) -> MAS:
-    """Another of the same model, with the same memory in another dtype."""
+def with_state_dtype(model: nn.Module, mas: MAS, state_dtype: str) -> MAS:
+    """Another MAS of the same model, with the same Ω in another dtype."""
     other = MAS(model, state_dtype=state_dtype)
     other.load_state_dict(mas.state_dict())
     return other
@@ -73,7 +81,7 @@ def _move(model: nn.Module) -> None:
 
 
 def _strength(model: nn.Module, inputs: Tensor, targets: Tensor, state: State) -> float:
-    """λ under which the penalty's gradient is a share of the task's, so that a check sees it."""
+    """The λ for which the penalty's gradient is large enough to be verified."""
     buffers = {name: b.clone() for name, b in model.named_buffers()}
     grads = torch.autograd.grad(loss(model(inputs), targets), state.params)
     for name, b in model.named_buffers():

@@ -1,4 +1,4 @@
-"""Ways to end a task: Ω of the task's samples, merged, and new anchors."""
+"""Implementations of the end of a task: Ω of the task's samples, merged, and new anchors."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.training.models import Model
+from benchmarks.models import Workload
+from benchmarks.training.providers import avalanche_plugin
 from benchmarks.training.setting import Setting
-from benchmarks.training.ways import avalanche_plugin
 
 EXACT, BATCH = "mas_ext, exact", "mas_ext, batch"
-SINGLY, AVALANCHE = "batch size 1", "Avalanche"
+BATCH_SIZE_1, AVALANCHE = "batch size 1", "Avalanche"
 Omega = Callable[[], list[Tensor]]  # the merged Ω as it is now
 End = Callable[[], None]
 TaskEnd = Callable[[Setting, TensorDataset, int], tuple[End, Omega]]
 
 
-def data(chosen: Model, samples: int) -> TensorDataset:
-    """As Avalanche has it: inputs, labels, task labels."""
-    inputs, targets = chosen.batch(samples)
+def data(workload: Workload, samples: int) -> TensorDataset:
+    """Inputs, labels and task labels, as Avalanche has them."""
+    inputs, targets = workload.batch(samples)
     return TensorDataset(inputs, targets, torch.zeros(samples, dtype=torch.long))
 
 
@@ -38,8 +38,8 @@ def ours(
     return step, lambda: [s.mas.importance[name] for name in s.names]
 
 
-def singly(s: Setting, dataset: TensorDataset, batch_size: int) -> tuple[End, Omega]:
-    """Exact too: a forward and a backward pass a sample, by hand."""
+def batch_size_1(s: Setting, dataset: TensorDataset, batch_size: int) -> tuple[End, Omega]:
+    """Also exact: a forward and a backward pass per sample, by hand."""
     state, share = s.state, 1 / len(dataset)
     loader = DataLoader(dataset, 1)
 
@@ -57,7 +57,7 @@ def singly(s: Setting, dataset: TensorDataset, batch_size: int) -> tuple[End, Om
 
 
 def avalanche(s: Setting, dataset: TensorDataset, batch_size: int) -> tuple[End, Omega]:
-    """Its plugin's own, which takes the absolute value of each batch's gradient."""
+    """Its plugin's hook, which takes the absolute value of each batch's gradient."""
     plugin = avalanche_plugin(s)
     strategy = SimpleNamespace(
         model=s.model,
@@ -74,9 +74,9 @@ def avalanche(s: Setting, dataset: TensorDataset, batch_size: int) -> tuple[End,
     return step, lambda: [plugin.importance[name].data for name in s.names]
 
 
-WAYS: dict[str, TaskEnd] = {
+PROVIDERS: dict[str, TaskEnd] = {
     EXACT: ours,
     BATCH: partial(ours, estimator="batch"),
     AVALANCHE: avalanche,
-    SINGLY: singly,
+    BATCH_SIZE_1: batch_size_1,
 }

@@ -1,0 +1,428 @@
+"""Plots, from results.json alone. Ours has one colour everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, NullLocator
+
+from benchmarks.benchmark import Result, Results
+from benchmarks.drift import summary
+from benchmarks.text import count, duration, minus, percent, times
+
+OURS, ROOFLINE, PLAIN = "mas_ext", "roofline", "without MAS"
+GREEN, GREY, LIGHT, INK, MUTED = "#1b7f5c", "#b9c0c9", "#dfe3e8", "#2b2f36", "#667085"
+# Okabe and Ito's colours, which color-blind readers can tell apart, without their green.
+PALETTE = ("#0072b2", "#d55e00", "#cc79a7", "#e69f00", "#56b4e9", "#7a5195", "#6b7280")
+DASHED = (0, (4, 3))
+MOST_ON_A_LINEAR_AXIS = 30
+
+plt.rcParams.update({"axes.edgecolor": "#98a2b3", "text.color": INK, "axes.labelcolor": INK})
+
+
+# -- figures ---------------------------------------------------------------------------------------
+def panels(
+    number: int, width: float, height: float, columns: int = 2, sharey: bool = True
+) -> tuple[Figure, list[Axes]]:
+    """A figure with a number of axes, each of that size."""
+    columns = min(columns, number)
+    rows = -(-number // columns)
+    size = (width * columns + 1.4, height * rows + 0.9)
+    figure, grid = plt.subplots(rows, columns, figsize=size, squeeze=False, sharey=sharey)
+    for axes in grid.flat[number:]:
+        axes.set_visible(False)
+    return figure, list(grid.flat[:number])
+
+
+def finish(figure: Figure, title: str, machine: str) -> Figure:
+    height = figure.get_figheight()
+    figure.text(0.015, 1 - 0.12 / height, title, va="top", size=12, weight="bold")
+    figure.text(0.015, 0.1 / height, machine, size=7.5, color=MUTED)
+    figure.tight_layout(rect=(0.005, 0.3 / height, 1, 1 - 0.35 / height), h_pad=1.6, w_pad=2)
+    return figure
+
+
+def name_rows(axes: Axes, names: list[str]) -> None:
+    """The first row is at the top."""
+    axes.set_yticks(range(len(names)), names, size=9)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.tick_params(axis="y", length=0)
+    axes.tick_params(axis="x", labelsize=8)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+
+
+def bar(axes: Axes, row: int, spread: dict[str, float], label: str, colour: str) -> None:
+    """A median with its quartiles, and a label to its right."""
+    middle = spread["median"]
+    error = [[max(0.0, middle - spread["q1"])], [max(0.0, spread["q3"] - middle)]]
+    axes.barh(row, middle, color=colour, height=0.68, zorder=2)
+    axes.errorbar(middle, row, xerr=error, color=INK, lw=1, capsize=2, zorder=3)
+    axes.annotate(
+        label,
+        (max(spread["q3"], middle), row),
+        xytext=(6, 0),
+        textcoords="offset points",
+        va="center",
+        size=8,
+        weight="bold" if colour == GREEN else "normal",
+    )
+
+
+def no_bar(axes: Axes, row: int, reason: str) -> None:
+    axes.annotate(
+        f"not run: {reason}",
+        (0, row),
+        xytext=(8, 0),
+        xycoords=("axes fraction", "data"),
+        textcoords="offset points",
+        va="center",
+        size=7.5,
+        color="grey",
+        style="italic",
+        bbox={"color": "white", "pad": 1},
+        zorder=5,
+    )
+
+
+def bars(
+    axes: Axes,
+    result: Result,
+    names: list[str],
+    key: str,
+    label: Callable[[Result, str], str],
+    inexact: Iterable[str] = (),
+) -> float:
+    """A row per provider; ``key``: of what it shows. Returns the largest third quartile."""
+    most = 0.0
+    for row, name in enumerate(names):
+        found = result["providers"].get(name)
+        if found is None:
+            no_bar(axes, row, result["skipped"].get(name, "not part of that run"))
+            continue
+        most = max(most, found[key]["q3"])
+        colour = GREEN if name.startswith(OURS) else LIGHT if name in inexact else GREY
+        bar(axes, row, found[key], label(found, name), colour)
+    name_rows(axes, names)
+    return most
+
+
+def _names(results: Results) -> list[str]:
+    every = chain.from_iterable((*r["providers"], *r["skipped"]) for r in results.values())
+    return list(dict.fromkeys(name for name in every if name not in (ROOFLINE, PLAIN)))
+
+
+def _panel_title(axes: Axes, text: str) -> None:
+    axes.set_title(text, size=9.5, loc="left")
+
+
+# -- a pass over lists of tensors ------------------------------------------------------------------
+def lists(name: str, results: Results, machine: str) -> list[Figure]:
+    figure, every = panels(len(results), 5.4, 3.1)
+    names = max((_names({"": size}) for size in results.values()), key=len)
+    for axes, size in zip(every, results.values(), strict=True):
+        most = bars(axes, size, names, "time_over_roofline", _list_label)
+        axes.axvline(1, color=INK, lw=1, ls=DASHED, zorder=4)
+        axes.set_xlim(0, most * 1.32)
+        scale = ""
+        if most > MOST_ON_A_LINEAR_AXIS:
+            axes.set_xscale("log")
+            axes.set_xlim(0.5, most ** (1 / 0.7))
+            axes.minorticks_off()
+            scale = " (logarithmic)"
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}×")
+        axes.set_xlabel(f"time / time of the roofline{scale}", size=8)
+        roofline = duration(size["providers"][ROOFLINE]["seconds"]["median"])
+        what = f"{size['title']}, {count(size['parameters'])} parameters"
+        _panel_title(axes, f"{what} (roofline {roofline})")
+    title = f"{name}: time relative to the memory roofline (dashed); shorter is better"
+    return [finish(figure, title, machine)]
+
+
+def _list_label(found: Result, name: str) -> str:
+    ratio, seconds = found["time_over_roofline"]["median"], found["seconds"]["median"]
+    return f"{times(ratio)}   {duration(seconds)}"
+
+
+# -- training --------------------------------------------------------------------------------------
+def training(results: Results, machine: str) -> list[Figure]:
+    figure, every = panels(len(results), 5.6, 3.3)
+    names = _names(results)
+    for axes, result in zip(every, results.values(), strict=True):
+        most = bars(axes, result, names, "added_share", _added_label)
+        axes.set_xlim(0, max(most, 0.01) * 1.4)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
+        axes.set_xlabel("added time / time of a step without MAS", size=8)
+        step = duration(result["providers"][PLAIN]["seconds"]["median"])
+        what = f"{result['title']}, {count(result['parameters'])} parameters"
+        _panel_title(axes, f"{what}, batch {result['batch_size']} (a step takes {step})")
+    return [finish(figure, "What MAS adds to a training step; shorter is better", machine)]
+
+
+def _added_label(found: Result, name: str) -> str:
+    added = found["added_seconds"]["median"]
+    if added <= 0:
+        return "within the noise"
+    return f"{percent(found['added_share']['median'])}   {duration(added)}"
+
+
+# -- exact importance ------------------------------------------------------------------------------
+def per_sample(results: Results, machine: str) -> list[Figure]:
+    figure, every = panels(len(results), 6.2, 2.7)
+    means = ("batch-mean", "batch-mean, mas_ext")
+    names = [name for name in _names(results) if name != means[1]]  # one inexact one is enough
+    for axes, result in zip(every, results.values(), strict=True):
+
+        def label(found: Result, name: str, extra: Any = result["extra_bytes"]) -> str:
+            memory = extra.get(name)
+            text = "" if memory is None else minus(f"   {memory / 2**20:+,.0f} MiB")
+            ratio, seconds = found["time_over_batch_mean"]["median"], found["seconds"]["median"]
+            return f"{times(ratio)}   {duration(seconds)}{text}"
+
+        most = bars(axes, result, names, "time_over_batch_mean", label, means)
+        axes.axvline(1, color=INK, lw=1, ls=DASHED, zorder=4)
+        axes.set_xscale("log")
+        axes.set_xlim(0.25, max(most, 2) ** 1.5 * 3)
+        axes.minorticks_off()
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}×")
+        axes.set_xlabel("time / time of the batch-mean (logarithmic)", size=8)
+        _panel_title(axes, f"{result['title']} {result['details']}, batch {result['batch_size']}")
+    title = "Exact importance of a batch: time relative to the inexact batch-mean, and extra memory"
+    return [finish(figure, title, machine)]
+
+
+# -- scaling ---------------------------------------------------------------------------------------
+def scaling(results: Results, machine: str) -> list[Figure]:
+    figure, every = panels(len(results), 6.4, 3.3, sharey=False)
+    names = _curves(results.values())
+    others = [name for name in names if not name.startswith(OURS) and name != ROOFLINE]
+    colours = dict(zip(others, (*PALETTE, PALETTE[1]), strict=False))  # the same in every panel
+    ends = [_axis(axes, axis, colours) for axes, axis in zip(every, results.values(), strict=True)]
+    finish(figure, "Time of a call; bands show the first to the third quartile", machine)
+    figure.subplots_adjust(right=0.83, wspace=0.78)  # room for names
+    for axes, of_lines in zip(every, ends, strict=True):
+        _name_lines(axes, of_lines)
+    return [figure]
+
+
+def _curves(axes: Iterable[Result]) -> list[str]:
+    return list(dict.fromkeys(n for axis in axes for p in axis["points"] for n in p["seconds"]))
+
+
+def _line_style(name: str, colours: dict[str, str]) -> dict[str, Any]:
+    if name == OURS:
+        return {"color": GREEN, "lw": 2.8, "marker": "o", "ms": 4.5, "zorder": 5}
+    if name == ROOFLINE:
+        return {"color": INK, "lw": 1, "ls": DASHED, "zorder": 1}
+    if name.startswith(OURS):
+        return {"color": GREEN, "lw": 1.4, "ls": (0, (1, 1.5)), "marker": "o", "ms": 3}
+    return {"color": colours[name], "lw": 1.3, "marker": "o", "ms": 3, "zorder": 3}
+
+
+End = tuple[str, float, float, str]  # of a line: name, x, y, colour
+
+
+def _axis(axes: Axes, axis: Result, colours: dict[str, str]) -> list[End]:
+    """Draws the lines, and returns where they end."""
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    ends = []
+    for name in _curves([axis]):
+        points = [(p["value"], p["seconds"][name]) for p in axis["points"] if name in p["seconds"]]
+        x, style = [value for value, _ in points], _line_style(name, colours)
+        low, y, high = ([found[k] for _, found in points] for k in ("q1", "median", "q3"))
+        axes.plot(x, y, **style)
+        axes.fill_between(x, low, high, color=style["color"], alpha=0.12, lw=0)
+        ends.append((name, x[-1], y[-1], style["color"]))
+    values = [point["value"] for point in axis["points"]]
+    axes.set_xlim(values[0] / 1.2, values[-1] * 1.2)
+    axes.set_xticks(values, [count(value) for value in values], size=8)
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda seconds, _: duration(seconds)))
+    axes.tick_params(axis="y", labelsize=8)
+    axes.set_xlabel(f"{axis['label']} (logarithmic)", size=9)
+    axes.set_ylabel("time (logarithmic)", size=9)
+    axes.grid(axis="y", color="#eceff3", lw=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    _panel_title(axes, axis["title"])
+    return ends
+
+
+def _name_lines(axes: Axes, ends: list[End]) -> None:
+    """To the right of the panel, moved apart where lines end close together."""
+    apart, to_points = 11, 72 / axes.figure.dpi
+    bottom, place = axes.transData.transform((1, axes.get_ylim()[0]))[1], float("-inf")
+    for name, x, y, colour in sorted(ends, key=lambda end: end[2]):
+        height = float(axes.transData.transform((1, y))[1] - bottom) * to_points
+        place = max(height, place + apart)
+        axes.annotate(
+            name,
+            (x, y),
+            xytext=(1.03, place),
+            textcoords=("axes fraction", "axes points"),
+            size=8,
+            color=colour,
+            va="center",
+            weight="bold" if name == OURS else "normal",
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.5, "alpha": 0.5},
+        )
+
+
+# -- the drift study -------------------------------------------------------------------------------
+SCENARIOS = dict(zip(("permuted", "rotated", "split", "incremental"), PALETTE, strict=False))
+MARKS: dict[str, dict[str, Any]] = {
+    "best": {"color": INK, "marker": "|", "ms": 11, "mew": 1.8},
+    "kept": {"color": PALETTE[1], "marker": "o", "ms": 6},
+    "drift": {"color": GREEN, "marker": "D", "ms": 6},
+}
+
+
+def drift(results: Results, machine: str) -> list[Figure]:
+    found, changed = summary.problems(results), summary.changes(results)
+    return [
+        _all_problems(found, machine),
+        _each_problem(found, machine),
+        _changes(changed, machine),
+    ]
+
+
+def _all_problems(found: Results, machine: str) -> Figure:
+    """Every curve relative to its own best λ."""
+    figure, (left, right) = panels(2, 5, 3.8)
+    for axes, kind in ((left, "lambda"), (right, "drift")):
+        axes.axhspan(-100 * summary.CLOSE, 3, color=GREEN, alpha=0.08, lw=0)
+        for problem in found.values():
+            top, points = summary.best(problem)[1], summary.curve(problem, kind)
+            axes.plot(
+                list(points),
+                [100 * (value - top) for value in points.values()],
+                color=SCENARIOS[problem["scenario"]],
+                ls="-" if problem["mode"] == "proximal" else DASHED,
+                marker="o",
+                ms=3,
+                lw=1.3,
+                alpha=0.85,
+            )
+        _log(axes)
+    left.set_xlabel("fixed λ (logarithmic)")
+    left.set_ylabel("accuracy minus that of the best λ,\nin percentage points")
+    left.set_ylim(-20, 3)
+    right.axvline(summary.DEFAULT, color=GREEN, lw=1.5, zorder=0)
+    note = f" drift = {summary.DEFAULT:g},\n the default"
+    right.annotate(note, (summary.DEFAULT, -19.3), color=GREEN, size=9, va="bottom")
+    right.set_xlabel('drift, with lambda_reg="auto" (logarithmic)')
+    present = {p["title"].split(",")[0]: SCENARIOS[p["scenario"]] for p in found.values()}
+    lines = [Line2D([], [], color=colour, label=label) for label, colour in present.items()]
+    lines.append(Line2D([], [], color=INK, ls=DASHED, label="in gradient mode"))
+    left.legend(handles=lines, fontsize=8, frameon=False, loc="lower left")
+    return finish(figure, "A fixed λ suits few problems; one drift suits nearly all", machine)
+
+
+def _log(axes: Axes) -> None:
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.tick_params(labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _each_problem(found: Results, machine: str) -> Figure:
+    """Accuracy and forgetting of each problem for every λ, and what the default drift reaches."""
+    figure, every = panels(len(found), 2.8, 2.7, columns=4, sharey=False)
+    for axes, problem in zip(every, found.values(), strict=True):
+        _problem(axes, problem)
+    handles = [
+        Line2D([], [], color=INK, marker="o", ms=3, label="accuracy with a fixed λ"),
+        Line2D([], [], color=GREY, marker="o", ms=3, label="forgetting with a fixed λ"),
+        Line2D([], [], color=MUTED, ls=":", label="accuracy of fine-tuning"),
+        Line2D([], [], color=GREEN, marker="D", ls="", label=f"with drift {summary.DEFAULT:g}"),
+    ]
+    figure.legend(handles=handles, fontsize=8, frameon=False, loc="upper right", ncols=4)
+    return finish(figure, "Accuracy for each λ, and with the default drift", machine)
+
+
+def _problem(axes: Axes, problem: Result) -> None:
+    runs, colour = problem["lambda"], SCENARIOS[problem["scenario"]]
+    finite = {float(v): r for v, r in runs.items() if summary.accuracy(r) is not None}
+    means = [100 * (summary.accuracy(r) or 0.0) for r in finite.values()]
+    spread = [100 * summary.deviation_of(r) for r in finite.values()]
+    lost = [100 * (summary.forgetting(r) or 0.0) for r in finite.values()]
+    low, high = ([m + sign * s for m, s in zip(means, spread, strict=True)] for sign in (-1, 1))
+    axes.fill_between(list(finite), low, high, color=colour, alpha=0.15, lw=0)
+    axes.plot(list(finite), means, color=colour, marker="o", ms=3, lw=1.5)
+    axes.plot(list(finite), lost, color=GREY, marker="o", ms=3, lw=1.3)
+    free = 100 * (summary.accuracy(problem[summary.FREE]) or 0.0)
+    axes.axhline(free, color=MUTED, ls=":", lw=1.2)
+    for where, run in zip(problem["found"], summary.at_default(problem), strict=True):
+        if run is not None:
+            reached = 100 * run["average_accuracy"]
+            axes.plot(where, reached, color=GREEN, marker="D", ms=5, ls="", alpha=0.8, zorder=3)
+    _log(axes)
+    axes.set_ylim(min(0.0, *lost) - 3, max(means) + 8)
+    axes.set_xlabel("λ (logarithmic)", size=8)
+    axes.set_ylabel("percent", size=8)
+    title = f"{problem['title']}\n{problem['optimizer']}, {problem['mode']} mode"
+    axes.set_title(title, size=8, loc="left")
+
+
+def _changes(changed: Results, machine: str) -> Figure:
+    """A row per change: the accuracy of the best λ, of the default drift and of the kept λ."""
+    figure, every = panels(max(1, len(changed)), 5.0, 3.0)
+    for axes, result in zip(every, changed.values(), strict=False):
+        outcomes = result["changes"]
+        for row, each in enumerate(outcomes.values()):
+            found = summary.reached(each)
+            close = [100 * (found["best"] - summary.CLOSE), 100 * found["best"]]
+            axes.plot(close, [row, row], color=GREY, lw=7, alpha=0.6, solid_capstyle="butt")
+            for strength, look in MARKS.items():
+                axes.plot(100 * found[strength], row, ls="", zorder=3, **look)
+        name_rows(axes, [each["title"] for each in outcomes.values()])
+        _panel_title(axes, result["title"])
+        axes.set_xlabel("average accuracy in percent", size=8)
+        axes.grid(axis="x", color=LIGHT, lw=0.6)
+        axes.set_axisbelow(True)
+    near = f"within {100 * summary.CLOSE:g} points of the best λ"
+    handles = [
+        Line2D([], [], color=GREY, lw=7, label=near),
+        *(Line2D([], [], ls="", label=summary.STRENGTHS[s], **look) for s, look in MARKS.items()),
+    ]
+    figure.legend(handles=handles, fontsize=8, frameon=False, loc="lower right", ncols=4)
+    return finish(figure, "Accuracy after a change of the network or the batch", machine)
+
+
+# -- files -----------------------------------------------------------------------------------------
+Plot = Callable[[Results, str], list[Figure]]
+PLOTS: dict[str, tuple[Plot, tuple[str, ...]]] = {
+    **{name: (partial(lists, name), (name,)) for name in ("penalty", "accumulate", "proximal")},
+    "scaling": (scaling, ("scaling",)),
+    "training": (training, ("training",)),
+    "per_sample": (per_sample, ("per_sample",)),
+    "drift": (drift, ("drift", "drift_problems", "drift_changes")),
+}
+
+
+def stems(name: str) -> tuple[str, ...]:
+    """File names, without extension, of a benchmark's plots."""
+    return PLOTS[name][1] if name in PLOTS else ()
+
+
+def save(name: str, results: Results, machine: str, out: Path) -> list[Path]:
+    """Writes a benchmark's plots as PNG."""
+    if name not in PLOTS:
+        return []
+    paths = [out / f"{stem}.png" for stem in stems(name)]
+    for path, figure in zip(paths, PLOTS[name][0](results, machine), strict=True):
+        figure.savefig(path, dpi=150)
+        plt.close(figure)
+    return paths

@@ -1,0 +1,533 @@
+"""Tables, from results.json alone: for the terminal, the documentation and report.html.
+
+In a Markdown file, ``<!-- penalty -->`` … ``<!-- end -->`` holds the tables and plots of that
+benchmark, ``<!-- machine -->`` a line about the machine. :func:`write_all` updates these blocks.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import os
+import re
+import statistics
+from collections.abc import Callable, Iterable
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from benchmarks import memory_traffic, plot
+from benchmarks.benchmark import Benchmark, Result, Results
+from benchmarks.drift import summary
+from benchmarks.machine import describe
+from benchmarks.measure import deviation
+from benchmarks.text import (
+    Table,
+    count,
+    duration,
+    mebibytes,
+    milliseconds,
+    minus,
+    percent,
+    three_digits,
+    times,
+    two_digits,
+)
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "results.json"
+OURS, ROOFLINE, PLAIN, EXACT = "mas_ext", "roofline", "without MAS", "mas_ext, exact"
+PER_SAMPLE = ("batch size 1", "vmap(grad)", "Opacus", "BackPACK")
+UNCHUNKED = "vmap(grad), unchunked"
+
+
+def _names(dicts: Iterable[dict[str, Any]]) -> list[str]:
+    """The keys of all dicts, in the order in which they appear."""
+    return list(dict.fromkeys(chain.from_iterable(dicts)))
+
+
+def _is_ours(name: str) -> bool:
+    return name.startswith(OURS)
+
+
+# -- one item, in a terminal and in report.html ----------------------------------------------------
+def details(result: Result) -> list[Table]:
+    """Quartiles and memory of every provider; nothing for benchmarks without providers."""
+    if "providers" not in result:
+        return []
+    name = OURS if OURS in result["providers"] else PLAIN
+    notes = [f"{provider}: {reason}" for provider, reason in result["skipped"].items()]
+    if "coverage" in result:
+        steady = result["providers"][OURS]["seconds"]["median"]
+        paths = ", ".join(f"{path} {number}" for path, number in result["coverage"].items())
+        extra = (result["first_call_seconds"] - steady) * 1e3
+        notes.append(f"first call of {OURS}: {extra:+.0f} ms; parameters by path: {paths}")
+        notes.append(f"vmap(grad): chunks of {result['chunk']} samples, the fastest")
+    return [
+        Table(
+            f"{result['title']}: {count(result['parameters'])} parameters, "
+            f"medians of {result['rounds']} rounds",
+            ("", "ms (quartiles)", f"time / {name}", "extra MiB"),
+            [_detail(result, provider, name) for provider in result["providers"]],
+            frozenset({name}),
+            "\n".join(notes),
+        )
+    ]
+
+
+def _detail(result: Result, provider: str, base: str) -> list[str]:
+    row, of_base = result["providers"][provider], result["providers"][base]
+    ratio = row.get("time_over_ours", {}).get("median")
+    if ratio is None:
+        ratio = row["seconds"]["median"] / of_base["seconds"]["median"]
+    extra = row.get("extra_bytes", result.get("extra_bytes", {}).get(provider))
+    return [provider, milliseconds(row["seconds"]), two_digits(ratio), mebibytes(extra)]
+
+
+# -- lists of tensors ------------------------------------------------------------------------------
+def lists(sizes: Results) -> list[Table]:
+    """A column per size: milliseconds, and in brackets the time over ours."""
+    rows = []
+    for name in _names(size["providers"] for size in sizes.values()):
+        if name != ROOFLINE:
+            found = (size["providers"].get(name) for size in sizes.values())
+            rows.append([name, *(_time(row, name) for row in found)])
+        if name == OURS:
+            shares = (size["providers"][OURS]["fraction_of_roofline"] for size in sizes.values())
+            rows.append(["its speed / roofline", *(two_digits(s["median"]) for s in shares)])
+    columns = (f"{size['title']} ({count(size['parameters'])})" for size in sizes.values())
+    title = "Milliseconds, and in brackets the time relative to mas_ext."
+    return [Table(title, ("", *columns), rows, frozenset({OURS}))]
+
+
+def optimizer_steps(results: dict[str, Results]) -> Table:
+    """Of several benchmarks: a row per optimizer and mode, a column per size."""
+    rows, titles = [], {}
+    for name, sizes in results.items():
+        titles |= {
+            key: f"{size['title']} ({count(size['parameters'])})" for key, size in sizes.items()
+        }
+        rows.append([name.replace("_", ", "), *(_step(sizes.get(key)) for key in titles)])
+    title = (
+        "Milliseconds of mas_ext, and in brackets the time of the two passes relative to it, with "
+        "torch's fused and with its foreach implementation."
+    )
+    return Table(title, ("", *titles.values()), rows)
+
+
+def _step(size: Result | None) -> str:
+    if size is None:
+        return "–"
+    others = [
+        two_digits(row["time_over_ours"]["median"])
+        for name, row in size["providers"].items()
+        if name not in (OURS, ROOFLINE)
+    ]
+    ours = three_digits(size["providers"][OURS]["seconds"]["median"] * 1e3)
+    return f"{ours} ({', '.join(others)})"
+
+
+def _time(row: Result | None, name: str) -> str:
+    if row is None:
+        return "–"
+    time = three_digits(row["seconds"]["median"] * 1e3)
+    return time if name == OURS else f"{time} ({two_digits(row['time_over_ours']['median'])})"
+
+
+# -- scaling ---------------------------------------------------------------------------------------
+def scaling(axes: Results) -> list[Table]:
+    return [
+        Table(
+            "From the first point of each axis to the last. Growth: d log(time) / d log(axis) over "
+            "the last step; 1 is proportional.",
+            ("", "from", "to", "time of mas_ext", "growth", "fastest alternative / mas_ext"),
+            [_axis(axis) for axis in axes.values()],
+        )
+    ]
+
+
+def _axis(axis: Result) -> list[str]:
+    first, (before, last) = axis["points"][0], axis["points"][-2:]
+    begin, middle, end = (point["seconds"][OURS]["median"] for point in (first, before, last))
+    growth = math.log(end / middle) / math.log(last["value"] / before["value"])
+    others = {
+        name: ratio["median"]
+        for name, ratio in last["time_over_ours"].items()
+        if not _is_ours(name) and name != ROOFLINE and "inexact" not in name
+    }
+    best = min(others, key=others.__getitem__)
+    ends = [count(first["value"]), f"{count(last['value'])} {axis['label']}"]
+    time = f"{duration(begin)} to {duration(end)}"
+    return [axis["title"], *ends, time, minus(f"{growth:.2f}"), f"{times(others[best])} ({best})"]
+
+
+# -- training --------------------------------------------------------------------------------------
+def training(models: Results) -> list[Table]:
+    columns = ("", *(f"{r['title']} ({count(r['parameters'])})" for r in models.values()))
+    names = _names(result["providers"] for result in models.values())
+    steps = [[n, *(_added(r["providers"].get(n), n) for r in models.values())] for n in names]
+    ends = {title: result["task_end"]["providers"] for title, result in models.items()}
+    end_names = _names(ends.values())
+    samples = ["samples", *(f"{r['task_end']['samples']}" for r in models.values())]
+    return [
+        Table(
+            "What MAS adds to a training step: milliseconds, and percent of the step without it.",
+            columns,
+            [*steps, ["cheapest of mas_ext / cheapest alternative", *map(_share, models.values())]],
+            frozenset(filter(_is_ours, names)),
+        ),
+        Table(
+            "The end of a task: milliseconds, and the time relative to mas_ext, exact.",
+            columns,
+            [samples, *([n, *(_end(found[n], n) for found in ends.values())] for n in end_names)],
+            frozenset({EXACT}),
+        ),
+    ]
+
+
+def _added(row: Result | None, name: str) -> str:
+    if row is None:
+        return "–"
+    if name == PLAIN:
+        return f"a step takes {three_digits(row['seconds']['median'] * 1e3)}"
+    added = minus(three_digits(row["added_seconds"]["median"] * 1e3))
+    return f"{added} ({percent(row['added_share']['median'])})"
+
+
+def _share(result: Result) -> str:
+    """Only providers that clearly add something are compared."""
+    rows = {n: r["added_seconds"] for n, r in result["providers"].items() if n != PLAIN}
+    added = {name: row["median"] for name, row in rows.items() if row["q1"] > 0}
+    ours = min(filter(_is_ours, added), key=added.__getitem__, default=None)
+    others = (name for name in added if not _is_ours(name))
+    other = min(others, key=added.__getitem__, default=None)
+    if ours is None or other is None:
+        return "within the noise"
+    return f"{two_digits(added[ours] / added[other])} ({ours.removeprefix('mas_ext, ')} / {other})"
+
+
+def _end(row: Result, name: str) -> str:
+    time = three_digits(row["seconds"]["median"] * 1e3)
+    return time if name == EXACT else f"{time} ({times(row['time_over_ours']['median'])})"
+
+
+# -- importance ------------------------------------------------------------------------------------
+def per_sample(models: Results) -> list[Table]:
+    return [
+        Table(
+            "Our time relative to the faster inexact batch-mean; our time, and the time of exact "
+            "alternatives relative to it; our extra memory relative to unchunked vmap(grad)'s; "
+            "and the share of Ω that the batch-mean finds.",
+            ("", "/ batch-mean", "mas_ext, ms", *PER_SAMPLE, "memory", "batch-mean finds"),
+            [_importance(result) for result in models.values()],
+        )
+    ]
+
+
+def _importance(result: Result) -> list[str]:
+    rows, extra = result["providers"], result["extra_bytes"]
+    ours, most = extra.get(OURS), extra.get(UNCHUNKED)
+    over = (rows[n]["time_over_ours"]["median"] if n in rows else None for n in PER_SAMPLE)
+    return [
+        result["title"],
+        two_digits(rows[OURS]["time_over_batch_mean"]["median"]),
+        three_digits(rows[OURS]["seconds"]["median"] * 1e3),
+        *("–" if ratio is None else times(ratio) for ratio in over),
+        percent(ours / most if ours is not None and most else None),
+        percent(result["share_kept_by_batch_mean"], 0),
+    ]
+
+
+def abs_matmul(cases: Results) -> list[Table]:
+    rows = [
+        [
+            row["title"],
+            three_digits(row["seconds"][OURS] * 1e3),
+            f"{row['gigaflops']:.0f}",
+            f"{row['fraction_of_product']:.2f}",
+            three_digits(row["seconds"][row["best_bmm"]] * 1e3),
+            row["best_bmm"].removeprefix("bmm, "),
+            f"{row['best_bmm_over_ours']:.1f}",
+        ]
+        for row in cases.values()
+    ]
+    return [
+        Table(
+            "32 samples. mm: torch.mm of the same FLOPs; bmm: torch.bmm, abs_ and sum over the "
+            "fastest chunk of 1, 4, 8 or 32 samples.",
+            ("p × d, positions", "ms", "GFLOP/s", "speed / mm", "bmm, ms", "chunk", "bmm / ours"),
+            rows,
+        )
+    ]
+
+
+# -- learning --------------------------------------------------------------------------------------
+def demo(results: Results) -> list[Table]:
+    (result,) = results.values()
+    rows = []
+    for method, found in result["summary"].items():
+        cells = [f"{found[f]['mean']:.3f} ± {found[f]['stdev']:.3f}" for f in list(found)[:-1]]
+        time = duration(found["seconds"]["mean"])
+        rows.append([result["labels"][method], *map(minus, cells), time])
+    return [
+        Table(
+            f"{result['title']}: mean ± standard deviation over seeds {', '.join(result['runs'])}.",
+            ("", "average accuracy", "forgetting", "backward transfer", "time"),
+            rows,
+            frozenset(label for method, label in result["labels"].items() if "mas" in method),
+        )
+    ]
+
+
+def compression(results: Results) -> list[Table]:
+    importance = [result for name, result in results.items() if name != "learning"]
+    stored = Table(
+        "Ω: bytes per parameter; Σ|error| / ΣΩ; the largest error of √Ω relative to a tensor's "
+        "largest √Ω; the share of ΣΩ that becomes zero; Spearman's rank correlation.",
+        ("Ω of", "stored in", "bytes", "error", "error of √Ω", "lost", "rank correlation"),
+        [
+            [
+                f"{result['title']} ({count(result['parameters'])})",
+                state_dtype,
+                f"{found['bytes']:.3f}",
+                percent(found["mass_error"], 3),
+                percent(found["root_error"], 3),
+                percent(found["lost"], 4),
+                f"{found['rank_correlation']:.6f}",
+            ]
+            for result in importance
+            for state_dtype, found in result["quality"].items()
+            if state_dtype != "float32"
+        ],
+    )
+    return [stored, _learning(results["learning"])] if "learning" in results else [stored]
+
+
+def _learning(result: Result) -> Table:
+    def cell(runs: list[Result], figure: str) -> str:
+        values = [run[figure] for run in runs]
+        return f"{statistics.mean(values):.4f} ± {deviation(values):.4f}"
+
+    figures = ("average_accuracy", "forgetting")
+    return Table(
+        f"{result['tasks']} tasks of permuted digits: mean ± standard deviation over seeds "
+        f"{', '.join(map(str, result['seeds']))}.",
+        ("", "Ω stored in", *(figure.replace("_", " ") for figure in figures)),
+        [
+            [label, state_dtype, *(cell(found[method], figure) for figure in figures)]
+            for method, label in result["labels"].items()
+            for state_dtype, found in result["runs"].items()
+        ],
+    )
+
+
+def narrow(sizes: Results) -> list[Table]:
+    others = ("torch.compile", "eager")
+    headings = ["values, Ω", "bytes", "ms", "speed / float32", "speed / roofline"]
+
+    def row(dtypes: str, found: Result) -> list[str]:
+        return [
+            dtypes,
+            f"{found['bytes_per_parameter']:.2f}",
+            three_digits(found["seconds"] * 1e3),
+            f"{found['speedup_over_float32']:.2f}",
+            f"{found['fraction_of_roofline']:.2f}",
+            *(f"{found['times_ours'][n]:.1f}" if n in found["times_ours"] else "–" for n in others),
+        ]
+
+    return [
+        Table(
+            f"{result['parameters'] / 2**20:g} Mi parameters. Bytes: moved by one pass, per "
+            "parameter. Roofline: the same bytes at the speed of the float32 roofline.",
+            [*headings, *(f"{name} / mas_ext" for name in others)],
+            [row(dtypes, found) for dtypes, found in result["kinds"].items()],
+        )
+        for result in sizes.values()
+    ]
+
+
+# -- the drift study -------------------------------------------------------------------------------
+def drift(results: Results) -> list[Table]:
+    tables = []
+    if found := summary.problems(results):
+        tables.append(_problems(found))
+    if changed := summary.changes(results):
+        tables.append(_changes(changed))
+    return tables
+
+
+def _accuracy(runs: summary.Runs) -> str:
+    mean = summary.accuracy(runs)
+    if mean is None:
+        return "not finite"
+    return f"{100 * mean:.1f} ± {100 * summary.deviation_of(runs):.1f}"
+
+
+def _points(runs: summary.Runs) -> str:
+    lost = summary.forgetting(runs)
+    return _accuracy(runs) + ("" if lost is None else minus(f" / {100 * lost:.1f}"))
+
+
+def _range(values: list[float]) -> str:
+    return " to ".join(dict.fromkeys(three_digits(of(values)) for of in (min, max)))
+
+
+def _difference(value: float) -> str:
+    return minus(f"{100 * value:+.1f}")
+
+
+def _problems(found: Results) -> Table:
+    close = sum(summary.behind(problem) <= summary.CLOSE for problem in found.values())
+    above = sum(summary.gain(problem) >= 0 for problem in found.values())
+    default = f"drift {summary.DEFAULT:g}"
+    headings = ["", "optimizer, mode", "parameters", summary.FREE, "best λ", "its accuracy"]
+    headings += [f"λ of {default}", "its accuracy", "difference"]
+    rows = []
+    for problem in found.values():
+        value = f"{summary.best(problem)[0]:g}"
+        row = [problem["title"], f"{problem['optimizer']}, {problem['mode']}"]
+        row += [count(problem["parameters"]), _points(problem[summary.FREE])]
+        row += [value, _points(problem["lambda"][value]), _range(problem["found"])]
+        row += [_points(summary.at_default(problem)), _difference(-summary.behind(problem))]
+        rows.append(row)
+    return Table(
+        "Average accuracy ± standard deviation / forgetting, in percent.",
+        headings,
+        rows,
+        note=f"With {default}, accuracy is within {100 * summary.CLOSE:g} points of the best λ's "
+        f"in {close} of {len(found)} problems, and not below fine-tuning in {above}.",
+    )
+
+
+def _changes(found: Results) -> Table:
+    moves = [each for changed in found.values() for each in summary.moved(changed).values()]
+    lacks = [each for changed in found.values() for each in summary.lacking(changed).values()]
+    rows = []
+    for strength, title in summary.STRENGTHS.items():
+        steady = sum(abs(each[strength]) < summary.STEADY for each in moves)
+        largest = 100 * max(abs(each[strength]) for each in moves)
+        behind = 100 * max(each[strength] for each in lacks)
+        rows.append([title, f"{largest:.1f}", f"{steady} of {len(moves)}", f"{behind:.1f}"])
+    small = f"changes below {100 * summary.STEADY:g} points"
+    return Table(
+        "Changes of the network or the batch, in percentage points of accuracy. “λ kept” is the λ "
+        "that the drift came to before the change.",
+        ("", "largest change of accuracy", small, "furthest behind the best λ"),
+        rows,
+    )
+
+
+_STEPS = [f"{n}_{mode}" for n in ("sgd", "momentum", "adamw") for mode in ("gradient", "proximal")]
+TABLES: dict[str, Callable[[Results], list[Table]]] = {
+    **dict.fromkeys(["penalty", "accumulate", "proximal", *_STEPS], lists),
+    "scaling": scaling,
+    "training": training,
+    "per_sample": per_sample,
+    "abs_matmul": abs_matmul,
+    "demo": demo,
+    "compression": compression,
+    "narrow": narrow,
+    "drift": drift,
+}
+
+
+# -- files -----------------------------------------------------------------------------------------
+def read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_json(path: Path, results: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_all(benchmarks: list[Benchmark], out: Path) -> list[Path]:
+    """Plots and page of the results in a folder, and the documentation if they are committed."""
+    results = read_json(out / "results.json")
+    written = write_plots_and_page(benchmarks, results, out)
+    if (out / "results.json").resolve() == RESULTS:
+        for page in pages():
+            page.write_text(updated(page, benchmarks, results), encoding="utf-8")
+            written.append(page)
+    return written
+
+
+def pages() -> list[Path]:
+    """The Markdown files that have blocks."""
+    every = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *ROOT.glob("docs/**/*.md")]
+    return [page for page in every if _BLOCK.search(page.read_text(encoding="utf-8"))]
+
+
+def write_plots_and_page(
+    benchmarks: Iterable[Benchmark], results: dict[str, Any], out: Path
+) -> list[Path]:
+    """PNG plots, and report.html with all tables and plots."""
+    page, written = Console(record=True, file=io.StringIO(), width=180), []
+    images: dict[str, str] = {}
+    for benchmark in benchmarks:
+        if measured := results["benchmarks"].get(benchmark.name):
+            machine = describe(results["runs"][benchmark.name].get("machine", results["machine"]))
+            page.rule(f"[bold]{benchmark.title}")
+            page.print(benchmark.about, f"{benchmark.name}: {machine}", sep="\n", highlight=False)
+            every = [TABLES[benchmark.name](measured), *map(details, measured.values())]
+            for table in chain.from_iterable(every):
+                page.print(table.rich(), end="\n\n")
+            for path in plot.save(benchmark.name, measured, machine, out):
+                written.append(path)
+                images[f"[{path.stem}]"] = base64.b64encode(path.read_bytes()).decode()
+                page.print(f"[{path.stem}]", markup=False, highlight=False)
+    text = page.export_html()
+    for place, image in images.items():
+        tag = f'<img width="1200" alt="{place}" src="data:image/png;base64,{image}">'
+        text = text.replace(place, tag)
+    path = out / "report.html"
+    path.write_text(text, encoding="utf-8")
+    return [*written, path]
+
+
+_BLOCK = re.compile(r"(<!-- (?P<name>[a-z_]+) -->\n)(?P<text>.*?)(<!-- end -->)", re.DOTALL)
+
+
+def updated(page: Path, benchmarks: list[Benchmark], results: dict[str, Any]) -> str:
+    """The text of a page with its blocks written again; blocks without results stay."""
+    plots = os.path.relpath(RESULTS.parent, page.parent)
+    makers: dict[str, Callable[[], str]] = {
+        "machine": partial(_machine, benchmarks, results),
+        "memory_traffic": lambda: memory_traffic.table().markdown(),
+    }
+    measured = results["benchmarks"]
+    if steps := {name: measured[name] for name in _STEPS if name in measured}:
+        makers["optimizer_steps"] = lambda: optimizer_steps(steps).markdown()
+    for benchmark in benchmarks:
+        if measured.get(benchmark.name):
+            makers[benchmark.name] = partial(block, benchmark, results, plots)
+
+    def replace(found: re.Match[str]) -> str:
+        maker = makers.get(found["name"])
+        return found[0] if maker is None else f"{found[1]}{maker()}\n{found[4]}"
+
+    return _BLOCK.sub(replace, page.read_text(encoding="utf-8"))
+
+
+def block(benchmark: Benchmark, results: dict[str, Any], plots: str) -> str:
+    """A benchmark's tables and plots in Markdown."""
+    tables = TABLES[benchmark.name](results["benchmarks"][benchmark.name])
+    parts = [table.markdown() for table in tables]
+    run = results["runs"][benchmark.name]
+    if "machine" in run:
+        parts.append(f"(From another run: {describe(run['machine'])}.)")
+    parts += [f"![{benchmark.title}]({plots}/{stem}.png)" for stem in plot.stems(benchmark.name)]
+    return "\n\n".join(parts)
+
+
+def _machine(benchmarks: list[Benchmark], results: dict[str, Any]) -> str:
+    versions = ", ".join(f"{n} {v}" for n, v in results["machine"]["peers"].items() if v)
+    on_request = {benchmark.name for benchmark in benchmarks if benchmark.on_request}
+    seconds = sum(r["seconds"] for name, r in results["runs"].items() if name not in on_request)
+    line = f"{describe(results['machine'])}; {versions}."
+    return f"{line} The run took {seconds / 60:.0f} minutes."

@@ -1,1 +1,0 @@
-"""What every benchmark measures with: time in interleaved rounds, peak memory, the machine."""
