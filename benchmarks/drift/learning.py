@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from benchmarks.drift.problems import Problem, seeded
 from mas_ext import MAS
-from mas_ext._penalty.auto_strength import pushed_by
+from mas_ext._strength.auto import update_kind
 from mas_ext.demo.data import Digits, load_digits
 from mas_ext.demo.learning import accuracy, batches_of, measured_objective
 from mas_ext.demo.metrics import average_accuracy, forgetting
@@ -50,7 +50,7 @@ class Learner:
     @property
     def strength(self) -> Any:
         """The λ that the drift comes to."""
-        pushed = pushed_by(self.problem.optimizer(self.model.parameters()), self.problem.mode)
+        pushed = update_kind(self.problem.optimizer(self.model.parameters()), self.problem.mode)
         return self.mas.lambda_proximal if pushed == "step" else self.mas.lambda_reg
 
     def outcome(self, **strength: Any) -> dict[str, float] | None:
