@@ -12,9 +12,9 @@ from torch import Tensor
 from mas_ext._distributed.shards import Home
 from mas_ext._penalty.auto_strength import Group
 from mas_ext._state.flat_tensors import FlatTensors, leading
+from mas_ext._state.stored_importance import StoredImportance
 from mas_ext.importance.sample_statistics import Seen
-from mas_ext.precision import KeptImportance
-from mas_ext.reference import accumulation_dtype, in_memory_order
+from mas_ext.precision import accumulation_dtype, in_memory_order
 
 Merge = str | tuple[str, float]
 
@@ -101,10 +101,10 @@ class Memory:
     """
 
     def __init__(self, state_dtype: str = "float32") -> None:
-        self.importance = KeptImportance({}, state_dtype)
+        self.importance = StoredImportance({}, state_dtype)
         self.anchor = FlatTensors({})
         self.tasks: dict[str, int] = {}
-        self.earlier = KeptImportance({}, state_dtype)
+        self.earlier = StoredImportance({}, state_dtype)
 
     @torch.no_grad()
     def fit(self, params: Mapping[str, Tensor]) -> None:
@@ -147,7 +147,7 @@ class Memory:
 
     def _total(self, name: str) -> Tensor:
         """Σ Ω, in float64; what is kept in codes is expanded a piece at a time."""
-        kept, scales = self.importance.kept(name)
+        kept, scales = self.importance.stored(name)
         if scales is None:
             return kept.sum(dtype=torch.float64)
         total = torch.zeros((), dtype=torch.float64, device=kept.device)
@@ -185,7 +185,7 @@ class Memory:
         memory.tasks = dict(state["tasks"])
         _fill(memory.anchor, state["anchor"])
         _put_all(memory.importance, state["importance"], state["importance_scales"])
-        memory.earlier = KeptImportance({n: named[n] for n in state["earlier"]}, state_dtype)
+        memory.earlier = StoredImportance({n: named[n] for n in state["earlier"]}, state_dtype)
         _put_all(memory.earlier, state["earlier"], state["earlier_scales"])
         return memory
 
@@ -194,7 +194,7 @@ class Memory:
         """Joins a task's Ω, and takes θ* ← θ for all of ``params``."""
         self.fit(params)
         if merge == "sum_of_sums" and not self.earlier:
-            self.earlier = KeptImportance(self.anchor, self.importance.state_dtype)
+            self.earlier = StoredImportance(self.anchor, self.importance.state_dtype)
         for name, total in task.counted().items():
             if name in params:
                 self._join(name, total, task.counts[name], merge)
@@ -208,7 +208,7 @@ class Memory:
         A piece at a time, so that next to the sums there never is a second Ω in float32, unless the
         parameter grew or changed its strides.
         """
-        kept, _ = self.importance.kept(name)
+        kept, _ = self.importance.stored(name)
         if total.shape != kept.shape or total.stride() != kept.stride():
             old, earlier = self.importance[name], self.earlier.get(name)
             part = leading(old, total.shape)
@@ -229,11 +229,11 @@ class Memory:
                 self.earlier.write(name, piece, before)
 
 
-def _grown(kept: KeptImportance, like: Mapping[str, Tensor]) -> KeptImportance:
+def _grown(kept: StoredImportance, like: Mapping[str, Tensor]) -> StoredImportance:
     """The same in the shapes of ``like``, zero where there was nothing."""
-    grown = KeptImportance(like, kept.state_dtype)
+    grown = StoredImportance(like, kept.state_dtype)
     for name in kept:
-        before, scales = kept.kept(name)
+        before, scales = kept.stored(name)
         if before.shape == like[name].shape:
             grown.put(name, before, scales)
         else:
@@ -243,15 +243,15 @@ def _grown(kept: KeptImportance, like: Mapping[str, Tensor]) -> KeptImportance:
     return grown
 
 
-def _kept_copies(kept: KeptImportance) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _kept_copies(kept: StoredImportance) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Ω as it is kept, and the scales of what is kept in codes."""
-    pairs = {name: kept.kept(name) for name in kept}
+    pairs = {name: kept.stored(name) for name in kept}
     scales = {name: scales for name, (_, scales) in pairs.items() if scales is not None}
     return _copies({name: omega for name, (omega, _) in pairs.items()}), _copies(scales)
 
 
 def _put_all(
-    kept: KeptImportance, values: Mapping[str, Tensor], scales: Mapping[str, Tensor]
+    kept: StoredImportance, values: Mapping[str, Tensor], scales: Mapping[str, Tensor]
 ) -> None:
     for name, value in values.items():
         kept.put(name, value, scales.get(name))
