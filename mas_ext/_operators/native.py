@@ -15,7 +15,7 @@ from mas_ext._version import __version__
 
 _MINIMUM_TORCH = (2, 13)
 _REMEDY = (
-    "mas_ext runs in plain PyTorch: same results, several times slower. To get the kernels, install "
+    "mas_ext runs in plain PyTorch: same results, several times slower. For the kernels, install "
     "torch>=2.13 and a C++20 compiler, then reinstall mas_ext from its source with "
     "pip install --no-build-isolation. MAS_EXT_DISABLE_NATIVE=1 silences this warning."
 )
