@@ -17,7 +17,7 @@ struct Entry {
   ScalarType dtype;  // of the values
   int64_t index;     // its place in the lists, empty tensors counted
   ScalarType omega_dtype;
-  const float* omega_scales;  // a block's each; nullptr unless Ω is kept in codes
+  const float* omega_scales;  // one per block; nullptr unless Ω is stored in codes
 };
 
 }  // namespace mas_ext

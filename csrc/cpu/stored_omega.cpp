@@ -1,6 +1,6 @@
-// Ω as it is kept, to float32. Between memory and a kernel lies no more than what fits in L1, so
-// the kernels need not be compiled once more for every way to keep Ω.
-#include "omega.h"
+// Converts stored Ω to float32, as much at a time as fits in L1, so that kernels need not be
+// compiled for each way to store it.
+#include "stored_omega.h"
 
 #include <algorithm>
 
@@ -10,19 +10,20 @@
 namespace mas_ext::cpu {
 namespace {
 
-MAS_MULTIVERSION void expand_codes(float* __restrict__ omega, const uint8_t* __restrict__ codes,
-                                   const float* __restrict__ scales, int64_t size) {
+MAS_MULTIVERSION void dequantize_blocks(float* __restrict__ omega,
+                                        const uint8_t* __restrict__ codes,
+                                        const float* __restrict__ scales, int64_t size) {
   for (int64_t begin = 0; begin < size; begin += kScaleBlock) {
     const int64_t end = std::min(begin + kScaleBlock, size);
     const float scale = *scales++;
     for (int64_t i = begin; i < end; ++i) {
-      omega[i] = expanded(codes[i], scale);
+      omega[i] = dequantize(codes[i], scale);
     }
   }
 }
 
-MAS_MULTIVERSION void widen(float* __restrict__ omega, const BFloat16* __restrict__ rounded,
-                            int64_t size) {
+MAS_MULTIVERSION void convert(float* __restrict__ omega, const BFloat16* __restrict__ rounded,
+                              int64_t size) {
   for (int64_t i = 0; i < size; ++i) {
     omega[i] = static_cast<float>(rounded[i]);
   }
@@ -30,13 +31,13 @@ MAS_MULTIVERSION void widen(float* __restrict__ omega, const BFloat16* __restric
 
 }  // namespace
 
-void expand(float* omega, const void* kept, ScalarType dtype, const float* scales, int64_t first,
-            int64_t size) {
+void to_float32(float* omega, const void* stored, ScalarType dtype, const float* scales,
+                int64_t first, int64_t size) {
   if (is_codes(dtype)) {
-    expand_codes(omega, static_cast<const uint8_t*>(kept) + first, scales + first / kScaleBlock,
-                 size);
+    dequantize_blocks(omega, static_cast<const uint8_t*>(stored) + first,
+                      scales + first / kScaleBlock, size);
   } else {
-    widen(omega, static_cast<const BFloat16*>(kept) + first, size);
+    convert(omega, static_cast<const BFloat16*>(stored) + first, size);
   }
 }
 

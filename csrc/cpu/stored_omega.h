@@ -1,4 +1,4 @@
-// Ω as it is kept, to float32 as kernels compute with it.
+// Stored Ω, converted to the float32 that kernels compute in.
 #pragma once
 
 #include <cstdint>
@@ -7,13 +7,12 @@
 
 namespace mas_ext::cpu {
 
-// What is expanded at a time: it stays in L1 until the kernel has read it. Whole blocks of codes.
-constexpr int64_t kExpandedAtOnce = 1024;
-static_assert(kExpandedAtOnce % kScaleBlock == 0);
+// Elements converted at a time, which stay in L1 until the kernel has read them: whole blocks.
+constexpr int64_t kConvertedAtOnce = 1024;
+static_assert(kConvertedAtOnce % kScaleBlock == 0);
 
-// Elements first to first + size of what `kept` points to; `first` is where a block of codes
-// begins.
-void expand(float* omega, const void* kept, ScalarType dtype, const float* scales, int64_t first,
-            int64_t size);
+// Converts elements first to first + size of `stored`. A block of codes begins at `first`.
+void to_float32(float* omega, const void* stored, ScalarType dtype, const float* scales,
+                int64_t first, int64_t size);
 
 }  // namespace mas_ext::cpu

@@ -23,8 +23,9 @@
 namespace mas_ext::cuda {
 
 // What the host asks for. Devices before compute capability 8.0 have no bfloat16 tensor cores.
-template <class T>
-using TileFor = std::conditional_t<sizeof(T) == 2, TensorCoreTile<T>, FmaTile<T>>;
+template <class T, class Magnitude = MagnitudeAbs>
+using TileFor =
+    std::conditional_t<sizeof(T) == 2, TensorCoreTile<T, Magnitude>, FmaTile<T, Magnitude>>;
 
 // A block's shared memory: the stage, and at the end the sums.
 template <class T>
@@ -89,7 +90,7 @@ __device__ void put(const AbsMatmul& call, const Shared<T>& shared, const Parts&
     if (row < call.rows && column < call.columns) {
       const A sum = shared.sums[i / kTile][i % kTile];
       if (parts.count == 1) {
-        omega_at<A>(call, row, column) += importance_increment(sum, scale);
+        omega_at<A>(call, row, column) += scale * sum;
       } else {
         static_cast<A*>(parts.sums)[(part * call.rows + row) * call.columns + column] = sum;
       }
@@ -99,6 +100,7 @@ __device__ void put(const AbsMatmul& call, const Shared<T>& shared, const Parts&
 
 template <class T, class Tile>
 __device__ void abs_matmul_tile(const AbsMatmul& call, const Parts& parts, Shared<T>& shared) {
+  using Magnitude = typename Tile::Magnitude;
   constexpr int kThreads = Tile::kThreads, kStep = Tile::kStep;
   const int part = static_cast<int>(blockIdx.x / tiles_of(call));
   const int64_t at = blockIdx.x % tiles_of(call);
@@ -113,10 +115,10 @@ __device__ void abs_matmul_tile(const AbsMatmul& call, const Parts& parts, Share
   for (int64_t first = slots.first; first < slots.last; first += kSlots) {
     find_slots(stage, call, first, slots_per_sample);
     __syncthreads();  // also: every thread is done with the slots before
-    stage_factor<T, kThreads>(stage.left, call.left, stage.left_offset, first_row, call.rows,
-                              call.absolute);
-    stage_factor<T, kThreads>(stage.right, call.right, stage.right_offset, first_column,
-                              call.columns, call.absolute);
+    stage_factor<T, Magnitude, kThreads>(stage.left, call.left, stage.left_offset, first_row,
+                                         call.rows, call.absolute);
+    stage_factor<T, Magnitude, kThreads>(stage.right, call.right, stage.right_offset, first_column,
+                                         call.columns, call.absolute);
     __syncthreads();
 #pragma unroll 1  // the body is long enough
     for (int slot = 0; slot < kSlots && first + slot < slots.last; slot += kStep) {
@@ -137,15 +139,15 @@ __device__ void abs_matmul_tile(const AbsMatmul& call, const Parts& parts, Share
   put<T, kThreads>(call, shared, parts, part, first_row, first_column);
 }
 
-template <class T>
-__global__ void __launch_bounds__(TileFor<T>::kThreads, TileFor<T>::kResident)
+template <class T, class Magnitude = MagnitudeAbs>
+__global__ void __launch_bounds__(TileFor<T, Magnitude>::kThreads, TileFor<T, Magnitude>::kResident)
     abs_matmul_kernel(const __grid_constant__ AbsMatmul call, Parts parts) {
   __shared__ Shared<T> shared;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-  static_assert(FmaTile<T>::kThreads == TileFor<T>::kThreads);
-  abs_matmul_tile<T, FmaTile<T>>(call, parts, shared);
+  static_assert(FmaTile<T, Magnitude>::kThreads == TileFor<T, Magnitude>::kThreads);
+  abs_matmul_tile<T, FmaTile<T, Magnitude>>(call, parts, shared);
 #else
-  abs_matmul_tile<T, TileFor<T>>(call, parts, shared);
+  abs_matmul_tile<T, TileFor<T, Magnitude>>(call, parts, shared);
 #endif
 }
 
@@ -160,8 +162,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int part = 0; part < parts.count; ++part) {
       sum += static_cast<const A*>(parts.sums)[part * size + i];
     }
-    omega_at<A>(call, i / call.columns, i % call.columns) +=
-        importance_increment(sum, finite<A>(call.scale));
+    omega_at<A>(call, i / call.columns, i % call.columns) += finite<A>(call.scale) * sum;
   }
 }
 
