@@ -113,7 +113,7 @@ inline const Argument& find_omega(std::initializer_list<Argument> arguments) {
                        [](const Argument& argument) { return argument.is_omega; });
 }
 
-// What shares the dtype of the parameters, as all but Ω does.
+// An argument whose dtype is that of the parameters, as for all arguments but Ω.
 inline const Argument& values_of(std::initializer_list<Argument> arguments) {
   return arguments.begin()->is_omega ? *(arguments.begin() + 1) : *arguments.begin();
 }

@@ -1,4 +1,4 @@
-// Number types: what a kernel reads and writes, and what it computes in.
+// Number types: what kernels read and write, and what they compute in.
 #pragma once
 
 #include <torch/headeronly/core/ScalarType.h>
@@ -17,7 +17,8 @@ using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
 
-// float64 stays float64; everything narrower is computed, and its Ω accumulated, in float32.
+// float64 is computed in float64. All other types are computed, and their Ω accumulated, in
+// float32.
 template <class T>
 using accumulate_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 

@@ -160,7 +160,7 @@ class Worker {
   const AbsMatmul& call_;
   const Blocking& blocking_;
   Scratch<A> left_, right_, carry_;
-  int64_t row_ = 0, column_ = 0, rows_ = 0, columns_ = 0;  // of the block at hand
+  int64_t row_ = 0, column_ = 0, rows_ = 0, columns_ = 0;  // of the current block
 };
 
 template <class Magnitude, class Shape, class T>
