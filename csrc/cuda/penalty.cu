@@ -8,7 +8,7 @@ namespace {
 struct Kernels : CudaKernels {
   static Tensor penalty(const Call& call, const FlatList<3>& list, const Scalar& lambda) {
     return launch_penalty<PenaltyEnergy>(call, list, lambda,
-                                         []<class T>() { return PenaltyEnergy<T>{}; });
+                                         [&]<class T>() { return PenaltyEnergy<T>{}; });
   }
 
   template <bool Add>
