@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from benchmarks.benchmark import Benchmark, Options, Result
 from benchmarks.models import TRAINING
 from mas_ext import estimate_importance
-from mas_ext.precision import STATE_DTYPES, KeptImportance
+from mas_ext._state.stored_importance import StoredImportance
+from mas_ext.precision import STATE_DTYPES
 
 Omega = Mapping[str, Tensor]
 
@@ -59,12 +60,12 @@ def quality(model: nn.Module, omega: Omega, state_dtype: str) -> dict[str, float
     """
     from scipy.stats import spearmanr
 
-    stored = KeptImportance(dict(model.named_parameters()), state_dtype)
+    stored = StoredImportance(dict(model.named_parameters()), state_dtype)
     for name, tensor in omega.items():
         stored.put(name, tensor)
     pairs = [(tensor.double(), stored[name].double()) for name, tensor in omega.items()]
     exact, found = (torch.cat([pair[i].flatten() for pair in pairs]) for i in (0, 1))
-    tensors = [t for name in omega for t in stored.kept(name) if t is not None]
+    tensors = [t for name in omega for t in stored.stored(name) if t is not None]
     return {
         "bytes": sum(t.nbytes for t in tensors) / len(exact),
         "mass_error": float((found - exact).abs().sum() / exact.sum()),

@@ -18,7 +18,7 @@ from benchmarks.benchmark import Benchmark, Options, Result
 from benchmarks.job import OURS, compiled
 from benchmarks.measure import interleave, median_ratio
 from mas_ext import functional
-from mas_ext.precision import BLOCK, compress_, expanded, num_scales
+from mas_ext.precision import BLOCK, dequantize, num_scales, quantize_
 
 SIZES = {"64m": 64 * 2**20, "4m": 4 * 2**20}  # parameters, in one tensor of whole blocks
 QUICK_SIZE = 2**18
@@ -61,7 +61,7 @@ def make(numel: int, values: torch.dtype, stored: torch.dtype) -> Tensors:
     omega, scales = torch.rand(numel, generator=generator), torch.empty(0)
     if stored == torch.uint8:
         codes, scales = torch.empty(numel, dtype=stored), torch.empty(num_scales(numel))
-        compress_(codes, scales, omega)
+        quantize_(codes, scales, omega)
         return Tensors(grads, params, anchors, codes, scales)
     return Tensors(grads, params, anchors, omega.to(stored), scales)
 
@@ -111,7 +111,7 @@ PROVIDERS: dict[str, Step] = {OURS: fused, "torch.compile": torch_compile, "eage
 def check(s: Tensors, step: Step, what: str) -> None:
     """Verifies against float64, piece by piece, and restores the gradients."""
     start, value = s.grads.clone(), step(s)
-    omega = expanded(s.omega, s.scales) if s.scales.numel() else s.omega
+    omega = dequantize(s.omega, s.scales) if s.scales.numel() else s.omega
     energy, lists = 0.0, (start, s.grads, s.params, s.anchors, omega)
     # One rounding to the gradients' dtype, or that of a few operations in float32.
     bound = 2**-8 if s.grads.dtype == torch.bfloat16 else 1e-6

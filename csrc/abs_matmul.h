@@ -21,14 +21,14 @@ struct AbsMatmul {
   int64_t samples, positions, rows, columns;
   ScalarType dtype;
   double scale;
-  // Whether the factors are read as magnitudes: with one position a sample |Σ_t l·r| = |l|·|r|, so
-  // that samples may be summed like positions.
+  // Whether the factors are replaced by their magnitudes. If samples have one position each, then
+  // |Σ_t l·r| = |l|·|r|, and samples can be summed like positions.
   bool absolute;
 
   bool is_empty() const { return samples == 0 || positions == 0 || rows == 0 || columns == 0; }
 };
 
-// Ω is seen transposed where that makes its columns the ones that lie side by side.
+// Transposes the problem if that makes the columns of Ω adjacent in memory.
 inline void turn_columns_innermost(AbsMatmul& call) {
   const bool rows_are_inner =
       call.columns == 1 || (call.rows > 1 && call.row_stride < call.column_stride);

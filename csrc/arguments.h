@@ -1,4 +1,4 @@
-// What an operator is given, as checks and kernels see it, and how what is wrong with it is said.
+// The arguments of an operator as checks and kernels see them, and how errors name them.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -18,8 +18,8 @@ namespace mas_ext {
 using torch::stable::Tensor;
 using TensorList = std::vector<Tensor>;
 
-// What tensor.scalar_type() gives. That asks torch for the code of one dtype after another, for
-// every tensor anew; here the codes of those that kernels take are asked for once.
+// The same as tensor.scalar_type(), which asks torch for the codes of all dtypes each time. Here
+// the codes of the dtypes that kernels take are asked for once.
 inline ScalarType dtype_of(const Tensor& tensor) {
   static const std::array<std::pair<int32_t, ScalarType>, 5> supported{{
       {aoti_torch_dtype_float32(), ScalarType::Float},
@@ -54,8 +54,8 @@ struct Place {
   int32_t device_index;
 };
 
-// What checks and kernels want to know of a tensor, read once: torch's stable ABI answers every
-// question by a function call or several, and a call has many small tensors.
+// What checks and kernels need to know of a tensor, read once: each question to torch's stable ABI
+// is at least one function call, and an operator may be called with many small tensors.
 struct Operand {
   explicit Operand(const Tensor& tensor)
       : tensor(&tensor),
@@ -83,7 +83,7 @@ struct Operand {
   void* data = nullptr;
 };
 
-// Of the tensors of one argument, which have to outlive them.
+// The operands of one argument. The tensors must outlive them.
 struct Operands : std::vector<Operand> {
   Operands(const TensorList& tensors) : vector(tensors.begin(), tensors.end()) {}
   Operands(const Tensor& tensor) : vector{Operand(tensor)} {}

@@ -1,6 +1,6 @@
-// Argument checks shared by CPU and CUDA. They run inside the registered operators, so no entry
-// point skips them, and before anything is written, so a refused call leaves every tensor as it
-// was. `mas_ext/_operators/checks.py` makes the same checks, in the same words, for the reference kernels.
+// Argument checks shared by CPU and CUDA. They run inside the registered operators, so that every
+// call passes them, and before anything is written, so that a refused call changes nothing.
+// `mas_ext/_operators/checks.py` makes the same checks, in the same words, for the default kernels.
 #pragma once
 
 #include <algorithm>
@@ -12,14 +12,16 @@
 #include "arguments.h"
 #include "numbers.h"
 #include "overlap.h"
+#include "steps.h"
 
 namespace mas_ext {
 
 inline void check_dtype(const char* op, const Argument& argument, size_t i, ScalarType shared) {
   const ScalarType dtype = argument.tensors[i].dtype;
   const ScalarType expected = argument.is_omega ? accumulate_dtype(shared) : shared;
-  const bool may_be_kept = argument.is_omega && !argument.writable && expected == ScalarType::Float;
-  if (may_be_kept ? is_kept(dtype) : is_supported(dtype) && dtype == expected) {
+  const bool may_be_stored =
+      argument.is_omega && !argument.writable && expected == ScalarType::Float;
+  if (may_be_stored ? is_stored_dtype(dtype) : is_supported(dtype) && dtype == expected) {
     return;
   }
   if (!is_supported(dtype)) {
@@ -27,7 +29,7 @@ inline void check_dtype(const char* op, const Argument& argument, size_t i, Scal
          ", which is not supported; pass float32, float64, bfloat16 or float16");
   }
   fail(op, at(argument, i), " has dtype ", dtype_name(dtype), " where ",
-       may_be_kept ? "float32, bfloat16 or uint8" : dtype_name(expected), " is expected beside ",
+       may_be_stored ? "float32, bfloat16 or uint8" : dtype_name(expected), " is expected beside ",
        dtype_name(shared),
        " values; convert it (omega is float64 beside float64 values and float32 beside others, or, "
        "where it is only read, bfloat16 or uint8)");
@@ -57,7 +59,7 @@ inline void check_device(const char* op, const Argument& argument, const Argumen
   }
 }
 
-// That the i-th Ω, which is in codes, has the scales of its blocks.
+// The i-th Ω, which is in codes, must have the scales of its blocks.
 inline void check_codes(const char* op, const Argument& omega, size_t i, const Argument& scales) {
   const Operand &codes = omega.tensors[i], &given = scales.tensors[i];
   check_layout(op, scales, i);
@@ -106,12 +108,12 @@ inline void check_scales(const char* op, const Argument& omega, const TensorList
   }
 }
 
-inline const Argument& omega_of(std::initializer_list<Argument> arguments) {
+inline const Argument& find_omega(std::initializer_list<Argument> arguments) {
   return *std::find_if(arguments.begin(), arguments.end(),
                        [](const Argument& argument) { return argument.is_omega; });
 }
 
-// What shares the dtype of the parameters, as all but Ω does.
+// An argument whose dtype is that of the parameters, as for all arguments but Ω.
 inline const Argument& values_of(std::initializer_list<Argument> arguments) {
   return arguments.begin()->is_omega ? *(arguments.begin() + 1) : *arguments.begin();
 }
@@ -121,11 +123,11 @@ inline bool has_codes(const Argument& omega) {
                      [](const Operand& tensor) { return is_codes(tensor.dtype); });
 }
 
-// Every check on the lists; the first argument is the one the others are held against.
+// Every check on the lists; the first argument is what the others are compared with.
 inline void check_arguments(const char* op, std::initializer_list<Argument> arguments,
                             const TensorList& omega_scales = {}) {
   const Argument& first = *arguments.begin();
-  const Argument &values = values_of(arguments), &omega = omega_of(arguments);
+  const Argument &values = values_of(arguments), &omega = find_omega(arguments);
   for (const Argument& argument : arguments) {
     if (argument.tensors.size() != first.tensors.size()) {
       fail(op, argument.name, " has ", argument.tensors.size(), " tensors but ", first.name,
@@ -140,7 +142,7 @@ inline void check_arguments(const char* op, std::initializer_list<Argument> argu
       check_dtype(op, argument, i, values.tensors[i].dtype);
     }
   }
-  // Without codes there is nothing to look at but that the scales are empty.
+  // Without codes the scales only have to be empty.
   const TensorList none;
   const Argument scales{.name = "omega_scales", .tensors = has_codes(omega) ? omega_scales : none};
   check_scales(op, omega, omega_scales, scales);
@@ -180,8 +182,6 @@ inline void check_scalar(const char* op, const char* name, const Tensor& scalar,
   }
 }
 
-// A strength on the CPU is looked at before anything is written; one on a device is not, since
-// looking would wait for it.
 inline void check_non_negative(const char* op, const char* name, double value) {
   if (!(value >= 0) || std::isinf(value)) {
     fail(op, name, " is ", value, "; pass a finite number that is not negative");
@@ -209,6 +209,57 @@ inline void check_abs_matmul(const char* op, const Tensor& omega, const Tensor& 
   check_same_size(op, "left", left, 2, "omega", omega, 0, "p");
   check_same_size(op, "right", right, 2, "omega", omega, 1, "d");
   check_no_overlap(op, arguments, {.name = "", .tensors = TensorList{}});
+}
+
+// ------------------------------------------------------------------------------------------------
+// Optimizer steps
+// ------------------------------------------------------------------------------------------------
+inline void check_positive(const char* op, const char* name, double value) {
+  if (!(value > 0) || std::isinf(value)) {
+    fail(op, name, " is ", value, "; pass a finite number above zero");
+  }
+}
+
+inline void check_beta(const char* op, const char* name, double value) {
+  if (!(value >= 0) || !(value < 1)) {
+    fail(op, name, " is ", value, "; pass a number from 0 up to but not including 1");
+  }
+}
+
+inline void check_options(const char* op, const SgdOptions& options,
+                          const TensorList& momentum_buffers) {
+  check_non_negative(op, "momentum", options.momentum);
+  check_non_negative(op, "dampening", options.dampening);
+  check_non_negative(op, "weight_decay", options.weight_decay);
+  if (options.nesterov && (options.momentum == 0 || options.dampening != 0)) {
+    fail(op, "nesterov needs a momentum above zero and no dampening");
+  }
+  if (options.momentum == 0 && !momentum_buffers.empty()) {
+    fail(op, "momentum_buffers has ", momentum_buffers.size(),
+         " tensors but momentum is 0; leave them out");
+  }
+}
+
+inline void check_options(const char* op, const AdamOptions& options) {
+  check_beta(op, "beta1", options.beta1);
+  check_beta(op, "beta2", options.beta2);
+  check_non_negative(op, "eps", options.eps);
+  check_non_negative(op, "weight_decay", options.weight_decay);
+}
+
+inline void check_steps(const char* op, const Tensor& steps, const TensorList& params) {
+  if (steps.dim() != 1 || steps.size(0) != static_cast<int64_t>(params.size())) {
+    fail(op, "steps has shape ", shape_of(steps), " but there are ", params.size(),
+         " params; pass one count for each, as one tensor");
+  }
+  const ScalarType dtype = dtype_of(steps);
+  if (dtype != ScalarType::Float && dtype != ScalarType::Double) {
+    fail(op, "steps has dtype ", dtype_name(dtype), "; pass a float32 or float64 tensor");
+  }
+  if (!params.empty() && Place(steps) != Place(params.front())) {
+    fail(op, "steps is on ", device_of(steps), " but the tensors are on ",
+         device_of(params.front()), "; move it there");
+  }
 }
 
 }  // namespace mas_ext

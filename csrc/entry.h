@@ -15,9 +15,9 @@ struct Entry {
   std::array<void*, Streams> data;
   int64_t numel;
   ScalarType dtype;  // of the values
-  int64_t index;     // its place in the lists, empty tensors counted
+  int64_t index;     // its position in the lists, counting empty tensors
   ScalarType omega_dtype;
-  const float* omega_scales;  // a block's each; nullptr unless Ω is kept in codes
+  const float* omega_scales;  // one per block; nullptr unless Ω is stored in codes
 };
 
 }  // namespace mas_ext

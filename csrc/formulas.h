@@ -1,6 +1,5 @@
-// The arithmetic of Memory Aware Synapses, one small function a formula, for host and device.
-// THE place to change the maths: `mas_ext/reference.py` holds the same formulas in PyTorch, and
-// `tests/test_functional.py` tells when the two differ.
+// The arithmetic of Memory Aware Synapses, one small function per formula, for host and device.
+// THE place to change the maths. `mas_ext/reference.py` has the same formulas in PyTorch.
 //
 // A is the type sums are formed in: double for float64 parameters, float for all others.
 #pragma once
@@ -17,45 +16,55 @@
 
 namespace mas_ext {
 
-template <class A>
-MAS_HOST_DEVICE A magnitude(A value) {
-  return std::fabs(value);
-}
+// How a gradient counts towards Ω. Everything that accumulates has it as a template argument
+// (`Magnitude`), so this is THE place to add another. It must be multiplicative, f(xy) = f(x)·f(y):
+// accumulate_abs_matmul_ applies it to the factors if a sample has one position. For 16-bit numbers
+// it clears the sign bit, which saves two conversions.
+struct MagnitudeAbs {
+  template <class T>
+  MAS_HOST_DEVICE static T of(T value) {
+    if constexpr (sizeof(T) == 2) {
+      return T(value.x & 0x7fffu, T::from_bits());
+    } else {
+      return std::fabs(value);
+    }
+  }
+};
 
-// Ω of its code q, companded by the square root: s·(q/255)², s being the largest Ω of its block.
-MAS_HOST_DEVICE float expanded(uint8_t code, float scale) {
+// Ω from its code q, which is linear in the square root: s·(q/255)², with s the block's largest Ω.
+MAS_HOST_DEVICE float dequantize(uint8_t code, float scale) {
   const auto root = static_cast<float>(code);
   return scale * (root * root * (1.0f / 65025.0f));
 }
 
 // Ω_i += scale · |g_i|
-template <class A>
+template <class Magnitude, class A>
 MAS_HOST_DEVICE A importance_increment(A grad, A scale) {
-  return scale * magnitude(grad);
+  return scale * Magnitude::of(grad);
 }
 
-// Ω_i δ_i², the parameter's share of the penalty; the sum is multiplied by λ/2 once, at the end.
+// Ω_i δ_i², the parameter's share of the penalty. The sum is multiplied by λ/2 once, at the end.
 template <class A>
 MAS_HOST_DEVICE A penalty_energy(A delta, A omega) {
   return omega * delta * delta;
 }
 
-// ∂/∂θ_i of λ/2 Σ Ω δ²; `coefficient` is λ, times the gradient scale where one is in use.
+// ∂/∂θ_i of λ/2 Σ Ω δ². `coefficient` is λ, times the gradient scale if there is one.
 template <class A>
 MAS_HOST_DEVICE A penalty_gradient(A delta, A omega, A coefficient) {
   return coefficient * omega * delta;
 }
 
-// A product of scalars in the type the formulas compute in. One that overflows there becomes its
-// largest finite value, so that 0 times it is 0 and not NaN.
+// A product of scalars in the type the formulas compute in. If it overflows, it becomes the largest
+// finite value, so that 0 times it is 0 and not NaN.
 template <class A>
 MAS_HOST_DEVICE A finite(double scalar) {
   constexpr A largest = std::numeric_limits<A>::max();
   return scalar > static_cast<double>(largest) ? largest : static_cast<A>(scalar);
 }
 
-// θ ← (θ + c θ*) / (1 + c) with c = ηλΩ, written as a step from θ. Where Ω = 0 the parameter keeps
-// its bits, whatever they are; a c that overflows lands on θ*; a NaN in Ω comes through.
+// θ ← (θ + c θ*) / (1 + c) with c = ηλΩ, written as a step from θ. If Ω = 0, the parameter keeps
+// its bits. If c overflows, the result is θ*. A NaN in Ω gives NaN.
 template <class A>
 MAS_HOST_DEVICE A proximal_point(A param, A delta, A omega, A step_times_lambda) {
   constexpr A largest = std::numeric_limits<A>::max();
@@ -68,8 +77,8 @@ MAS_HOST_DEVICE A proximal_point(A param, A delta, A omega, A step_times_lambda)
 // How a call's penalty takes part in an optimizer's step.
 template <class A>
 struct PenaltyPart {
-  A grad_factor;  // ±1/s: the gradient's sign, and what takes the loss scale out of it
-  A strength;     // λ where the penalty's gradient joins the loss's, ηλ for the proximal step
+  A grad_factor;  // ±1/s: the sign of the gradient, and the inverse of the loss scale
+  A strength;     // λ for the gradient of the penalty, ηλ for the proximal step
 };
 
 // SGD: θ ← θ − η g, with g ← g + wθ for weight decay w.
@@ -83,8 +92,8 @@ struct SgdRule {
   }
 };
 
-// SGD with momentum: b ← μb + (1−τ)g, θ ← θ − ηb; for Nesterov θ ← θ − η(g + μb). What is walked is
-// αg + βb: a condition here would keep loops over half-precision values from being vectorised.
+// SGD with momentum: b ← μb + (1−τ)g, θ ← θ − ηb; for Nesterov θ ← θ − η(g + μb). The step is
+// along αg + βb: a condition here would prevent vectorised loops over half-precision values.
 template <class A>
 struct MomentumRule {
   static constexpr int kMoments = 1;
@@ -104,7 +113,7 @@ struct MomentumRule {
 template <class A>
 struct AdamRule {
   static constexpr int kMoments = 2;
-  A weight_decay, shrink;  // one of them has an effect: w, or 1 − ηw
+  A weight_decay, shrink;  // w and 1 − ηw, of which one is neutral
   A beta1, fresh1, beta2, fresh2, eps;
   A step_size, root_factor;  // η/(1−β₁ᵗ) and 1/√(1−β₂ᵗ)
 
@@ -117,9 +126,9 @@ struct AdamRule {
   }
 };
 
-// Where an optimizer's rule and the penalty move a parameter; its moments are advanced in place.
-// The penalty's gradient is taken at θ before the step, the proximal step from where the rule
-// lands.
+// The parameter after a step of the optimizer's rule with the penalty. Moments are updated in
+// place. The penalty's gradient is that at θ before the step; a proximal step starts from the
+// rule's result.
 template <bool Proximal, class Rule, class A>
 MAS_HOST_DEVICE A penalised_point(A param, A grad, A anchor, A omega, A* moments,
                                   const PenaltyPart<A>& penalty, const Rule& rule) {

@@ -1,5 +1,5 @@
-// mas_ext._C: what was compiled, and what this processor can run. No tensors here: operators live
-// in mas_ext/_kernels, which does not depend on the Python version.
+// mas_ext._C: what was compiled, and what this processor can run. The operators are in
+// mas_ext/_kernels, which does not depend on the Python version.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -1,4 +1,4 @@
-// Number types: what a kernel reads and writes, and what it computes in.
+// Number types: what kernels read and write, and what they compute in.
 #pragma once
 
 #include <torch/headeronly/core/ScalarType.h>
@@ -17,13 +17,8 @@ using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
 
-// The sign is one bit; through float a magnitude would cost two conversions.
-MAS_HOST_DEVICE BFloat16 magnitude(BFloat16 value) {
-  return BFloat16(value.x & 0x7fffu, BFloat16::from_bits());
-}
-MAS_HOST_DEVICE Half magnitude(Half value) { return Half(value.x & 0x7fffu, Half::from_bits()); }
-
-// float64 stays float64; everything narrower is computed, and its Ω accumulated, in float32.
+// float64 is computed in float64. All other types are computed, and their Ω accumulated, in
+// float32.
 template <class T>
 using accumulate_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
@@ -31,19 +26,19 @@ inline ScalarType accumulate_dtype(ScalarType dtype) {
   return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// An Ω that is only read may be kept in less than float32: rounded, or in codes of blocks that
-// share a scale (`expanded`), as they follow one another in memory.
+// An Ω that is only read may be stored in less than float32: rounded to bfloat16, or in codes
+// (`dequantize`). Blocks of codes, in the order of memory, share a scale.
 constexpr int64_t kScaleBlock = 256;
 
 constexpr int64_t num_scales(int64_t numel) { return (numel + kScaleBlock - 1) / kScaleBlock; }
 
 inline bool is_codes(ScalarType dtype) { return dtype == ScalarType::Byte; }
 
-inline bool is_kept(ScalarType dtype) {
+inline bool is_stored_dtype(ScalarType dtype) {
   return dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || is_codes(dtype);
 }
 
-inline int64_t bytes_of_kept(ScalarType dtype) {
+inline int64_t bytes_of_stored(ScalarType dtype) {
   switch (dtype) {
     case ScalarType::Byte: return 1;
     case ScalarType::BFloat16: return 2;

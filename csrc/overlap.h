@@ -1,4 +1,4 @@
-// Where tensors lie in memory, and which of them share some of it.
+// Where tensors lie in memory, and which of them overlap.
 #pragma once
 
 #include <algorithm>
@@ -12,7 +12,7 @@
 
 namespace mas_ext {
 
-// The dimensions that have steps, as (stride, size), the smallest step first.
+// The dimensions of more than one element as (stride, size), by ascending stride.
 inline std::vector<std::pair<int64_t, int64_t>> sorted_dims(const Operand& tensor) {
   std::vector<std::pair<int64_t, int64_t>> dims;
   for (size_t d = 0; d < tensor.dim(); ++d) {
@@ -24,7 +24,7 @@ inline std::vector<std::pair<int64_t, int64_t>> sorted_dims(const Operand& tenso
   return dims;
 }
 
-// Dense: its elements fill one range of memory, each place once, in whatever order.
+// Dense: its elements fill one range of memory, each address once, in any order.
 inline bool is_dense(const Operand& tensor) {
   if (tensor.contiguous) {
     return true;
@@ -39,8 +39,8 @@ inline bool is_dense(const Operand& tensor) {
   return true;
 }
 
-// Every step goes beyond all that smaller steps reach, as in any slice of a dense tensor: no place
-// comes twice. The reverse need not hold.
+// Every stride exceeds what smaller strides reach, as in any slice of a dense tensor, so no address
+// comes twice. The converse need not hold.
 inline bool is_nested(const Operand& tensor) {
   if (tensor.contiguous) {
     return true;
@@ -95,7 +95,7 @@ inline std::vector<uintptr_t> addresses(const Operand& tensor) {
   return result;
 }
 
-// Whether two tensors whose spans meet really share memory (two column slices do not).
+// Whether tensors whose spans overlap really share memory (two column slices do not).
 inline bool share_memory(const Span& a, const Span& b) {
   const Operand &first = a.tensor(), &second = b.tensor();
   if (is_dense(first) && is_dense(second)) {
@@ -146,7 +146,7 @@ inline void add_spans(const char* op, const Argument& argument, std::vector<Span
 }
 
 // Nothing that is written may share memory with anything else: two threads would race for it.
-// (`extra` is what is read beside the arguments.)
+// (`extra` is read, too.)
 inline void check_no_overlap(const char* op, std::initializer_list<Argument> arguments,
                              const Argument& extra) {
   if (std::none_of(arguments.begin(), arguments.end(),
@@ -161,7 +161,7 @@ inline void check_no_overlap(const char* op, std::initializer_list<Argument> arg
   add_spans(op, extra, spans);
   std::sort(spans.begin(), spans.end(),
             [](const Span& a, const Span& b) { return a.begin < b.begin; });
-  std::vector<const Span*> open;  // spans that reach beyond the one at hand
+  std::vector<const Span*> open;  // spans that reach beyond the current one's beginning
   for (const Span& span : spans) {
     std::erase_if(open, [&](const Span* other) { return other->end <= span.begin; });
     for (const Span* other : open) {

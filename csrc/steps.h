@@ -1,8 +1,9 @@
-// Optimizer steps that take the penalty along, as their kernels see them: what they are told, and
-// from numbers to the rules of formulas.h. For CPU and CUDA.
+// Optimizer steps that include the penalty, as kernels on CPU and CUDA see them: their options, and
+// how the rules of formulas.h are made from them.
 #pragma once
 
 #include <cmath>
+#include <cstdint>
 
 #include "formulas.h"
 
@@ -18,12 +19,12 @@ struct AdamOptions {
   bool decoupled, maximize;
 };
 
-// λ, η, the loss scale s and whether to skip: numbers that may be on a device, once they are read.
+// λ, η, the loss scale s, and found_inf, which skips the step if it is not 0. Once they are read.
 struct StepScalars {
   double lambda, lr, grad_scale, found_inf;
 };
 
-// 1/(1−β₁ᵗ) and 1/√(1−β₂ᵗ) of one parameter, whose step t is being taken.
+// 1/(1−β₁ᵗ) and 1/√(1−β₂ᵗ) for a parameter in its step t.
 struct BiasCorrection {
   double first, second_root;
 };
@@ -35,8 +36,8 @@ MAS_HOST_DEVICE PenaltyPart<A> penalty_part(const StepScalars& s, bool maximize,
           finite<A>(proximal ? s.lambda * s.lr : s.lambda)};
 }
 
-// A rule without its learning rate, which may be on a device: there, what is known here is then not
-// computed in float64 once more, in the middle of a loop.
+// A rule without its learning rate, which may be on a device. What is known on the host is computed
+// here, so that a kernel's loop need not compute it in float64.
 template <class A>
 void make_rule(SgdRule<A>& rule, const SgdOptions& options) {
   rule = {};
@@ -64,21 +65,23 @@ void make_rule(AdamRule<A>& rule, const AdamOptions& options) {
   rule.eps = static_cast<A>(options.eps);
 }
 
-// The rest of it: of SGD, with momentum or without; and of Adam, for one parameter.
+// The rest of a rule, for the parameter at `place` in the lists.
 template <template <class> class Rule, class A>
-MAS_HOST_DEVICE void set_rate(Rule<A>& rule, double lr) {
+MAS_HOST_DEVICE void set_rate(Rule<A>& rule, double lr, const SgdOptions&, const BiasCorrection*,
+                              int64_t) {
   rule.lr = static_cast<A>(lr);
 }
 
 template <class A>
 MAS_HOST_DEVICE void set_rate(AdamRule<A>& rule, double lr, const AdamOptions& options,
-                              const BiasCorrection& correction) {
+                              const BiasCorrection* corrections, int64_t place) {
+  const BiasCorrection& correction = corrections[place];
   rule.shrink = static_cast<A>(options.decoupled ? 1.0 - lr * options.weight_decay : 1.0);
   rule.step_size = static_cast<A>(lr * correction.first);
   rule.root_factor = static_cast<A>(correction.second_root);
 }
 
-// After `steps` steps, for the one that is being taken.
+// For the step after the first `steps`.
 MAS_HOST_DEVICE BiasCorrection bias_correction(const AdamOptions& options, double steps) {
   return {1.0 / (1.0 - pow(options.beta1, steps + 1.0)),
           1.0 / sqrt(1.0 - pow(options.beta2, steps + 1.0))};

@@ -17,30 +17,31 @@
 
 namespace mas_ext {
 
-// Checks the arguments of `op` and lays them out as entries, in the order they were given.
-// Where the tensors at one position do not share one dense layout, they are copied to contiguous
-// memory (beside codes of Ω, whose blocks run through memory, to memory that is ordered as theirs),
-// and `write_back` returns what was written: right, slower, and rare.
+// Checks the arguments of `op` and lists the tensors as entries, in the order they were given.
+// Tensors at one position that do not share one dense layout are copied: to contiguous memory, or,
+// if Ω consists of codes, to the memory order of the codes, which their blocks follow. `write_back`
+// then copies what was written to the original tensors. This is slow, but rare.
 template <size_t Streams>
 class FlatList {
  public:
   FlatList(const char* op, std::initializer_list<Argument> arguments,
            const TensorList& omega_scales = {}) {
     check_arguments(op, arguments, omega_scales);
-    const Argument &values = values_of(arguments), &omega = omega_of(arguments);
+    const Argument &values = values_of(arguments), &omega = find_omega(arguments);
     entries_.reserve(values.tensors.size());
     for (size_t i = 0; i < values.tensors.size(); ++i) {
       const int64_t numel = values.tensors[i].numel;
-      const ScalarType dtype = values.tensors[i].dtype, kept = omega.tensors[i].dtype;
+      const ScalarType dtype = values.tensors[i].dtype, stored = omega.tensors[i].dtype;
       total_ += numel;
       any_double_ |= dtype == ScalarType::Double;
       if (numel > 0) {
-        entries_.push_back({.data = pointers(arguments, i, omega.tensors[i]),
-                            .numel = numel,
-                            .dtype = dtype,
-                            .index = static_cast<int64_t>(i),
-                            .omega_dtype = kept,
-                            .omega_scales = is_codes(kept) ? scales_in(omega_scales[i]) : nullptr});
+        entries_.push_back(
+            {.data = pointers(arguments, i, omega.tensors[i]),
+             .numel = numel,
+             .dtype = dtype,
+             .index = static_cast<int64_t>(i),
+             .omega_dtype = stored,
+             .omega_scales = is_codes(stored) ? scales_in(omega_scales[i]) : nullptr});
       }
     }
   }
@@ -48,7 +49,7 @@ class FlatList {
   const std::vector<Entry<Streams>>& entries() const { return entries_; }
   int64_t total() const { return total_; }
 
-  // The dtype of a sum over the list: that of its widest accumulation.
+  // The dtype of a sum over the list: float64 if any value is, else float32.
   ScalarType value_dtype() const { return any_double_ ? ScalarType::Double : ScalarType::Float; }
 
   void write_back() {

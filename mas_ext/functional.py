@@ -1,23 +1,24 @@
 r"""MAS on lists of tensors: one pass over memory, one launch for a whole model.
 
-Every function takes lists with one tensor a parameter: ``params`` θ and ``anchors`` θ* of one
+Every function takes lists with one tensor per parameter: ``params`` θ and ``anchors`` θ* of one
 dtype (float32, float64, bfloat16 or float16) and ``omega`` Ω in the accumulation dtype (float64
-beside float64, float32 beside the others). Tensors at one position have one shape, of any strides;
-all are on one device; lists may mix shapes and dtypes, and may be empty. Functions whose name ends
-in ``_`` write to their first argument (the optimizer steps to their moments too), which may share
-memory with nothing else.
+for float64 parameters, float32 for the others). Tensors at one position have one shape, with any
+strides. All tensors are on one device. Lists may mix shapes and dtypes and may be empty. Functions
+whose name ends in ``_`` write to their first argument (optimizer steps also to their moments). What
+is written may not share memory with any other argument.
 
-Where Ω is only read, beside values other than float64, it may also be bfloat16, or uint8 codes of
-:mod:`mas_ext.precision`: dense, with ``omega_scales`` that has a tensor for each Ω, float32
-[⌈elements/256⌉] for codes and without elements for others. It is expanded on the way from memory.
+Where Ω is only read and the parameters are not float64, it may also be bfloat16, or uint8 codes of
+:mod:`mas_ext.precision`. Codes must be dense and need ``omega_scales``: one tensor for each Ω,
+float32 [⌈elements/256⌉] for codes and without elements for the others. Kernels dequantize Ω as they
+read it.
 
 ``lambda_reg``, ``lr``, ``grad_scale`` and ``found_inf`` are numbers or 0-dim float tensors. A
-tensor on the device is read there, so nothing waits for the host, a captured CUDA graph sees it
-change, and ``torch.compile`` does not recompile for a new value.
+tensor on the device is read there: nothing waits for the host, a captured CUDA graph sees new
+values, and ``torch.compile`` does not recompile for them.
 
-:func:`accumulate_abs_matmul_` alone is about one parameter and takes single tensors.
+:func:`accumulate_abs_matmul_` works on one parameter and takes single tensors.
 
-Errors: ``RuntimeError`` naming the tensor and the remedy, before anything is written.
+Errors: ``RuntimeError``, which names the tensor and the remedy; raised before anything is written.
 
 :mod:`mas_ext.reference` has the same functions in plain PyTorch.
 """
@@ -30,10 +31,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mas_ext._operators import list_operators as _ops  # noqa: F401  (they define and load the operators)
-from mas_ext._operators import native as _native  # noqa: F401  (they define and load the operators)
-from mas_ext._operators import optimizer_steps as _steps  # noqa: F401  (they define and load the operators)
-from mas_ext._operators.dispatch import writing
+from mas_ext._operators import native as _native  # noqa: F401  (loads the compiled kernels)
+from mas_ext._operators.registration import writing
 
 __all__ = [
     "accumulate_abs_matmul_",
@@ -60,7 +59,7 @@ _adamw_step = writing("adamw_step_")
 def _scalar(name: str, value: Scalar) -> Tensor:
     if isinstance(value, Tensor):
         return value
-    if not 0 <= value < math.inf:  # comparisons, which torch.compile knows of a number that changed
+    if not 0 <= value < math.inf:  # torch.compile can guard comparisons
         raise ValueError(f"{name} is {value}; pass a finite number that is not negative")
     return torch.scalar_tensor(value, dtype=torch.float64, device="cpu")
 
@@ -70,12 +69,12 @@ def accumulate_importance_(omega: Tensors, grads: Tensors, scale: float = 1.0) -
 
     .. math:: \Omega_i \leftarrow \Omega_i + \text{scale} \cdot |g_i|
 
-    The exact importance adds the gradient of one sample a call: the absolute value of a batch's
-    mean gradient is not the mean of absolute values.
+    For the exact importance, call it with the gradient of one sample at a time: the absolute value
+    of a batch's mean gradient is not the mean of the samples' absolute values.
 
     Args:
         omega: Ω, float32 (float64 beside float64 gradients); written.
-        grads: gradients of the shapes of ``omega``.
+        grads: gradients, in the shapes of ``omega``.
         scale: a finite number ≥ 0.
 
     Source: Aljundi et al., ECCV 2018, equation 2.
@@ -84,28 +83,28 @@ def accumulate_importance_(omega: Tensors, grads: Tensors, scale: float = 1.0) -
 
 
 def accumulate_abs_matmul_(omega: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
-    r"""Adds the magnitude of every sample's own matrix product to the importance, in place.
+    r"""Adds the magnitude of each sample's matrix product to the importance, in place.
 
     .. math:: \Omega_{pd} \leftarrow \Omega_{pd} + \text{scale} \cdot
         \sum_b \Bigl| \sum_t \text{left}_{btp}\,\text{right}_{btd} \Bigr|
 
-    With output gradients on the left and inputs on the right, t running over a sample's positions,
-    the inner sum is the gradient that sample b has for a linear layer's weight (for a
-    convolution's, with the input unfolded): Ω gets the exact importance, and no tensor of samples
-    × p × d is ever made. One matrix product's work and, about, time.
+    With output gradients on the left, inputs on the right, and t running over a sample's
+    positions, the inner sum is sample b's gradient for the weight of a linear layer (or of a
+    convolution, if the input is unfolded). Ω gets the exact importance without a tensor of size
+    samples × p × d, in about the time of one matrix product.
 
-    The magnitude is taken after the sum over positions: ``left.abs()`` and ``right.abs()`` in a
-    plain product are an upper bound, and no importance.
+    The magnitude is taken after the sum over positions. The plain product of ``left.abs()`` and
+    ``right.abs()`` would be an upper bound, not the importance.
 
     Args:
-        omega: Ω [p, d], float32 (float64 beside float64 factors); written. Of any strides, but
-            it may not overlap itself, nor ``left`` or ``right``.
-        left: [samples, positions, p], float32, float64, bfloat16 or float16, of any strides.
-        right: [samples, positions, d], of the dtype of ``left``, of any strides.
+        omega: Ω [p, d], float32 (float64 beside float64 factors); written. Any strides, but
+            it may not overlap itself, ``left`` or ``right``.
+        left: [samples, positions, p], float32, float64, bfloat16 or float16, any strides.
+        right: [samples, positions, d], in the dtype of ``left``, any strides.
         scale: a finite number ≥ 0.
 
     Products are summed in the dtype of ``omega``, in an order that does not depend on the number
-    of threads. Without samples or positions nothing is written.
+    of threads. If there are no samples or no positions, nothing is written.
     """
     _accumulate_abs_matmul(omega, left, right, scale)
 
@@ -118,11 +117,11 @@ def penalty(
     *,
     omega_scales: Tensors = (),
 ) -> Tensor:
-    r"""The penalty, differentiable (twice, too) in every argument.
+    r"""The penalty, twice differentiable in every argument.
 
     .. math:: \frac{\lambda}{2} \sum_i \Omega_i (\theta_i - \theta^*_i)^2
 
-    (By ``torch.autograd``; the transforms of ``torch.func`` do not see through operators.)
+    Use ``torch.autograd``: the transforms of ``torch.func`` cannot differentiate operators.
     Terms are formed in float32 (float64 for float64 parameters) and summed in float64, in an
     order that does not depend on the number of threads.
 
@@ -145,12 +144,12 @@ def penalty_and_grad(
     *,
     omega_scales: Tensors = (),
 ) -> tuple[Tensor, list[Tensor]]:
-    r"""The penalty and its gradient from one read of memory.
+    r"""The penalty and its gradient in one pass over memory.
 
     .. math:: \frac{\partial}{\partial\theta_i} = \lambda\,\Omega_i(\theta_i - \theta^*_i)
 
     Returns:
-        The value as in :func:`penalty`, and new tensors of the shapes and dtypes of ``params``.
+        The penalty as in :func:`penalty`, and new tensors in the shapes and dtypes of ``params``.
     """
     strength = _scalar("lambda_reg", lambda_reg)
     value, grads = torch.ops.mas_ext.penalty_and_grad(
@@ -177,10 +176,10 @@ def add_penalty_grad_(
         grads: gradients in the dtype of ``params``; written.
         params, anchors, omega: θ, θ* and Ω.
         lambda_reg: λ ≥ 0.
-        grad_scale: s, the factor that the gradients carry (a loss scale); 1 if None.
+        grad_scale: s, the factor by which the gradients are scaled (a loss scale); 1 if None.
 
     Returns:
-        The penalty, without s, as in :func:`penalty`. Never waits for the device.
+        The penalty, not scaled by s, as in :func:`penalty`. Never waits for the device.
     """
     strength = _scalar("lambda_reg", lambda_reg)
     scale = None if grad_scale is None else _scalar("grad_scale", grad_scale)
@@ -202,17 +201,17 @@ def proximal_step_(
     .. math:: \theta_i \leftarrow
         \frac{\theta_i + \eta\lambda\Omega_i\theta^*_i}{1 + \eta\lambda\Omega_i}
 
-    The exact minimiser of penalty + ‖θ′ − θ‖²/2η: stable for any λ ≥ 0, where a gradient step of
-    the same η diverges once ηλΩ > 2. Parameters with Ω = 0 keep their bits.
+    This is the exact minimiser of penalty + ‖θ′ − θ‖²/2η. It is stable for every λ ≥ 0, whereas a
+    gradient step with the same η diverges if ηλΩ > 2. Parameters with Ω = 0 keep their bits.
 
     Args:
-        params: θ; written, also when they require gradients.
+        params: θ; written, even if they require gradients.
         anchors, omega: θ* and Ω.
         lambda_reg: λ ≥ 0.
         lr: η ≥ 0.
 
     Returns:
-        The penalty at the parameters as they are after the step. Never waits for the device.
+        The penalty after the step. Never waits for the device.
     """
     strength, rate = _scalar("lambda_reg", lambda_reg), _scalar("lr", lr)
     state = list(params), list(anchors), list(omega), list(omega_scales)
@@ -228,7 +227,7 @@ def _step_scalars(
 
 
 def check_mode(mode: str) -> None:
-    """How a penalty takes part in an optimizer's step: ``"gradient"`` or ``"proximal"``."""
+    """Raises ValueError unless the mode is ``"gradient"`` or ``"proximal"``."""
     if mode not in ("gradient", "proximal"):
         raise ValueError(f"mode: {mode!r} is unknown; use 'gradient' or 'proximal'")
 
@@ -264,32 +263,32 @@ def sgd_step_(
         b_i &\leftarrow \mu\,b_i + (1 - \tau)\,d_i \\
         \theta_i &\leftarrow \theta_i - \eta\,b_i
 
-    (:math:`\theta_i - \eta\,d_i` without momentum, :math:`\theta_i - \eta(d_i + \mu b_i)` with
-    Nesterov's.) With ``mode="proximal"`` the penalty is not in d; instead the step ends with
-    :math:`\theta_i \leftarrow (\theta_i + \eta\lambda\Omega_i\theta^*_i) /
-    (1 + \eta\lambda\Omega_i)`. All of it is computed in the accumulation dtype and rounded once.
+    (Without momentum the last line is :math:`\theta_i - \eta\,d_i`, with Nesterov momentum
+    :math:`\theta_i - \eta(d_i + \mu b_i)`.) With ``mode="proximal"`` the penalty is not in d.
+    Instead the step ends with :math:`\theta_i \leftarrow (\theta_i + \eta\lambda\Omega_i\theta^*_i)
+    / (1 + \eta\lambda\Omega_i)`. All of it is computed in the accumulation dtype and rounded once.
 
-    What :func:`add_penalty_grad_` and then ``torch.optim.SGD(fused=True)`` do, or that and then
-    :func:`proximal_step_`, in 20 bytes a float32 parameter (28 with momentum) where those move 32
-    (40) in gradient mode.
+    It replaces :func:`add_penalty_grad_` followed by ``torch.optim.SGD(fused=True)``, or the latter
+    followed by :func:`proximal_step_`. It moves 20 bytes per float32 parameter (28 with momentum);
+    the two separate calls of gradient mode move 32 (40).
 
     Args:
-        params: θ; written, also when they require gradients.
-        grads: g, in the dtype of ``params``; only read.
+        params: θ; written, even if they require gradients.
+        grads: g, in the dtype of ``params``; not written.
         anchors, omega: θ* and Ω.
         lambda_reg: λ ≥ 0.
         lr: η ≥ 0.
         mode: ``"gradient"`` or ``"proximal"``.
         momentum_buffers: b, in the dtype of ``params``, zeros before the first step; written.
-            Left out where ``momentum`` is 0.
-        momentum, dampening, weight_decay: μ, τ and w ≥ 0. (torch's first step takes τ as 0.)
-        nesterov: needs a momentum and no dampening.
-        maximize: ascends the loss (−g). The penalty is still descended.
-        grad_scale: s > 0, the factor that the gradients carry (a loss scale); 1 if None.
-        found_inf: where it is not 0, nothing changes and the penalty is that of θ as it is.
+            Leave it out if ``momentum`` is 0.
+        momentum, dampening, weight_decay: μ, τ and w ≥ 0. (In torch, the first step ignores τ.)
+        nesterov: whether to use Nesterov momentum; needs a momentum and no dampening.
+        maximize: uses −g, to maximize the loss. The penalty is still minimized.
+        grad_scale: s > 0, the factor by which the gradients are scaled (a loss scale); 1 if None.
+        found_inf: if it is not 0, nothing is written and the penalty is that of the unchanged θ.
 
     Returns:
-        The penalty at θ before the step, for ``"proximal"`` after it. Never waits for the device.
+        The penalty before the step, or for ``"proximal"`` after it. Never waits for the device.
     """
     strengths, optional = _step_scalars(lambda_reg, lr, grad_scale, found_inf)
     return _sgd_step(
@@ -340,33 +339,34 @@ def adamw_step_(
         \theta_i &\leftarrow (1 - \eta w)\,\theta_i
             - \eta\,\frac{m_i / (1-\beta_1^t)}{\sqrt{v_i / (1-\beta_2^t)} + \epsilon}
 
-    With ``decoupled=False`` the weight decay is Adam's: :math:`w\,\theta_i` joins d, and θ is not
-    shrunk. With ``mode="proximal"`` the penalty is not in d; instead the step ends with
-    :math:`\theta_i \leftarrow (\theta_i + \eta\lambda\Omega_i\theta^*_i) /
+    With ``decoupled=False`` the weight decay is Adam's: :math:`w\,\theta_i` is added to d, and θ is
+    not shrunk. With ``mode="proximal"`` the penalty is not in d. Instead the
+    step ends with :math:`\theta_i \leftarrow (\theta_i + \eta\lambda\Omega_i\theta^*_i) /
     (1 + \eta\lambda\Omega_i)`. All of it is computed in the accumulation dtype and rounded once.
 
-    What :func:`add_penalty_grad_` and then ``torch.optim.AdamW(fused=True)`` do, or that and then
-    :func:`proximal_step_`, in 36 bytes a float32 parameter where those move 48 in gradient mode.
+    It replaces :func:`add_penalty_grad_` followed by ``torch.optim.AdamW(fused=True)``, or the
+    latter followed by :func:`proximal_step_`. It moves 36 bytes per float32 parameter; the two
+    separate calls of gradient mode move 48.
 
     Args:
-        params: θ; written, also when they require gradients.
-        grads: g, in the dtype of ``params``; only read.
+        params: θ; written, even if they require gradients.
+        grads: g, in the dtype of ``params``; not written.
         anchors, omega: θ* and Ω.
         lambda_reg: λ ≥ 0.
         lr: η ≥ 0.
         exp_avgs, exp_avg_sqs: m and v, in the dtype of ``params``, zeros at first; written.
-        steps: how many steps each parameter has taken before this one, t − 1: a float32 or float64
-            tensor [number of parameters] on their device. It is not written.
+        steps: the number of steps each parameter has taken before this one, t − 1: a float32 or
+            float64 tensor [number of parameters] on their device; not written.
         mode: ``"gradient"`` or ``"proximal"``.
-        betas: β₁ and β₂, from 0 up to but not including 1.
+        betas: β₁ and β₂, both in [0, 1).
         eps, weight_decay: ε and w ≥ 0.
-        decoupled: AdamW's weight decay, or Adam's.
-        maximize: ascends the loss (−g). The penalty is still descended.
-        grad_scale: s > 0, the factor that the gradients carry (a loss scale); 1 if None.
-        found_inf: where it is not 0, nothing changes and the penalty is that of θ as it is.
+        decoupled: True for AdamW's weight decay, False for Adam's.
+        maximize: uses −g, to maximize the loss. The penalty is still minimized.
+        grad_scale: s > 0, the factor by which the gradients are scaled (a loss scale); 1 if None.
+        found_inf: if it is not 0, nothing is written and the penalty is that of the unchanged θ.
 
     Returns:
-        The penalty at θ before the step, for ``"proximal"`` after it. Never waits for the device.
+        The penalty before the step, or for ``"proximal"`` after it. Never waits for the device.
     """
     strengths, optional = _step_scalars(lambda_reg, lr, grad_scale, found_inf)
     return _adamw_step(

@@ -1,158 +1,110 @@
-r"""What Ω is kept in between tasks: float32, or less memory with a bounded error.
+r"""The precision of Ω: what it is accumulated in, and what it is stored in between tasks.
 
 ================  ==================  ==========================================================
-``state_dtype``   bytes a parameter   Ω that is kept of an Ω that was measured
+``state_dtype``   bytes / parameter   the stored Ω, compared with the Ω that was measured
 ================  ==================  ==========================================================
 ``"float32"``     4                   the same (float64 for float64 parameters)
 ``"bfloat16"``    2                   rounded to 8 bits of precision: within 0.4 %
 ``"uint8"``       1 + 4/256           √Ω within √s/510, where s is its block's largest Ω
 ================  ==================  ==========================================================
 
-Blocks of 256 elements, as they lie in memory, share a float32 scale. Codes are companded by the
-square root, since Ω spans many orders of magnitude within a layer: small Ω get finer steps than
-large ones. Zero stays zero, a block's largest Ω stays what it is, and what is compressed again is
-the same to the bit. Float64 parameters keep a float64 Ω whatever is asked for.
+With ``"uint8"``, Ω is stored as codes. Each block of 256 elements, in the order they have in
+memory, shares a float32 scale. The code is linear in √Ω, since Ω spans many orders of magnitude
+within a layer: small Ω get finer steps than large ones. Zero stays zero, a block's largest Ω stays
+exact, and quantizing a dequantized Ω again gives the same bits. Float64 parameters keep a float64 Ω
+for every ``state_dtype``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from functools import partial
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from mas_ext._state.flat_tensors import FlatTensors
-from mas_ext.reference import BLOCK, accumulation_dtype, expanded, in_memory_order, num_scales
-
 STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "uint8": torch.uint8}
+
+BLOCK = 256  # codes that share a scale
+_LARGEST_CODE = 255
 
 
 def check_state_dtype(name: object) -> str:
-    """One of the names of ``STATE_DTYPES``."""
+    """Returns the name if it is one of ``STATE_DTYPES``; raises ValueError otherwise."""
     if name not in STATE_DTYPES:
         names = ", ".join(map(repr, STATE_DTYPES))
         raise ValueError(f"state_dtype: {name!r} is not available; use one of {names}")
     return str(name)
 
 
-def kept_dtype(param: torch.dtype, state_dtype: str) -> torch.dtype:
-    """The dtype of a parameter's Ω between tasks."""
-    wide = accumulation_dtype(param)
-    return wide if wide == torch.float64 else STATE_DTYPES[state_dtype]
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which sums are formed: float64 for float64, float32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def stored_dtype(param: torch.dtype, state_dtype: str) -> torch.dtype:
+    """The dtype in which the Ω of a parameter is stored between tasks."""
+    accumulated = accumulation_dtype(param)
+    return accumulated if accumulated == torch.float64 else STATE_DTYPES[state_dtype]
+
+
+def num_scales(numel: int) -> int:
+    """The number of blocks, and so of scales, of ``numel`` codes."""
+    return -(-numel // BLOCK)
+
+
+def in_memory_order(tensor: Tensor) -> Tensor:
+    """A flat view of a dense tensor in the order of its memory, which is the order of blocks."""
+    return tensor.as_strided((tensor.numel(),), (1,))
 
 
 @torch.no_grad()
-def compress_(codes: Tensor, scales: Tensor, omega: Tensor) -> None:
-    r"""Codes and scales of an Ω: those of :func:`expanded` that come nearest.
+def quantize_(codes: Tensor, scales: Tensor, omega: Tensor) -> None:
+    r"""Writes the codes and scales of an Ω: those whose :func:`dequantize` is nearest to it.
 
     .. math:: s_b = \max_{i \in b} \Omega_i
         \qquad q_i = \operatorname{round}\bigl(255 \sqrt{\Omega_i / s_b}\bigr)
 
     Args:
-        codes: uint8, dense; written.
-        scales: float32 [:func:`num_scales`]; written.
+        codes: q, uint8, dense; written.
+        scales: s, float32 [:func:`num_scales`]; written.
         omega: Ω ≥ 0, float32, in the shape of ``codes``.
     """
     ordered = torch.empty_like(codes, dtype=torch.float32).copy_(omega)
-    flat, places = in_memory_order(ordered), in_memory_order(codes)
+    flat, flat_codes = in_memory_order(ordered), in_memory_order(codes)
     whole = flat.numel() // BLOCK * BLOCK
-    for part in (slice(0, whole), slice(whole, None)):  # whole blocks, and what is left over
+    for part in (slice(0, whole), slice(whole, None)):  # the whole blocks, then the rest
         if flat[part].numel() == 0:
             continue
         rows = flat[part].view(-1, min(BLOCK, flat[part].numel()))
         largest = scales[part.start // BLOCK :][: len(rows)]
         torch.amax(rows, 1, out=largest)
         divisor = torch.where(largest > 0, largest, 1).unsqueeze(1)
-        places[part].copy_(rows.div_(divisor).sqrt_().mul_(255).round_().view(-1))
+        flat_codes[part].copy_(rows.div_(divisor).sqrt_().mul_(_LARGEST_CODE).round_().view(-1))
 
 
-class KeptImportance(Mapping[str, Tensor]):
-    """Ω by parameter name, kept in ``state_dtype``.
-
-    As a mapping it shows Ω: views in float32, float64 or bfloat16; what is kept in codes is
-    expanded to float32 anew each time.
+def dequantize(codes: Tensor, scales: Tensor) -> Tensor:
+    r"""Ω from its codes: :math:`\Omega_i = s_b\,(q_i/255)^2`, where b is the block of element i.
 
     Args:
-        like: tensors in whose shapes, strides and devices, and for whose dtypes, Ω is kept; zeros.
-        state_dtype: a name of ``STATE_DTYPES``.
+        codes: q, uint8, dense, with any strides.
+        scales: s, float32 [:func:`num_scales`]: the largest Ω of each block.
+
+    Returns:
+        Ω, float32, with the shape and strides of ``codes``.
     """
+    omega = torch.empty_like(codes, dtype=torch.float32)
+    flat, squares = in_memory_order(omega), in_memory_order(codes).to(torch.float32)
+    torch.mul(squares, squares, out=flat).mul_(1 / _LARGEST_CODE**2)
+    flat.mul_(scales.repeat_interleave(BLOCK)[: flat.numel()])
+    return omega
 
-    def __init__(self, like: Mapping[str, Tensor], state_dtype: str) -> None:
-        self.state_dtype = state_dtype
-        kept = FlatTensors(like, partial(kept_dtype, state_dtype=state_dtype))
-        scales = FlatTensors(
-            {
-                name: torch.empty(num_scales(codes.numel()), device=codes.device)
-                for name, codes in kept.items()
-                if codes.dtype == torch.uint8
-            }
-        )
-        # Looked up for every parameter in every step: a dictionary is what is quick.
-        self._kept = {name: (kept[name], scales.get(name)) for name in like}
 
-    def __getitem__(self, name: str) -> Tensor:
-        kept, scales = self._kept[name]
-        return kept if scales is None else expanded(kept, scales)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._kept)
-
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({len(self)} parameters, {self.state_dtype})"
-
-    def kept(self, name: str) -> tuple[Tensor, Tensor | None]:
-        """Ω as it is kept: the tensor, and its scales where it is codes."""
-        return self._kept[name]
-
-    @torch.no_grad()
-    def put(self, name: str, omega: Tensor, scales: Tensor | None = None) -> None:
-        """Takes over an Ω; one that is kept alike, to the bit.
-
-        Args:
-            name: of the parameter.
-            omega: Ω of its shape, in float32, float64 or bfloat16; or codes, with ``scales``.
-            scales: of the codes.
-        """
-        kept, places = self.kept(name)
-        if scales is not None and (places is None or omega.stride() != kept.stride()):
-            omega, scales = expanded(omega, scales), None
-        if places is None:
-            kept.copy_(omega)
-        elif scales is None:
-            compress_(kept, places, omega)
+def to_accumulation_dtype(
+    omega: Sequence[Tensor], omega_scales: Sequence[Tensor]
+) -> Iterator[Tensor]:
+    """Stored Ω as it is computed with, in float32 or float64, one tensor at a time."""
+    for i, stored in enumerate(omega):
+        if stored.dtype == torch.uint8:
+            yield dequantize(stored, omega_scales[i])
         else:
-            kept.copy_(omega)
-            places.copy_(scales)
-
-    def read(self, name: str, part: slice) -> Tensor:
-        """A part of Ω as its elements lie in memory, in the dtype that sums are formed in.
-
-        Args:
-            name: of the parameter.
-            part: begins at a multiple of 256.
-        """
-        flat, scales = self._kept_part(name, part)
-        if scales is not None:
-            return expanded(flat, scales)
-        return flat.to(accumulation_dtype(flat.dtype))
-
-    @torch.no_grad()
-    def write(self, name: str, part: slice, omega: Tensor) -> None:
-        """Takes over what :meth:`read` gave, after a change."""
-        flat, scales = self._kept_part(name, part)
-        if scales is None:
-            flat.copy_(omega)
-        else:
-            compress_(flat, scales, omega)
-
-    def _kept_part(self, name: str, part: slice) -> tuple[Tensor, Tensor | None]:
-        kept, scales = self.kept(name)
-        flat = in_memory_order(kept)[part]
-        if scales is not None:
-            first = part.start // BLOCK
-            scales = scales[first : first + num_scales(len(flat))]
-        return flat, scales
+            yield stored.to(accumulation_dtype(stored.dtype))

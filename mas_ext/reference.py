@@ -1,4 +1,4 @@
-r"""The operators in plain PyTorch: the fallback where no kernel is compiled, and the tests' oracle.
+r"""The operators in plain PyTorch: the fallback where there are no compiled kernels.
 
 The formulas are those of ``csrc/formulas.h``, in the same order of operations. Every function has
 the signature of its namesake in :mod:`mas_ext.functional`.
@@ -6,67 +6,40 @@ the signature of its namesake in :mod:`mas_ext.functional`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from mas_ext.precision import accumulation_dtype, to_accumulation_dtype
+
+__all__ = [
+    "accumulate_abs_matmul_",
+    "accumulate_importance_",
+    "accumulation_dtype",
+    "adamw_step_",
+    "add_penalty_grad_",
+    "displacement",
+    "magnitude",
+    "penalty",
+    "penalty_and_grad",
+    "proximal_step_",
+    "sgd_step_",
+    "value_dtype",
+]
 
 Tensors = Sequence[Tensor]
 Scalar = float | Tensor
 
 _ROW = 16384
-_ROWS, _PRODUCTS = 512, 1 << 22  # of Ω at a time; elements of its samples' products in one buffer
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which Ω is kept and sums are formed: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+_ROWS = 512  # of Ω at a time
+_PRODUCTS = 1 << 22  # elements in a buffer of the samples' products
 
 
 def value_dtype(tensors: Tensors) -> torch.dtype:
-    """The dtype of a penalty over the list: that of its widest accumulation."""
-    wide = any(t.dtype == torch.float64 for t in tensors)
-    return torch.float64 if wide else torch.float32
-
-
-BLOCK = 256  # codes that share a scale
-_LARGEST_CODE = 255
-
-
-def num_scales(numel: int) -> int:
-    """How many blocks so many codes make."""
-    return -(-numel // BLOCK)
-
-
-def in_memory_order(tensor: Tensor) -> Tensor:
-    """A dense tensor's elements as they lie in memory, a view: what blocks of codes run along."""
-    return tensor.as_strided((tensor.numel(),), (1,))
-
-
-def expanded(codes: Tensor, scales: Tensor) -> Tensor:
-    r"""Ω of its codes: :math:`\Omega_i = s_b\,(q_i/255)^2`, where b is the block that i lies in.
-
-    Args:
-        codes: q, uint8, dense; blocks of 256 run through its memory, whatever its strides.
-        scales: s, float32 [number of blocks]: each block's largest Ω.
-
-    Returns:
-        Ω, float32, with the shape and strides of ``codes``.
-    """
-    omega = torch.empty_like(codes, dtype=torch.float32)
-    flat, squares = in_memory_order(omega), in_memory_order(codes).to(torch.float32)
-    torch.mul(squares, squares, out=flat).mul_(1 / _LARGEST_CODE**2)
-    flat.mul_(scales.repeat_interleave(BLOCK)[: flat.numel()])
-    return omega
-
-
-def wide(omega: Tensors, omega_scales: Tensors) -> Iterator[Tensor]:
-    """Ω as it is computed with, float32 or float64, of what is kept; one at a time is expanded."""
-    for i, kept in enumerate(omega):
-        if kept.dtype == torch.uint8:
-            yield expanded(kept, omega_scales[i])
-        else:
-            yield kept.to(accumulation_dtype(kept.dtype))
+    """The dtype of a penalty over the list: float64 if any tensor is, else float32."""
+    any_double = any(t.dtype == torch.float64 for t in tensors)
+    return torch.float64 if any_double else torch.float32
 
 
 def displacement(param: Tensor, anchor: Tensor) -> Tensor:
@@ -76,36 +49,44 @@ def displacement(param: Tensor, anchor: Tensor) -> Tensor:
 
 
 def _factor(scalar: Scalar, like: Tensor, times: Scalar = 1.0) -> Tensor:
-    """A product of scalars, formed in float64, in ``like``'s dtype; finite, so that 0·it = 0."""
+    """A product of scalars, formed in float64, in ``like``'s dtype; finite, so that 0 × it is 0."""
     product = torch.as_tensor(scalar, dtype=torch.float64) * times
     return product.clamp_max(torch.finfo(like.dtype).max).to(like.dtype)
 
 
 def _sum(terms: Tensor) -> Tensor:
-    """In float64, a row of fixed size at a time: the same bits for any number of threads."""
+    """The sum in float64, by rows of fixed size: the same bits for any number of threads."""
     flat = terms.reshape(-1)
     rows = len(flat) // _ROW
     whole = flat[: rows * _ROW].view(rows, _ROW).sum(1, dtype=torch.float64)
     return whole.sum() + flat[rows * _ROW :].sum(dtype=torch.float64)
 
 
+def magnitude(grad: Tensor) -> Tensor:
+    """How a gradient counts towards Ω: |g|.
+
+    It must be multiplicative, f(xy) = f(x)f(y), which :func:`accumulate_abs_matmul_` relies on.
+    """
+    return grad.abs()
+
+
 def accumulate_importance_(omega: Tensors, grads: Tensors, scale: float = 1.0) -> None:
     """See :func:`mas_ext.functional.accumulate_importance_`."""
     for o, g in zip(omega, grads, strict=True):
-        o.add_(g.to(o.dtype).abs(), alpha=scale)
+        o.add_(magnitude(g.to(o.dtype)), alpha=scale)
 
 
 def accumulate_abs_matmul_(omega: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
     """See :func:`mas_ext.functional.accumulate_abs_matmul_`."""
-    if left.shape[1] == 1:  # |l·r| = |l|·|r|, and one product sums the samples
-        rows, columns = (factor[:, 0].to(omega.dtype).abs() for factor in (left, right))
+    if left.shape[1] == 1:  # f(l·r) = f(l)·f(r), so one product sums over the samples
+        rows, columns = (magnitude(factor[:, 0].to(omega.dtype)) for factor in (left, right))
         omega.add_(rows.mT @ columns, alpha=scale)
         return
     for o, rows in zip(omega.split(_ROWS), left.split(_ROWS, dim=2), strict=True):
         samples = max(1, _PRODUCTS // max(1, o.numel()))
         for mine, theirs in zip(rows.split(samples), right.split(samples), strict=True):
             products = torch.bmm(mine.to(o.dtype).mT, theirs.to(o.dtype))
-            o.add_(products.abs_().sum(0), alpha=scale)
+            o.add_(magnitude(products).sum(0), alpha=scale)
 
 
 def penalty(
@@ -121,7 +102,7 @@ def penalty(
         device = lambda_reg.device if isinstance(lambda_reg, Tensor) else None
         return torch.zeros((), device=device)
     energy = torch.zeros((), dtype=torch.float64, device=params[0].device)
-    for p, a, o in zip(params, anchors, wide(omega, omega_scales), strict=True):
+    for p, a, o in zip(params, anchors, to_accumulation_dtype(omega, omega_scales), strict=True):
         delta = displacement(p, a)
         energy = energy + _sum(o * delta * delta)
     return (0.5 * lambda_reg * energy).to(value_dtype(params))
@@ -138,7 +119,7 @@ def penalty_and_grad(
     """See :func:`mas_ext.functional.penalty_and_grad`."""
     grads = [
         (_factor(lambda_reg, o) * o * displacement(p, a)).to(p.dtype)
-        for p, a, o in zip(params, anchors, wide(omega, omega_scales), strict=True)
+        for p, a, o in zip(params, anchors, to_accumulation_dtype(omega, omega_scales), strict=True)
     ]
     return penalty(params, anchors, omega, lambda_reg, omega_scales=omega_scales), grads
 
@@ -155,7 +136,9 @@ def add_penalty_grad_(
 ) -> Tensor:
     """See :func:`mas_ext.functional.add_penalty_grad_`."""
     scale = 1.0 if grad_scale is None else grad_scale
-    for g, p, a, o in zip(grads, params, anchors, wide(omega, omega_scales), strict=True):
+    for g, p, a, o in zip(
+        grads, params, anchors, to_accumulation_dtype(omega, omega_scales), strict=True
+    ):
         g.copy_(g.to(o.dtype) + _factor(lambda_reg, o, scale) * o * displacement(p, a))
     return penalty(params, anchors, omega, lambda_reg, omega_scales=omega_scales)
 
@@ -170,14 +153,14 @@ def proximal_step_(
     omega_scales: Tensors = (),
 ) -> Tensor:
     """See :func:`mas_ext.functional.proximal_step_`."""
-    for p, a, o in zip(params, anchors, wide(omega, omega_scales), strict=True):
+    for p, a, o in zip(params, anchors, to_accumulation_dtype(omega, omega_scales), strict=True):
         c = (_factor(lambda_reg, o, lr) * o).clamp_max(torch.finfo(o.dtype).max)
         moved = p.to(o.dtype) - displacement(p, a) * (c / (1 + c))
         p.copy_(torch.where(o == 0, p, moved.to(p.dtype)))
     return penalty(params, anchors, omega, lambda_reg, omega_scales=omega_scales)
 
 
-# The order of a step: the loss's gradient g, ±g/s, the penalty's, weight decay, the rule.
+# The order within a step: ±g/s, the penalty's gradient, weight decay, the optimizer's rule.
 def _step_gradient(
     p: Tensor, g: Tensor, pull: Tensor | float, maximize: bool, grad_scale: Scalar | None, l2: float
 ) -> Tensor:
@@ -187,9 +170,9 @@ def _step_gradient(
 
 
 class _Step:
-    """What the steps share: how the penalty takes part, and that one may be skipped.
+    """What optimizer steps share: the penalty's part in them, and skipping.
 
-    ``keep`` is True where an element stays as it is: a 0-dim tensor, so that nothing waits for it.
+    ``skipped`` is a 0-dim tensor, so that nothing waits for the device.
     """
 
     def __init__(
@@ -202,11 +185,11 @@ class _Step:
         self.params, self.anchors, self.omega, self.omega_scales = state
         self.lambda_reg, self.lr = strengths
         self.proximal = mode == "proximal"
-        self.keep = None if found_inf is None else torch.as_tensor(found_inf) != 0
+        self.skipped = None if found_inf is None else torch.as_tensor(found_inf) != 0
         self.before = None if self.proximal else self._penalty()
 
     def _state(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
-        (omega,) = wide(self.omega[i : i + 1], self.omega_scales[i : i + 1])
+        (omega,) = to_accumulation_dtype(self.omega[i : i + 1], self.omega_scales[i : i + 1])
         return self.params[i], self.anchors[i], omega
 
     def _penalty(self) -> Tensor:
@@ -214,14 +197,14 @@ class _Step:
         return penalty(*state, self.lambda_reg, omega_scales=self.omega_scales)
 
     def pull(self, i: int) -> Tensor | float:
-        """The penalty's gradient, where it is part of the step's."""
+        """The penalty's gradient if the step descends it; 0 for a proximal step."""
         if self.proximal:
             return 0.0
         p, a, o = self._state(i)
         return _factor(self.lambda_reg, o) * o * displacement(p, a)
 
     def write(self, i: int, moved: Tensor, *moments: tuple[Tensor, Tensor]) -> None:
-        """Stores θ, pulled towards θ* where the step is proximal, and the moments."""
+        """Writes θ, pulled towards θ* if the step is proximal, and the moments."""
         p = self.params[i]
         if self.proximal:
             _, a, o = self._state(i)
@@ -229,10 +212,10 @@ class _Step:
             moved = torch.where(o == 0, moved, moved - (moved - a.to(o.dtype)) * (c / (1 + c)))
         for old, new in [(p, moved), *moments]:
             new = new.to(old.dtype)
-            old.copy_(new if self.keep is None else torch.where(self.keep, old, new))
+            old.copy_(new if self.skipped is None else torch.where(self.skipped, old, new))
 
     def value(self) -> Tensor:
-        """The penalty at θ before the step, for a proximal one after it."""
+        """The penalty before the step, or for a proximal step after it."""
         return self._penalty() if self.before is None else self.before
 
 

@@ -1,42 +1,42 @@
 // accumulate_abs_matmul_ on the CPU: Ω[p,d] += scale·Σ_b |Σ_t left[b,t,p]·right[b,t,d]|.
 //
-// A matrix product whose inner dimension is (sample, position), with the magnitude taken wherever
-// a sample ends: blocked and packed as one, a group of samples at a time. Every element of Ω is
-// formed in one order whatever the blocks, so the number of threads does not change a bit.
-#include <torch/csrc/stable/library.h>
+// A matrix product whose inner dimension is (sample, position), with the magnitude taken at the end
+// of each sample. It is blocked and packed like an ordinary product, by groups of samples. Every
+// element of Ω is summed in the same order for any blocks, so the number of threads does not change
+// a bit.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <memory>
 #include <new>
 
-#include "../abs_matmul_arguments.h"
 #include "abs_tile.h"
+#include "kernels.h"
 #include "multiversion.h"
 #include "panels.h"
 
 namespace mas_ext::cpu {
 namespace {
 
-// (sample, position) pairs packed at a time, and the rows and columns of Ω they are packed for: in
-// float32 768 KB of panels, which an L2 cache holds.
+// (sample, position) pairs packed at a time, and the rows and columns of Ω they are packed for. In
+// float32 the panels take 768 KB, which fits in an L2 cache.
 constexpr int64_t kDepth = 256, kBlockRows = 256, kBlockColumns = 512;
-// Smaller blocks, which give more threads work, would be packed more often than they are read.
+// Smaller blocks would give work to more threads, but packing would take longer than multiplying.
 constexpr int64_t kLeastRows = 64, kLeastColumns = 128;
-constexpr int64_t kTasksPerThread = 2;        // evens out what the threads get
+constexpr int64_t kTasksPerThread = 2;        // balances the load
 constexpr double kSerialBelow = 2'000'000.0;  // multiplications: about 40 µs of one thread
 
 int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
-// The size of blocks of about equal size, at most `most`, that consist of whole tiles.
+// The size of about equal blocks of whole tiles, at most `most`.
 int64_t even_size(int64_t n, int64_t most, int64_t tile) {
   return divide_up(divide_up(n, divide_up(n, most)), tile) * tile;
 }
 
-// How Ω is cut into blocks, a task each, and the samples into groups.
+// How Ω is divided into blocks, one per task, and the samples into groups.
 struct Blocking {
   int64_t rows, columns, row_blocks, column_blocks;
-  int64_t group, part;  // samples, and positions of each, packed at a time
+  int64_t group, part;  // samples and positions packed at a time
 
   Blocking(const AbsMatmul& call, int64_t tile_columns, int64_t least_tasks)
       : group(std::min(call.samples, std::max<int64_t>(1, kDepth / call.positions))),
@@ -62,7 +62,7 @@ struct Blocking {
   }
 };
 
-// Memory that begins with a cache line and is not set to anything.
+// Uninitialized memory, aligned to a cache line.
 template <class A>
 class Scratch {
  public:
@@ -79,19 +79,20 @@ class Scratch {
 };
 
 // Panels of Width rows, each with the positions of all samples.
-template <int Width, class A, class T>
+template <class Magnitude, int Width, class A, class T>
 void pack(A* panels, const T* data, const Factor& factor, int64_t n, int64_t samples,
           int64_t positions, bool absolute) {
   for (int64_t row = 0; row < n; row += Width) {
     for (int64_t sample = 0; sample < samples; ++sample, panels += Width * positions) {
-      pack_panel<Width>(panels, data + row * factor.row_stride + sample * factor.sample_stride,
-                        factor.row_stride, factor.position_stride, n - row, positions, absolute);
+      pack_panel<Magnitude, Width>(
+          panels, data + row * factor.row_stride + sample * factor.sample_stride, factor.row_stride,
+          factor.position_stride, n - row, positions, absolute);
     }
   }
 }
 
-// One thread's share: blocks of Ω, with buffers that serve them all.
-template <class Shape, class T>
+// One thread's share: blocks of Ω, with buffers for all of them.
+template <class Magnitude, class Shape, class T>
 class Worker {
   using A = typename Shape::A;
   static constexpr int kColumns = Shape::kColumns;
@@ -113,11 +114,11 @@ class Worker {
       const int64_t samples = std::min(blocking_.group, call_.samples - sample);
       for (int64_t position = 0; position < call_.positions; position += blocking_.part) {
         const int64_t positions = std::min(blocking_.part, call_.positions - position);
-        pack<kTileRows>(left_.get(), start(call_.left, row_, sample, position), call_.left, rows_,
-                        samples, positions, call_.absolute);
-        pack<kColumns>(right_.get(), start(call_.right, column_, sample, position), call_.right,
-                       columns_, samples, positions, call_.absolute);
-        // Where all terms are magnitudes, a part of a sample counts as a sample.
+        pack<Magnitude, kTileRows>(left_.get(), start(call_.left, row_, sample, position),
+                                   call_.left, rows_, samples, positions, call_.absolute);
+        pack<Magnitude, kColumns>(right_.get(), start(call_.right, column_, sample, position),
+                                  call_.right, columns_, samples, positions, call_.absolute);
+        // If all factors are magnitudes, a part of a sample counts as a sample.
         multiply(samples, positions, call_.absolute || position == 0,
                  call_.absolute || position + positions == call_.positions);
       }
@@ -130,16 +131,16 @@ class Worker {
            sample * factor.sample_stride + position * factor.position_stride;
   }
 
-  // What is packed, into every tile of the block. A panel of the left stays in the L1 cache while
-  // those of the right pass.
+  // Multiplies what is packed, for every tile of the block. A panel of the left stays in the L1
+  // cache while the panels of the right pass.
   void multiply(int64_t samples, int64_t positions, bool first, bool last) {
     SamplePart<A> part{carry_.get(), first, last};
     for (int64_t row = 0; row < rows_; row += kTileRows) {
       for (int64_t column = 0; column < columns_; column += kColumns) {
         alignas(64) A increment[kTileRows * kColumns];
-        abs_tile<Shape>(left_.get() + row * samples * positions,
-                        right_.get() + column * samples * positions, samples, positions, part,
-                        finite<A>(call_.scale), increment);
+        abs_tile<Magnitude, Shape>(left_.get() + row * samples * positions,
+                                   right_.get() + column * samples * positions, samples, positions,
+                                   part, finite<A>(call_.scale), increment);
         if (last) {
           add_to_omega(row, column, increment);
         }
@@ -159,17 +160,17 @@ class Worker {
   const AbsMatmul& call_;
   const Blocking& blocking_;
   Scratch<A> left_, right_, carry_;
-  int64_t row_ = 0, column_ = 0, rows_ = 0, columns_ = 0;  // of the block at hand
+  int64_t row_ = 0, column_ = 0, rows_ = 0, columns_ = 0;  // of the current block
 };
 
-template <class Shape, class T>
+template <class Magnitude, class Shape, class T>
 void run(const AbsMatmul& call) {
   const double work = static_cast<double>(call.samples) * static_cast<double>(call.positions) *
                       static_cast<double>(call.rows) * static_cast<double>(call.columns);
   const int64_t threads = work < kSerialBelow ? 1 : torch::stable::get_num_threads();
   const Blocking blocking(call, Shape::kColumns, threads == 1 ? 1 : kTasksPerThread * threads);
   const auto run_tasks = [&](int64_t first, int64_t last) {
-    Worker<Shape, T> worker(call, blocking);
+    Worker<Magnitude, Shape, T> worker(call, blocking);
     for (int64_t task = first; task < last; ++task) {
       worker.run(task);
     }
@@ -181,26 +182,24 @@ void run(const AbsMatmul& call) {
   }
 }
 
-void accumulate_abs_matmul_(const Tensor& omega, const Tensor& left, const Tensor& right,
-                            double scale) {
-  const AbsMatmul call = prepare_abs_matmul("accumulate_abs_matmul_", omega, left, right, scale);
-  if (call.is_empty()) {
-    return;
+struct Kernels : CpuKernels {
+  template <class Magnitude>
+  static void accumulate_abs_matmul(Magnitude, const Call&, const AbsMatmul& problem) {
+    visit_dtype(problem.dtype, [&]<class T>() {
+      using A = accumulate_t<T>;
+      switch (register_bytes()) {
+        case 64: return run<Magnitude, TileShape<A, 64>, T>(problem);
+        case 32: return run<Magnitude, TileShape<A, 32>, T>(problem);
+        default: return run<Magnitude, TileShape<A, 16>, T>(problem);
+      }
+    });
   }
-  visit_dtype(call.dtype, [&]<class T>() {
-    using A = accumulate_t<T>;
-    switch (register_bytes()) {
-      case 64: return run<TileShape<A, 64>, T>(call);
-      case 32: return run<TileShape<A, 32>, T>(call);
-      default: return run<TileShape<A, 16>, T>(call);
-    }
-  });
-}
+};
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mas_ext, CPU, m) {
-  m.impl("accumulate_abs_matmul_", TORCH_BOX(&accumulate_abs_matmul_));
+  m.impl("accumulate_abs_matmul_", TORCH_BOX(&accumulate_abs_matmul_<Kernels>));
 }
 
 }  // namespace mas_ext::cpu

@@ -1,6 +1,6 @@
-// The innermost part of accumulate_abs_matmul_: a tile of Ω in registers, past which packed
-// samples stream. Two sets of accumulators: the product of the sample at hand, and the sum of the
-// magnitudes of those before it.
+// The innermost part of accumulate_abs_matmul_: packed samples stream past a tile of Ω in
+// registers. There are two sets of accumulators: the product of the current sample, and the sum of
+// the magnitudes of earlier samples.
 #pragma once
 
 #include <cstdint>
@@ -14,8 +14,8 @@ namespace mas_ext::cpu {
 
 constexpr int kTileRows = 4;
 
-// A tile is two registers wide. Both sets of accumulators then fill 16 registers, which AVX-512 and
-// NEON have to spare; others keep the sums, which are touched once a sample, in the cache.
+// A tile is two registers wide, so both sets of accumulators fill 16 registers. AVX-512 and NEON
+// have enough of them; otherwise the sums, which are touched once per sample, stay in the cache.
 template <class Number, int Bytes>
 struct TileShape {
   using A = Number;
@@ -25,8 +25,8 @@ struct TileShape {
   static constexpr int kColumns = kVectors * kLanes;
 };
 
-// The part of a sample that a call of abs_tile sees, when there are too many positions to pack at
-// once: the product so far is carried from one part to the next, and counts when it is whole.
+// The part of a sample that a call of abs_tile sees if there are too many positions to pack at
+// once. The product so far is carried from part to part, and its magnitude is taken after the last.
 template <class A>
 struct SamplePart {
   A* carry;
@@ -39,29 +39,28 @@ struct Lanes {
   using Bits = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
   typedef A Vector __attribute__((vector_size(Bytes)));
   typedef Bits BitVector __attribute__((vector_size(Bytes)));
-  // As it lies in memory: anywhere.
-  typedef A Stored __attribute__((vector_size(Bytes), aligned(alignof(A)), may_alias));
+  // In memory, at any address.
+  typedef A Unaligned __attribute__((vector_size(Bytes), aligned(alignof(A)), may_alias));
 
-  // By reference: a vector that is passed or returned has a calling convention of its own in every
-  // instruction set.
-  static MAS_ALWAYS_INLINE const Stored& at(const A* place) {
-    return *reinterpret_cast<const Stored*>(place);
+  // By reference, since the calling convention for vectors differs between instruction sets.
+  static MAS_ALWAYS_INLINE const Unaligned& at(const A* place) {
+    return *reinterpret_cast<const Unaligned*>(place);
   }
-  static MAS_ALWAYS_INLINE Stored& at(A* place) { return *reinterpret_cast<Stored*>(place); }
-  static MAS_ALWAYS_INLINE void take_magnitude(Vector& x) {
+  static MAS_ALWAYS_INLINE Unaligned& at(A* place) { return *reinterpret_cast<Unaligned*>(place); }
+  static MAS_ALWAYS_INLINE void replace(Vector& x, MagnitudeAbs) {
     x = (Vector)((BitVector)x & std::numeric_limits<Bits>::max());
   }
 };
 
-// The accumulators have to stay in registers, so every loop over them is unrolled and nothing
-// takes their address.
+// The accumulators must stay in registers, so every loop over them is unrolled and nothing takes
+// their address.
 #define MAS_FOR_TILE                                                \
   _Pragma("GCC unroll 4") for (int row = 0; row < kTileRows; ++row) \
       _Pragma("GCC unroll 2") for (int v = 0; v < Shape::kVectors; ++v)
 
 // increment[kTileRows, kColumns] = scale Σ_samples |Σ_positions left·right|, of the panels
 // left[sample, position, kTileRows] and right[sample, position, kColumns].
-template <class Shape>
+template <class Magnitude, class Shape>
 MAS_MULTIVERSION_FMA void abs_tile(const typename Shape::A* __restrict__ left,
                                    const typename Shape::A* __restrict__ right, int64_t samples,
                                    int64_t positions, const SamplePart<typename Shape::A>& part,
@@ -85,20 +84,20 @@ MAS_MULTIVERSION_FMA void abs_tile(const typename Shape::A* __restrict__ left,
       return;
     }
     MAS_FOR_TILE {
-      L::take_magnitude(product[row][v]);
+      L::replace(product[row][v], Magnitude{});
       sums[row][v] += product[row][v];
     }
   }
   MAS_FOR_TILE { L::at(increment + offset(row, v)) = sums[row][v]; }
   for (int i = 0; i < kTileRows * Shape::kColumns; ++i) {
-    increment[i] = importance_increment(increment[i], scale);
+    increment[i] = scale * increment[i];
   }
 }
 
 #undef MAS_FOR_TILE
 
-// Ω[rows, columns] += increment, whose rows hold kColumns. On its own, so that the compiler cannot
-// fuse it with the product by the scale for some tiles and not for others.
+// Ω[rows, columns] += increment, whose rows have kColumns elements. A function of its own, so that
+// the compiler cannot fuse it with the multiplication by the scale for some tiles only.
 template <int kColumns, class A>
 MAS_MULTIVERSION void add_tile(A* __restrict__ omega, int64_t row_stride, int64_t column_stride,
                                const A* __restrict__ increment, int64_t rows, int64_t columns) {

@@ -1,5 +1,5 @@
-// One parallel region over all tensors of a call, in chunks of a fixed size: sums are formed a
-// chunk at a time and added in chunk order, so no result depends on the number of threads.
+// One parallel region over all tensors of a call, in chunks of a fixed size. Sums are formed per
+// chunk and added in chunk order, so no result depends on the number of threads.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -11,15 +11,15 @@
 
 #include "../numbers.h"
 #include "../tensor_list.h"
-#include "omega.h"
+#include "stored_omega.h"
 
 namespace mas_ext::cpu {
 
 constexpr int64_t kChunk = 16384;  // elements; five float32 streams of it fit in L2
-// Less than this stays in one thread: about 40 µs of work, in which a second thread saves little
-// when its core is idle and costs a time slice when it is not.
+// Less than this stays in one thread. It is about 40 µs of work, where a second thread saves little
+// if its core is idle and costs a time slice if it is not.
 constexpr int64_t kSerialBelow = 131072;
-constexpr int64_t kSpansPerThread = 4;  // evens out what the threads get
+constexpr int64_t kSpansPerThread = 4;  // balances the load
 
 template <size_t Streams>
 struct Chunk {
@@ -70,16 +70,16 @@ void for_each_chunk(const std::vector<Chunk<Streams>>& chunks, int64_t elements,
   });
 }
 
-// Runs a kernel over a chunk whose Ω, the last stream, is kept in less than float32.
+// Runs a kernel over a chunk whose Ω, the last stream, is stored in less than float32.
 template <class T, size_t Streams, class ChunkKernel>
-double run_expanded(const Chunk<Streams>& chunk, const ChunkKernel& kernel) {
-  alignas(64) float omega[kExpandedAtOnce];
+double run_converted(const Chunk<Streams>& chunk, const ChunkKernel& kernel) {
+  alignas(64) float omega[kConvertedAtOnce];
   double total = 0;
-  for (int64_t begin = 0; begin < chunk.size; begin += kExpandedAtOnce) {
+  for (int64_t begin = 0; begin < chunk.size; begin += kConvertedAtOnce) {
     const Chunk<Streams> part{chunk.entry, chunk.begin + begin,
-                              std::min(kExpandedAtOnce, chunk.size - begin)};
-    expand(omega, chunk.entry->data[Streams - 1], chunk.entry->omega_dtype,
-           chunk.entry->omega_scales, part.begin, part.size);
+                              std::min(kConvertedAtOnce, chunk.size - begin)};
+    to_float32(omega, chunk.entry->data[Streams - 1], chunk.entry->omega_dtype,
+               chunk.entry->omega_scales, part.begin, part.size);
     total += kernel.template operator()<T>(part, omega);
   }
   return total;
@@ -90,14 +90,14 @@ double run_chunk(const Chunk<Streams>& chunk, const ChunkKernel& kernel) {
   using A = accumulate_t<T>;
   if constexpr (std::is_same_v<A, float>) {
     if (chunk.entry->omega_dtype != ScalarType::Float) {
-      return run_expanded<T>(chunk, kernel);
+      return run_converted<T>(chunk, kernel);
     }
   }
   return kernel.template operator()<T>(chunk, chunk.template stream<const A>(Streams - 1));
 }
 
-// Calls `kernel.template operator()<T>(chunk, omega)` for every chunk, or part of one, with its Ω
-// in the accumulation dtype, and returns the sum of what it gives, in their order.
+// Calls `kernel.template operator()<T>(chunk, omega)` for every chunk or part of a chunk, with its
+// Ω in the accumulation dtype, and returns the sum of the results, in order.
 template <size_t Streams, class ChunkKernel>
 double sum_over_chunks(const FlatList<Streams>& list, const ChunkKernel& kernel) {
   const auto chunks = make_chunks(list);

@@ -1,7 +1,7 @@
-// How a kernel goes through the elements of a chunk, and how what it gives is summed.
+// How kernels go through the elements of a chunk and sum their results.
 //
-// A kernel is written once, as a function of where it reads and writes: `at.load(stream, i)` gives
-// an element, or of bfloat16 two at a time, with which the formulas compute alike.
+// A kernel is written once, as a function of an access `at`: `at.load(stream, i)` gives one
+// element, or for bfloat16 two at a time. The formulas work on either.
 #pragma once
 
 #include <bit>
@@ -15,7 +15,7 @@
 
 namespace mas_ext::cpu {
 
-constexpr int kLanes = 16;  // partial sums a chunk keeps: two AVX-512 registers
+constexpr int kLanes = 16;  // partial sums per chunk: two AVX-512 registers
 
 // ------------------------------------------------------------------------------------------------
 // One element at a time
@@ -32,8 +32,8 @@ struct Singly {
   static MAS_ALWAYS_INLINE void store(T* stream, int64_t i, A value) {
     stream[i] = static_cast<T>(value);
   }
-  // What a later load would give of a value that is stored. (Rounded anew, not copied: a copy of a
-  // half-precision type would keep loops from being vectorised.)
+  // What a load gives after `value` was stored. (Rounded again rather than loaded, which would
+  // prevent vectorised loops over half-precision types.)
   template <class T>
   static MAS_ALWAYS_INLINE A stored(A value) {
     return static_cast<A>(static_cast<T>(value));
@@ -48,8 +48,8 @@ struct Singly {
 };
 
 // ------------------------------------------------------------------------------------------------
-// Two bfloat16 at a time, as they lie in a word: a shift makes one a float, and a mask the other.
-// One by one the compiler would widen, part and pack vectors, which takes longer than the formulas.
+// Two bfloat16 at a time, in one word: a shift converts one to float, a mask the other. Singly, the
+// compiler would widen, split and pack vectors, which takes longer than the formulas.
 // ------------------------------------------------------------------------------------------------
 static_assert(std::endian::native == std::endian::little);
 
@@ -92,7 +92,7 @@ struct InPairs {
  private:
   static constexpr uint32_t kHigh = 0xffff0000u;
 
-  // The upper half is the nearest bfloat16, of two the even one.
+  // The upper half is the nearest bfloat16; ties go to the even one.
   static MAS_ALWAYS_INLINE uint32_t rounded(float value) {
     const auto bits = std::bit_cast<uint32_t>(value);
     return value != value ? 0x7fc00000u : bits + 0x7fffu + ((bits >> 16) & 1u);
@@ -109,8 +109,8 @@ MAS_ALWAYS_INLINE double sum_of(const double (&lanes)[kLanes]) {
   return std::accumulate(lanes, lanes + kLanes, 0.0);
 }
 
-// Σ term(at, i) in float64 with a fixed order: every element has its lane, which is what lets the
-// compiler keep the lanes in vector registers. Values of T are read one or two at a time.
+// Σ term(at, i) in float64 in a fixed order. Every element has its lane, so the compiler can keep
+// the lanes in vector registers. Values of T are read one or two at a time.
 template <class T, class Term>
 MAS_ALWAYS_INLINE double sum_in_lanes(int64_t size, Term term) {
   constexpr int kRow = kLanes * walk_t<T>::kElements;

@@ -1,5 +1,5 @@
-// Packing for accumulate_abs_matmul_: from tensors of any strides and dtype to panels that a tile
-// reads from front to back, [sample, position, Width], in the accumulation dtype.
+// Packing for accumulate_abs_matmul_: from tensors of any strides and dtype to panels [sample,
+// position, Width] in the accumulation dtype, which a tile reads from front to back.
 #pragma once
 
 #include <algorithm>
@@ -13,23 +13,23 @@ namespace mas_ext::cpu {
 
 constexpr int kStep = 16;  // positions transposed at a time: a cache line of float32
 
-template <class A, class T>
+template <class Magnitude, class A, class T>
 MAS_ALWAYS_INLINE A read_as(T value, bool absolute) {
   const A number = static_cast<A>(value);
-  return absolute ? magnitude(number) : number;
+  return absolute ? Magnitude::of(number) : number;
 }
 
-// A strided run of numbers. The first loop is the second, for the vectoriser.
-template <class A, class T>
+// Numbers at a stride. The first loop is a special case of the second that can be vectorised.
+template <class Magnitude, class A, class T>
 MAS_ALWAYS_INLINE void read_run(A* __restrict__ to, const T* __restrict__ from, int64_t stride,
                                 int64_t count, bool absolute) {
   if (stride == 1) {
     for (int64_t k = 0; k < count; ++k) {
-      to[k] = read_as<A>(from[k], absolute);
+      to[k] = read_as<Magnitude, A>(from[k], absolute);
     }
   } else {
     for (int64_t k = 0; k < count; ++k) {
-      to[k] = read_as<A>(from[k * stride], absolute);
+      to[k] = read_as<Magnitude, A>(from[k * stride], absolute);
     }
   }
 }
@@ -69,17 +69,17 @@ MAS_ALWAYS_INLINE void transpose_rows(A* to, const A* from, int64_t row_stride, 
 }
 
 // The same for rows of any dtype and stride, of which only `n` may be there.
-template <int Width, class A, class T>
+template <class Magnitude, int Width, class A, class T>
 MAS_ALWAYS_INLINE void convert_rows(A* to, const T* from, int64_t row_stride, int64_t stride,
                                     int64_t n, int64_t count, bool absolute) {
   A block[Width * kStep];
-  if (stride == 1 && row_stride == count && n >= Width) {  // short rows, one behind the other
-    read_run(block, from, 1, Width * count, absolute);
+  if (stride == 1 && row_stride == count && n >= Width) {  // short rows, one after the other
+    read_run<Magnitude>(block, from, 1, Width * count, absolute);
     return transpose_rows<Width>(to, block, count, count);
   }
   for (int64_t row = 0; row < Width; ++row) {
     if (row < n) {
-      read_run(block + row * kStep, from + row * row_stride, stride, count, absolute);
+      read_run<Magnitude>(block + row * kStep, from + row * row_stride, stride, count, absolute);
     } else {
       std::fill_n(block + row * kStep, count, A(0));
     }
@@ -88,20 +88,20 @@ MAS_ALWAYS_INLINE void convert_rows(A* to, const T* from, int64_t row_stride, in
 }
 
 // One sample's panel of Width rows; where there are only `n`, zeros stand for the others.
-template <int Width, class A, class T>
+template <class Magnitude, int Width, class A, class T>
 MAS_MULTIVERSION void pack_panel(A* __restrict__ panel, const T* __restrict__ rows,
                                  int64_t row_stride, int64_t stride, int64_t n, int64_t positions,
                                  bool absolute) {
   if (row_stride == 1 && n >= Width) {
     for (int64_t k = 0; k < positions; ++k) {
       for (int row = 0; row < Width; ++row) {
-        panel[k * Width + row] = read_as<A>(rows[k * stride + row], absolute);
+        panel[k * Width + row] = read_as<Magnitude, A>(rows[k * stride + row], absolute);
       }
     }
     return;
   }
-  // All rows of a cache line's positions before the next: with row strides that are powers of two
-  // the lines of all rows compete for one place in the cache.
+  // A cache line's positions of all rows before the next line's: if row strides are powers of two,
+  // the lines of all rows compete for the same set of the cache.
   for (int64_t k = 0; k < positions; k += kStep, panel += kStep * Width, rows += kStep * stride) {
     const int64_t count = std::min<int64_t>(kStep, positions - k);
     if constexpr (std::is_same_v<A, T>) {
@@ -110,7 +110,7 @@ MAS_MULTIVERSION void pack_panel(A* __restrict__ panel, const T* __restrict__ ro
         continue;
       }
     }
-    convert_rows<Width>(panel, rows, row_stride, stride, n, count, absolute);
+    convert_rows<Magnitude, Width>(panel, rows, row_stride, stride, n, count, absolute);
   }
 }
 

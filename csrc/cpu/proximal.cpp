@@ -1,17 +1,14 @@
-// proximal_step_ on the CPU: θ ← (θ + ηλΩθ*)/(1 + ηλΩ), 16 bytes a float32 parameter.
-#include <torch/csrc/stable/library.h>
-
+// proximal_step_ on the CPU: θ ← (θ + ηλΩθ*)/(1 + ηλΩ), 16 bytes per float32 parameter.
 #include "../formulas.h"
-#include "../penalty_arguments.h"
 #include "chunks.h"
+#include "kernels.h"
 #include "lanes.h"
 #include "multiversion.h"
-#include "scalars.h"
 
 namespace mas_ext::cpu {
 namespace {
 
-// Returns Σ Ω δ² at the parameters as they are stored afterwards.
+// Returns Σ Ω δ² at the stored parameters.
 template <class T, class A>
 MAS_MULTIVERSION double step(T* __restrict__ params, const T* __restrict__ anchors,
                              const A* __restrict__ omega, int64_t size, A step_times_lambda) {
@@ -25,25 +22,21 @@ MAS_MULTIVERSION double step(T* __restrict__ params, const T* __restrict__ ancho
   });
 }
 
-Tensor proximal_step_(const TensorList& params, const TensorList& anchors, const TensorList& omega,
-                      const TensorList& omega_scales, const Tensor& lambda_reg, const Tensor& lr) {
-  constexpr const char* op = "proximal_step_";
-  const double lambda = read_scalar(op, "lambda_reg", lambda_reg, params);
-  const double rate = read_scalar(op, "lr", lr, params);
-  check_non_negative(op, "lambda_reg", lambda);
-  check_non_negative(op, "lr", rate);
-  FlatList<3> list = state_list(op, params, anchors, omega, omega_scales, true);
-  const double sum =
-      sum_over_chunks(list, [&]<class T>(const Chunk<3>& chunk, const accumulate_t<T>* omega) {
-        return step(chunk.stream<T>(0), chunk.stream<const T>(1), omega, chunk.size,
-                    finite<accumulate_t<T>>(rate * lambda));
-      });
-  list.write_back();
-  return make_scalar(0.5 * lambda * sum, list.value_dtype());
-}
+struct Kernels : CpuKernels {
+  static Tensor proximal_step(const Call&, const FlatList<3>& list, double lambda, double lr) {
+    const double sum =
+        sum_over_chunks(list, [&]<class T>(const Chunk<3>& chunk, const accumulate_t<T>* omega) {
+          return step(chunk.stream<T>(0), chunk.stream<const T>(1), omega, chunk.size,
+                      finite<accumulate_t<T>>(lr * lambda));
+        });
+    return penalty_of(lambda, sum, list.value_dtype());
+  }
+};
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(mas_ext, CPU, m) { m.impl("proximal_step_", TORCH_BOX(&proximal_step_)); }
+STABLE_TORCH_LIBRARY_IMPL(mas_ext, CPU, m) {
+  m.impl("proximal_step_", TORCH_BOX(&proximal_step_<Kernels>));
+}
 
 }  // namespace mas_ext::cpu

@@ -1,31 +1,27 @@
-// Optimizer steps with the penalty in them, on the CPU: sgd_step_ and adamw_step_. One pass: 20
-// bytes a float32 parameter for SGD, 28 with momentum, 36 for AdamW.
-#include <torch/csrc/stable/library.h>
-
+// Optimizer steps that include the penalty, on the CPU: sgd_step_ and adamw_step_. One pass: 20
+// bytes per float32 parameter for SGD, 28 with momentum, 36 for AdamW.
 #include <algorithm>
-#include <optional>
 #include <string>
 #include <vector>
 
 #include "../formulas.h"
-#include "../steps_arguments.h"
 #include "chunks.h"
+#include "kernels.h"
 #include "lanes.h"
 #include "multiversion.h"
-#include "scalars.h"
 
 namespace mas_ext::cpu {
 namespace {
 
-// Elements between two looks ahead: a page of float32 values. Where kAhead elements further on
-// lies in memory the processor is told in time; it follows a stream by itself, but only to the end
-// of its page.
+// Elements between two prefetches: a page of float32 values. The processor prefetches along a
+// stream by itself, but only to the end of a page, so the kernel prefetches kAhead elements further
+// on.
 constexpr int64_t kBlock = 1024;
 constexpr int64_t kAhead = 8192;
 
-// Element i, or two from i on; returns its energy Ω δ², that of θ before the step, for a proximal
-// one of θ as it is stored afterwards. `first` and `second` are the rule's moments, where it has
-// them.
+// Updates element i (or elements i and i + 1) and returns its energy Ω δ²: at θ before the step, or
+// for a proximal step at the θ it stores. `first` and `second` are the moments, if the rule has
+// any.
 template <bool Proximal, class At, class Rule, class T, class A>
 MAS_ALWAYS_INLINE auto advance(At at, T* params, T* first, T* second, const T* grads,
                                const T* anchors, const A* omega, int64_t i,
@@ -59,9 +55,9 @@ MAS_ALWAYS_INLINE auto advance(At at, T* params, T* first, T* second, const T* g
   }
 }
 
-// How many energies are formed before they are summed: with the sum among them the compiler would
-// not vectorise the rule. A vector's worth stays in a register; narrow values it only vectorises
-// in longer loops.
+// The number of energies computed before they are summed. If the sum were in the same loop, the
+// compiler would not vectorise the rule. One vector's worth stays in a register; for 16-bit values
+// the compiler needs longer loops.
 template <class T, class A>
 constexpr int64_t kRow = sizeof(T) < sizeof(A) ? 8 * kLanes : kLanes;
 
@@ -110,7 +106,7 @@ MAS_ALWAYS_INLINE void fetch_ahead(const Chunk<Streams>& chunk, int64_t begin) {
       prefetch(static_cast<const T*>(entry.data[s]) + ahead);
     }
     prefetch(static_cast<const char*>(entry.data[Streams - 1]) +
-             ahead * bytes_of_kept(entry.omega_dtype));
+             ahead * bytes_of_stored(entry.omega_dtype));
   }
 }
 
@@ -130,81 +126,31 @@ double step(const Chunk<Streams>& chunk, const A* omega, const PenaltyPart<A>& p
   return total;
 }
 
-StepScalars read_scalars(const char* op, const TensorList& params, const Tensor& lambda_reg,
-                         const Tensor& lr, const std::optional<Tensor>& grad_scale,
-                         const std::optional<Tensor>& found_inf) {
-  const StepScalars scalars{read_scalar(op, "lambda_reg", lambda_reg, params),
-                            read_scalar(op, "lr", lr, params),
-                            grad_scale ? read_scalar(op, "grad_scale", *grad_scale, params) : 1.0,
-                            found_inf ? read_scalar(op, "found_inf", *found_inf, params) : 0.0};
-  check_non_negative(op, "lambda_reg", scalars.lambda);
-  check_non_negative(op, "lr", scalars.lr);
-  check_positive(op, "grad_scale", scalars.grad_scale);
-  return scalars;
-}
-
-// Where some gradient is not finite: everything stays as it is.
+// If some gradient is not finite, nothing changes.
 template <class A>
 struct NoRule {
   static constexpr int kMoments = 0;
   MAS_HOST_DEVICE A point(A param, A, A*) const { return param; }
 };
 
-// Runs a rule over the list; `make(rule, entry)` sets it for a tensor.
-template <template <class> class Rule, bool Proximal, size_t Streams, class Make>
-double sum_of_steps(const FlatList<Streams>& list, const StepScalars& scalars, bool maximize,
-                    Make make) {
+// Runs a rule over the list; `make(rule, place)` sets it for the tensor at a place in the lists.
+template <template <class> class Rule, bool Proximal, size_t Streams, class Options, class Make>
+double sum_of_steps(const FlatList<Streams>& list, const StepScalars& scalars,
+                    const Options& options, Make make) {
   return sum_over_chunks(
       list, [&]<class T>(const Chunk<Streams>& chunk, const accumulate_t<T>* omega) {
         using A = accumulate_t<T>;
         Rule<A> rule;
-        make(rule, *chunk.entry);
-        return step<Proximal, T>(chunk, omega, penalty_part<A>(scalars, maximize, Proximal), rule);
+        make(rule, chunk.entry->index);
+        return step<Proximal, T>(chunk, omega, penalty_part<A>(scalars, options.maximize, Proximal),
+                                 rule);
       });
 }
 
-template <template <class> class Rule, size_t Streams, class Make>
-Tensor penalised_step(FlatList<Streams> list, const StepScalars& scalars, bool maximize,
-                      bool proximal, Make make) {
-  double sum;
-  if (scalars.found_inf != 0) {
-    sum = sum_of_steps<NoRule, false>(list, scalars, maximize, [](auto&, const auto&) {});
-  } else if (proximal) {
-    sum = sum_of_steps<Rule, true>(list, scalars, maximize, make);
-  } else {
-    sum = sum_of_steps<Rule, false>(list, scalars, maximize, make);
-  }
-  list.write_back();
-  return make_scalar(0.5 * scalars.lambda * sum, list.value_dtype());
-}
-
-Tensor sgd_step_(const TensorList& params, const TensorList& grads,
-                 const TensorList& momentum_buffers, const TensorList& anchors,
-                 const TensorList& omega, const TensorList& omega_scales, const Tensor& lambda_reg,
-                 const Tensor& lr, double momentum, double dampening, double weight_decay,
-                 bool nesterov, bool maximize, bool proximal,
-                 const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf) {
-  constexpr const char* op = "sgd_step_";
-  const SgdOptions options{momentum, dampening, weight_decay, nesterov, maximize};
-  const StepScalars scalars = read_scalars(op, params, lambda_reg, lr, grad_scale, found_inf);
-  check_options(op, options, momentum_buffers);
-  const auto make = [&](auto& rule, const auto&) {
-    make_rule(rule, options);
-    set_rate(rule, scalars.lr);
-  };
-  if (momentum == 0) {
-    return penalised_step<SgdRule>(sgd_list(op, params, grads, anchors, omega, omega_scales),
-                                   scalars, maximize, proximal, make);
-  }
-  return penalised_step<MomentumRule>(
-      momentum_list(op, params, momentum_buffers, grads, anchors, omega, omega_scales), scalars,
-      maximize, proximal, make);
-}
-
-// The corrections of every parameter, from how many steps it has taken.
+// The corrections of every parameter, from the number of steps it has taken.
 template <class Count>
-std::vector<BiasCorrection> bias_corrections(const char* op, const AdamOptions& options,
-                                             const Count* counts, int64_t size) {
+std::vector<BiasCorrection> corrections_of(const char* op, const AdamOptions& options,
+                                           const Count* counts, int64_t size) {
   std::vector<BiasCorrection> corrections;
   corrections.reserve(static_cast<size_t>(size));
   for (int64_t i = 0; i < size; ++i) {
@@ -215,41 +161,35 @@ std::vector<BiasCorrection> bias_corrections(const char* op, const AdamOptions& 
   return corrections;
 }
 
-std::vector<BiasCorrection> bias_corrections(const char* op, const AdamOptions& options,
-                                             const Tensor& steps) {
-  const Tensor counts = torch::stable::contiguous(steps);
-  const void* data = counts.const_data_ptr();
-  return dtype_of(counts) == ScalarType::Double
-             ? bias_corrections(op, options, static_cast<const double*>(data), counts.numel())
-             : bias_corrections(op, options, static_cast<const float*>(data), counts.numel());
-}
+struct Kernels : CpuKernels {
+  static std::vector<BiasCorrection> bias_corrections(const char* op, const Tensor& steps,
+                                                      const AdamOptions& options) {
+    const Tensor counts = torch::stable::contiguous(steps);
+    const void* data = counts.const_data_ptr();
+    return dtype_of(counts) == ScalarType::Double
+               ? corrections_of(op, options, static_cast<const double*>(data), counts.numel())
+               : corrections_of(op, options, static_cast<const float*>(data), counts.numel());
+  }
 
-Tensor adamw_step_(const TensorList& params, const TensorList& grads, const TensorList& exp_avgs,
-                   const TensorList& exp_avg_sqs, const Tensor& steps, const TensorList& anchors,
-                   const TensorList& omega, const TensorList& omega_scales,
-                   const Tensor& lambda_reg, const Tensor& lr, double beta1, double beta2,
-                   double eps, double weight_decay, bool decoupled, bool maximize, bool proximal,
-                   const std::optional<Tensor>& grad_scale,
-                   const std::optional<Tensor>& found_inf) {
-  constexpr const char* op = "adamw_step_";
-  const AdamOptions options{beta1, beta2, eps, weight_decay, decoupled, maximize};
-  const StepScalars scalars = read_scalars(op, params, lambda_reg, lr, grad_scale, found_inf);
-  check_options(op, options);
-  check_steps(op, steps, params);
-  const auto corrections = bias_corrections(op, options, steps);
-  return penalised_step<AdamRule>(
-      adamw_list(op, params, exp_avgs, exp_avg_sqs, grads, anchors, omega, omega_scales), scalars,
-      maximize, proximal, [&](auto& rule, const auto& entry) {
-        make_rule(rule, options);
-        set_rate(rule, scalars.lr, options, corrections[static_cast<size_t>(entry.index)]);
-      });
-}
+  template <template <class> class Rule, bool Proximal, size_t Streams, class Options>
+  static Tensor step(const Call&, const FlatList<Streams>& list, const StepScalars& scalars,
+                     const Options& options, const BiasCorrection* corrections) {
+    const double sum =
+        scalars.found_inf != 0
+            ? sum_of_steps<NoRule, false>(list, scalars, options, [](auto&, int64_t) {})
+            : sum_of_steps<Rule, Proximal>(list, scalars, options, [&](auto& rule, int64_t place) {
+                make_rule(rule, options);
+                set_rate(rule, scalars.lr, options, corrections, place);
+              });
+    return penalty_of(scalars.lambda, sum, list.value_dtype());
+  }
+};
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mas_ext, CPU, m) {
-  m.impl("sgd_step_", TORCH_BOX(&sgd_step_));
-  m.impl("adamw_step_", TORCH_BOX(&adamw_step_));
+  m.impl("sgd_step_", TORCH_BOX(&sgd_step_<Kernels>));
+  m.impl("adamw_step_", TORCH_BOX(&adamw_step_<Kernels>));
 }
 
 }  // namespace mas_ext::cpu

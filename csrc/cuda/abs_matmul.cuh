@@ -1,5 +1,5 @@
-// Ω[p,d] += scale·Σ_b |Σ_t left[b,t,p]·right[b,t,d]|: one block a tile of Ω, or one for some of the
-// samples. Sums are formed in a fixed order and without atomics: the same bits on every run.
+// Ω[p,d] += scale·Σ_b |Σ_t left[b,t,p]·right[b,t,d]|, with one block per tile of Ω, or per tile and
+// part of the samples. Sums have a fixed order and no atomics, so every run gives the same bits.
 //
 // A block stages a few slots of both factors in shared memory (stage.cuh) and multiplies them into
 // accumulators in registers (fma_tile.cuh, tensor_core_tile.cuh); at the end of a sample the
@@ -22,11 +22,13 @@
 
 namespace mas_ext::cuda {
 
-// What the host asks for. Devices before compute capability 8.0 have no bfloat16 tensor cores.
-template <class T>
-using TileFor = std::conditional_t<sizeof(T) == 2, TensorCoreTile<T>, FmaTile<T>>;
+// The tile that the host launches for. Devices below compute capability 8.0 lack bfloat16 tensor
+// cores.
+template <class T, class Magnitude = MagnitudeAbs>
+using TileFor =
+    std::conditional_t<sizeof(T) == 2, TensorCoreTile<T, Magnitude>, FmaTile<T, Magnitude>>;
 
-// A block's shared memory: the stage, and at the end the sums.
+// A block's shared memory: first the stage, then the sums.
 template <class T>
 union Shared {
   using A = accumulate_t<T>;
@@ -36,17 +38,17 @@ union Shared {
   alignas(32) A sums[kTile][kPitch];
 };
 
-// Where Ω has too few tiles to fill a device, the samples are dealt out: each part of them is a
-// block a tile, which writes its sums behind those of the part before, and add_parts adds them in
-// that order. How many there are depends on the problem alone, so that a result does not on the
-// device.
+// If Ω has too few tiles to fill a device, the samples are divided into parts, with one block per
+// tile and part. Each part writes its sums after those of the previous one, and add_parts adds them
+// in that order. The number of parts depends only on the problem, so that the result does not
+// depend on the device.
 struct Parts {
   int count;
-  void* sums;  // [count, rows, columns] where there is more than one
+  void* sums;  // [count, rows, columns] if there are several
 };
 
 constexpr int64_t kBlocks = 512;      // keep the largest of today's devices busy
-constexpr int64_t kLeastPairs = 128;  // (sample, position) pairs that are worth a part
+constexpr int64_t kLeastPairs = 128;  // (sample, position) pairs per part at least
 
 MAS_HOST_DEVICE int64_t tiles_of(int64_t n) { return (n + kTile - 1) / kTile; }
 MAS_HOST_DEVICE int64_t tiles_of(const AbsMatmul& call) {
@@ -60,7 +62,7 @@ inline int parts_of(const AbsMatmul& call) {
   return static_cast<int>(std::max<int64_t>(parts, 1));
 }
 
-// The slots of one part. Magnitudes may be cut anywhere, other products only between samples.
+// The slots of one part. Magnitudes may be divided anywhere, other products only between samples.
 struct Slots {
   int64_t first, last;
 
@@ -78,7 +80,7 @@ __device__ A& omega_at(const AbsMatmul& call, int64_t row, int64_t column) {
   return static_cast<A*>(call.omega)[row * call.row_stride + column * call.column_stride];
 }
 
-// The tile's sums, to where they belong.
+// Adds the sums of the tile to Ω, or writes them where those of its part go.
 template <class T, int Threads>
 __device__ void put(const AbsMatmul& call, const Shared<T>& shared, const Parts& parts, int part,
                     int64_t first_row, int64_t first_column) {
@@ -89,7 +91,7 @@ __device__ void put(const AbsMatmul& call, const Shared<T>& shared, const Parts&
     if (row < call.rows && column < call.columns) {
       const A sum = shared.sums[i / kTile][i % kTile];
       if (parts.count == 1) {
-        omega_at<A>(call, row, column) += importance_increment(sum, scale);
+        omega_at<A>(call, row, column) += scale * sum;
       } else {
         static_cast<A*>(parts.sums)[(part * call.rows + row) * call.columns + column] = sum;
       }
@@ -99,6 +101,7 @@ __device__ void put(const AbsMatmul& call, const Shared<T>& shared, const Parts&
 
 template <class T, class Tile>
 __device__ void abs_matmul_tile(const AbsMatmul& call, const Parts& parts, Shared<T>& shared) {
+  using Magnitude = typename Tile::Magnitude;
   constexpr int kThreads = Tile::kThreads, kStep = Tile::kStep;
   const int part = static_cast<int>(blockIdx.x / tiles_of(call));
   const int64_t at = blockIdx.x % tiles_of(call);
@@ -109,14 +112,14 @@ __device__ void abs_matmul_tile(const AbsMatmul& call, const Parts& parts, Share
   Stage<T>& stage = shared.stage;
 
   Tile tile;
-  int64_t multiplied = 0;  // slots of the sample at hand
+  int64_t multiplied = 0;  // slots of the current sample
   for (int64_t first = slots.first; first < slots.last; first += kSlots) {
     find_slots(stage, call, first, slots_per_sample);
     __syncthreads();  // also: every thread is done with the slots before
-    stage_factor<T, kThreads>(stage.left, call.left, stage.left_offset, first_row, call.rows,
-                              call.absolute);
-    stage_factor<T, kThreads>(stage.right, call.right, stage.right_offset, first_column,
-                              call.columns, call.absolute);
+    stage_factor<T, Magnitude, kThreads>(stage.left, call.left, stage.left_offset, first_row,
+                                         call.rows, call.absolute);
+    stage_factor<T, Magnitude, kThreads>(stage.right, call.right, stage.right_offset, first_column,
+                                         call.columns, call.absolute);
     __syncthreads();
 #pragma unroll 1  // the body is long enough
     for (int slot = 0; slot < kSlots && first + slot < slots.last; slot += kStep) {
@@ -129,7 +132,7 @@ __device__ void abs_matmul_tile(const AbsMatmul& call, const Parts& parts, Share
     }
   }
   if (multiplied > 0) {
-    tile.end_sample();  // of magnitudes, cut within the sample
+    tile.end_sample();  // of magnitudes, divided within the sample
   }
   __syncthreads();  // the sums take the stage's place
   tile.store(shared.sums);
@@ -137,19 +140,19 @@ __device__ void abs_matmul_tile(const AbsMatmul& call, const Parts& parts, Share
   put<T, kThreads>(call, shared, parts, part, first_row, first_column);
 }
 
-template <class T>
-__global__ void __launch_bounds__(TileFor<T>::kThreads, TileFor<T>::kResident)
+template <class T, class Magnitude = MagnitudeAbs>
+__global__ void __launch_bounds__(TileFor<T, Magnitude>::kThreads, TileFor<T, Magnitude>::kResident)
     abs_matmul_kernel(const __grid_constant__ AbsMatmul call, Parts parts) {
   __shared__ Shared<T> shared;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-  static_assert(FmaTile<T>::kThreads == TileFor<T>::kThreads);
-  abs_matmul_tile<T, FmaTile<T>>(call, parts, shared);
+  static_assert(FmaTile<T, Magnitude>::kThreads == TileFor<T, Magnitude>::kThreads);
+  abs_matmul_tile<T, FmaTile<T, Magnitude>>(call, parts, shared);
 #else
-  abs_matmul_tile<T, TileFor<T>>(call, parts, shared);
+  abs_matmul_tile<T, TileFor<T, Magnitude>>(call, parts, shared);
 #endif
 }
 
-// Ω += scale·Σ parts, a thread an element.
+// Ω += scale·Σ parts, with one thread per element.
 template <class A>
 __global__ void __launch_bounds__(kThreads)
     add_parts(const __grid_constant__ AbsMatmul call, Parts parts) {
@@ -160,8 +163,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int part = 0; part < parts.count; ++part) {
       sum += static_cast<const A*>(parts.sums)[part * size + i];
     }
-    omega_at<A>(call, i / call.columns, i % call.columns) +=
-        importance_increment(sum, finite<A>(call.scale));
+    omega_at<A>(call, i / call.columns, i % call.columns) += finite<A>(call.scale) * sum;
   }
 }
 

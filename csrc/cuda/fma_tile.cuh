@@ -1,5 +1,5 @@
-// A tile of |products| on the ordinary arithmetic units: float32 and float64, and what a device
-// without tensor cores for its type computes.
+// A tile of |products| without tensor cores: for float32 and float64, and for 16-bit types on
+// devices whose tensor cores lack the type.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -10,11 +10,11 @@
 
 namespace mas_ext::cuda {
 
-// A thread has kRows × kColumns places of the tile and two accumulators for each: the product of
-// the sample at hand, and the sum of the magnitudes of those before it. Its rows (and columns) come
-// in runs of kRun, one access to shared memory, kTile / (kRows / kRun) apart, so that the threads
-// of a warp read neighbouring runs.
-template <class T>
+// A thread owns kRows × kColumns elements of the tile and has two accumulators for each: the
+// product of the current sample, and the sum of the magnitudes of earlier samples. Its rows (and
+// columns) come in runs of kRun, which is one access to shared memory, kTile / (kRows / kRun)
+// apart, so that the threads of a warp read neighbouring runs.
+template <class T, class MagnitudeOf = MagnitudeAbs>
 class FmaTile {
   using A = accumulate_t<T>;
   static constexpr int kRows = 8, kColumns = sizeof(T) == sizeof(float) ? 8 : 4;
@@ -22,10 +22,11 @@ class FmaTile {
   static constexpr int kAcross = kTile / kColumns;  // threads that share rows
 
  public:
+  using Magnitude = MagnitudeOf;
   static constexpr int kThreads = kTile / kRows * kAcross;
   static constexpr int kResident =
-      0;                           // blocks a multiprocessor must have room for; 0: whatever comes
-  static constexpr int kStep = 1;  // slots a multiplication
+      0;                           // blocks that must fit on a multiprocessor; 0: no requirement
+  static constexpr int kStep = 1;  // slots per multiplication
 
   __device__ void multiply(const Stage<T>& stage, int slot) {
     A left[kRows], right[kColumns];
@@ -51,7 +52,7 @@ class FmaTile {
     for (int r = 0; r < kRows; ++r) {
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) {
-        sums_[r][c] += magnitude(product_[r][c]);
+        sums_[r][c] += Magnitude::of(product_[r][c]);
         product_[r][c] = A(0);
       }
     }

@@ -1,27 +1,26 @@
-// accumulate_importance_ on CUDA: Ω += scale·|g|, 12 bytes a float32 parameter.
-#include <torch/csrc/stable/library.h>
-
+// accumulate_importance_ on CUDA: Ω += scale·|g|, 12 bytes per float32 parameter.
 #include "launch.cuh"
 
 namespace mas_ext::cuda {
 namespace {
 
-void accumulate_importance_(const TensorList& omega, const TensorList& grads, double scale) {
-  constexpr const char* op = "accumulate_importance_";
-  mas_ext::check_non_negative(op, "scale", scale);
-  FlatList<2> list(op, {{.name = "omega", .tensors = omega, .is_omega = true, .writable = true},
-                        {.name = "grads", .tensors = grads}});
-  const torch::stable::accelerator::DeviceGuard guard(omega.front().get_device_index());
-  launch<AccumulateImportance>(op, list, nullptr, current_stream(omega.front()), [&]<class T>() {
-    return AccumulateImportance<T>{static_cast<accumulate_t<T>>(scale)};
-  });
-  list.write_back();
+template <template <class> class Operation>
+void run(const Call& call, const FlatList<2>& list, double scale) {
+  const torch::stable::accelerator::DeviceGuard guard(call.home.get_device_index());
+  launch<Operation>(call, list, nullptr, current_stream(call.home),
+                    [&]<class T>() { return Operation<T>{static_cast<accumulate_t<T>>(scale)}; });
 }
+
+struct Kernels : CudaKernels {
+  static void accumulate(MagnitudeAbs, const Call& call, const FlatList<2>& list, double scale) {
+    run<AccumulateImportance>(call, list, scale);
+  }
+};
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mas_ext, CUDA, m) {
-  m.impl("accumulate_importance_", TORCH_BOX(&accumulate_importance_));
+  m.impl("accumulate_importance_", TORCH_BOX(&accumulate_importance_<Kernels>));
 }
 
 }  // namespace mas_ext::cuda

@@ -1,5 +1,5 @@
-// One kernel that walks any number of tensors, a block for each chunk of one of them. What is done
-// with an element is an operation's (operations.cuh); everything about memory is here.
+// One kernel for any number of tensors, with one block per chunk of a tensor. Operations
+// (operations.cuh) say what is done with an element; everything about memory is here.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -16,17 +16,17 @@
 
 namespace mas_ext::cuda {
 
-constexpr int kUnroll = 2;  // vectors that a thread has under way on every stream
+constexpr int kUnroll = 2;  // vectors that a thread has in flight on each stream
 
-template <class Op, class Kept>
-using TableOf = Table<Op::kStreams, in_codes<Kept>>;
+template <class Op, class Stored>
+using TableOf = Table<Op::kStreams, in_codes<Stored>>;
 
-// What is written is kept in the type that it is computed in; what is only read, in any.
-template <class Op, class Kept>
-constexpr bool takes = std::is_same_v<Kept, typename Op::A> || !(Op::kWrites >> Op::kOmega & 1u);
+// An Ω that is written is stored in the type it is computed in; one that is only read, in any.
+template <class Op, class Stored>
+constexpr bool takes = std::is_same_v<Stored, typename Op::A> || !(Op::kWrites >> Op::kOmega & 1u);
 
 // N neighbouring elements of every stream, in registers.
-template <class Op, class Kept, int N>
+template <class Op, class Stored, int N>
 class Elements {
   using T = typename Op::Value;
   using A = typename Op::A;
@@ -92,21 +92,21 @@ class Elements {
     return Pack<T, N>::of(static_cast<T*>(stream) + first);
   }
 
-  Pack<T, N> values_[Op::kStreams];  // Ω's place in it is not used
-  Omega<A, Kept, N> omega_;
+  Pack<T, N> values_[Op::kStreams];  // without Ω, whose place is not used
+  Omega<A, Stored, N> omega_;
 };
 
-// One chunk of one tensor. A thread's access is a vector of 16 bytes on the values' streams; on Ω's
-// it is as many elements, which are more bytes or fewer: of codes beside float32 values, 4. That is
-// still one run of memory a warp, and every byte that is fetched is used.
-template <class Op, class Kept>
+// One chunk of one tensor. A thread accesses vectors of 16 bytes of the values and the same number
+// of elements of Ω, which may be more or fewer bytes (4 bytes of codes for float32 values). A warp
+// still reads one contiguous range, and every fetched byte is used.
+template <class Op, class Stored>
 class Chunk {
   using T = typename Op::Value;
   using A = typename Op::A;
   static constexpr int kVector = kVectorBytes / sizeof(T);
 
  public:
-  __device__ Chunk(const TableOf<Op, Kept>& table, int tensor, int chunk) {
+  __device__ Chunk(const TableOf<Op, Stored>& table, int tensor, int chunk) {
     const int64_t begin = static_cast<int64_t>(chunk - table.first_chunk[tensor]) * kChunk;
     const int64_t left = table.numel[tensor] - begin;
     size_ = static_cast<int>(left < kChunk ? left : kChunk);
@@ -114,13 +114,13 @@ class Chunk {
     for (int s = 0; s < Op::kStreams; ++s) {
       streams_[s] = static_cast<char*>(table.data[s][tensor]) + begin * width(s);
     }
-    if constexpr (in_codes<Kept>) {
+    if constexpr (in_codes<Stored>) {
       static_assert(kChunk % kScaleBlock == 0, "a chunk begins where a block does");
       scales_ = table.scales[tensor] + begin / kScaleBlock;
     }
   }
 
-  // Single elements up to the first 16-byte boundary, vectors, single elements for the rest.
+  // Single elements up to the first 16-byte boundary, then vectors, then single elements.
   __device__ A run(const Op& op) const {
     const int head = head_size();
     const int tail = head + (size_ - head) / kVector * kVector;
@@ -129,15 +129,15 @@ class Chunk {
 
  private:
   __device__ static constexpr int width(int stream) {
-    return static_cast<int>(stream == Op::kOmega ? sizeof(Kept) : sizeof(T));
+    return static_cast<int>(stream == Op::kOmega ? sizeof(Stored) : sizeof(T));
   }
   // What a vector's address must be a multiple of.
   __device__ static constexpr int alignment(int stream) {
-    return stream == Op::kOmega ? alignof(Pack<Kept, kVector>) : kVectorBytes;
+    return stream == Op::kOmega ? alignof(Pack<Stored, kVector>) : kVectorBytes;
   }
 
-  // Elements before every stream is aligned; all of them where the streams' boundaries do not fall
-  // on one element.
+  // The number of elements before all streams are aligned, or all elements if the streams are never
+  // aligned at the same one.
   __device__ int head_size() const {
     const auto phase = reinterpret_cast<uintptr_t>(streams_[Op::kOmega == 0]) % kVectorBytes;
     const int head = static_cast<int>((kVectorBytes - phase) % kVectorBytes / sizeof(T));
@@ -149,14 +149,14 @@ class Chunk {
     return aligned ? head : size_;
   }
 
-  // The elements of [begin, end), N at a time. Loads kUnroll times before it computes anything.
+  // The elements of [begin, end), N at a time; kUnroll loads precede each computation.
   template <int N>
   __device__ A walk(const Op& op, int begin, int end) const {
     constexpr int kStride = kThreads * N;
     A sum = 0;
     for (int first = begin + static_cast<int>(threadIdx.x) * N; first < end;
          first += kUnroll * kStride) {
-      Elements<Op, Kept, N> elements[kUnroll];
+      Elements<Op, Stored, N> elements[kUnroll];
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
         if (first + u * kStride < end) {
@@ -175,33 +175,33 @@ class Chunk {
   }
 
   void* streams_[Op::kStreams];    // to the chunk's first element
-  const float* scales_ = nullptr;  // of an Ω in codes, to that of the chunk's first block
+  const float* scales_ = nullptr;  // of the chunk's first block, if Ω consists of codes
   int size_;
 };
 
-// Whether a call is skipped is asked here, once, so that no loop has two ways through it.
-template <class Kept, class Op>
-__device__ typename Op::A run_chunk(const Op& op, const TableOf<Op, Kept>& table, int tensor,
+// Tests here, once, whether the call is skipped, so that no loop contains the branch.
+template <class Stored, class Op>
+__device__ typename Op::A run_chunk(const Op& op, const TableOf<Op, Stored>& table, int tensor,
                                     int chunk) {
   if constexpr (requires { op.skipped; }) {
     if (op.skipped) {
-      return Chunk<typename Op::Skipped, Kept>(table, tensor, chunk).run({});
+      return Chunk<typename Op::Skipped, Stored>(table, tensor, chunk).run({});
     }
   }
-  return Chunk<Op, Kept>(table, tensor, chunk).run(op);
+  return Chunk<Op, Stored>(table, tensor, chunk).run(op);
 }
 
-// Values are of type T, and beside them Ω is kept as Kept.
-template <template <class> class Operation, class T, class Kept>
+// T is the type of the values and Stored that of Ω.
+template <template <class> class Operation, class T, class Stored>
 __global__ void __launch_bounds__(kThreads)
-    chunk_kernel(const __grid_constant__ TableOf<Operation<T>, Kept> table, Operation<T> op,
+    chunk_kernel(const __grid_constant__ TableOf<Operation<T>, Stored> table, Operation<T> op,
                  double* partial_sums) {
   const int chunk = static_cast<int>(blockIdx.x), tensor = tensor_of_chunk(table, chunk);
   op.begin();
   if constexpr (requires { op.begin_tensor(0); }) {
     op.begin_tensor(table.place[tensor]);
   }
-  const auto sum = run_chunk<Kept>(op, table, tensor, chunk);
+  const auto sum = run_chunk<Stored>(op, table, tensor, chunk);
   if constexpr (Operation<T>::kSums) {
     const double total = block_sum(static_cast<double>(sum));
     if (threadIdx.x == 0) {

@@ -1,4 +1,4 @@
-// Ω as memory keeps it: in numbers, or in codes of 8 bits with a scale for every block of them.
+// Ω as it is stored: as numbers, or as 8-bit codes with a scale for each block.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -12,29 +12,29 @@
 
 namespace mas_ext::cuda {
 
-template <class Kept>
-constexpr bool in_codes = std::is_same_v<Kept, uint8_t>;
+template <class Stored>
+constexpr bool in_codes = std::is_same_v<Stored, uint8_t>;
 
-// N neighbours in registers, as they are kept until they are computed with, in A.
-template <class A, class Kept, int N>
+// N neighbours in registers, as they are stored, until they are computed with in A.
+template <class A, class Stored, int N>
 class Omega {
  public:
   __device__ void load(const void* omega, const float*, int first) {
-    kept_ = Pack<Kept, N>::of(static_cast<const Kept*>(omega) + first);
+    stored_ = Pack<Stored, N>::of(static_cast<const Stored*>(omega) + first);
   }
   __device__ void store(void* omega, int first) const {
-    Pack<Kept, N>::of(static_cast<Kept*>(omega) + first) = kept_;
+    Pack<Stored, N>::of(static_cast<Stored*>(omega) + first) = stored_;
   }
-  __device__ A get(int i) const { return static_cast<A>(kept_.get(i)); }
-  __device__ void set(int i, A value) { kept_.set(i, value); }
+  __device__ A get(int i) const { return static_cast<A>(stored_.get(i)); }
+  __device__ void set(int i, A value) { stored_.set(i, value); }
 
  private:
-  Pack<Kept, N> kept_;
+  Pack<Stored, N> stored_;
 };
 
-// Blocks are counted from the chunk's first element, vectors from the first boundary behind it: the
-// one may end within the other, so a vector has the scales of its first and of its last element.
-// Neighbouring threads mostly ask for the same one, which the nearest cache has.
+// Blocks begin at the chunk's first element, vectors at the first 16-byte boundary after it. A
+// block may therefore end within a vector, so a vector needs the scales of its first and of its
+// last element. Neighbouring threads mostly read the same one, which is in the L1 cache.
 template <class A, int N>
 class Omega<A, uint8_t, N> {
   static constexpr int kBlock = kScaleBlock;
@@ -48,13 +48,13 @@ class Omega<A, uint8_t, N> {
     left_ = kBlock - first % kBlock;
   }
   __device__ A get(int i) const {
-    return expanded(codes_.get(i), i < left_ ? of_first_ : of_last_);
+    return dequantize(codes_.get(i), i < left_ ? of_first_ : of_last_);
   }
 
  private:
   Pack<uint8_t, N> codes_;
   float of_first_, of_last_;
-  int left_;  // elements of the first one's block, from it on
+  int left_;  // elements from the first to the end of its block
 };
 
 }  // namespace mas_ext::cuda

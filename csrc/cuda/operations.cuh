@@ -1,14 +1,14 @@
-// What every operation reads, computes and writes for one element (the optimizer steps are in
-// steps.cuh). Memory is walked by multi_tensor.cuh, which needs to know of an operation:
+// What each operation reads, computes and writes for one element (optimizer steps are in
+// steps.cuh). multi_tensor.cuh walks memory. An operation has:
 //
 //   Value, A                what the streams hold; what Ω holds and the formulas compute in
-//   kStreams, kOmega        pointers a tensor, and which of them is Ω
+//   kStreams, kOmega        pointers per tensor, and which of them is Ω
 //   kReads, kWrites         bit s: stream s is read, is written
 //   kSums                   whether operator() returns a term of a sum
-//   begin()                 reads device scalars, once a thread
-//   begin_tensor(place)     the same for what a tensor has of its own; may be left out
-//   skipped, Skipped        after begin(), whether another operation on the same streams takes the
-//                           place of this one in the whole call; may be left out
+//   begin()                 reads device scalars, once per thread
+//   begin_tensor(place)     the same for values of a single tensor; optional
+//   skipped, Skipped        after begin(), whether another operation on the same streams replaces
+//                           this one in the whole call; optional
 //   operator()(element)     one element of every stream, in place
 #pragma once
 
@@ -18,9 +18,9 @@
 
 namespace mas_ext::cuda {
 
-// Ω += scale·|g|
-template <class T>
-struct AccumulateImportance {
+// Ω += scale·f(g), where f is the magnitude
+template <class T, class Magnitude>
+struct AccumulateMagnitude {
   using Value = T;
   using A = accumulate_t<T>;
   static constexpr int kStreams = 2, kOmega = 0;
@@ -31,10 +31,12 @@ struct AccumulateImportance {
 
   __device__ void begin() {}
   __device__ A operator()(A (&element)[kStreams]) const {
-    element[0] += importance_increment(element[1], scale);
+    element[0] += importance_increment<Magnitude>(element[1], scale);
     return A(0);
   }
 };
+template <class T>
+using AccumulateImportance = AccumulateMagnitude<T, MagnitudeAbs>;
 
 // Σ Ω(θ−θ*)²
 template <class T>

@@ -1,4 +1,4 @@
-// The widest access of a thread, and values that lie side by side.
+// The widest access of a thread, and neighbouring values.
 #pragma once
 
 #include <cstdint>
@@ -8,9 +8,9 @@ namespace mas_ext::cuda {
 
 constexpr int kVectorBytes = 16;
 
-// N neighbours, as one access where they are no wider than that, and as several otherwise. Values
-// of 16 and 8 bits stay words of 32 until they are computed with: as an array the compiler would
-// take them apart where they are loaded, wait for them there, and need more registers.
+// N neighbours: one access if they fit, else several. Values of 16 and 8 bits stay in words of 32
+// bits until they are computed with. If they were an array, the compiler would unpack them where
+// they are loaded, wait for them there, and need more registers.
 template <class T, int N>
 class alignas(N * sizeof(T) < kVectorBytes ? N * sizeof(T) : kVectorBytes) Pack {
   static constexpr bool kPairs = sizeof(T) == 2 && N % 2 == 0;
@@ -28,7 +28,7 @@ class alignas(N * sizeof(T) < kVectorBytes ? N * sizeof(T) : kVectorBytes) Pack 
     }
   }
 
-  // The other of a pair stays: where results replace values, it is read after this.
+  // Keeps the other value of a pair, which is read later.
   __device__ void set(int i, T value) {
     static_assert(!kFours, "codes are read only");
     if constexpr (kPairs) {

@@ -1,6 +1,5 @@
-// Sums that come out the same to the bit on every run: a fixed order at every stage, no atomics.
-// Threads sum their elements, a block its threads (block_sum), one block the blocks
-// (finish_penalty).
+// Sums with the same bits on every run: a fixed order at every stage, no atomics. Each thread sums
+// its elements, each block its threads (block_sum), and one block all blocks (finish_penalty).
 #pragma once
 
 #include <cuda_runtime.h>
@@ -41,7 +40,7 @@ template <class Value>
 __global__ void __launch_bounds__(kThreads)
     finish_penalty(const double* partial_sums, int64_t count, Scalar lambda, Value* value) {
   double sum = 0;
-#pragma unroll 8  // that many loads under way: this block has the device to itself
+#pragma unroll 8  // loads in flight: this block has the device to itself
   for (int64_t i = threadIdx.x; i < count; i += kThreads) {
     sum += partial_sums[i];
   }

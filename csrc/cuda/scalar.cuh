@@ -1,11 +1,11 @@
-// λ, learning rate, gradient scale: numbers that kernels are told.
+// λ, learning rate, gradient scale: scalar arguments of kernels.
 #pragma once
 
 #include <cuda_runtime.h>
 
 namespace mas_ext::cuda {
 
-// On the host; or on the device, where a captured graph sees it change and nothing waits for it.
+// On the host or on the device. On the device a captured graph sees new values, and nothing waits.
 struct Scalar {
   const void* device;
   double host;

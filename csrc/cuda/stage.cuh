@@ -1,9 +1,9 @@
 // The factors of accumulate_abs_matmul_ in shared memory, a few positions of a few samples at a
 // time, for the tile of Ω that a block owns.
 //
-// What is summed over are slots: the positions of all samples, one sample behind the other, each
-// filled up to a multiple of what a tile multiplies in one step. Slots that are no position hold
-// zero, as does whatever lies beyond the matrix.
+// Sums run over slots: the positions of all samples in order, where each sample is padded to a
+// multiple of the slots that a tile multiplies in one step. Padding is zero, and so is everything
+// outside of the matrix.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -16,13 +16,13 @@
 
 namespace mas_ext::cuda {
 
-constexpr int kTile = 64;   // rows and columns of Ω a block
+constexpr int kTile = 64;   // rows and columns of Ω per block
 constexpr int kSlots = 32;  // staged at a time
 
 template <class T>
 struct Stage {
-  // Rows stay aligned, to 16 bytes as vectors need and to 32 as tensor cores do every 16 rows; and
-  // one slot's banks are not the next one's.
+  // Keeps rows aligned: to 16 bytes for vectors, and every 16 rows to 32 bytes for tensor cores. It
+  // also shifts neighbouring slots to different banks.
   static constexpr int kPitch = kTile + kVectorBytes / static_cast<int>(sizeof(T));
   using Rows = T[kSlots][kPitch];
 
@@ -33,7 +33,7 @@ struct Stage {
 
 constexpr int64_t kNone = INT64_MIN;
 
-// A thread a slot, so that the division is done once.
+// One thread per slot, so that the division is done once.
 template <class T>
 __device__ void find_slots(Stage<T>& stage, const AbsMatmul& call, int64_t first,
                            int64_t slots_per_sample) {
@@ -51,7 +51,7 @@ __device__ void find_slots(Stage<T>& stage, const AbsMatmul& call, int64_t first
   }
 }
 
-// Whether all that lies in memory side by side are whole vectors of rows.
+// Whether rows are adjacent in memory and form whole, aligned vectors.
 template <class T>
 __device__ bool in_vectors(const Factor& factor, int64_t rows) {
   constexpr int kVector = kVectorBytes / sizeof(T);
@@ -59,12 +59,12 @@ __device__ bool in_vectors(const Factor& factor, int64_t rows) {
          (factor.sample_stride | factor.position_stride | rows) % kVector == 0;
 }
 
-template <class T, int Threads>
+template <class T, class Magnitude, int Threads>
 __device__ void stage_vectors(typename Stage<T>::Rows& tile, const Factor& factor,
                               const int64_t* offsets, int64_t first_row, int64_t rows,
                               bool absolute) {
   constexpr int kVector = kVectorBytes / sizeof(T), kAcross = kTile / kVector;
-#pragma unroll 4  // loads under way
+#pragma unroll 4  // loads in flight
   for (int i = static_cast<int>(threadIdx.x); i < kAcross * kSlots; i += Threads) {
     const int slot = i / kAcross, row = i % kAcross * kVector;
     Pack<T, kVector> pack;
@@ -75,15 +75,15 @@ __device__ void stage_vectors(typename Stage<T>::Rows& tile, const Factor& facto
     if (absolute) {
 #pragma unroll
       for (int v = 0; v < kVector; ++v) {
-        pack.set(v, magnitude(pack.get(v)));
+        pack.set(v, Magnitude::of(pack.get(v)));
       }
     }
     Pack<T, kVector>::of(&tile[slot][row]) = pack;
   }
 }
 
-// Neighbouring threads read along the rows where those lie side by side, else along the slots.
-template <class T, int Threads>
+// Neighbouring threads read along the rows if these are adjacent in memory, else along the slots.
+template <class T, class Magnitude, int Threads>
 __device__ void stage_elements(typename Stage<T>::Rows& tile, const Factor& factor,
                                const int64_t* offsets, int64_t first_row, int64_t rows,
                                bool absolute) {
@@ -97,18 +97,18 @@ __device__ void stage_elements(typename Stage<T>::Rows& tile, const Factor& fact
       value =
           static_cast<const T*>(factor.data)[offsets[slot] + (first_row + row) * factor.row_stride];
     }
-    tile[slot][row] = absolute ? magnitude(value) : value;
+    tile[slot][row] = absolute ? Magnitude::of(value) : value;
   }
 }
 
-template <class T, int Threads>
+template <class T, class Magnitude, int Threads>
 __device__ void stage_factor(typename Stage<T>::Rows& tile, const Factor& factor,
                              const int64_t* offsets, int64_t first_row, int64_t rows,
                              bool absolute) {
   if (in_vectors<T>(factor, rows)) {
-    stage_vectors<T, Threads>(tile, factor, offsets, first_row, rows, absolute);
+    stage_vectors<T, Magnitude, Threads>(tile, factor, offsets, first_row, rows, absolute);
   } else {
-    stage_elements<T, Threads>(tile, factor, offsets, first_row, rows, absolute);
+    stage_elements<T, Magnitude, Threads>(tile, factor, offsets, first_row, rows, absolute);
   }
 }
 

@@ -1,4 +1,4 @@
-// Optimizer steps with the penalty in them, as operations that multi_tensor.cuh walks memory for.
+// Optimizer steps that include the penalty, as operations for multi_tensor.cuh.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -21,8 +21,8 @@ struct DeviceScalars {
   }
 };
 
-// What is left of a step that is skipped, as some gradient is not finite: Σ Ω(θ−θ*)², among the
-// step's streams.
+// What a skipped step still computes, on the same streams: Σ Ω(θ−θ*)². A step is skipped if some
+// gradient is not finite.
 template <class T, int Streams>
 struct SkippedStep {
   using Value = T;
@@ -36,8 +36,8 @@ struct SkippedStep {
   }
 };
 
-// θ and the rule's moments, in place; and Σ Ω(θ−θ*)², at θ before the step, for a proximal one at θ
-// as it is stored afterwards. Streams: θ, moments, g, θ*, Ω.
+// Updates θ and the rule's moments in place and sums Ω(θ−θ*)²: at θ before the step, or for a
+// proximal step at the θ it stores. Streams: θ, moments, g, θ*, Ω.
 template <class T, template <class> class RuleOf, class Options, bool Proximal>
 struct PenalisedStep {
   using Value = T;
@@ -51,7 +51,7 @@ struct PenalisedStep {
 
   DeviceScalars scalars;
   Options options;
-  const BiasCorrection* corrections;  // of every parameter, for a rule that has them
+  const BiasCorrection* corrections;  // one per parameter, for Adam
   double rate;
   bool skipped;
   PenaltyPart<A> penalty;
@@ -69,13 +69,7 @@ struct PenalisedStep {
     skipped = read.found_inf != 0.0;
     penalty = penalty_part<A>(read, options.maximize, Proximal);
   }
-  __device__ void begin_tensor(int place) {
-    if constexpr (std::is_same_v<Options, AdamOptions>) {
-      set_rate(rule, rate, options, corrections[place]);
-    } else {
-      set_rate(rule, rate);
-    }
-  }
+  __device__ void begin_tensor(int place) { set_rate(rule, rate, options, corrections, place); }
   __device__ A operator()(A (&element)[kStreams]) const {
     const A param = element[0], anchor = element[kMoments + 2], omega = element[kOmega];
     const T moved = static_cast<T>(penalised_point<Proximal>(param, element[kMoments + 1], anchor,
@@ -85,14 +79,14 @@ struct PenalisedStep {
   }
 };
 
-// What launch_penalty takes: a template of the values' type alone.
+// As launch_penalty needs it: a template with the type of the values as its only parameter.
 template <template <class> class Rule, class Options, bool Proximal>
 struct StepBy {
   template <class T>
   using Operation = PenalisedStep<T, Rule, Options, Proximal>;
 };
 
-// Once a parameter, not once a block: powers in float64 are slow where there are few units for it.
+// Once per parameter, not once per block: many GPUs compute powers in float64 slowly.
 template <class Count>
 __global__ void __launch_bounds__(kThreads)
     bias_corrections(const Count* steps, int64_t count, AdamOptions options,

@@ -1,5 +1,5 @@
-// Where the tensors of a call lie: tables of pointers, passed by value, so that a captured CUDA
-// graph holds them and no copy is ever in flight.
+// The tensors of a call as tables of pointers. They are kernel parameters, so a captured CUDA graph
+// holds them and nothing is copied to the device.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -15,10 +15,11 @@
 
 namespace mas_ext::cuda {
 
-constexpr int64_t kChunk = 8192;    // elements a block; fixed, so sums do not depend on the grid
+constexpr int64_t kChunk =
+    8192;  // elements per block; fixed, so that sums do not depend on the grid
 constexpr int kTableBytes = 28672;  // kernel parameters hold 32,764 bytes from CUDA 12.1 on
 
-// Only an Ω in codes has scales: a table without them holds more tensors.
+// Only codes have scales; a table without them holds more tensors.
 template <int Capacity, bool Scaled>
 struct Scales {};
 template <int Capacity>
@@ -29,7 +30,7 @@ struct Scales<Capacity, true> {
 template <size_t Streams, bool Scaled>
 constexpr int kCapacityOf = kTableBytes / (8 * (static_cast<int>(Streams) + Scaled) + 16);
 
-// Tensors of one dtype, whose Ω is kept alike. Chunks are numbered through all of them; no chunk
+// Tensors of one dtype, whose Ω is stored alike. Chunks are numbered through all of them; no chunk
 // spans two tensors.
 template <size_t Streams, bool Scaled>
 struct Table : Scales<kCapacityOf<Streams, Scaled>, Scaled> {
@@ -37,7 +38,7 @@ struct Table : Scales<kCapacityOf<Streams, Scaled>, Scaled> {
   void* data[Streams][kCapacity];
   int64_t numel[kCapacity];
   int place[kCapacity];            // in the call's lists
-  int first_chunk[kCapacity + 1];  // of each tensor; behind the last, the number of chunks
+  int first_chunk[kCapacity + 1];  // of each tensor; after the last, the number of chunks
   int tensors;
 
   __host__ __device__ int chunks() const { return first_chunk[tensors]; }
@@ -66,7 +67,7 @@ inline constexpr Kind kKinds[] = {
     {ScalarType::BFloat16, ScalarType::Byte},  {ScalarType::Half, ScalarType::Float},
     {ScalarType::Half, ScalarType::BFloat16},  {ScalarType::Half, ScalarType::Byte}};
 
-// Calls `function.template operator()<T, Kept>()` with the types of a kind.
+// Calls `function.template operator()<T, Stored>()` with the types of a kind.
 template <class F>
 void visit_kind(const Kind& kind, F&& function) {
   visit_dtype(kind.dtype, [&]<class T>() {
@@ -110,24 +111,24 @@ void fill(Table<Streams, Scaled>& table, const std::vector<Entry<Streams>>& entr
   table.first_chunk[table.tensors] = static_cast<int>(chunks);
 }
 
-// Calls `use.template operator()<T, Kept>(table)` with one table after another, T being the values'
-// type and Kept that of Ω: each holds as many tensors of one kind as fit, and none is empty.
+// Calls `use.template operator()<T, Stored>(table)` with one table after another. T is the type of
+// the values and Stored that of Ω. A table holds as many tensors of one kind as fit; none is empty.
 template <size_t Streams, class Use>
 void for_each_table(const std::vector<Entry<Streams>>& entries, Use&& use) {
   for (const Kind& kind : kKinds) {
-    visit_kind(kind, [&]<class T, class Kept>() {
+    visit_kind(kind, [&]<class T, class Stored>() {
       for (size_t next = 0; next < entries.size();) {
-        Table<Streams, in_codes<Kept>> table;
+        Table<Streams, in_codes<Stored>> table;
         fill(table, entries, kind, next);
         if (table.chunks() > 0) {
-          use.template operator()<T, Kept>(table);
+          use.template operator()<T, Stored>(table);
         }
       }
     });
   }
 }
 
-// The tensor that a chunk belongs to: the last one whose first chunk is not beyond it.
+// The tensor that a chunk belongs to: the last one whose first chunk is not after it.
 template <size_t Streams, bool Scaled>
 __device__ int tensor_of_chunk(const Table<Streams, Scaled>& table, int chunk) {
   int low = 0, high = table.tensors - 1;

@@ -1,5 +1,5 @@
-// A tile of |products| on tensor cores: bfloat16 and float16 factors, whose products are exact in
-// the float32 they are summed in.
+// A tile of |products| on tensor cores, for bfloat16 and float16 factors. Their products are exact
+// in float32, in which they are summed.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -17,15 +17,15 @@ namespace mas_ext::cuda {
 
 namespace wmma = nvcuda::wmma;
 
-// Four warps, a quarter of the tile each, in fragments of 16 × 16. A fragment's elements are spread
-// over the warp in an order that is the hardware's own; magnitudes and sums go element by element,
-// so it need not be known. Positions of two samples never share a multiplication: a sample is
-// filled up to 16 slots with zeros.
-template <class T>
+// Four warps own a quarter of the tile each, in fragments of 16 × 16. The hardware decides which
+// thread has which element of a fragment; magnitudes and sums are elementwise and do not depend on
+// it. Positions of two samples never share a multiplication: samples are padded with zeros to a
+// multiple of 16 slots.
+template <class T, class MagnitudeOf = MagnitudeAbs>
 class TensorCoreTile {
   using Element = std::conditional_t<std::is_same_v<T, BFloat16>, __nv_bfloat16, __half>;
   static constexpr int kSide = 16;      // of a fragment
-  static constexpr int kFragments = 2;  // rows and columns of them a warp
+  static constexpr int kFragments = 2;  // per warp, in rows and in columns
   static constexpr int kWarpTile = kSide * kFragments;
   static constexpr int kAcross = kTile / kWarpTile;  // warps that share rows
 
@@ -34,9 +34,10 @@ class TensorCoreTile {
   using Sum = wmma::fragment<wmma::accumulator, kSide, kSide, kSide, float>;
 
  public:
+  using Magnitude = MagnitudeOf;
   static constexpr int kThreads = 32 * kAcross * kAcross;
-  static constexpr int kResident = 4;  // blocks a multiprocessor must have room for
-  static constexpr int kStep = kSide;  // slots a multiplication
+  static constexpr int kResident = 4;  // blocks that must fit on a multiprocessor
+  static constexpr int kStep = kSide;  // slots per multiplication
 
   __device__ TensorCoreTile() {
 #pragma unroll
@@ -73,7 +74,7 @@ class TensorCoreTile {
       for (int c = 0; c < kFragments; ++c) {
 #pragma unroll
         for (int i = 0; i < Sum::num_elements; ++i) {
-          sums_[r][c].x[i] += magnitude(product_[r][c].x[i]);
+          sums_[r][c].x[i] += Magnitude::of(product_[r][c].x[i]);
         }
         wmma::fill_fragment(product_[r][c], 0.0f);
       }
@@ -112,8 +113,8 @@ class TensorCoreTile {
   }
 
 #if defined(__CUDA_ARCH__)
-  // The instructions of load_matrix_sync, told that the memory is shared: of bfloat16 the compiler
-  // loses sight of that, and reads 4 bytes at a time.
+  // As load_matrix_sync, but the instruction says that the memory is shared. For bfloat16 the
+  // compiler does not see it otherwise and reads 4 bytes at a time.
   __device__ static void load_shared_bfloat16(Left& fragment, const T* staged) {
     auto* to = reinterpret_cast<unsigned*>(fragment.x);
     asm volatile("wmma.load.a.sync.aligned.col.m16n16k16.shared.bf16 {%0,%1,%2,%3}, [%4], %5;"

@@ -1,34 +1,26 @@
-"""Argument checks of the operators' default kernels: those of ``csrc/checks.h``, in its words."""
+"""Argument checks for the default kernels and fake tensors.
+
+``csrc/checks.h`` makes the same checks, in the same words, for the compiled kernels.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from mas_ext.reference import BLOCK, accumulation_dtype, num_scales
+from mas_ext._operators.arguments import Argument, Operands, Role
+from mas_ext.precision import BLOCK, accumulation_dtype, num_scales
+
+if TYPE_CHECKING:
+    from mas_ext._operators.declarations import Call, Operator
 
 SUPPORTED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-KEPT = (torch.float32, torch.bfloat16, torch.uint8)  # Ω that is only read, beside all but float64
-
-
-@dataclass(frozen=True)
-class Argument:
-    """One argument of an operator: a list, or a single tensor as a list of one."""
-
-    name: str
-    tensors: Sequence[Tensor]
-    is_omega: bool = False  # has a dtype of its own; all others share one
-    writable: bool = False
-    is_list: bool = True
-
-    def at(self, i: int) -> str:
-        """How messages name the i-th tensor."""
-        return f"{self.name}[{i}]" if self.is_list else self.name
+STORED = (torch.float32, torch.bfloat16, torch.uint8)  # Ω that is only read, except beside float64
 
 
 def _fail(op: str, message: str) -> NoReturn:
@@ -39,12 +31,12 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _expected(argument: Argument, shared: torch.dtype) -> tuple[torch.dtype, ...]:
-    """What an argument may be beside values of a dtype."""
+def _expected(argument: Operands, shared: torch.dtype) -> tuple[torch.dtype, ...]:
+    """The dtypes an argument may have beside values of dtype ``shared``."""
     if not argument.is_omega:
         return (shared,)
-    accumulates = argument.writable or shared == torch.float64
-    return (accumulation_dtype(shared),) if accumulates else KEPT
+    accumulates = argument.written or shared == torch.float64
+    return (accumulation_dtype(shared),) if accumulates else STORED
 
 
 def _names(dtypes: Sequence[torch.dtype]) -> str:
@@ -52,7 +44,7 @@ def _names(dtypes: Sequence[torch.dtype]) -> str:
     return f"{', '.join(most)} or {last}" if most else last
 
 
-def _check_dtype(op: str, argument: Argument, i: int, shared: torch.dtype) -> None:
+def _check_dtype(op: str, argument: Operands, i: int, shared: torch.dtype) -> None:
     dtype, expected = argument.tensors[i].dtype, _expected(argument, shared)
     if dtype in expected and (argument.is_omega or dtype in SUPPORTED):
         return
@@ -70,12 +62,12 @@ def _check_dtype(op: str, argument: Argument, i: int, shared: torch.dtype) -> No
     )
 
 
-def _check_layout(op: str, argument: Argument, i: int) -> None:
+def _check_layout(op: str, argument: Operands, i: int) -> None:
     if argument.tensors[i].layout != torch.strided:
         _fail(op, f"{argument.at(i)} is not a dense (strided) tensor; convert it with to_dense()")
 
 
-def _check_shape(op: str, argument: Argument, first: Argument, i: int) -> None:
+def _check_shape(op: str, argument: Operands, first: Operands, i: int) -> None:
     tensor, expected = argument.tensors[i], first.tensors[i]
     if tensor.shape != expected.shape:
         _fail(
@@ -85,7 +77,7 @@ def _check_shape(op: str, argument: Argument, first: Argument, i: int) -> None:
         )
 
 
-def _check_device(op: str, argument: Argument, first: Argument, i: int) -> None:
+def _check_device(op: str, argument: Operands, first: Operands, i: int) -> None:
     tensor, home = argument.tensors[i], first.tensors[0]
     if tensor.device != home.device:
         _fail(
@@ -95,8 +87,8 @@ def _check_device(op: str, argument: Argument, first: Argument, i: int) -> None:
         )
 
 
-def _check_codes(op: str, omega: Argument, i: int, scales: Argument) -> None:
-    """That the i-th Ω, which is uint8, has the scales of its blocks."""
+def _check_codes(op: str, omega: Operands, i: int, scales: Operands) -> None:
+    """The i-th Ω, which is uint8, must have the scales of its blocks."""
     codes, given = omega.tensors[i], scales.tensors[i]
     _check_layout(op, scales, i)
     if given.device != codes.device:
@@ -124,16 +116,16 @@ def _check_codes(op: str, omega: Argument, i: int, scales: Argument) -> None:
         )
 
 
-def _check_scales(op: str, omega: Argument, scales: Argument) -> None:
-    """Scales for every Ω that is kept in codes, and for no other."""
+def _check_scales(op: str, omega: Operands, scales: Operands) -> None:
+    """Scales for every Ω that is stored in codes, and for no other."""
     if scales.tensors and len(scales.tensors) != len(omega.tensors):
         _fail(
             op,
             f"{scales.name} has {len(scales.tensors)} tensors but {omega.name} has "
             f"{len(omega.tensors)}; pass one for each, without elements where there are no codes",
         )
-    for i, kept in enumerate(omega.tensors):
-        if kept.dtype == torch.uint8:
+    for i, stored in enumerate(omega.tensors):
+        if stored.dtype == torch.uint8:
             if not scales.tensors:
                 _fail(
                     op,
@@ -145,21 +137,15 @@ def _check_scales(op: str, omega: Argument, scales: Argument) -> None:
             _fail(
                 op,
                 f"{scales.at(i)} has shape {list(scales.tensors[i].shape)} but {omega.at(i)} is "
-                f"{_name(kept.dtype)}, which has no scales; pass a tensor without elements",
+                f"{_name(stored.dtype)}, which has no scales; pass a tensor without elements",
             )
 
 
-def _scales_argument(omega_scales: Sequence[Tensor]) -> Argument:
-    return Argument("omega_scales", omega_scales)
-
-
-def check_metadata(
-    op: str, arguments: Sequence[Argument], omega_scales: Sequence[Tensor] = ()
-) -> None:
-    """Lengths, shapes, dtypes, devices; the first argument is the one others are held against."""
-    first = arguments[0]
-    values = arguments[1] if first.is_omega else first
-    for argument in arguments:
+def check_lists(op: str, operands: Sequence[Operands]) -> None:
+    """Lengths, shapes, dtypes and devices; the first list is what the others are compared with."""
+    first = operands[0]
+    values = operands[1] if first.is_omega else first
+    for argument in operands:
         if len(argument.tensors) != len(first.tensors):
             _fail(
                 op,
@@ -167,14 +153,11 @@ def check_metadata(
                 f"{len(first.tensors)}; pass one of each per parameter",
             )
     for i in range(len(first.tensors)):
-        for argument in arguments:
+        for argument in operands:
             _check_layout(op, argument, i)
             _check_shape(op, argument, first, i)
             _check_device(op, argument, first, i)
             _check_dtype(op, argument, i, values.tensors[i].dtype)
-    for argument in arguments:
-        if argument.is_omega:
-            _check_scales(op, argument, _scales_argument(omega_scales))
 
 
 @dataclass(frozen=True)
@@ -183,7 +166,7 @@ class _Span:
 
     begin: int
     end: int
-    argument: Argument
+    argument: Operands
     index: int
 
     @property
@@ -191,8 +174,8 @@ class _Span:
         return self.argument.tensors[self.index]
 
 
-def _spans(arguments: Sequence[Argument]) -> Iterator[_Span]:
-    for argument in arguments:
+def _spans(operands: Sequence[Operands]) -> Iterator[_Span]:
+    for argument in operands:
         for i, tensor in enumerate(argument.tensors):
             if tensor.numel() > 0:
                 last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
@@ -201,12 +184,12 @@ def _spans(arguments: Sequence[Argument]) -> Iterator[_Span]:
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether its elements fill one range of memory, each place once, in whatever order."""
+    """Whether its elements fill one range of memory, each address once, in any order."""
     return bool(torch.ops.aten.is_non_overlapping_and_dense(tensor))
 
 
 def _is_nested(tensor: Tensor) -> bool:
-    """Whether every step goes beyond all that smaller steps reach: no place comes twice."""
+    """Whether every stride exceeds what smaller strides reach, so that no address comes twice."""
     reach = 0
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size != 1 and stride <= reach:
@@ -224,7 +207,7 @@ def _addresses(tensor: Tensor) -> Tensor:
 
 
 def _share_memory(a: _Span, b: _Span) -> bool:
-    """Whether two tensors whose spans meet really share memory (two column slices do not)."""
+    """Whether tensors whose spans overlap really share memory (two column slices do not)."""
     if is_dense(a.tensor) and is_dense(b.tensor):
         return True
     left, right = _addresses(a.tensor), _addresses(b.tensor)
@@ -236,7 +219,7 @@ def _share_memory(a: _Span, b: _Span) -> bool:
 
 
 def _check_no_self_overlap(op: str, span: _Span) -> None:
-    if span.argument.writable and not _is_nested(span.tensor):
+    if span.argument.written and not _is_nested(span.tensor):
         places = _addresses(span.tensor)
         if (places[1:] == places[:-1]).any():
             _fail(
@@ -246,18 +229,15 @@ def _check_no_self_overlap(op: str, span: _Span) -> None:
             )
 
 
-def check_no_overlap(
-    op: str, arguments: Sequence[Argument], omega_scales: Sequence[Tensor] = ()
-) -> None:
+def check_no_overlap(op: str, operands: Sequence[Operands]) -> None:
     """Nothing that is written may share memory with anything else: two threads would race."""
-    still_open: list[_Span] = []  # spans that reach beyond the one at hand
-    spans = _spans([*arguments, _scales_argument(omega_scales)])
-    for span in sorted(spans, key=lambda span: span.begin):
+    still_open: list[_Span] = []  # spans that reach beyond the current one's beginning
+    for span in sorted(_spans(operands), key=lambda span: span.begin):
         _check_no_self_overlap(op, span)
         still_open = [other for other in still_open if other.end > span.begin]
         for other in still_open:
-            written, aliased = (span, other) if span.argument.writable else (other, span)
-            if written.argument.writable and _share_memory(span, other):
+            written, aliased = (span, other) if span.argument.written else (other, span)
+            if written.argument.written and _share_memory(span, other):
                 _fail(
                     op,
                     f"{written.argument.at(written.index)} is written but shares memory with "
@@ -266,12 +246,34 @@ def check_no_overlap(
         still_open.append(span)
 
 
-def check_scalar(op: str, name: str, scalar: Tensor, tensors: Sequence[Tensor]) -> None:
+# ================================================================================================
+# Numbers
+# ================================================================================================
+def check_non_negative(op: str, name: str, value: float) -> None:
+    if not value >= 0 or math.isinf(value):
+        _fail(op, f"{name} is {value:g}; pass a finite number that is not negative")
+
+
+def check_positive(op: str, name: str, value: float) -> None:
+    if not 0 < value < math.inf:
+        _fail(op, f"{name} is {value:g}; pass a finite number above zero")
+
+
+def check_beta(op: str, name: str, value: float) -> None:
+    if not 0 <= value < 1:
+        _fail(op, f"{name} is {value:g}; pass a number from 0 up to but not including 1")
+
+
+def _check_float_dtype(op: str, name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in (torch.float32, torch.float64):
+        _fail(op, f"{name} has dtype {_name(tensor.dtype)}; pass a float32 or float64 tensor")
+
+
+def _check_scalar(op: str, name: str, scalar: Tensor, tensors: Sequence[Tensor]) -> None:
     """A 0-dim float32 or float64 tensor, on the CPU or with the tensors."""
     if scalar.dim() != 0:
         _fail(op, f"{name} has shape {list(scalar.shape)}; pass a number or a 0-dim tensor")
-    if scalar.dtype not in (torch.float32, torch.float64):
-        _fail(op, f"{name} has dtype {_name(scalar.dtype)}; pass a float32 or float64 tensor")
+    _check_float_dtype(op, name, scalar)
     if scalar.device.type != "cpu" and tensors and scalar.device != tensors[0].device:
         _fail(
             op,
@@ -280,14 +282,24 @@ def check_scalar(op: str, name: str, scalar: Tensor, tensors: Sequence[Tensor]) 
         )
 
 
-def check_non_negative(op: str, name: str, value: float | Tensor) -> None:
-    """Finite and ≥ 0; a scalar on a device is not looked at, since that would wait for it."""
-    if isinstance(value, Tensor):
-        if value.device.type != "cpu":
-            return
-        value = float(value)
-    if not value >= 0 or math.isinf(value):
-        _fail(op, f"{name} is {value:g}; pass a finite number that is not negative")
+# ================================================================================================
+# What single operators require
+# ================================================================================================
+def check_factors(op: str, operands: Sequence[Operands]) -> None:
+    """Ω[p, d], left[b, t, p] and right[b, t, d]."""
+    for argument in operands:
+        _check_layout(op, argument, 0)
+        _check_device(op, argument, operands[0], 0)
+        _check_dtype(op, argument, 0, operands[1].tensors[0].dtype)
+    omega, left, right = (argument.tensors[0] for argument in operands)
+    _check_dimensions(op, "omega", omega, 2, "a matrix [p, d]")
+    _check_dimensions(op, "left", left, 3, "[samples, positions, p]")
+    _check_dimensions(op, "right", right, 3, "[samples, positions, d]")
+    tensors = {"omega": omega, "left": left, "right": right}
+    _check_same_size(op, tensors, ("right", 0), ("left", 0), "the samples")
+    _check_same_size(op, tensors, ("right", 1), ("left", 1), "the positions")
+    _check_same_size(op, tensors, ("left", 2), ("omega", 0), "p")
+    _check_same_size(op, tensors, ("right", 2), ("omega", 1), "d")
 
 
 def _check_dimensions(op: str, name: str, tensor: Tensor, dims: int, expected: str) -> None:
@@ -309,96 +321,88 @@ def _check_same_size(
         )
 
 
-def check_abs_matmul(
-    op: str, omega: Tensor, left: Tensor, right: Tensor, scale: float
-) -> list[Argument]:
-    """Ω[p, d], left[b, t, p] and right[b, t, d]."""
-    check_non_negative(op, "scale", scale)
-    arguments = [
-        Argument("omega", [omega], is_omega=True, writable=True, is_list=False),
-        Argument("left", [left], is_list=False),
-        Argument("right", [right], is_list=False),
-    ]
-    for argument in arguments:
-        _check_layout(op, argument, 0)
-        _check_device(op, argument, arguments[0], 0)
-        _check_dtype(op, argument, 0, left.dtype)
-    tensors = {"omega": omega, "left": left, "right": right}
-    _check_dimensions(op, "omega", omega, 2, "a matrix [p, d]")
-    _check_dimensions(op, "left", left, 3, "[samples, positions, p]")
-    _check_dimensions(op, "right", right, 3, "[samples, positions, d]")
-    _check_same_size(op, tensors, ("right", 0), ("left", 0), "the samples")
-    _check_same_size(op, tensors, ("right", 1), ("left", 1), "the positions")
-    _check_same_size(op, tensors, ("left", 2), ("omega", 0), "p")
-    _check_same_size(op, tensors, ("right", 2), ("omega", 1), "d")
-    return arguments
-
-
-def _check_positive(op: str, name: str, value: Tensor) -> None:
-    if value.device.type == "cpu" and not 0 < float(value) < math.inf:
-        _fail(op, f"{name} is {float(value):g}; pass a finite number above zero")
-
-
-def check_strengths(op: str, lambda_reg: Tensor, lr: Tensor, grad_scale: Tensor | None) -> None:
-    """Of an optimizer's step."""
-    check_non_negative(op, "lambda_reg", lambda_reg)
-    check_non_negative(op, "lr", lr)
-    if grad_scale is not None:
-        _check_positive(op, "grad_scale", grad_scale)
-
-
-def check_sgd_options(
-    op: str,
-    momentum: float,
-    dampening: float,
-    weight_decay: float,
-    nesterov: bool,
-    momentum_buffers: Sequence[Tensor],
-) -> None:
-    """Numbers that every call is told."""
-    check_non_negative(op, "momentum", momentum)
-    check_non_negative(op, "dampening", dampening)
-    check_non_negative(op, "weight_decay", weight_decay)
-    if nesterov and (momentum == 0 or dampening != 0):
+def check_nesterov(op: str, call: Call, read: bool) -> None:
+    if call["nesterov"] and (call["momentum"] == 0 or call["dampening"] != 0):
         _fail(op, "nesterov needs a momentum above zero and no dampening")
-    if momentum == 0 and momentum_buffers:
-        _fail(
-            op,
-            f"momentum_buffers has {len(momentum_buffers)} tensors but momentum is 0; "
-            "leave them out",
-        )
 
 
-def check_adam_options(
-    op: str, beta1: float, beta2: float, eps: float, weight_decay: float
-) -> None:
-    """Numbers that every call is told."""
-    for name, beta in {"beta1": beta1, "beta2": beta2}.items():
-        if not 0 <= beta < 1:
-            _fail(op, f"{name} is {beta:g}; pass a number from 0 up to but not including 1")
-    check_non_negative(op, "eps", eps)
-    check_non_negative(op, "weight_decay", weight_decay)
-
-
-def check_steps(op: str, steps: Tensor, params: Sequence[Tensor]) -> None:
-    """One count a parameter."""
+def check_steps(op: str, call: Call, read: bool) -> None:
+    """One count per parameter, none of them negative."""
+    steps, params = call["steps"], call["params"]
     if steps.dim() != 1 or len(steps) != len(params):
         _fail(
             op,
             f"steps has shape {list(steps.shape)} but there are {len(params)} params; "
             "pass one count for each, as one tensor",
         )
-    if steps.dtype not in (torch.float32, torch.float64):
-        _fail(op, f"steps has dtype {_name(steps.dtype)}; pass a float32 or float64 tensor")
+    _check_float_dtype(op, "steps", steps)
     if params and steps.device != params[0].device:
         _fail(
             op,
             f"steps is on {steps.device} but the tensors are on {params[0].device}; move it there",
         )
-
-
-def check_counts(op: str, steps: Tensor) -> None:
-    """That no count is negative, where looking at them waits for nothing."""
-    if steps.device.type == "cpu":
+    if read and steps.device.type == "cpu":  # on a device, reading them would wait
         for i, count in enumerate(steps.tolist()):
             check_non_negative(op, f"steps[{i}]", count)
+
+
+# ================================================================================================
+# A whole call
+# ================================================================================================
+def check_call(operator: Operator, call: Call, *, read: bool) -> list[Operands]:
+    """Checks everything but overlap in memory, and returns the tensors that are in the lists.
+
+    Args:
+        operator: the declaration.
+        call: the arguments by name.
+        read: whether tensors have values. Those on a device are not read, since that would wait.
+    """
+    _check_scalars(operator, call)
+    _check_numbers(operator, call, read)
+    operator.check(operator.name, call, read)
+    operands = [
+        Operands(argument, call[argument.name] if argument.is_list else [call[argument.name]])
+        for argument in operator.arguments
+        if argument.role in (Role.VALUES, Role.OMEGA) and not _left_out(operator, argument, call)
+    ]
+    operator.check_operands(operator.name, operands)
+    for argument in operator.arguments:
+        if argument.role is Role.OMEGA_SCALES:
+            scales = Operands(argument, call[argument.name])
+            (omega,) = (each for each in operands if each.is_omega)
+            _check_scales(operator.name, omega, scales)
+            operands.append(scales)
+    return operands
+
+
+def _check_scalars(operator: Operator, call: Call) -> None:
+    first = next(call[a.name] for a in operator.arguments if a.role in (Role.VALUES, Role.OMEGA))
+    for argument in operator.arguments:
+        value = call[argument.name]
+        if argument.role is Role.SCALAR and value is not None:
+            _check_scalar(operator.name, argument.name, value, first)
+
+
+def _check_numbers(operator: Operator, call: Call, read: bool) -> None:
+    for argument in operator.arguments:
+        value: Any = call[argument.name]
+        if argument.check is None or value is None:
+            continue
+        if not isinstance(value, Tensor):
+            argument.check(operator.name, argument.name, value)
+        elif read and value.device.type == "cpu":
+            argument.check(operator.name, argument.name, float(value))
+
+
+def _left_out(operator: Operator, argument: Argument, call: Call) -> bool:
+    """Whether a list has no part in this call, in which case it must be empty."""
+    if not argument.only_with or call[argument.only_with] != 0:
+        return False
+    tensors = call[argument.name]
+    if tensors:
+        _fail(
+            operator.name,
+            f"{argument.name} has {len(tensors)} tensors but {argument.only_with} is 0; "
+            "leave them out",
+        )
+    return True

@@ -1,4 +1,4 @@
-"""Loads the compiled kernels, and says what was loaded and why not."""
+"""Loads the compiled kernels, and reports what was loaded or why nothing was."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from mas_ext._version import __version__
 
 _MINIMUM_TORCH = (2, 13)
 _REMEDY = (
-    "mas_ext runs in plain PyTorch: same results, several times slower. For the kernels: install "
+    "mas_ext runs in plain PyTorch: same results, several times slower. For the kernels, install "
     "torch>=2.13 and a C++20 compiler, then reinstall mas_ext from its source with "
     "pip install --no-build-isolation. MAS_EXT_DISABLE_NATIVE=1 silences this warning."
 )
 
 try:
     _C: Any = import_module("mas_ext._C")
-except ImportError:  # not built: build_info() and the warning below say so
+except ImportError:  # not built; build_info() and the warning below say so
     _C = None
 
 
@@ -40,10 +40,13 @@ def _reason_not_to_load() -> str | None:
 
 
 def load() -> str | None:
-    """Registers the compiled kernels with PyTorch's dispatcher; returns why not, or None.
+    """Registers the compiled kernels with PyTorch's dispatcher.
 
-    The reference implementations are the operators' default kernels, so everything works either
-    way. Anything but ``MAS_EXT_DISABLE_NATIVE=1`` that prevents loading warns once.
+    Without them everything still works, since the reference is every operator's default kernel.
+
+    Returns:
+        None, or the reason why they were not loaded. Any reason but ``MAS_EXT_DISABLE_NATIVE=1``
+        also gives a warning, once.
     """
     if os.environ.get("MAS_EXT_DISABLE_NATIVE") == "1":
         return "MAS_EXT_DISABLE_NATIVE=1"
@@ -61,7 +64,7 @@ def load() -> str | None:
 NOT_NATIVE_BECAUSE = load()
 
 
-# THE place to say what has run where; `make gpu` is how the second line changes.
+# THE place to say which kernels have run where. `make gpu` is what changes the second line.
 _VERIFIED = {
     "cpu": "run by every test",
     "cuda": (
@@ -77,9 +80,9 @@ def build_info() -> dict[str, Any]:
     Returns:
         A dictionary: ``version``, ``torch``, ``python``, ``platform``; ``native`` (whether the
         compiled kernels serve the operators) and, if not, ``reason``; ``simd`` (the instruction
-        set the CPU kernels use here); ``cuda_kernels`` and ``cuda_architectures``; ``compiler``
-        and ``built_with_torch``; ``verified``, device → where this version's kernels for it have
-        been run by those who make it, which says nothing about this machine.
+        set of the CPU kernels on this machine); ``cuda_kernels`` and ``cuda_architectures``;
+        ``compiler`` and ``built_with_torch``; ``verified`` (by device, how the developers have
+        tested this version's kernels, which says nothing about this machine).
     """
     config: dict[str, str] = _C.build_config() if _C is not None else {}
     native = NOT_NATIVE_BECAUSE is None

@@ -99,7 +99,7 @@ class ProtectedParameters:
 
     def _find(self, only: Set[int] | None, update: UpdateKind) -> list[ProtectedParameter]:
         named, remembered = self.index.named(), self.state.consolidated
-        stored, strength = remembered.importance.kept, self.state.strength
+        stored, strength = remembered.importance.stored, self.state.strength
         self._warn_of_missing([name for name in remembered.anchor if name not in named])
         # Selected before anything is looked up: with one optimizer per parameter each asks for one.
         names = [

@@ -19,8 +19,7 @@ from mas_ext._distributed.gathering import write_once
 from mas_ext._state import tensor_file
 from mas_ext._strength.auto import DEFAULT_DRIFT, OutputEnergy
 from mas_ext.importance.sample_statistics import Seen
-from mas_ext.precision import num_scales
-from mas_ext.reference import expanded, in_memory_order
+from mas_ext.precision import dequantize, in_memory_order, num_scales
 
 FORMAT = "mas_ext"
 # 2: open tasks weighted by batches, and "earlier" for the merge that needs it.
@@ -110,7 +109,7 @@ def dequantized(state: Mapping[str, Any], names: Iterable[str]) -> StateDict:
     for group, key in SCALES.items():
         omega, scales = dict(state[group]), dict(state[key])
         for name in set(names) & scales.keys():
-            omega[name] = expanded(omega[name], scales.pop(name))
+            omega[name] = dequantize(omega[name], scales.pop(name))
         changed |= {group: omega, key: scales}
     return {**state, **changed}
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mas_ext._state.checkpoint import GROUPS, SCALES, TENSORS, StateDict, dequantized
-from mas_ext.precision import kept_dtype
+from mas_ext.precision import stored_dtype
 
 _PAGE = 4096  # bytes that settings are a multiple of, so that they seldom change their size
 _TASKS, _SAMPLES = 0, 1  # columns of the counts
@@ -86,7 +86,7 @@ def _names(tensors: Mapping[str, Any]) -> list[str]:
 
 def _zeros(p: Tensor, state_dtype: str) -> Tensor:
     """In the dtype that the parameter's Ω is packed in."""
-    dtype = kept_dtype(p.dtype, state_dtype)
+    dtype = stored_dtype(p.dtype, state_dtype)
     dtype = torch.float32 if dtype == torch.uint8 else dtype
     return torch.zeros_like(p, dtype=dtype, requires_grad=False)
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from mas_ext._distributed.shards import Placement
 from mas_ext._state.flat_tensors import FlatTensors, check_growth, copies, leading
 from mas_ext._state.merging import Merge, merge_, needs_earlier, total_weight
+from mas_ext._state.stored_importance import StoredImportance
 from mas_ext._state.task_accumulator import TaskAccumulator
 from mas_ext._strength.auto import GroupStatistics
-from mas_ext.precision import KeptImportance
-from mas_ext.reference import in_memory_order
+from mas_ext.precision import in_memory_order
 
 _PIECE = 2**20  # elements of Ω that are merged at a time; a multiple of precision.BLOCK
 
@@ -35,10 +35,10 @@ class ImportanceState:
     """
 
     def __init__(self, state_dtype: str = "float32") -> None:
-        self.importance = KeptImportance({}, state_dtype)
+        self.importance = StoredImportance({}, state_dtype)
         self.anchor = FlatTensors({})
         self.tasks: dict[str, int] = {}
-        self.earlier = KeptImportance({}, state_dtype)
+        self.earlier = StoredImportance({}, state_dtype)
 
     @torch.no_grad()
     def make_room(self, params: Mapping[str, Tensor]) -> None:
@@ -82,7 +82,7 @@ class ImportanceState:
 
     def _total(self, name: str) -> Tensor:
         """Σ Ω in float64. Codes are dequantized a piece at a time."""
-        stored, scales = self.importance.kept(name)
+        stored, scales = self.importance.stored(name)
         if scales is None:
             return stored.sum(dtype=torch.float64)
         total = torch.zeros((), dtype=torch.float64, device=stored.device)
@@ -118,7 +118,7 @@ class ImportanceState:
         restored.tasks = dict(state["tasks"])
         for name, value in state["anchor"].items():
             restored.anchor[name].copy_(value)
-        restored.earlier = KeptImportance({n: params[n] for n in state["earlier"]}, state_dtype)
+        restored.earlier = StoredImportance({n: params[n] for n in state["earlier"]}, state_dtype)
         for stored, group in ((restored.importance, "importance"), (restored.earlier, "earlier")):
             for name, value in state[group].items():
                 stored.put(name, value, state[f"{group}_scales"].get(name))
@@ -129,7 +129,7 @@ class ImportanceState:
         """Merges a task's Ω, and takes θ* ← θ for all of ``params``."""
         self.make_room(params)
         if needs_earlier(merge) and not self.earlier:
-            self.earlier = KeptImportance(self.anchor, self.importance.state_dtype)
+            self.earlier = StoredImportance(self.anchor, self.importance.state_dtype)
         for name, total in task.measured_sums().items():
             if name in params:
                 self._merge(name, total, task.counts[name], merge)
@@ -143,7 +143,7 @@ class ImportanceState:
         So there is never a second Ω in float32 beside the sums, unless the parameter grew or
         changed its strides.
         """
-        stored, _ = self.importance.kept(name)
+        stored, _ = self.importance.stored(name)
         if total.shape != stored.shape or total.stride() != stored.stride():
             self._merge_grown(name, total, count, merge)
             return
@@ -167,11 +167,11 @@ class ImportanceState:
             self.earlier.put(name, earlier)
 
 
-def _grown(stored: KeptImportance, like: Mapping[str, Tensor]) -> KeptImportance:
+def _grown(stored: StoredImportance, like: Mapping[str, Tensor]) -> StoredImportance:
     """The same in the shapes of ``like``, zero where there was nothing."""
-    grown = KeptImportance(like, stored.state_dtype)
+    grown = StoredImportance(like, stored.state_dtype)
     for name in stored:
-        before, scales = stored.kept(name)
+        before, scales = stored.stored(name)
         if before.shape == like[name].shape:
             grown.put(name, before, scales)
         else:
@@ -181,8 +181,8 @@ def _grown(stored: KeptImportance, like: Mapping[str, Tensor]) -> KeptImportance
     return grown
 
 
-def _stored_copies(stored: KeptImportance) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _stored_copies(stored: StoredImportance) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Ω as it is stored, and the scales of codes."""
-    pairs = {name: stored.kept(name) for name in stored}
+    pairs = {name: stored.stored(name) for name in stored}
     scales = {name: scales for name, (_, scales) in pairs.items() if scales is not None}
     return copies({name: omega for name, (omega, _) in pairs.items()}), copies(scales)

@@ -1,0 +1,258 @@
+// The operators, written once for CPU and CUDA: the checks of their arguments, the lists that
+// kernels walk, and what is returned. A device's kernels are a class (`Kernels` below) with
+//
+//   Number                       a 0-dim tensor's value, or on CUDA where to read it
+//   StepNumbers                  { Number lambda, lr, grad_scale, found_inf; }
+//   read(op, name, scalar)       the number in a tensor that passed check_scalar
+//   constant(value)              a number that is known here
+//   known(number)                a pointer to its value, or nullptr if it is on the device
+//
+// and the functions that the operators below call. A kernel returns the penalty as a 0-dim tensor.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <optional>
+#include <tuple>
+#include <utility>
+
+#include "abs_matmul.h"
+#include "checks.h"
+#include "formulas.h"
+#include "steps.h"
+#include "tensor_list.h"
+
+namespace mas_ext {
+
+// What a kernel knows of the call it serves: its operator, for errors, and a tensor on its device.
+struct Call {
+  const char* op;
+  const Tensor& home;
+};
+
+// A list without tensors is where its λ is.
+inline const Tensor& home_of(const TensorList& params, const Tensor& lambda_reg) {
+  return params.empty() ? lambda_reg : params.front();
+}
+
+// ------------------------------------------------------------------------------------------------
+// Arguments
+// ------------------------------------------------------------------------------------------------
+inline Argument read(const char* name, const TensorList& tensors) {
+  return {.name = name, .tensors = tensors};
+}
+inline Argument written(const char* name, const TensorList& tensors) {
+  return {.name = name, .tensors = tensors, .writable = true};
+}
+inline Argument omega_of(const TensorList& omega) {
+  return {.name = "omega", .tensors = omega, .is_omega = true};
+}
+
+using NumberCheck = void (*)(const char* op, const char* name, double value);
+
+inline void allow_any(const char*, const char*, double) {}
+
+// A scalar argument, or `otherwise` where it is left out. Its value is checked if that does not
+// mean to wait for a device.
+template <class Kernels>
+auto read_scalar(const char* op, const char* name, const std::optional<Tensor>& scalar,
+                 const TensorList& tensors, NumberCheck check, double otherwise = 1.0) {
+  if (!scalar) {
+    return Kernels::constant(otherwise);
+  }
+  check_scalar(op, name, *scalar, tensors);
+  const auto number = Kernels::read(op, name, *scalar);
+  if (const double* value = Kernels::known(number)) {
+    check(op, name, *value);
+  }
+  return number;
+}
+
+// ------------------------------------------------------------------------------------------------
+// Importance. The magnitude that a gradient counts with is an argument of every kernel.
+// ------------------------------------------------------------------------------------------------
+template <class Kernels>
+void accumulate_importance_(const TensorList& omega, const TensorList& grads, double scale) {
+  constexpr const char* op = "accumulate_importance_";
+  check_non_negative(op, "scale", scale);
+  FlatList<2> list(op, {{.name = "omega", .tensors = omega, .is_omega = true, .writable = true},
+                        read("grads", grads)});
+  if (list.total() > 0) {
+    Kernels::accumulate(MagnitudeAbs{}, {op, omega.front()}, list, scale);
+    list.write_back();
+  }
+}
+
+inline Factor factor_of(const Tensor& tensor) {
+  return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+}
+
+template <class Kernels>
+void accumulate_abs_matmul_(const Tensor& omega, const Tensor& left, const Tensor& right,
+                            double scale) {
+  constexpr const char* op = "accumulate_abs_matmul_";
+  check_abs_matmul(op, omega, left, right, scale);
+  AbsMatmul problem{omega.data_ptr(), omega.stride(0), omega.stride(1), factor_of(left),
+                    factor_of(right), left.size(0),    left.size(1),    omega.size(0),
+                    omega.size(1),    dtype_of(left),  scale,           false};
+  turn_columns_innermost(problem);
+  turn_samples_into_positions(problem);
+  if (!problem.is_empty()) {
+    Kernels::accumulate_abs_matmul(MagnitudeAbs{}, {op, omega}, problem);
+  }
+}
+
+// ------------------------------------------------------------------------------------------------
+// The penalty
+// ------------------------------------------------------------------------------------------------
+template <class Kernels>
+Tensor penalty(const TensorList& params, const TensorList& anchors, const TensorList& omega,
+               const TensorList& omega_scales, const Tensor& lambda_reg) {
+  constexpr const char* op = "penalty";
+  const auto lambda = read_scalar<Kernels>(op, "lambda_reg", lambda_reg, params, allow_any);
+  const FlatList<3> list(op, {read("params", params), read("anchors", anchors), omega_of(omega)},
+                         omega_scales);
+  return Kernels::penalty({op, home_of(params, lambda_reg)}, list, lambda);
+}
+
+// g ← sλΩ(θ−θ*), or g += sλΩ(θ−θ*), in lists whose tensors passed the checks or are checked here.
+template <class Kernels, bool Add>
+Tensor penalty_gradient(const char* op, const TensorList& grads, const TensorList& params,
+                        const TensorList& anchors, const TensorList& omega,
+                        const TensorList& omega_scales, const Tensor& lambda_reg,
+                        typename Kernels::Number lambda, typename Kernels::Number grad_scale) {
+  FlatList<4> list(
+      op,
+      {written("grads", grads), read("params", params), read("anchors", anchors), omega_of(omega)},
+      omega_scales);
+  const Tensor value = Kernels::template penalty_gradient<Add>({op, home_of(params, lambda_reg)},
+                                                               list, lambda, grad_scale);
+  list.write_back();
+  return value;
+}
+
+template <class Kernels>
+std::tuple<Tensor, TensorList> penalty_and_grad(const TensorList& params, const TensorList& anchors,
+                                                const TensorList& omega,
+                                                const TensorList& omega_scales,
+                                                const Tensor& lambda_reg) {
+  constexpr const char* op = "penalty_and_grad";
+  const auto lambda = read_scalar<Kernels>(op, "lambda_reg", lambda_reg, params, allow_any);
+  // New gradients can be made only of parameters that passed the checks.
+  check_arguments(op, {read("params", params), read("anchors", anchors), omega_of(omega)},
+                  omega_scales);
+  const TensorList grads = empty_like_each(params);
+  const Tensor value = penalty_gradient<Kernels, false>(
+      op, grads, params, anchors, omega, omega_scales, lambda_reg, lambda, Kernels::constant(1.0));
+  return {value, grads};
+}
+
+template <class Kernels>
+Tensor add_penalty_grad_(const TensorList& grads, const TensorList& params,
+                         const TensorList& anchors, const TensorList& omega,
+                         const TensorList& omega_scales, const Tensor& lambda_reg,
+                         const std::optional<Tensor>& grad_scale) {
+  constexpr const char* op = "add_penalty_grad_";
+  const auto lambda = read_scalar<Kernels>(op, "lambda_reg", lambda_reg, grads, check_non_negative);
+  const auto scale = read_scalar<Kernels>(op, "grad_scale", grad_scale, grads, check_non_negative);
+  return penalty_gradient<Kernels, true>(op, grads, params, anchors, omega, omega_scales,
+                                         lambda_reg, lambda, scale);
+}
+
+template <class Kernels>
+Tensor proximal_step_(const TensorList& params, const TensorList& anchors, const TensorList& omega,
+                      const TensorList& omega_scales, const Tensor& lambda_reg, const Tensor& lr) {
+  constexpr const char* op = "proximal_step_";
+  const auto lambda =
+      read_scalar<Kernels>(op, "lambda_reg", lambda_reg, params, check_non_negative);
+  const auto rate = read_scalar<Kernels>(op, "lr", lr, params, check_non_negative);
+  FlatList<3> list(op, {written("params", params), read("anchors", anchors), omega_of(omega)},
+                   omega_scales);
+  const Tensor value =
+      Kernels::proximal_step({op, home_of(params, lambda_reg)}, list, lambda, rate);
+  list.write_back();
+  return value;
+}
+
+// ------------------------------------------------------------------------------------------------
+// Optimizer steps. Their lists are θ, moments, g, θ*, Ω.
+// ------------------------------------------------------------------------------------------------
+template <class Kernels>
+typename Kernels::StepNumbers read_step_numbers(const char* op, const TensorList& params,
+                                                const Tensor& lambda_reg, const Tensor& lr,
+                                                const std::optional<Tensor>& grad_scale,
+                                                const std::optional<Tensor>& found_inf) {
+  return {read_scalar<Kernels>(op, "lambda_reg", lambda_reg, params, check_non_negative),
+          read_scalar<Kernels>(op, "lr", lr, params, check_non_negative),
+          read_scalar<Kernels>(op, "grad_scale", grad_scale, params, check_positive),
+          read_scalar<Kernels>(op, "found_inf", found_inf, params, allow_any, 0.0)};
+}
+
+template <class Kernels, template <class> class Rule, size_t Streams, class Options>
+Tensor penalised_step(const Call& call, FlatList<Streams> list,
+                      const typename Kernels::StepNumbers& numbers, const Options& options,
+                      bool proximal, const BiasCorrection* corrections = nullptr) {
+  const Tensor value =
+      proximal ? Kernels::template step<Rule, true>(call, list, numbers, options, corrections)
+               : Kernels::template step<Rule, false>(call, list, numbers, options, corrections);
+  list.write_back();
+  return value;
+}
+
+template <class Kernels>
+Tensor sgd_step_(const TensorList& params, const TensorList& grads,
+                 const TensorList& momentum_buffers, const TensorList& anchors,
+                 const TensorList& omega, const TensorList& omega_scales, const Tensor& lambda_reg,
+                 const Tensor& lr, double momentum, double dampening, double weight_decay,
+                 bool nesterov, bool maximize, bool proximal,
+                 const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf) {
+  constexpr const char* op = "sgd_step_";
+  const Call call{op, home_of(params, lambda_reg)};
+  const SgdOptions options{momentum, dampening, weight_decay, nesterov, maximize};
+  const auto numbers =
+      read_step_numbers<Kernels>(op, params, lambda_reg, lr, grad_scale, found_inf);
+  check_options(op, options, momentum_buffers);
+  if (momentum == 0) {
+    return penalised_step<Kernels, SgdRule>(
+        call,
+        FlatList<4>(op,
+                    {written("params", params), read("grads", grads), read("anchors", anchors),
+                     omega_of(omega)},
+                    omega_scales),
+        numbers, options, proximal);
+  }
+  return penalised_step<Kernels, MomentumRule>(
+      call,
+      FlatList<5>(op,
+                  {written("params", params), written("momentum_buffers", momentum_buffers),
+                   read("grads", grads), read("anchors", anchors), omega_of(omega)},
+                  omega_scales),
+      numbers, options, proximal);
+}
+
+template <class Kernels>
+Tensor adamw_step_(const TensorList& params, const TensorList& grads, const TensorList& exp_avgs,
+                   const TensorList& exp_avg_sqs, const Tensor& steps, const TensorList& anchors,
+                   const TensorList& omega, const TensorList& omega_scales,
+                   const Tensor& lambda_reg, const Tensor& lr, double beta1, double beta2,
+                   double eps, double weight_decay, bool decoupled, bool maximize, bool proximal,
+                   const std::optional<Tensor>& grad_scale,
+                   const std::optional<Tensor>& found_inf) {
+  constexpr const char* op = "adamw_step_";
+  const AdamOptions options{beta1, beta2, eps, weight_decay, decoupled, maximize};
+  const auto numbers =
+      read_step_numbers<Kernels>(op, params, lambda_reg, lr, grad_scale, found_inf);
+  check_options(op, options);
+  check_steps(op, steps, params);
+  FlatList<6> list(op,
+                   {written("params", params), written("exp_avgs", exp_avgs),
+                    written("exp_avg_sqs", exp_avg_sqs), read("grads", grads),
+                    read("anchors", anchors), omega_of(omega)},
+                   omega_scales);
+  const auto corrections = Kernels::bias_corrections(op, steps, options);
+  return penalised_step<Kernels, AdamRule>({op, home_of(params, lambda_reg)}, std::move(list),
+                                           numbers, options, proximal, corrections.data());
+}
+
+}  // namespace mas_ext

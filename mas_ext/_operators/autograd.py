@@ -1,0 +1,86 @@
+"""Gradients of the penalty's operators. Both have the arguments θ, θ*, Ω, its scales and λ."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain, islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mas_ext import reference
+from mas_ext.precision import to_accumulation_dtype
+
+Tensors = Sequence[Tensor]
+
+
+def save_state(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    *lists, lambda_reg = inputs
+    ctx.lengths = [len(tensors) for tensors in lists]
+    ctx.save_for_backward(*chain(*lists), lambda_reg)
+
+
+def _saved_state(ctx: Any) -> tuple[Tensors, Tensors, Tensors, Tensors, Tensor]:
+    *saved, lambda_reg = ctx.saved_tensors
+    each = iter(saved)
+    params, anchors, omega, scales = ([*islice(each, length)] for length in ctx.lengths)
+    return params, anchors, omega, scales, lambda_reg
+
+
+def penalty_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """∂/∂θ = gλΩδ = −∂/∂θ*, ∂/∂Ω = gλδ²/2, ∂/∂λ = gΣΩδ²/2.
+
+    ∂/∂θ is the gradient of a penalty of strength gλ, so the fused operator computes it, and
+    differentiating twice differentiates that operator.
+    """
+    *state, lambda_reg = _saved_state(ctx)
+    params, anchors, omega, scales = state
+    strength = lambda_reg * grad
+    wants_params, wants_anchors, wants_omega, _, wants_lambda = map(_any, ctx.needs_input_grad)
+    none: list[Tensor | None] = [None] * len(params)
+    by_params = by_anchors = by_omega = none
+    by_lambda = None
+    if wants_params or wants_anchors:
+        _, by_params = torch.ops.mas_ext.penalty_and_grad(*state, strength)
+    if wants_anchors:
+        by_anchors = [-g for g in by_params]  # type: ignore[operator]
+    if wants_omega:
+        squares = [reference.displacement(p, a) ** 2 for p, a in zip(params, anchors, strict=True)]
+        by_omega = [
+            _like_stored(o, 0.5 * strength.to(square.dtype) * square)
+            for o, square in zip(omega, squares, strict=True)
+        ]
+    if wants_lambda:
+        by_lambda = torch.ops.mas_ext.penalty(*state, grad).to(lambda_reg)
+    return by_params, by_anchors, by_omega, [None] * len(scales), by_lambda
+
+
+def penalty_and_grad_backward(
+    ctx: Any, grad: Tensor, grads: Sequence[Tensor | None]
+) -> tuple[Any, ...]:
+    """The gradient of gV + Σ⟨h, G⟩, with V = λ/2 ΣΩδ² and G = λΩδ.
+
+    ∂/∂θ = λΩ(gδ + h) = −∂/∂θ*, ∂/∂Ω = λδ(gδ/2 + h), ∂/∂λ = ΣΩδ(gδ/2 + h). In ordinary PyTorch,
+    which can be differentiated again: this runs only for the gradient of a gradient.
+    """
+    params, anchors, stored, scales, lambda_reg = _saved_state(ctx)
+    by_params, by_omega, by_lambda = [], [], torch.zeros_like(lambda_reg)
+    omega = to_accumulation_dtype(stored, scales)
+    for p, a, s, o, h in zip(params, anchors, stored, omega, grads, strict=True):
+        delta, lam, g = reference.displacement(p, a), lambda_reg.to(o.dtype), grad.to(o.dtype)
+        h = torch.zeros_like(delta) if h is None else h.to(o.dtype)
+        half = 0.5 * g * delta + h
+        by_params.append((lam * o * (g * delta + h)).to(p.dtype))
+        by_omega.append(_like_stored(s, lam * delta * half))
+        by_lambda = by_lambda + (o * delta * half).sum().to(by_lambda)
+    return by_params, [-g for g in by_params], by_omega, [None] * len(scales), by_lambda
+
+
+def _like_stored(omega: Tensor, grad: Tensor) -> Tensor | None:
+    """A gradient in the dtype of the stored Ω; codes have none."""
+    return grad.to(omega.dtype) if omega.is_floating_point() else None
+
+
+def _any(needs: Any) -> bool:
+    return any(needs) if isinstance(needs, (list, tuple)) else bool(needs)

@@ -1,0 +1,231 @@
+"""Every operator of ``torch.ops.mas_ext``, declared once.
+
+A new operator is a function in :mod:`mas_ext.reference`, a declaration here, and a compiled kernel
+in ``csrc``. :mod:`mas_ext._operators.registration` derives the rest: the schema, the argument
+checks, the default kernel (the reference in plain PyTorch, after the checks), the kernel for fake
+tensors, the version counters of what is written, and autograd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mas_ext import reference
+from mas_ext._operators import autograd, checks
+from mas_ext._operators.arguments import (
+    REQUIRED,
+    Argument,
+    Operands,
+    Role,
+    flag,
+    matrix,
+    number,
+    optional_scalar,
+    scalar,
+    values,
+    written,
+)
+from mas_ext._operators.checks import check_beta, check_non_negative, check_positive
+
+Call = Mapping[str, Any]  # the arguments of one call by name, defaults included
+
+
+@dataclass(frozen=True)
+class Result:
+    """What an operator returns: its type in the schema, and empty tensors of that kind."""
+
+    type: str
+    empty: Callable[[Call], Any]
+
+
+def _empty_penalty(call: Call) -> Tensor:
+    params = call["params"]
+    device = (params[0] if params else call["lambda_reg"]).device
+    return torch.empty((), dtype=reference.value_dtype(params), device=device)
+
+
+def _empty_penalty_and_grads(call: Call) -> tuple[Tensor, list[Tensor]]:
+    return _empty_penalty(call), [torch.empty_like(p) for p in call["params"]]
+
+
+NOTHING = Result("()", lambda call: None)
+PENALTY = Result("Tensor", _empty_penalty)
+PENALTY_AND_GRADS = Result("(Tensor, Tensor[])", _empty_penalty_and_grads)
+
+
+def _no_more_to_check(op: str, call: Call, read: bool) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One operator.
+
+    Attributes:
+        name: in ``torch.ops.mas_ext``; it ends in ``_`` if the operator writes.
+        arguments: in the schema's order. The first list is the one whose shapes and device the
+            others must have.
+        result: what it returns.
+        default: its computation in plain PyTorch; takes the arguments by name.
+        check: what is required beyond the rules of single arguments. The last parameter says
+            whether values may be read, which fake tensors do not have.
+        check_operands: what shapes, dtypes and devices must be.
+        backward: its gradient, where it is differentiable.
+    """
+
+    name: str
+    arguments: tuple[Argument, ...]
+    result: Result
+    default: Callable[..., Any]
+    check: Callable[[str, Call, bool], None] = _no_more_to_check
+    check_operands: Callable[[str, Sequence[Operands]], None] = checks.check_lists
+    backward: Callable[..., tuple[Any, ...]] | None = None
+
+    @property
+    def writes(self) -> bool:
+        return any(argument.written for argument in self.arguments)
+
+    @property
+    def schema(self) -> str:
+        aliases = iter("abcdefgh")
+        arguments = (a.schema(next(aliases) if a.written else "") for a in self.arguments)
+        return f"{self.name}({', '.join(arguments)}) -> {self.result.type}"
+
+    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
+        """The arguments of a call by name."""
+        defaults = {a.name: a.default for a in self.arguments if a.default is not REQUIRED}
+        given = dict(zip((a.name for a in self.arguments), args, strict=False))
+        return {**defaults, **given, **kwargs}
+
+
+# ================================================================================================
+# Arguments that several operators have
+# ================================================================================================
+PARAMS, ANCHORS, GRADS = values("params"), values("anchors"), values("grads")
+OMEGA = Argument("omega", "Tensor[]", Role.OMEGA)
+# Ω as it is stored, with the scales of those that are uint8 codes.
+STORED_OMEGA = (OMEGA, Argument("omega_scales", "Tensor[]", Role.OMEGA_SCALES))
+STATE = (PARAMS, ANCHORS, *STORED_OMEGA)
+SCALE = number("scale", 1.0, check_non_negative)
+LAMBDA = scalar("lambda_reg", check_non_negative)
+LR = scalar("lr", check_non_negative)
+# How a step ends: of every optimizer.
+STEP_OPTIONS = (
+    flag("maximize"),
+    flag("proximal"),
+    optional_scalar("grad_scale", check_positive),
+    optional_scalar("found_inf"),
+)
+
+
+# ================================================================================================
+# Default kernels that are not a function of reference.py as it is
+# ================================================================================================
+def _penalty_and_new_grads(**call: Any) -> tuple[Tensor, list[Tensor]]:
+    value, grads = reference.penalty_and_grad(**call)
+    likes = zip(call["params"], grads, strict=True)
+    return value, [torch.empty_like(p).copy_(g) for p, g in likes]  # in the strides of params
+
+
+def _sgd_step(*, proximal: bool, **call: Any) -> Tensor:
+    return reference.sgd_step_(**call, mode="proximal" if proximal else "gradient")
+
+
+def _adamw_step(*, proximal: bool, beta1: float, beta2: float, **call: Any) -> Tensor:
+    mode = "proximal" if proximal else "gradient"
+    return reference.adamw_step_(**call, betas=(beta1, beta2), mode=mode)
+
+
+# ================================================================================================
+# The operators
+# ================================================================================================
+_DECLARED = (
+    Operator(
+        "accumulate_importance_",
+        (written(OMEGA), GRADS, SCALE),
+        NOTHING,
+        reference.accumulate_importance_,
+    ),
+    Operator(
+        "accumulate_abs_matmul_",
+        (written(matrix("omega", Role.OMEGA)), matrix("left"), matrix("right"), SCALE),
+        NOTHING,
+        reference.accumulate_abs_matmul_,
+        check_operands=checks.check_factors,
+    ),
+    Operator(
+        "penalty",
+        (*STATE, scalar("lambda_reg")),
+        PENALTY,
+        reference.penalty,
+        backward=autograd.penalty_backward,
+    ),
+    Operator(
+        "penalty_and_grad",
+        (*STATE, scalar("lambda_reg")),
+        PENALTY_AND_GRADS,
+        _penalty_and_new_grads,
+        backward=autograd.penalty_and_grad_backward,
+    ),
+    Operator(
+        "add_penalty_grad_",
+        (written(GRADS), *STATE, LAMBDA, optional_scalar("grad_scale", check_non_negative)),
+        PENALTY,
+        reference.add_penalty_grad_,
+    ),
+    Operator(
+        "proximal_step_",
+        (written(PARAMS), ANCHORS, *STORED_OMEGA, LAMBDA, LR),
+        PENALTY,
+        reference.proximal_step_,
+    ),
+    Operator(
+        "sgd_step_",
+        (
+            written(PARAMS),
+            GRADS,
+            written(values("momentum_buffers", only_with="momentum")),
+            ANCHORS,
+            *STORED_OMEGA,
+            LAMBDA,
+            LR,
+            number("momentum", 0.0, check_non_negative),
+            number("dampening", 0.0, check_non_negative),
+            number("weight_decay", 0.0, check_non_negative),
+            flag("nesterov"),
+            *STEP_OPTIONS,
+        ),
+        PENALTY,
+        _sgd_step,
+        check=checks.check_nesterov,
+    ),
+    Operator(
+        "adamw_step_",
+        (
+            written(PARAMS),
+            GRADS,
+            written(values("exp_avgs")),
+            written(values("exp_avg_sqs")),
+            Argument("steps", "Tensor", Role.COUNTS),
+            ANCHORS,
+            *STORED_OMEGA,
+            LAMBDA,
+            LR,
+            number("beta1", 0.9, check_beta),
+            number("beta2", 0.999, check_beta),
+            number("eps", 1e-8, check_non_negative),
+            number("weight_decay", 1e-2, check_non_negative),
+            flag("decoupled", True),
+            *STEP_OPTIONS,
+        ),
+        PENALTY,
+        _adamw_step,
+        check=checks.check_steps,
+    ),
+)
+OPERATORS = {operator.name: operator for operator in _DECLARED}

@@ -1,0 +1,111 @@
+"""Ω between tasks, stored in the precision that was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from mas_ext._state.flat_tensors import FlatTensors
+from mas_ext.precision import (
+    BLOCK,
+    accumulation_dtype,
+    dequantize,
+    in_memory_order,
+    num_scales,
+    quantize_,
+    stored_dtype,
+)
+
+
+class StoredImportance(Mapping[str, Tensor]):
+    """Ω by parameter name, stored in ``state_dtype``; zeros at first.
+
+    As a mapping it gives Ω: views in float32, float64 or bfloat16. Codes are dequantized to float32
+    at each access.
+
+    Args:
+        like: the parameters, or tensors with their shapes, strides, dtypes and devices.
+        state_dtype: a name of ``STATE_DTYPES``.
+    """
+
+    def __init__(self, like: Mapping[str, Tensor], state_dtype: str) -> None:
+        self.state_dtype = state_dtype
+        stored = FlatTensors(like, partial(stored_dtype, state_dtype=state_dtype))
+        scales = FlatTensors(
+            {
+                name: torch.empty(num_scales(codes.numel()), device=codes.device)
+                for name, codes in stored.items()
+                if codes.dtype == torch.uint8
+            }
+        )
+        # A dictionary, since every step looks up every parameter.
+        self._stored = {name: (stored[name], scales.get(name)) for name in like}
+
+    def __getitem__(self, name: str) -> Tensor:
+        stored, scales = self._stored[name]
+        return stored if scales is None else dequantize(stored, scales)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self)} parameters, {self.state_dtype})"
+
+    def stored(self, name: str) -> tuple[Tensor, Tensor | None]:
+        """The stored tensor, and its scales if it consists of codes."""
+        return self._stored[name]
+
+    @torch.no_grad()
+    def put(self, name: str, omega: Tensor, scales: Tensor | None = None) -> None:
+        """Stores an Ω. One that is already in the stored form is copied bit for bit.
+
+        Args:
+            name: the parameter's name.
+            omega: Ω in its shape, in float32, float64 or bfloat16, or as codes with ``scales``.
+            scales: the scales of the codes.
+        """
+        stored, stored_scales = self.stored(name)
+        if scales is not None and (stored_scales is None or omega.stride() != stored.stride()):
+            omega, scales = dequantize(omega, scales), None
+        if stored_scales is None:
+            stored.copy_(omega)
+        elif scales is None:
+            quantize_(stored, stored_scales, omega)
+        else:
+            stored.copy_(omega)
+            stored_scales.copy_(scales)
+
+    def read(self, name: str, part: slice) -> Tensor:
+        """A part of Ω in memory order, in the accumulation dtype.
+
+        Args:
+            name: the parameter's name.
+            part: the elements; begins at a multiple of 256.
+        """
+        flat, scales = self._stored_part(name, part)
+        if scales is not None:
+            return dequantize(flat, scales)
+        return flat.to(accumulation_dtype(flat.dtype))
+
+    @torch.no_grad()
+    def write(self, name: str, part: slice, omega: Tensor) -> None:
+        """Stores a part of Ω, in the form that :meth:`read` gives."""
+        flat, scales = self._stored_part(name, part)
+        if scales is None:
+            flat.copy_(omega)
+        else:
+            quantize_(flat, scales, omega)
+
+    def _stored_part(self, name: str, part: slice) -> tuple[Tensor, Tensor | None]:
+        stored, scales = self.stored(name)
+        flat = in_memory_order(stored)[part]
+        if scales is not None:
+            first = part.start // BLOCK
+            scales = scales[first : first + num_scales(len(flat))]
+        return flat, scales
