@@ -145,7 +145,7 @@ class Local:
                     recorder.record, prepend=True, with_kwargs=True
                 )
                 stack.callback(handle.remove)
-            return recorder.calls, self._estimation.measurement.objective_values(batch)
+            return recorder.calls, self._estimation.objective_values(batch)
 
     # -- from inputs and outputs to Ω ------------------------------------------------------------
 

@@ -125,10 +125,11 @@ def _as_contribution(result: Contribution | Tensor, op: VisitedOperation) -> Con
     """What a rule returned; a tensor is per-sample gradients as they are."""
     if not isinstance(result, Tensor):
         return result
-    if result.shape[1:] != op.shape:
+    expected = (len(op.split(op.grad)), *op.shape)
+    if result.shape != expected:
         raise ValueError(
-            f"the rule for {op.node.operation!r} returned {list(result.shape)} for a parameter of "
-            f"shape {list(op.shape)}; it must return [B, *shape]"
+            f"the rule for {op.node.operation!r} returned a tensor of shape "
+            f"{list(result.shape)}; it must return one gradient per sample, {list(expected)}"
         )
     return Materialized(result)
 
