@@ -14,6 +14,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from typing_extensions import Unpack
 
 from mas_ext._distributed.ranks import ProcessGroup
 from mas_ext._distributed.shards import Shardings, local, local_parts
@@ -36,12 +37,13 @@ from mas_ext._state import checkpoint
 from mas_ext._state import distributed_checkpoint as packing
 from mas_ext._state.importance_state import Memory, OpenTask, check_merge, fits
 from mas_ext.importance import add_importance_
-from mas_ext.importance.batches import Forward
-from mas_ext.importance.estimators import check_weighting
-from mas_ext.importance.loop import Progress
-from mas_ext.importance.measurement_checkpoint import Journal, kept_journal
-from mas_ext.importance.objectives import Objective
-from mas_ext.importance.sample_statistics import Seen
+from mas_ext.importance.estimation import SampleStatistics
+from mas_ext.importance.measurement_checkpoint import MeasurementCheckpoint, make_checkpoint
+from mas_ext.importance.options import (
+    CheckpointedMeasurementOptions,
+    Measurement,
+    check_weighting,
+)
 from mas_ext.precision import check_state_dtype
 from mas_ext.reference import accumulation_dtype
 
@@ -228,16 +230,7 @@ class MAS:
     def update_importance(
         self,
         data: Iterable[Any],
-        *,
-        estimator: str = "per_sample",
-        objective: Objective = "squared_l2",
-        forward: Forward | None = None,
-        max_samples: int | None = None,
-        progress: Progress = None,
-        weighting: str = "samples",
-        training: bool = False,
-        checkpoint: str | os.PathLike[str] | None = None,
-        save_every: int = 10_000,
+        **options: Unpack[CheckpointedMeasurementOptions],
     ) -> None:
         """Adds to the open task's Ω from unlabelled data; the anchors and the penalty stay.
 
@@ -256,34 +249,15 @@ class MAS:
             save_every: after how many samples the file is written again. It holds 4 bytes a
                 parameter.
         """
+        measurement = Measurement.from_options(options, CheckpointedMeasurementOptions)
         with self._restored_after_an_error():
-            journal = self._measure(
-                data,
-                estimator=estimator,
-                objective=objective,
-                forward=forward,
-                max_samples=max_samples,
-                progress=progress,
-                weighting=weighting,
-                training=training,
-                checkpoint=checkpoint,
-                save_every=save_every,
-            )
-        journal.remove()
+            checkpoint = self._measure(data, measurement)
+        checkpoint.remove()
 
     def consolidate(
         self,
         data: Iterable[Any] | None = None,
-        *,
-        estimator: str = "per_sample",
-        objective: Objective = "squared_l2",
-        forward: Forward | None = None,
-        max_samples: int | None = None,
-        progress: Progress = None,
-        weighting: str = "samples",
-        training: bool = False,
-        checkpoint: str | os.PathLike[str] | None = None,
-        save_every: int = 10_000,
+        **options: Unpack[CheckpointedMeasurementOptions],
     ) -> None:
         """Ends a task: measures ``data`` if given, merges the task's Ω, and takes θ* ← θ.
 
@@ -293,23 +267,13 @@ class MAS:
         Raises:
             RuntimeError: there is no data and nothing was measured since the last task.
         """
+        measurement = Measurement.from_options(options, CheckpointedMeasurementOptions)
         with self._restored_after_an_error():
-            journal = Journal()
+            checkpoint = MeasurementCheckpoint()
             if data is not None:
-                journal = self._measure(
-                    data,
-                    estimator=estimator,
-                    objective=objective,
-                    forward=forward,
-                    max_samples=max_samples,
-                    progress=progress,
-                    weighting=weighting,
-                    training=training,
-                    checkpoint=checkpoint,
-                    save_every=save_every,
-                )
+                checkpoint = self._measure(data, measurement)
             self._end_task()
-        journal.remove()
+        checkpoint.remove()
 
     def _end_task(self) -> None:
         task = self._open
@@ -332,34 +296,27 @@ class MAS:
         self._open = OpenTask()
         self._num_tasks += 1
 
-    def _measure(
-        self,
-        data: Iterable[Any],
-        checkpoint: str | os.PathLike[str] | None,
-        save_every: int,
-        **how: Any,
-    ) -> Journal:
+    def _measure(self, data: Iterable[Any], measurement: Measurement) -> MeasurementCheckpoint:
         """Adds to the open task batch by batch, so that a state taken between two is complete.
 
-        Where several processes take part it is all of them that add, when they have all ended.
+        On several processes, all of them add at the end, when all have finished.
         """
-        about = {"tasks": self._num_tasks, "samples before": self._open.counts, **how}
-        journal = kept_journal(checkpoint, save_every, about)
+        checkpoint = make_checkpoint(measurement, self._num_tasks, self._open.counts)
         named = select_measurable(self._index.named(), self._params)
-        task = self._open.opened(self._local(named), check_weighting(how["weighting"]))
+        task = self._open.opened(self._local(named), check_weighting(measurement.weighting))
         add_importance_(
             {name: task.sums[name] for name in named},
             self._index.model,
             data,
             named,
+            measurement,
             counted=partial(self._count, task, named),
             process_group=self._process_group,
-            journal=journal,
-            **how,
+            checkpoint=checkpoint,
         )
-        return journal
+        return checkpoint
 
-    def _count(self, task: OpenTask, names: Iterable[str], more: Seen) -> None:
+    def _count(self, task: OpenTask, names: Iterable[str], more: SampleStatistics) -> None:
         """What was added to a task's sums belongs to it from now on."""
         task.count(names, more)
         self._open = task

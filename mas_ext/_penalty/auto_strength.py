@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 from torch.optim import Optimizer
 
-from mas_ext.importance.sample_statistics import Seen
+from mas_ext.importance.estimation import SampleStatistics
 
 DEFAULT = 0.2
 COHERENCE = 0.01  # c, of all parameters, also of those that never come as far as to their rest
@@ -53,7 +53,7 @@ class Energy:
     mean: float = 0.0
     tasks: int = 0
 
-    def joined_by(self, seen: Seen) -> Energy:
+    def joined_by(self, seen: SampleStatistics) -> Energy:
         """With one more task, unless an earlier mas_ext measured it, and kept no energy."""
         if not seen.samples:
             return self

@@ -19,7 +19,7 @@ from mas_ext._distributed.gathering import write_once
 from mas_ext._penalty.auto_strength import DEFAULT as DEFAULT_DRIFT
 from mas_ext._penalty.auto_strength import Energy
 from mas_ext._state import tensor_file
-from mas_ext.importance.sample_statistics import Seen
+from mas_ext.importance.estimation import SampleStatistics
 from mas_ext.precision import num_scales
 from mas_ext.reference import expanded, in_memory_order
 
@@ -55,7 +55,11 @@ def upgraded(state: Mapping[str, Any]) -> Mapping[str, Any]:
     if state["version"] < 3:
         added |= {scales: {} for scales in SCALES.values()}
     if state["version"] < 4:
-        added |= {"drift": DEFAULT_DRIFT, "energy": asdict(Energy()), "seen": asdict(Seen())}
+        added |= {
+            "drift": DEFAULT_DRIFT,
+            "energy": asdict(Energy()),
+            "seen": asdict(SampleStatistics()),
+        }
     return {**state, **added}
 
 

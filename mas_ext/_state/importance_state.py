@@ -12,7 +12,7 @@ from torch import Tensor
 from mas_ext._distributed.shards import Home
 from mas_ext._penalty.auto_strength import Group
 from mas_ext._state.flat_tensors import FlatTensors, leading
-from mas_ext.importance.sample_statistics import Seen
+from mas_ext.importance.estimation import SampleStatistics
 from mas_ext.precision import KeptImportance
 from mas_ext.reference import accumulation_dtype, in_memory_order
 
@@ -272,12 +272,12 @@ class OpenTask:
         sums: Mapping[str, Tensor] | None = None,
         counts: Mapping[str, int] | None = None,
         weighting: str = "samples",
-        seen: Seen | None = None,
+        seen: SampleStatistics | None = None,
     ) -> None:
         self.sums = sums or {}
         self.counts = dict(counts or {})
         self.weighting = weighting
-        self.seen = seen or Seen()
+        self.seen = seen or SampleStatistics()
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of everything, by parameter name."""
@@ -291,7 +291,7 @@ class OpenTask:
     @classmethod
     def restored(cls, state: Mapping[str, Any], named: Mapping[str, Tensor]) -> OpenTask:
         """From a state dictionary that has been checked, in the shapes of this model."""
-        sums, seen = _sums(state["open"], named), Seen(**state["seen"])
+        sums, seen = _sums(state["open"], named), SampleStatistics(**state["seen"])
         return cls(sums, state["num_samples"], state["weighting"], seen)
 
     @torch.no_grad()
@@ -313,7 +313,7 @@ class OpenTask:
                 leading(sums[name], before.shape).copy_(before)
         return OpenTask({**self.sums, **sums}, self.counts, weighting, self.seen)
 
-    def count(self, names: Iterable[str], more: Seen) -> None:
+    def count(self, names: Iterable[str], more: SampleStatistics) -> None:
         """Notes that these parameters' sums have so many samples, or batches, more."""
         for name in names:
             self.counts[name] = self.counts.get(name, 0) + more.weight

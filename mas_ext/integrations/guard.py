@@ -17,7 +17,7 @@ from mas_ext._penalty.attachment import Attachment, unwrapped
 from mas_ext._penalty.auto_strength import DEFAULT as DEFAULT_DRIFT
 from mas_ext._penalty.strength import Strength
 from mas_ext.functional import check_mode
-from mas_ext.importance import estimators
+from mas_ext.importance.options import CheckpointedMeasurementOptions, Measurement
 from mas_ext.regularizer import MAS
 
 
@@ -27,7 +27,7 @@ def _keywords(function: Callable[..., Any]) -> frozenset[str]:
 
 
 _OF_MAS = _keywords(MAS.__init__)
-_OF_IMPORTANCE = _keywords(MAS.consolidate)
+_OF_IMPORTANCE = frozenset(CheckpointedMeasurementOptions.__annotations__)
 
 
 class Guard:
@@ -204,8 +204,4 @@ def _check_early(regularizer: Mapping[str, Any], importance: Mapping[str, Any]) 
     # By a model of one parameter, but for what is about the names of the real one's.
     named = ("lambda_reg", "drift", "params")
     MAS(nn.Linear(1, 1), **{n: value for n, value in regularizer.items() if n not in named})
-    estimators.check(
-        importance.get("estimator", "per_sample"),
-        importance.get("weighting", "samples"),
-        importance.get("training", False),
-    )
+    Measurement.from_options(importance, CheckpointedMeasurementOptions).check()
