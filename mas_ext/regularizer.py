@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from typing_extensions import Unpack
 
 from mas_ext._distributed.ranks import ProcessGroup
 from mas_ext._distributed.topology import check_process_group
@@ -29,12 +30,13 @@ from mas_ext._state.regularizer_state import RegularizerState
 from mas_ext._strength.auto import DEFAULT_DRIFT
 from mas_ext._strength.strength import Drift, Lambda, RegularizationStrength
 from mas_ext.importance import add_importance_
-from mas_ext.importance.batches import Forward
-from mas_ext.importance.estimators import check_weighting
-from mas_ext.importance.loop import Progress
-from mas_ext.importance.measurement_checkpoint import Journal, kept_journal
-from mas_ext.importance.objectives import Objective
-from mas_ext.importance.sample_statistics import Seen
+from mas_ext.importance.estimation import SampleStatistics
+from mas_ext.importance.measurement_checkpoint import MeasurementCheckpoint, make_checkpoint
+from mas_ext.importance.options import (
+    CheckpointedMeasurementOptions,
+    Measurement,
+    check_weighting,
+)
 from mas_ext.precision import check_state_dtype
 
 
@@ -197,18 +199,7 @@ class MAS:
     # -- measuring ---------------------------------------------------------------------------------
 
     def update_importance(
-        self,
-        data: Iterable[Any],
-        *,
-        estimator: str = "per_sample",
-        objective: Objective = "squared_l2",
-        forward: Forward | None = None,
-        max_samples: int | None = None,
-        progress: Progress = None,
-        weighting: str = "samples",
-        training: bool = False,
-        checkpoint: str | os.PathLike[str] | None = None,
-        save_every: int = 10_000,
+        self, data: Iterable[Any], **options: Unpack[CheckpointedMeasurementOptions]
     ) -> None:
         """Adds to the current task's Ω from unlabelled data; θ* and the penalty stay.
 
@@ -216,6 +207,10 @@ class MAS:
         same, and :meth:`consolidate` ends the task. After an error everything is as it was.
 
         Args:
+            data: as for :func:`mas_ext.estimate_importance`.
+            options: the arguments of :func:`mas_ext.estimate_importance` (``estimator``,
+                ``objective``, ``forward``, ``max_samples``, ``progress``, ``weighting``,
+                ``training``), and ``checkpoint`` and ``save_every``:
             checkpoint: a file that the measurement is saved to while it runs; with several
                 processes each has its own, with ``.rankN`` appended. If the process is killed, call
                 again with the same model, state, data and arguments: the measurement continues
@@ -223,81 +218,44 @@ class MAS:
                 is removed when the measurement ends. PyTorch's random state is saved too, so a
                 shuffling DataLoader repeats its order; other data must repeat by itself.
             save_every: the number of samples between two writes of the file, which holds 4 bytes
-                per parameter.
+                per parameter. Default: 10,000.
         """
+        measurement = Measurement.from_options(options, CheckpointedMeasurementOptions)
         with self._state.unchanged_after_an_error():
-            journal = self._measure(
-                data,
-                estimator=estimator,
-                objective=objective,
-                forward=forward,
-                max_samples=max_samples,
-                progress=progress,
-                weighting=weighting,
-                training=training,
-                checkpoint=checkpoint,
-                save_every=save_every,
-            )
-        journal.remove()
+            saved = self._measure(data, measurement)
+        saved.remove()
 
     def consolidate(
         self,
         data: Iterable[Any] | None = None,
-        *,
-        estimator: str = "per_sample",
-        objective: Objective = "squared_l2",
-        forward: Forward | None = None,
-        max_samples: int | None = None,
-        progress: Progress = None,
-        weighting: str = "samples",
-        training: bool = False,
-        checkpoint: str | os.PathLike[str] | None = None,
-        save_every: int = 10_000,
+        **options: Unpack[CheckpointedMeasurementOptions],
     ) -> None:
         """Ends a task: measures ``data`` if given, merges the task's Ω, and takes θ* ← θ.
 
         Args:
-            data: as for :meth:`update_importance`, like the arguments after it.
+            data: as for :func:`mas_ext.estimate_importance`.
+            options: as for :meth:`update_importance`.
 
         Raises:
             RuntimeError: there is no data, and nothing was measured since the last task.
         """
+        measurement = Measurement.from_options(options, CheckpointedMeasurementOptions)
         with self._state.unchanged_after_an_error():
-            journal = Journal()
-            if data is not None:
-                journal = self._measure(
-                    data,
-                    estimator=estimator,
-                    objective=objective,
-                    forward=forward,
-                    max_samples=max_samples,
-                    progress=progress,
-                    weighting=weighting,
-                    training=training,
-                    checkpoint=checkpoint,
-                    save_every=save_every,
-                )
+            saved = MeasurementCheckpoint() if data is None else self._measure(data, measurement)
             self._state.end_task(self._named(), self._selected())
-        journal.remove()
+        saved.remove()
 
-    def _measure(
-        self,
-        data: Iterable[Any],
-        checkpoint: str | os.PathLike[str] | None,
-        save_every: int,
-        **how: Any,
-    ) -> Journal:
+    def _measure(self, data: Iterable[Any], measurement: Measurement) -> MeasurementCheckpoint:
         """Adds to the task's sums batch by batch, so a state saved between two is complete.
 
         With several processes all add at once, when all have finished.
         """
         state = self._state
-        about = {"tasks": state.num_tasks, "samples before": state.task.counts, **how}
-        journal = kept_journal(checkpoint, save_every, about)
+        saved = make_checkpoint(measurement, state.num_tasks, state.task.counts)
         named = select_measurable(self._named(), self._params)
-        task = state.task.with_room_for(state.local(named), check_weighting(how["weighting"]))
+        task = state.task.with_room_for(state.local(named), check_weighting(measurement.weighting))
 
-        def counted(more: Seen) -> None:
+        def counted(more: SampleStatistics) -> None:
             task.count(named, more)
             state.task = task
 
@@ -306,12 +264,12 @@ class MAS:
             self.protected.index.model,
             data,
             named,
+            measurement,
             counted=counted,
             process_group=self._process_group,
-            journal=journal,
-            **how,
+            checkpoint=saved,
         )
-        return journal
+        return saved
 
     # -- protecting --------------------------------------------------------------------------------
 

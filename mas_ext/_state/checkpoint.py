@@ -18,7 +18,7 @@ from torch import Tensor
 from mas_ext._distributed.gathering import write_once
 from mas_ext._state import tensor_file
 from mas_ext._strength.auto import DEFAULT_DRIFT, OutputEnergy
-from mas_ext.importance.sample_statistics import Seen
+from mas_ext.importance.estimation import SampleStatistics
 from mas_ext.precision import dequantize, in_memory_order, num_scales
 
 FORMAT = "mas_ext"
@@ -53,7 +53,11 @@ def upgraded(state: Mapping[str, Any]) -> Mapping[str, Any]:
     if state["version"] < 3:
         added |= {scales: {} for scales in SCALES.values()}
     if state["version"] < 4:
-        added |= {"drift": DEFAULT_DRIFT, "energy": asdict(OutputEnergy()), "seen": asdict(Seen())}
+        added |= {
+            "drift": DEFAULT_DRIFT,
+            "energy": asdict(OutputEnergy()),
+            "seen": asdict(SampleStatistics()),
+        }
     return {**state, **added}
 
 

@@ -18,7 +18,7 @@ from mas_ext._state.merging import Merge, check_merge
 from mas_ext._state.task_accumulator import TaskAccumulator
 from mas_ext._strength.auto import OutputEnergy, check_energy
 from mas_ext._strength.strength import RegularizationStrength
-from mas_ext.importance.estimators import check_weighting
+from mas_ext.importance.options import check_weighting
 
 
 @dataclass

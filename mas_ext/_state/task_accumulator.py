@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mas_ext._state.flat_tensors import FlatTensors, check_growth, copies, leading
-from mas_ext.importance.sample_statistics import Seen
+from mas_ext.importance.estimation import SampleStatistics
 from mas_ext.reference import accumulation_dtype
 
 
@@ -29,12 +29,12 @@ class TaskAccumulator:
         sums: Mapping[str, Tensor] | None = None,
         counts: Mapping[str, int] | None = None,
         weighting: str = "samples",
-        statistics: Seen | None = None,
+        statistics: SampleStatistics | None = None,
     ) -> None:
         self.sums = sums or {}
         self.counts = dict(counts or {})
         self.weighting = weighting
-        self.statistics = statistics or Seen()
+        self.statistics = statistics or SampleStatistics()
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of everything, by parameter name."""
@@ -54,7 +54,9 @@ class TaskAccumulator:
         sums = FlatTensors({name: params[name] for name in state["open"]}, accumulation_dtype)
         for name, value in state["open"].items():
             sums[name].copy_(value)
-        return cls(sums, state["num_samples"], state["weighting"], Seen(**state["seen"]))
+        return cls(
+            sums, state["num_samples"], state["weighting"], SampleStatistics(**state["seen"])
+        )
 
     @torch.no_grad()
     def with_room_for(
@@ -77,7 +79,7 @@ class TaskAccumulator:
                 leading(sums[name], before.shape).copy_(before)
         return TaskAccumulator({**self.sums, **sums}, self.counts, weighting, self.statistics)
 
-    def count(self, names: Iterable[str], more: Seen) -> None:
+    def count(self, names: Iterable[str], more: SampleStatistics) -> None:
         """Notes what was added to these parameters' sums."""
         for name in names:
             self.counts[name] = self.counts.get(name, 0) + more.weight

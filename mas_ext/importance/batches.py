@@ -8,10 +8,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from mas_ext._distributed.shards import full_tensor
-from mas_ext.importance.watching import tensors_in
 
 Forward = Callable[[nn.Module, Any], Tensor]
 
@@ -28,10 +27,10 @@ class Batch(Protocol):
         """The output, if it has one row a sample."""
 
     def take(self, indices: Sequence[int], size: int) -> Batch:
-        """Some of the ``size`` samples; Indivisible if it is not known how."""
+        """Some of the ``size`` samples; CannotSplit if it is not known how."""
 
 
-class Indivisible(Exception):
+class CannotSplit(Exception):
     """A batch that cannot be cut into samples; the message says why."""
 
 
@@ -117,27 +116,32 @@ class CustomBatch:
     rows: int | None = None
 
     def forward(self, model: nn.Module) -> Any:
-        """``forward(model, batch)``; Indivisible if that does not work on a part of a batch."""
+        """``forward(model, batch)``; CannotSplit if that does not work on a part of a batch."""
         fresh = _map_tensors(_fresh, self.batch)
         if self.rows is None:
             return self.function(model, fresh)
         try:
             return self.function(model, fresh)
         except Exception as problem:
-            raise Indivisible(f"forward fails for a part of it ({problem})") from problem
+            raise CannotSplit(f"forward fails for a part of it ({problem})") from problem
 
     def check_rows(self, output: Tensor) -> Tensor:
         """How many samples a whole batch has is what the output says."""
         if self.rows is not None and len(output) != self.rows:
-            raise Indivisible(f"{self.rows} samples of it give {len(output)} rows")
+            raise CannotSplit(f"{self.rows} samples of it give {len(output)} rows")
         return output
 
     def take(self, indices: Sequence[int], size: int) -> CustomBatch:
         """Some samples, of every tensor in it that has as many rows as the output."""
         if not any(t.dim() > 0 and len(t) == size for t in tensors_in(self.batch)):
-            raise Indivisible("no tensor in it has as many rows as the output")
+            raise CannotSplit("no tensor in it has as many rows as the output")
         chosen = _map_tensors(lambda tensor: _rows(tensor, indices, size), self.batch)
         return CustomBatch(chosen, self.function, len(indices))
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    """The tensors of nested lists, tuples and dicts."""
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def _map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:

@@ -1,7 +1,6 @@
-"""A measurement by all the processes that train a model: each its own samples, and one sum.
+"""A data-parallel measurement: every process measures its own samples, and sums are reduced once.
 
-What a rank adds up is its own until the end, so that ranks may have as many batches as they like,
-or none. Then they tell each other how it went, and add up, once.
+Until the end ranks do not communicate, so each may have any number of batches, or none.
 """
 
 from __future__ import annotations
@@ -17,12 +16,12 @@ from mas_ext._distributed import fsdp, topology
 from mas_ext._distributed.ranks import ProcessGroup, Ranks
 from mas_ext._distributed.shards import local_parts
 from mas_ext._state.flat_tensors import FlatTensors
+from mas_ext._warnings import warn
 from mas_ext.importance import sharded
-from mas_ext.importance.estimation import PATHS, warn
-from mas_ext.importance.estimators import IN_STEP
+from mas_ext.importance.estimation import PATHS, SampleStatistics
 from mas_ext.importance.loop import NO_SAMPLES, Measured, add_samples_
-from mas_ext.importance.measurement_checkpoint import Journal
-from mas_ext.importance.sample_statistics import Seen
+from mas_ext.importance.measurement_checkpoint import MeasurementCheckpoint
+from mas_ext.importance.options import Measurement
 from mas_ext.reference import accumulation_dtype
 
 Tensors = Mapping[str, Tensor]
@@ -34,56 +33,66 @@ def add_importance_(
     model: nn.Module,
     data: Iterable[Any],
     named: Tensors,
+    measurement: Measurement,
     *,
     process_group: ProcessGroup = None,
-    counted: Callable[[Seen], None],
-    journal: Journal | None = None,
-    **how: Any,
-) -> tuple[Seen, dict[str, str]]:
-    """Adds Σ over the samples of all ranks, what importance is before the division by N.
+    counted: Callable[[SampleStatistics], None],
+    checkpoint: MeasurementCheckpoint | None = None,
+) -> tuple[SampleStatistics, dict[str, str]]:
+    """Adds the sum over the samples of all ranks, which is importance before division by N.
 
     Args:
-        sums: by name, the local part of what is added to; the same on all data ranks, before and
-            after. After an error it holds whatever.
-        named: θ by name, the parameters that are measured, as the optimizer knows them.
-        counted: called with what was seen once it is in ``sums``: for every batch by a process
-            that is alone, else once.
-        journal: where it is kept what a rank has added up.
-        how: see :func:`mas_ext.importance.loop.add_samples_`.
+        sums: name → the tensor that is added to (its local part); the same on all data ranks,
+            before and after. After an error its content is undefined.
+        named: name → θ, the parameters that are measured, as the optimizer knows them.
+        measurement: the options.
+        counted: called with statistics once the samples are in ``sums``: after every batch on a
+            single process, once at the end on several.
+        checkpoint: where each rank saves its progress. None: nowhere.
 
     Returns:
-        What was seen, and which path served each parameter.
+        The statistics, and which path served each parameter.
     """
-    kept = journal or Journal()
-    if how.get("estimator") == IN_STEP and (whole := fsdp.find(model)) is not None:
-        kept.refuse(f"estimator={IN_STEP!r}")
-        seen, coverage = sharded.add_samples_(sums, whole, data, named, counted=counted, **how)
-        return seen, _complete(coverage, named)
-    site = _site(model, process_group)
-    count = counted if site.is_live else _not_yet
-    with site.ready(named, sums) as (params, own):
-        site.ranks.attempt(lambda: kept.open(params))
-        if not site.ranks.agree(kept.batches_before):
-            kept.begin_anew()
-        together = site.ranks.attempt(
-            lambda: add_samples_(own, site.model, data, params, counted=count, journal=kept, **how)
+    checkpoint = checkpoint or MeasurementCheckpoint()
+    if measurement.is_sharded and (whole := fsdp.find(model)) is not None:
+        checkpoint.refuse(f"estimator={measurement.estimator!r}")
+        done, coverage = sharded.add_samples_(
+            sums, whole, data, named, measurement, counted=counted
         )
-    seen = sum((part.seen for part in together), Seen())
-    if seen.samples == 0:
+        return done, _complete(coverage, named)
+    placement = _placement_of(model, process_group)
+    count = counted if placement.adds_at_once else _count_later
+    with placement.ready(named, sums) as (params, own_sums):
+        placement.ranks.attempt(lambda: checkpoint.open(params))
+        if not placement.ranks.agree(checkpoint.batches_before):
+            checkpoint.reset()
+        parts = placement.ranks.attempt(
+            lambda: add_samples_(
+                own_sums,
+                placement.model,
+                data,
+                params,
+                measurement,
+                counted=count,
+                checkpoint=checkpoint,
+            )
+        )
+    total = sum((part.statistics for part in parts), SampleStatistics())
+    if total.samples == 0:
         raise ValueError(NO_SAMPLES)
-    site.collect(named, sums, own)
-    if not site.is_live:
-        counted(seen)
-    return seen, _complete(_slowest(together), named)
+    placement.collect(named, sums, own_sums)
+    if not placement.adds_at_once:
+        counted(total)
+    return total, _complete(_slowest(parts), named)
 
 
-def _not_yet(more: Seen) -> None:
-    """What one rank has seen counts when all have."""
+def _count_later(more: SampleStatistics) -> None:
+    """On several ranks, samples count once all ranks have finished."""
 
 
-def _slowest(together: Iterable[Measured]) -> dict[str, str]:
+def _slowest(parts: Iterable[Measured]) -> dict[str, str]:
     coverage: dict[str, str] = {}
-    for part in together:
+    for part in parts:
         for name, path in part.coverage.items():
             coverage[name] = max(coverage.get(name, PATHS[0]), path, key=PATHS.index)
     return coverage
@@ -93,69 +102,69 @@ def _complete(coverage: Mapping[str, str], named: Iterable[str]) -> dict[str, st
     return {name: coverage.get(name, PATHS[0]) for name in named}
 
 
-class _Site(Protocol):
+class _Placement(Protocol):
     """Where a model's parameters are while it is measured.
 
     Attributes:
-        is_live: whether what a batch adds is in the sums at once.
+        adds_at_once: whether a batch is in the final sums as soon as it has been measured.
     """
 
     model: nn.Module
     ranks: Ranks
-    is_live: bool
+    adds_at_once: bool
 
     def ready(self, named: Tensors, sums: Tensors) -> Any:
-        """A context: the parameters as they stand in the model, and sums of this rank's own."""
+        """A context with the parameters as they stand in the model, and this rank's own sums."""
 
-    def collect(self, named: Tensors, sums: Tensors, own: Tensors) -> None:
-        """All ranks' own sums are in ``sums``."""
+    def collect(self, named: Tensors, sums: Tensors, own_sums: Tensors) -> None:
+        """Reduces the ranks' own sums into ``sums``."""
 
 
-def _site(model: nn.Module, process_group: ProcessGroup) -> _Site:
+def _placement_of(model: nn.Module, process_group: ProcessGroup) -> _Placement:
     fsdp.refuse_older(model)
     whole = fsdp.find(model)
     if whole is not None:
         if process_group is not None:
             raise ValueError(
                 "process_group: the model is sharded with fully_shard, and its mesh says which "
-                "ranks share the data out; leave process_group out"
+                "ranks share the data; leave process_group out"
             )
         return _Unsharded(whole)
     return _Replica(model, process_group)
 
 
 class _Replica:
-    """Every data rank has the model for itself, be it cut up over others (tensor parallelism)."""
+    """Every data rank has a replica of the model, which tensor parallelism may split further."""
 
     def __init__(self, model: nn.Module, process_group: ProcessGroup) -> None:
         self.model, group = topology.without_ddp(model)
         data = group if process_group is None else process_group
         self.ranks = topology.ranks_of_replica(self.model.parameters(), data)
-        self.is_live = self.ranks.is_alone
+        self.adds_at_once = self.ranks.is_alone
         if data is None and topology.leaves_ranks_out(self.ranks):
             warn(
-                "there are several processes, and this model does not say whether they share its "
-                "data out: each measures by itself what it is given. Pass the model as it is "
-                "wrapped by DistributedDataParallel or sharded by fully_shard, or process_group="
+                "there are several processes, but the model does not tell whether they share the "
+                "data: each measures its own data alone. Pass the model as wrapped by "
+                "DistributedDataParallel or sharded by fully_shard, or pass process_group="
             )
 
     @contextmanager
     def ready(self, named: Tensors, sums: Tensors) -> Iterator[tuple[Tensors, Tensors]]:
-        """No memory is taken: what was there before is brought by one rank, and the others add."""
+        """Needs no extra memory: the first rank keeps the earlier sums, the others start at 0."""
         if not self.ranks.is_first:
             for total in sums.values():
                 total.zero_()
         yield named, sums
 
-    def collect(self, named: Tensors, sums: Tensors, own: Tensors) -> None:
-        """One all-reduce a parameter."""
+    def collect(self, named: Tensors, sums: Tensors, own_sums: Tensors) -> None:
+        """One all-reduce per parameter."""
         self.ranks.add_up_(sums.values())
 
 
 class _Unsharded:
-    """The data ranks have a part each (``fully_shard``), and the whole model while they measure."""
+    """The data ranks hold shards (``fully_shard``), and the whole model while they measure."""
 
-    is_live = False
+    adds_at_once = False
 
     def __init__(self, whole: fsdp.ShardedModel) -> None:
         self.model = whole.model
@@ -164,12 +173,12 @@ class _Unsharded:
 
     @contextmanager
     def ready(self, named: Tensors, sums: Tensors) -> Iterator[tuple[Tensors, Tensors]]:
-        """Takes the memory of the model, and of Ω in float32, on every rank."""
+        """Needs memory for the whole model, and for Ω in float32, on every rank."""
         with self._whole.unsharded():
             params = self._whole.whole(named)
             yield params, FlatTensors(local_parts(params), accumulation_dtype)
 
-    def collect(self, named: Tensors, sums: Tensors, own: Tensors) -> None:
-        """One reduce-scatter a parameter."""
-        for name, total in own.items():
+    def collect(self, named: Tensors, sums: Tensors, own_sums: Tensors) -> None:
+        """One reduce-scatter per parameter."""
+        for name, total in own_sums.items():
             sums[name].add_(self._whole.summed_part(named[name], total))

@@ -6,16 +6,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from mas_ext._distributed.ranks import ProcessGroup
 from mas_ext._distributed.shards import Shardings, local_parts
 from mas_ext._parameters import ParameterIndex, Selection, select_measurable
 from mas_ext._state.flat_tensors import FlatTensors
-from mas_ext.importance.batches import Forward
 from mas_ext.importance.data_parallel import add_importance_
-from mas_ext.importance.loop import Progress
-from mas_ext.importance.objectives import Objective
-from mas_ext.importance.sample_statistics import Seen
+from mas_ext.importance.estimation import SampleStatistics
+from mas_ext.importance.options import Measurement, MeasurementOptions
 from mas_ext.reference import accumulation_dtype
 
 
@@ -30,10 +29,12 @@ class Importance(Mapping[str, Tensor]):
         coverage: parameter name → which path computed it; ``"none"`` where none could, and Ω is 0.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], seen: Seen, coverage: dict[str, str]) -> None:
+    def __init__(
+        self, tensors: Mapping[str, Tensor], statistics: SampleStatistics, coverage: dict[str, str]
+    ) -> None:
         self._tensors = tensors
-        self.num_samples = seen.samples
-        self.energy = seen.mean_energy
+        self.num_samples = statistics.samples
+        self.energy = statistics.mean_energy
         self.coverage = coverage
 
     def __getitem__(self, name: str) -> Tensor:
@@ -53,15 +54,9 @@ def estimate_importance(
     model: nn.Module,
     data: Iterable[Any],
     *,
-    estimator: str = "per_sample",
-    objective: Objective = "squared_l2",
-    forward: Forward | None = None,
     params: Selection = None,
-    max_samples: int | None = None,
-    progress: Progress = None,
-    weighting: str = "samples",
-    training: bool = False,
     process_group: ProcessGroup = None,
+    **options: Unpack[MeasurementOptions],
 ) -> Importance:
     r"""Measures how sensitive the model's output is to each parameter, without labels.
 
@@ -116,23 +111,18 @@ def estimate_importance(
 
     Source: Aljundi et al., ECCV 2018, equations 1 and 2.
     """
+    measurement = Measurement.from_options(options)
     named = select_measurable(ParameterIndex(model).named(), params)
     sums = FlatTensors(local_parts(named), accumulation_dtype)
-    seen, coverage = add_importance_(
+    statistics, coverage = add_importance_(
         sums,
         model,
         data,
         named,
-        estimator=estimator,
-        objective=objective,
-        forward=forward,
-        max_samples=max_samples,
-        progress=progress,
-        weighting=weighting,
-        training=training,
+        measurement,
         process_group=process_group,
         counted=lambda more: None,
     )
     for total in sums.values():
-        total.div_(seen.weight)
-    return Importance(Shardings().joined_by(named).placed(sums), seen, coverage)
+        total.div_(statistics.weight)
+    return Importance(Shardings().joined_by(named).placed(sums), statistics, coverage)

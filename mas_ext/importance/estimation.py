@@ -1,9 +1,7 @@
-"""What an estimator works with: the model, its parameters, the raw sums."""
+"""The state of a measurement that estimators work on: model, parameters, sums, statistics."""
 
 from __future__ import annotations
 
-import inspect
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,13 +9,14 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from mas_ext import functional
 from mas_ext._distributed.shards import is_sharded, local, local_grad
+from mas_ext._warnings import warn
 from mas_ext.importance import objectives
 from mas_ext.importance.batches import Batch, output_tensor
-from mas_ext.importance.objectives import Objective
+from mas_ext.importance.contributions import accumulate_magnitudes_
+from mas_ext.importance.options import Measurement
 
-# The paths a parameter can take, from none to the slowest: one that took several shows the last.
+# The paths that can serve a parameter, the slowest last. Of several, coverage shows the slowest.
 PATHS = (
     "unused",
     "none",
@@ -28,55 +27,84 @@ PATHS = (
     "subgraph",
     "one sample at a time",
 )
-_INSIDE = ("mas_ext.", "torch.", "contextlib")
+
+
+@dataclass(frozen=True)
+class SampleStatistics:
+    """Sums over the samples of a batch, a process or a task. Statistics can be added.
+
+    Attributes:
+        samples: the number of samples.
+        weight: what they contribute to N, by which sums are divided: samples, or batches.
+        energy: Σ s_k, the sum of the objective: Σ‖F(x)‖² unless another objective was chosen.
+    """
+
+    samples: int = 0
+    weight: int = 0
+    energy: float = 0.0
+
+    @classmethod
+    def of_batch(cls, scalars: Tensor, weighting: str) -> SampleStatistics:
+        """From the batch's s_k, [B]."""
+        samples = len(scalars)
+        weight = samples if weighting == "samples" else min(samples, 1)
+        return cls(samples, weight, float(scalars.double().sum()))
+
+    @property
+    def mean_energy(self) -> float:
+        """Σ s_k / N; 0 for no samples."""
+        return self.energy / self.samples if self.samples else 0.0
+
+    def __add__(self, other: SampleStatistics) -> SampleStatistics:
+        return SampleStatistics(
+            self.samples + other.samples, self.weight + other.weight, self.energy + other.energy
+        )
 
 
 @dataclass
 class Estimation:
-    """What stays the same from batch to batch.
+    """The state of one measurement on one process.
 
     Attributes:
         model: F.
         params: θ, by canonical name; DTensors under tensor parallelism.
-        sums: Σ over samples, what the estimators add to; of a DTensor, the local part.
-        objective: as the user named or gave it.
-        weighting: ``"samples"``, or ``"batches"``: each counts as one, whatever its size.
+        sums: Σ over samples, which estimators add to; for a DTensor parameter, its local part.
+        measurement: the options.
         coverage: parameter name → the path that served it, so far.
-        seen: samples so far.
+        samples: how many have been measured so far.
     """
 
     model: nn.Module
     params: dict[str, Tensor]
     sums: dict[str, Tensor]
-    objective: Objective
-    weighting: str = "samples"
+    measurement: Measurement
     coverage: dict[str, str] = field(default_factory=dict)
-    seen: int = 0
+    samples: int = 0
     _warned: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self._to_scalars = objectives.resolve(self.objective)
+        self._objective = objectives.resolve(self.measurement.objective)
 
     @cached_property
-    def is_cut_up(self) -> bool:
-        """Whether other processes hold parts of what each operation works on."""
+    def is_tensor_parallel(self) -> bool:
+        """Whether other processes hold parts of the tensors that each operation works on."""
         return any(is_sharded(p) for p in self.model.parameters())
 
     def output(self, batch: Batch) -> Tensor:
-        """F's output, with one row a sample."""
+        """F's output, with one row per sample."""
         return batch.check_rows(output_tensor(batch.forward(self.model)))
 
     def scalars(self, batch: Batch) -> Tensor:
         """s_k for every sample of a batch.
 
         Raises:
-            ValueError: one of them is not finite, or there is not one for each sample.
+            ValueError: a value is not finite, or there is not one value per sample.
         """
-        return self._finite(self.unchecked_scalars(batch))
+        return self._finite(self.objective_values(batch))
 
-    def unchecked_scalars(self, batch: Batch) -> Tensor:
-        """The same, of whatever value."""
-        return self._to_scalars(self.output(batch))
+    def objective_values(self, batch: Batch) -> Tensor:
+        """s_k for every sample of a batch, finite or not. Nothing else calls the objective."""
+        return self._objective(self.output(batch), batch)
 
     def _finite(self, scalars: Tensor) -> Tensor:
         finite = torch.isfinite(scalars)
@@ -90,7 +118,7 @@ class Estimation:
         return scalars
 
     def _suspect(self) -> str:
-        """A parameter that is not finite itself, else the first one that would be spoilt."""
+        """A parameter that is not finite itself, else the first of all."""
         bad = [name for name, p in self.params.items() if not torch.isfinite(local(p)).all()]
         name = (bad or list(self.params))[0]
         return f"{name!r} (which holds NaN or Inf itself)" if bad else repr(name)
@@ -122,18 +150,18 @@ class Estimation:
             if grad is not None
         ]
         for omega, arrived in _by_device([(sums[name], grad) for name, grad in used]):
-            functional.accumulate_importance_(omega, arrived)
+            accumulate_magnitudes_(omega, arrived)
         if sums is self.sums:
-            self.covered({name: path for name, _ in used})
+            self.record_paths({name: path for name, _ in used})
 
-    def covered(self, paths: Mapping[str, str]) -> None:
-        """Notes which path served which parameter."""
+    def record_paths(self, paths: Mapping[str, str]) -> None:
+        """Records which path served which parameter."""
         for name, path in paths.items():
             known = self.coverage.get(name, PATHS[0])
             self.coverage[name] = max(known, path, key=PATHS.index)
 
-    def warn_of_slow(self, reasons: Mapping[str, str]) -> None:
-        """Once a parameter: it is exact, but it takes a pass for each sample."""
+    def warn_one_at_a_time(self, reasons: Mapping[str, str]) -> None:
+        """Warns once per parameter that it is measured exactly, but with one pass per sample."""
         new = {name: why for name, why in reasons.items() if name not in self._warned}
         if not new:
             return
@@ -146,21 +174,24 @@ class Estimation:
         )
 
 
-def warn(message: str) -> None:
-    """A warning that points at the line which called this package, however far up that is."""
-    frame, level = inspect.currentframe(), 0
-    while frame is not None and frame.f_globals.get("__name__", "").startswith(_INSIDE):
-        frame, level = frame.f_back, level + 1
-    warnings.warn(message, stacklevel=level + 1)
+def check_finite(sums: Mapping[str, Tensor]) -> None:
+    """Raises ValueError if a sum is NaN or Inf, naming the parameter."""
+    for name, total in sums.items():
+        # No number is negative, so their sum tells, with a single pass over memory.
+        if not torch.isfinite(total.sum()) and not torch.isfinite(total).all():
+            raise ValueError(
+                f"the gradient of parameter {name!r} is NaN or Inf for some sample; nothing was "
+                "changed. Check the objective, or compute in a wider dtype"
+            )
 
 
 def dense(grad: Tensor) -> Tensor:
-    """A gradient as kernels take it: an embedding's may be sparse."""
+    """The gradient as a dense tensor, as kernels need it: an embedding's may be sparse."""
     return grad.to_dense() if grad.layout != torch.strided else grad
 
 
 def _by_device(pairs: list[tuple[Tensor, Tensor]]) -> list[tuple[list[Tensor], list[Tensor]]]:
-    """Sums and gradients in one pair of lists a device; a model may span several."""
+    """Sums and gradients as one pair of lists per device; a model may span several."""
     groups: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = {}
     for omega, grad in pairs:
         sums, grads = groups.setdefault(omega.device, ([], []))

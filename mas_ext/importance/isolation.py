@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 _HIDDEN = "None of the inputs have requires_grad=True"  # what torch's checkpointing warns of
 
@@ -119,3 +120,11 @@ def _restore(buffer: torch.Tensor | None, content: torch.Tensor | None) -> None:
         return
     if buffer.layout != torch.strided or not torch.equal(buffer, content):
         buffer.copy_(content)
+
+
+class OperatorObserver(TorchDispatchMode):
+    """A mode that sees every operation, below autograd and autocast, and changes none."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else the first of all modes loads torch._dynamo, which takes two seconds

@@ -8,7 +8,7 @@ followed by ReLU, :math:`y = \mathrm{ReLU}(Wx + b)`, and a single position,
 
 (the bias): neurons that fire together are wired together, Hebb's rule. With more positions in a
 sample (sequences, convolutions) the sum over positions comes before the absolute value,
-:math:`|\sum_t 2\, y_t x_t^\top|`, and so does the sum over several uses of the same weights.
+:math:`|\sum_t 2\, y_t x_t^\top|`, and so does the sum over several calls of the same weights.
 
 Source: Aljundi et al., ECCV 2018, section 4.3.
 """
@@ -22,11 +22,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mas_ext import functional
+from mas_ext._warnings import warn
 from mas_ext.importance.batches import Batch, Inputs
-from mas_ext.importance.estimation import Estimation, warn
-from mas_ext.importance.per_sample.contributions import Contribution, Outer
-from mas_ext.importance.uses import Use, Watch
+from mas_ext.importance.contributions import (
+    Contribution,
+    MatrixProduct,
+    accumulate_magnitudes_,
+    magnitude,
+)
+from mas_ext.importance.estimation import Estimation
+from mas_ext.importance.layer_calls import LayerCall, LayerCallRecorder
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -44,8 +49,8 @@ class Local:
     """
 
     def __init__(self, estimation: Estimation) -> None:
-        _check_objective(estimation.objective)
-        if estimation.is_cut_up:
+        _check_objective(estimation.measurement.objective)
+        if estimation.is_tensor_parallel:
             raise ValueError(
                 "estimator='local' is not available for a tensor-parallel model, of whose layers "
                 "this process sees only a part; use estimator='per_sample'"
@@ -81,7 +86,7 @@ class Local:
                 "estimator='local': none of the Linear and Conv layers that are measured was "
                 "called as a module by the forward; use estimator='per_sample'"
             )
-        estimation.covered(dict.fromkeys(left_out, "none"))
+        estimation.record_paths(dict.fromkeys(left_out, "none"))
         if left_out:
             some = ", ".join(left_out[:5]) + (", …" if len(left_out) > 5 else "")
             warn(
@@ -98,26 +103,26 @@ class Local:
         if size > 1 and self._samples_first is None:
             # One sample alone must be one row everywhere: not time first, not positions among the
             # rows. With as many positions as samples, shapes of the whole batch would not tell.
-            alone, _ = self._watched(inputs.take([0], size))
-            self._samples_first = all(use.rows == 1 for use in alone)
+            alone, _ = self._recorded(inputs.take([0], size))
+            self._samples_first = all(call.rows == 1 for call in alone)
         if size == 1 or self._samples_first:
-            uses, every = self._watched(inputs)
-            if size == 1 or all(use.rows == size for use in uses):
-                self._add(uses, size)
+            calls, every = self._recorded(inputs)
+            if size == 1 or all(call.rows == size for call in calls):
+                self._add(calls, size)
                 return every
-        scalars = [self._add_alone(inputs.take([k], size)) for k in range(size)]
+        scalars = [self._add_one_by_one(inputs.take([k], size)) for k in range(size)]
         return torch.cat(scalars) if scalars else torch.empty(0)
 
-    def _add_alone(self, sample: Inputs) -> Tensor:
-        uses, scalars = self._watched(sample)
-        self._add(uses, 1)
+    def _add_one_by_one(self, sample: Inputs) -> Tensor:
+        calls, scalars = self._recorded(sample)
+        self._add(calls, 1)
         return scalars
 
     def _add_custom_batch(self, batch: Batch, limit: int) -> Tensor:
         """How to cut such a batch into samples is only a guess: its dimension 0 has to be that."""
-        uses, scalars = self._watched(batch)
+        calls, scalars = self._recorded(batch)
         size = len(scalars)
-        wrong = [use for use in uses if size > 1 and use.rows != size]
+        wrong = [call for call in calls if size > 1 and call.rows != size]
         if wrong:
             name = next(self._names[id(p)] for p in _own(wrong[0].layer) if id(p) in self._names)
             raise ValueError(
@@ -126,38 +131,40 @@ class Local:
                 "estimator='local' its dimension 0 must be the sample: yield batches of one sample"
             )
         if size > limit:
-            for use in uses:
-                use.inputs, use.outputs = use.inputs[:limit], use.outputs[:limit]
-        self._add(uses, min(size, limit))
+            for call in calls:
+                call.inputs, call.outputs = call.inputs[:limit], call.outputs[:limit]
+        self._add(calls, min(size, limit))
         return scalars[:limit]
 
-    def _watched(self, batch: Batch) -> tuple[list[Use], Tensor]:
+    def _recorded(self, batch: Batch) -> tuple[list[LayerCall], Tensor]:
         """What the layers did in a forward pass, and ‖F‖² of each sample that came out."""
         with ExitStack() as stack:
-            watch = stack.enter_context(Watch())
+            recorder = stack.enter_context(LayerCallRecorder())
             for layer in self._layers:
                 # First of the hooks: a user's may replace the output.
-                handle = layer.register_forward_hook(watch.record, prepend=True, with_kwargs=True)
+                handle = layer.register_forward_hook(
+                    recorder.record, prepend=True, with_kwargs=True
+                )
                 stack.callback(handle.remove)
-            return watch.uses, self._estimation.unchecked_scalars(batch)
+            return recorder.calls, self._estimation.objective_values(batch)
 
     # -- from inputs and outputs to Ω ------------------------------------------------------------
 
-    def _add(self, uses: list[Use], size: int) -> None:
+    def _add(self, calls: list[LayerCall], size: int) -> None:
         """Adds ``size`` samples; of one, all rows are its own."""
-        weights: dict[str, list[Use]] = {}
-        biases: dict[str, list[Use]] = {}
-        for use in uses if size else []:
-            for param, found in ((use.layer.weight, weights), (use.layer.bias, biases)):
+        weights: dict[str, list[LayerCall]] = {}
+        biases: dict[str, list[LayerCall]] = {}
+        for call in calls if size else []:
+            for param, found in ((call.layer.weight, weights), (call.layer.bias, biases)):
                 if id(param) in self._names:
-                    found.setdefault(self._names[id(param)], []).append(use)
+                    found.setdefault(self._names[id(param)], []).append(call)
         for name, used in weights.items():
             with torch.autocast(used[0].outputs.device.type, enabled=False):
-                _add_magnitudes(self._estimation.sums[name], [use.product(size) for use in used])
+                _add_magnitudes(self._estimation.sums[name], [call.product(size) for call in used])
         for name, used in biases.items():
-            total = torch.stack([use.gradient(size).sum(1) for use in used]).sum(0)
-            self._estimation.sums[name].add_(total.abs().sum(0))
-        self._estimation.covered(dict.fromkeys([*weights, *biases], "local"))
+            total = torch.stack([call.gradient(size).sum(1) for call in used]).sum(0)
+            self._estimation.sums[name].add_(magnitude(total).sum(0))
+        self._estimation.record_paths(dict.fromkeys([*weights, *biases], "local"))
 
 
 def _check_objective(objective: Any) -> None:
@@ -191,12 +198,12 @@ def _not_fused() -> Iterator[None]:
 
 
 def _add_magnitudes(omega: Tensor, parts: list[Contribution]) -> None:
-    """Ω += Σ_k |Σ M_k|, over the uses of one weight."""
-    products = [part for part in parts if isinstance(part, Outer)]
+    """Ω += Σ_k |Σ M_k|, over the calls of one weight."""
+    products = [part for part in parts if isinstance(part, MatrixProduct)]
     if len(products) == len(parts):
-        Outer.joined(products).add_magnitudes_(omega)
+        MatrixProduct.joined(products).add_magnitudes_(omega)
     elif len(parts) == 1:
         parts[0].add_magnitudes_(omega)
     else:
         for values in zip(*(part.samples() for part in parts), strict=True):
-            functional.accumulate_importance_([omega], [torch.stack(values).sum(0)])
+            accumulate_magnitudes_([omega], [torch.stack(values).sum(0)])

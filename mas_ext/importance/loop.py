@@ -12,15 +12,12 @@ from torch import Tensor, nn
 
 from mas_ext.importance import estimators
 from mas_ext.importance.batches import Batch, CustomBatch, Forward, Inputs
-from mas_ext.importance.estimation import Estimation
-from mas_ext.importance.finite import check_finite
+from mas_ext.importance.estimation import Estimation, SampleStatistics, check_finite
 from mas_ext.importance.isolation import differentiable, no_hidden_parameters, undisturbed
-from mas_ext.importance.measurement_checkpoint import Journal
-from mas_ext.importance.objectives import Objective
-from mas_ext.importance.sample_statistics import Seen
+from mas_ext.importance.measurement_checkpoint import MeasurementCheckpoint
+from mas_ext.importance.options import Measurement, Progress
 
 NO_SAMPLES = "data: it gave no samples; an exhausted iterator or an empty set?"
-Progress = bool | Callable[[int], None] | None
 
 
 @dataclass(frozen=True)
@@ -28,11 +25,11 @@ class Measured:
     """What a process has added to its sums.
 
     Attributes:
-        seen: of which samples.
-        coverage: parameter name → the path that served it, for those that one did.
+        statistics: of the samples.
+        coverage: parameter name → the path that served it; parameters that none served are missing.
     """
 
-    seen: Seen
+    statistics: SampleStatistics
     coverage: dict[str, str]
 
 
@@ -42,62 +39,62 @@ def add_samples_(
     model: nn.Module,
     data: Iterable[Any],
     params: Mapping[str, Tensor],
+    measurement: Measurement,
     *,
-    estimator: str = "per_sample",
-    objective: Objective = "squared_l2",
-    forward: Forward | None = None,
-    max_samples: int | None = None,
-    progress: Progress = None,
-    weighting: str = "samples",
-    training: bool = False,
-    counted: Callable[[Seen], None],
-    journal: Journal,
+    counted: Callable[[SampleStatistics], None],
+    checkpoint: MeasurementCheckpoint,
 ) -> Measured:
-    """Adds Σ over samples, what importance is before the division by N, batch by batch.
+    """Adds the sum over this process's samples, which is importance before division by N.
 
-    Weighted by batches it is Σ over batches, and N the number of batches. No data adds nothing.
+    With ``weighting="batches"`` it is the sum over batches, and N is the number of batches. If the
+    data is empty, nothing is added.
 
     Args:
-        sums: by name, what is added to; after an error it holds what was added before it. Of a
-            parameter that is a DTensor, the local part.
-        params: θ by name, the parameters that are measured, as they stand in the model.
-        counted: called with what was seen of every batch once all of it is in ``sums``.
-        journal: where that is kept, and what was kept before.
+        sums: name → the tensor that is added to; for a DTensor parameter, its local part. After an
+            error it holds whatever was added before it.
+        params: name → θ, the parameters that are measured, as they stand in the model.
+        measurement: the options.
+        counted: called with the statistics of every batch once all of the batch is in ``sums``.
+        checkpoint: where progress is saved, and what an earlier run has saved.
+
+    Raises:
+        TypeError, ValueError: an option or the data cannot be used.
     """
-    limit = check_max_samples(max_samples)
-    estimators.check(estimator, weighting, training)
-    estimation = Estimation(model, dict(params), dict(sums), objective, weighting)
-    chosen = estimators.make(estimator, estimation)
+    measurement.check()
+    estimation = Estimation(model, dict(params), dict(sums), measurement)
+    estimator = estimators.make(estimation)
     check_data(data)
-    if not training:
+    if not measurement.training:
         check_samples_are_independent(model)
-    journal.take_up(sums)
-    done = estimation.seen = journal.seen.samples
+    checkpoint.restore(sums)
+    done = estimation.samples = checkpoint.statistics.samples
     if done:
-        counted(journal.seen)
+        counted(checkpoint.statistics)
     with (
         no_hidden_parameters(),
-        undisturbed(model, training),
-        closing(Reporter(progress)) as reporter,
+        undisturbed(model, measurement.training),
+        closing(ProgressReporter(measurement.progress)) as reporter,
     ):
-        for raw in journal.batches(data):
+        for raw in checkpoint.batches(data):
             with differentiable():
-                batch = _read(model, raw, forward, limit - done)
-                more = Seen.batch(chosen.add_batch(batch, limit - done), weighting)
-            done = estimation.seen = done + more.samples
+                left = measurement.sample_limit - done
+                batch = _read(model, raw, measurement.forward, left)
+                scalars = estimator.add_batch(batch, left)
+                more = SampleStatistics.of_batch(scalars, measurement.weighting)
+            done = estimation.samples = done + more.samples
             counted(more)
-            journal.count(more)
+            checkpoint.count(more)
             reporter.show(done)
-            if done >= limit:
+            if done >= measurement.sample_limit:
                 break
     if done > 0:
         check_finite(sums)
-        chosen.finish()
-    return Measured(journal.seen, estimation.coverage)
+        estimator.finish()
+    return Measured(checkpoint.statistics, estimation.coverage)
 
 
 def _read(model: nn.Module, raw: Any, forward: Forward | None, limit: int) -> Batch:
-    """A batch of whatever form, on the model's device; at most ``limit`` samples if it is ours."""
+    """A batch of any form; without ``forward``, on the model's device and cut to ``limit``."""
     if forward is not None:
         return CustomBatch(raw, forward)
     inputs = Inputs.of(raw).placed(next(model.parameters()).device)
@@ -105,17 +102,8 @@ def _read(model: nn.Module, raw: Any, forward: Forward | None, limit: int) -> Ba
     return inputs.take(range(limit), size) if size > limit else inputs
 
 
-def check_max_samples(max_samples: int | None) -> int:
-    """The limit, a large number for None."""
-    if max_samples is None:
-        return 2**63 - 1
-    if not isinstance(max_samples, int) or max_samples < 1:
-        raise ValueError(f"max_samples is {max_samples!r}; pass a positive whole number or None")
-    return max_samples
-
-
 def check_data(data: Iterable[Any]) -> None:
-    """An iterable of batches, not a batch."""
+    """Refuses data that is not an iterable of batches, such as a single batch."""
     if isinstance(data, (Tensor, Mapping, str)) or not isinstance(data, Iterable):
         raise TypeError(
             f"data is a {type(data).__name__}; pass an iterable of batches, such as a DataLoader "
@@ -124,11 +112,11 @@ def check_data(data: Iterable[Any]) -> None:
 
 
 def check_samples_are_independent(model: nn.Module) -> None:
-    """No module that normalises by the batch in evaluation mode."""
+    """Refuses a model that normalizes by batch statistics even in evaluation mode."""
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
             raise ValueError(
-                f"module {name!r} normalises by the batch's own statistics also in evaluation "
+                f"module {name!r} normalizes by the batch's own statistics even in evaluation "
                 "mode, so no output belongs to one sample; give it track_running_stats=True"
             )
 
@@ -139,23 +127,21 @@ def _bar() -> Any:
     return tqdm(desc="importance", unit=" samples")
 
 
-class Reporter:
-    """Tells the user how many samples are done: a bar, a callable, or nothing."""
+class ProgressReporter:
+    """Tells the user how many samples are done, by a bar or a callable, if asked to."""
 
     def __init__(self, progress: Progress) -> None:
-        if not (progress is None or isinstance(progress, bool) or callable(progress)):
-            raise TypeError(f"progress is {progress!r}; pass True, None or a callable(samples)")
         self._call = progress if callable(progress) else None
         self._bar = _bar() if progress is True else None
 
     def show(self, done: int) -> None:
-        """So many samples are done."""
+        """Reports the number of samples done so far."""
         if self._bar is not None:
             self._bar.update(done - self._bar.n)
         if self._call is not None:
             self._call(done)
 
     def close(self) -> None:
-        """The bar stays as it is."""
+        """Leaves the bar on the screen as it is."""
         if self._bar is not None:
             self._bar.close()

@@ -20,10 +20,9 @@ from torch import Tensor
 
 from mas_ext._distributed.shards import local
 from mas_ext._distributed.topology import is_running
-from mas_ext._state import atomic_write as replacing
-from mas_ext._state import tensor_file
-from mas_ext.importance.finite import check_finite
-from mas_ext.importance.sample_statistics import Seen
+from mas_ext._state import atomic_write, tensor_file
+from mas_ext.importance.estimation import SampleStatistics, check_finite
+from mas_ext.importance.options import Measurement
 
 _FORMAT = "mas_ext measurement"
 _VERSION = 2  # with the energy
@@ -33,7 +32,7 @@ Path_ = str | os.PathLike[str]
 Tensors = Mapping[str, Tensor]
 
 
-class Journal:
+class MeasurementCheckpoint:
     """Of a measurement that is not kept.
 
     Attributes:
@@ -42,28 +41,28 @@ class Journal:
     """
 
     def __init__(self) -> None:
-        self.seen = Seen()
+        self.statistics = SampleStatistics()
         self.batches_before = 0
 
     def open(self, params: Tensors) -> None:
         """Looks for what was kept before; ``params`` is θ, of which it has to be."""
 
-    def begin_anew(self) -> None:
+    def reset(self) -> None:
         """Forgets what was kept before: others that go the same way have kept another part of it.
 
         Ranks that hold one model together go through the same batches, and write one after another.
         """
 
-    def take_up(self, sums: Tensors) -> None:
+    def restore(self, sums: Tensors) -> None:
         """Puts into ``sums`` what was measured before, if anything."""
 
     def batches(self, data: Iterable[Any]) -> Iterable[Any]:
         """Those that are still to be measured."""
         return data
 
-    def count(self, more: Seen) -> None:
+    def count(self, more: SampleStatistics) -> None:
         """After every batch, once all of it is in the sums."""
-        self.seen += more
+        self.statistics += more
 
     def refuse(self, what: str) -> None:
         """Raises a ValueError if it is kept: ``what`` cannot be taken up in the middle."""
@@ -72,7 +71,7 @@ class Journal:
         """After the measurement: there is nothing to take up any more."""
 
 
-class FileJournal(Journal):
+class FileCheckpoint(MeasurementCheckpoint):
     """Of one that is kept in a file.
 
     Args:
@@ -113,17 +112,19 @@ class FileJournal(Journal):
         except _Ended:  # of several ranks that ended one was killed before it removed its file
             return
         self.batches_before = settings["batches"]
-        self.seen = Seen(settings["samples"], settings["weight"], settings["energy"])
+        self.statistics = SampleStatistics(
+            settings["samples"], settings["weight"], settings["energy"]
+        )
 
-    def begin_anew(self) -> None:
+    def reset(self) -> None:
         """The file stays until it is written again."""
         self._before = {}
-        self.batches_before, self.seen = 0, Seen()
+        self.batches_before, self.statistics = 0, SampleStatistics()
 
-    def take_up(self, sums: Tensors) -> None:
+    def restore(self, sums: Tensors) -> None:
         """From what was read."""
         self._sums = sums
-        self._batches, self._kept = self.batches_before, self.seen.samples
+        self._batches, self._kept = self.batches_before, self.statistics.samples
         for name, value in tensor_file.under("sums", self._before).items():
             sums[name].copy_(value)
 
@@ -139,7 +140,7 @@ class FileJournal(Journal):
         iterator = iter(data)
         batch: Any = self._passed(iterator)
         while batch is not _END:
-            if self.seen.samples - self._kept >= self._every:
+            if self.statistics.samples - self._kept >= self._every:
                 self._write()
             yield batch
             self._batches += 1
@@ -155,7 +156,7 @@ class FileJournal(Journal):
 
     def remove(self) -> None:
         """The file, and what killed processes left of it."""
-        replacing.remove(self._path)
+        atomic_write.remove(self._path)
 
     def _passed(self, iterator: Iterator[Any]) -> Any:
         """The first batch that was not measured before."""
@@ -184,11 +185,11 @@ class FileJournal(Journal):
             "version": _VERSION,
             "about": self._about,
             "batches": self._batches,
-            **asdict(self.seen),
+            **asdict(self.statistics),
         }
         tensors = {f"{group}/{n}": t for group, values in groups.items() for n, t in values.items()}
         tensor_file.write(self._path, settings, tensors)
-        self._kept = self.seen.samples
+        self._kept = self.statistics.samples
 
     def _check_settings(self, settings: Mapping[str, Any]) -> None:
         source = f"checkpoint: {str(self._path)!r}"
@@ -208,19 +209,22 @@ class FileJournal(Journal):
                 )
 
 
-def kept_journal(path: Path_ | None, save_every: int, about: Mapping[str, Any]) -> Journal:
-    """In a file, if one is named.
+def make_checkpoint(
+    measurement: Measurement, tasks: int, samples_before: Mapping[str, int]
+) -> MeasurementCheckpoint:
+    """The checkpoint that the options ask for.
 
     Args:
-        about: the state that is added to, and the arguments of the measurement.
+        tasks: the number of tasks in the state that the measurement adds to.
+        samples_before: for each parameter, the number of samples already in its sums.
+
+    Raises:
+        TypeError, ValueError: ``checkpoint`` or ``save_every`` cannot be used.
     """
-    if path is None:
-        return Journal()
-    objective = about["objective"]
-    if not isinstance(objective, str):
-        objective = getattr(objective, "__qualname__", type(objective).__qualname__)
-    told = {key: value for key, value in about.items() if key not in ("forward", "progress")}
-    return FileJournal(path, save_every, {**told, "objective": objective})
+    if measurement.checkpoint is None:
+        return MeasurementCheckpoint()
+    described = {"tasks": tasks, "samples before": samples_before, **measurement.described()}
+    return FileCheckpoint(measurement.checkpoint, measurement.save_every, described)
 
 
 class _Ended(Exception):

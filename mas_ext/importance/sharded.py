@@ -25,11 +25,10 @@ from mas_ext._distributed.ranks import Ranks
 from mas_ext._distributed.shards import local_grad
 from mas_ext.importance import estimators, loop
 from mas_ext.importance.batches import Batch, CustomBatch, Forward, Inputs
-from mas_ext.importance.estimation import Estimation, dense
-from mas_ext.importance.finite import check_finite
+from mas_ext.importance.contributions import magnitude
+from mas_ext.importance.estimation import Estimation, SampleStatistics, check_finite, dense
 from mas_ext.importance.isolation import differentiable, no_hidden_parameters, undisturbed
-from mas_ext.importance.objectives import Objective
-from mas_ext.importance.sample_statistics import Seen
+from mas_ext.importance.options import PER_SAMPLE_SHARDED, Measurement
 
 PATH = "one sample at a time"
 
@@ -39,34 +38,28 @@ def add_samples_(
     sharded: ShardedModel,
     data: Iterable[Any],
     named: Mapping[str, Tensor],
+    measurement: Measurement,
     *,
-    estimator: str,
-    objective: Objective = "squared_l2",
-    forward: Forward | None = None,
-    max_samples: int | None = None,
-    progress: loop.Progress = None,
-    weighting: str = "samples",
-    training: bool = False,
-    counted: Callable[[Seen], None],
-) -> tuple[Seen, dict[str, str]]:
-    """Adds Σ over the samples of all ranks to the local parts of the sums, pass by pass.
+    counted: Callable[[SampleStatistics], None],
+) -> tuple[SampleStatistics, dict[str, str]]:
+    """Adds the sum over the samples of all ranks to the local parts of the sums, pass by pass.
 
-    See :func:`.add_importance_`. An error in a forward pass of one rank
-    leaves the others waiting in theirs, until the process group's timeout.
+    See :func:`.add_importance_`. If the forward pass of one rank raises an error, the others wait
+    in theirs until the process group's timeout.
     """
-    estimators.check(estimator, weighting, training)
+    measurement.check()
     ranks = topology.ranks_of_shards(sharded.sharded_parameters, sharded.mesh)
-    source = _Source(ranks, data, forward, loop.check_max_samples(max_samples))
+    source = _SampleSource(ranks, data, measurement)
     loop.check_samples_are_independent(sharded.model)
-    done = Seen()
+    done = SampleStatistics()
     with (
-        closing(loop.Reporter(ranks.progress(progress))) as reporter,
+        closing(loop.ProgressReporter(ranks.progress(measurement.progress))) as reporter,
         no_hidden_parameters(),
         sharded.in_training(),
         undisturbed(sharded.model),
-        _Magnitudes(sums, sharded, named).collected() as magnitudes,
+        _GradientCollector(sums, sharded, named).collected() as collector,
     ):
-        estimation = Estimation(sharded.model, dict(named), dict(sums), objective)
+        estimation = Estimation(sharded.model, dict(named), dict(sums), measurement)
         while active := source.advance():
             with differentiable():
                 scalars: list[Tensor] = []
@@ -76,19 +69,19 @@ def add_samples_(
                     return scalars[0].item() if source.is_own else 0.0
 
                 energies = ranks.attempt(forward_pass)
-                magnitudes.count_in = source.is_own
+                collector.counts = source.is_own
                 if scalars[0].requires_grad:
                     scalars[0].backward()
-            more = Seen(active, active, sum(energies))
+            more = SampleStatistics(active, active, sum(energies))
             done += more
             counted(more)
             reporter.show(done.samples)
         ranks.attempt(lambda: check_finite(sums))
     if done.samples == 0:
         raise ValueError(loop.NO_SAMPLES)
-    if not magnitudes.seen:
+    if not collector.arrived:
         raise ValueError(estimators.DEPENDS_ON_NOTHING)
-    return done, dict.fromkeys(magnitudes.seen, PATH)
+    return done, dict.fromkeys(collector.arrived, PATH)
 
 
 def _scalar(estimation: Estimation, sample: Batch) -> Tensor:
@@ -96,25 +89,23 @@ def _scalar(estimation: Estimation, sample: Batch) -> Tensor:
     if len(scalars) != 1:
         raise ValueError(
             f"forward gave {len(scalars)} rows for a batch; with forward= and "
-            f"estimator={estimators.IN_STEP!r} a batch must be one sample"
+            f"estimator={PER_SAMPLE_SHARDED!r} a batch must be one sample"
         )
     return scalars[0]
 
 
-class _Source:
+class _SampleSource:
     """One sample a pass, on every rank, until no rank has any left.
 
     Attributes:
         is_own: whether this rank's is one that counts.
     """
 
-    def __init__(
-        self, ranks: Ranks, data: Iterable[Any], forward: Forward | None, limit: int
-    ) -> None:
+    def __init__(self, ranks: Ranks, data: Iterable[Any], measurement: Measurement) -> None:
         self.is_own = False
         self._ranks = ranks
-        self._left = limit
-        self._samples = _samples(data, forward)
+        self._left = measurement.sample_limit
+        self._samples = _samples(data, measurement.forward)
         self._sample: Batch | None = None
         self._all_have_one = False
 
@@ -159,25 +150,25 @@ def _samples(data: Iterable[Any], forward: Forward | None) -> Iterator[Batch]:
             yield inputs.take([k], size)
 
 
-class _Magnitudes:
+class _GradientCollector:
     """Takes every gradient as it arrives in a backward pass, and leaves none behind.
 
     Attributes:
-        count_in: whether this rank's sample counts.
-        seen: the parameters for which one has arrived, in order.
+        counts: whether this rank's sample counts.
+        arrived: the parameters for which one has arrived, in order.
     """
 
     def __init__(
         self, sums: Mapping[str, Tensor], sharded: ShardedModel, named: Mapping[str, Tensor]
     ) -> None:
-        self.count_in = True
-        self.seen: dict[str, None] = {}
+        self.counts = True
+        self.arrived: dict[str, None] = {}
         self._sums = sums
         self._sharded = sharded
         self._named = named
 
     @contextmanager
-    def collected(self) -> Iterator[_Magnitudes]:
+    def collected(self) -> Iterator[_GradientCollector]:
         """While the model is in training: of the parameters that are measured, and no others."""
         ours = {id(p) for p in self._named.values()}
         for p in self._sharded.model.parameters():
@@ -191,13 +182,13 @@ class _Magnitudes:
 
     def _hook(self, name: str) -> Callable[[Tensor], None]:
         @torch.no_grad()
-        def take(leaf: Tensor) -> None:
+        def collect(leaf: Tensor) -> None:
             grad, leaf.grad = leaf.grad, None
             assert grad is not None
-            magnitude = dense(local_grad(grad, leaf)).abs().to(self._sums[name].dtype)
-            if not self.count_in:
-                magnitude.zero_()
-            self._sums[name].add_(self._sharded.summed_part(self._named[name], magnitude))
-            self.seen[name] = None
+            contribution = magnitude(dense(local_grad(grad, leaf))).to(self._sums[name].dtype)
+            if not self.counts:
+                contribution.zero_()
+            self._sums[name].add_(self._sharded.summed_part(self._named[name], contribution))
+            self.arrived[name] = None
 
-        return take
+        return collect

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,11 @@ from mas_ext._penalty.attachment import Attachment, unwrapped
 from mas_ext._strength.auto import DEFAULT_DRIFT
 from mas_ext._strength.strength import RegularizationStrength
 from mas_ext.functional import check_mode
-from mas_ext.importance import estimators
+from mas_ext.importance.options import CheckpointedMeasurementOptions, Measurement
 from mas_ext.regularizer import MAS
 
-
-def _keywords(function: Callable[..., Any]) -> frozenset[str]:
-    """The arguments that may be given by name."""
-    return frozenset(inspect.signature(function).parameters) - {"self", "model", "data"}
-
-
-_MAS_OPTIONS = _keywords(MAS.__init__)
-_MEASUREMENT_OPTIONS = _keywords(MAS.consolidate)
+_MAS_OPTIONS = frozenset(inspect.signature(MAS.__init__).parameters) - {"self", "model"}
+_MEASUREMENT_OPTIONS = frozenset(CheckpointedMeasurementOptions.__annotations__)
 
 
 class ManagedMAS:
@@ -201,8 +195,4 @@ def _check_options(regularizer: Mapping[str, Any], importance: Mapping[str, Any]
     # Tried on a model of one parameter, except for options that name the real model's parameters.
     named = ("lambda_reg", "drift", "params")
     MAS(nn.Linear(1, 1), **{n: value for n, value in regularizer.items() if n not in named})
-    estimators.check(
-        importance.get("estimator", "per_sample"),
-        importance.get("weighting", "samples"),
-        importance.get("training", False),
-    )
+    Measurement.from_options(importance, CheckpointedMeasurementOptions).check()

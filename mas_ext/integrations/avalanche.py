@@ -19,9 +19,9 @@ from mas_ext._parameters import Selection
 from mas_ext._penalty.attachment import Attachment
 from mas_ext._state.merging import Merge, check_merge
 from mas_ext.functional import check_mode
-from mas_ext.importance import estimators
 from mas_ext.importance.batches import Forward
 from mas_ext.importance.objectives import Objective
+from mas_ext.importance.options import Measurement
 from mas_ext.presets import preset
 from mas_ext.regularizer import MAS
 
@@ -90,7 +90,7 @@ class MASPlugin(SupervisedPlugin):
     ) -> None:
         super().__init__()
         check_mode(mode)
-        estimators.check(estimator, weighting, training)
+        Measurement(estimator=estimator, weighting=weighting, training=training).check()
         self.mas: MAS | None = None
         self._mode = mode
         self._regularizer = {

@@ -1,11 +1,11 @@
 """Exact importance, Σ_k |∂s_k/∂θ|, from one backward pass over a batch.
 
-``graph.py`` reads the autograd graph; ``plan.py`` finds where parameters are used, ``views.py``
-and ``subgraph.py`` what is made from them on the way there, ``owners.py`` and ``layout.py`` whose
-rows are whose. ``visits.py`` runs a backward pass, ``accumulation.py`` the one that counts:
-``rules.py`` (with ``convolution.py`` and ``generic.py``) says what each operation contributes, and
-``contributions.py`` and ``groups.py`` add it up. ``selfcheck.py`` compares with autograd, and
-``engine.py`` puts it together.
+``graph.py`` reads the autograd graph and runs backward passes over it. ``plan.py`` finds where
+parameters are used, and ``parameter_graph.py`` how what is used is made from parameters.
+``sample_assignment.py`` finds out which row of a gradient belongs to which sample, described by
+``layout.py``. ``rules.py`` and ``generic.py`` say what each operation contributes, and
+``accumulation.py`` adds it up. ``self_check.py`` compares with ordinary autograd, and
+``engine.py`` puts everything together.
 """
 
 from mas_ext.importance.per_sample.engine import add_batch

@@ -8,16 +8,22 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from mas_ext.importance.per_sample.contributions import Contribution
+from mas_ext.importance.contributions import (
+    Contribution,
+    EmbeddingRows,
+    Materialized,
+    MatrixProduct,
+    TiedEmbedding,
+    accumulate_magnitudes_,
+)
 from mas_ext.importance.per_sample.generic import Generic
-from mas_ext.importance.per_sample.graph import Graph
-from mas_ext.importance.per_sample.groups import Sink
-from mas_ext.importance.per_sample.plan import Plan, Use
-from mas_ext.importance.per_sample.rules import RULES, Grads, NoRule, Rule, Visit
-from mas_ext.importance.per_sample.visits import visit_boundaries
+from mas_ext.importance.per_sample.graph import Grads, Graph, visit_gradients
+from mas_ext.importance.per_sample.parameter_graph import backpropagated
+from mas_ext.importance.per_sample.plan import ParameterUse, Plan, UseGroup
+from mas_ext.importance.per_sample.rules import RULES, NoRule, Rule, VisitedOperation
 
 
-class Accumulation:
+class BatchAccumulator:
     """Adds Σ_k |M_k| of one batch to the raw sums.
 
     Args:
@@ -29,37 +35,46 @@ class Accumulation:
         self, plan: Plan, graph: Graph, sums: Mapping[str, Tensor], learn: bool = False
     ) -> None:
         self._plan, self._graph, self._learn = plan, graph, learn
-        sinks = {group: Sink(group, graph, sums) for group in plan.groups}
-        self._sinks = {use: sinks[group] for group in plan.groups for use in group.uses}
-        self._later: list[tuple[Use, Generic]] = []
+        accumulators = {group: GroupAccumulator(group, graph, sums) for group in plan.groups}
+        self._accumulators = {
+            use: accumulators[group] for group in plan.groups for use in group.uses
+        }
+        self._later: list[tuple[ParameterUse, Generic]] = []
 
     def run(self, weights: Tensor) -> dict[str, str]:
         """Returns the parameters that could not be served, to which nothing was added, and why."""
         unserved: dict[str, str] = {}
         # The caller's autocast is for the forward pass: sums are formed in Ω's dtype.
         with torch.autocast(weights.device.type, enabled=False), torch.no_grad():
-            visit_boundaries(self._plan, self._graph, weights, self._visit, self._keeps_graph)
+            visit_gradients(
+                self._graph,
+                weights,
+                self._plan.boundaries,
+                self._plan.frontier,
+                self._visit,
+                self._keeps_graph,
+            )
             for use, generic in self._later:
-                with self._failing(self._sinks[use]):
-                    self._sinks[use].put(use, generic)
-            for sink in dict.fromkeys(self._sinks.values()):
-                unserved |= self._finished(sink)
+                with self._failing(self._accumulators[use]):
+                    self._accumulators[use].put(use, generic)
+            for accumulator in dict.fromkeys(self._accumulators.values()):
+                unserved |= self._finished(accumulator)
         return unserved
 
-    def _finished(self, sink: Sink) -> dict[str, str]:
-        with self._failing(sink):
-            return sink.finish()
-        return sink.finish()  # now it says what failed
+    def _finished(self, accumulator: GroupAccumulator) -> dict[str, str]:
+        with self._failing(accumulator):
+            return accumulator.finish()
+        return accumulator.finish()  # now it says what failed
 
     @contextmanager
-    def _failing(self, sink: Sink) -> Iterator[None]:
+    def _failing(self, accumulator: GroupAccumulator) -> Iterator[None]:
         """While learning, an error is the end of one way only, and a warning will tell of it."""
         try:
             yield
         except Exception as problem:
             if not self._learn:
                 raise
-            sink.fail(f"its gradient cannot be formed here ({problem})")
+            accumulator.fail(f"its gradient cannot be formed here ({problem})")
 
     @property
     def _keeps_graph(self) -> bool:
@@ -67,7 +82,7 @@ class Accumulation:
 
     def _visit(self, position: int, grads: Grads) -> None:
         boundary, node = self._plan.boundaries[position], self._graph.nodes[position]
-        uses = [use for use in boundary.uses if use in self._sinks]
+        uses = [use for use in boundary.uses if use in self._accumulators]
         grads = tuple(
             None if layout is None and grad is not None and not grad.any() else grad
             for grad, layout in zip(grads, boundary.layouts, strict=True)
@@ -76,39 +91,156 @@ class Accumulation:
             return
         for use in uses:
             dtype = self._graph.dtype_at(use.source)
-            visit = Visit(node, grads, tuple(boundary.layouts), use.shape, dtype)
-            self._serve(use, visit)
+            op = VisitedOperation(node, grads, tuple(boundary.layouts), use.shape, dtype)
+            self._serve(use, op)
         if not self._keeps_graph:
             node.forget()
 
-    def _serve(self, use: Use, visit: Visit) -> None:
-        sink = self._sinks[use]
-        pairs = zip(visit.grads, visit.layouts, strict=True)
+    def _serve(self, use: ParameterUse, op: VisitedOperation) -> None:
+        accumulator = self._accumulators[use]
+        pairs = zip(op.grads, op.layouts, strict=True)
         if any(grad is not None and layout is None for grad, layout in pairs):
-            sink.fail("no gradient arrived there when its plan was made")
+            accumulator.fail("no gradient arrived there when its plan was made")
             return
-        with self._failing(sink):
-            contribution = self._contribution(use, visit)
+        with self._failing(accumulator):
+            contribution = self._contribution(use, op)
             if isinstance(contribution, Generic):
                 self._later.append((use, contribution))
             else:
-                sink.put(use, contribution)
+                accumulator.put(use, contribution)
 
-    def _contribution(self, use: Use, visit: Visit) -> Contribution:
+    def _contribution(self, use: ParameterUse, op: VisitedOperation) -> Contribution:
         if use in self._plan.generic:
-            return Generic(visit, use.input)
+            return Generic(op, use.input)
         try:
-            return _rule(visit)(visit, use.input)
+            return _as_contribution(_rule(op)(op, use.input), op)
         except NoRule:
             if not self._learn:
                 raise
             self._plan.generic.add(use)
-            return Generic(visit, use.input)
+            return Generic(op, use.input)
 
 
-def _rule(visit: Visit) -> Rule:
+def _as_contribution(result: Contribution | Tensor, op: VisitedOperation) -> Contribution:
+    """What a rule returned; a tensor is per-sample gradients as they are."""
+    if not isinstance(result, Tensor):
+        return result
+    expected = (len(op.split(op.grad)), *op.shape)
+    if result.shape != expected:
+        raise ValueError(
+            f"the rule for {op.node.operation!r} returned a tensor of shape "
+            f"{list(result.shape)}; it must return one gradient per sample, {list(expected)}"
+        )
+    return Materialized(result)
+
+
+def _rule(op: VisitedOperation) -> Rule:
     """The rule for an operation; those of several outputs use the gradient of the first."""
-    first = visit.grads[0]
-    if visit.node.operation not in RULES or first is None or first.is_complex():
+    first = op.grads[0]
+    if op.node.operation not in RULES or first is None or first.is_complex():
         raise NoRule("none is registered")
-    return RULES[visit.node.operation]
+    return RULES[op.node.operation]
+
+
+class GroupAccumulator:
+    """Takes a group's contributions as they come, and adds Σ_k |Σ_uses M_k| to the raw sums."""
+
+    def __init__(self, group: UseGroup, graph: Graph, sums: Mapping[str, Tensor]) -> None:
+        self._group, self._graph = group, graph
+        self._sums = {name: sums[name] for name in group.names}
+        self._waiting: dict[ParameterUse, Contribution] = {}
+        self._failure: str | None = None
+
+    def fail(self, reason: str) -> None:
+        """A use could not be served: nothing is added."""
+        self._failure = reason
+
+    def put(self, use: ParameterUse, contribution: Contribution) -> None:
+        """What one use contributes; added at once where it is the only one."""
+        if self._group.is_direct:
+            self._add(use, contribution)
+        else:
+            self._waiting[use] = contribution
+
+    def _add(self, use: ParameterUse, contribution: Contribution) -> None:
+        """Where no view of Ω lies as what is used does, it is summed there and then put back."""
+        (omega,) = self._sums.values()
+        if use.view is not None:
+            contribution.add_magnitudes_(use.view(omega))
+            return
+        total = omega.new_zeros(use.shape)
+        contribution.add_magnitudes_(total)
+        for _, places in backpropagated(self._graph, [use.source], [total], self._sums):
+            omega += places
+
+    def finish(self) -> dict[str, str]:
+        """Adds what had to wait for the other uses; one without a gradient contributes nothing.
+
+        Returns:
+            The parameters to which nothing was added, and why.
+        """
+        if self._failure is not None:
+            return dict.fromkeys(self._group.names, self._failure)
+        if len(self._waiting) == 1 and len(self._sums) == 1:
+            ((use, contribution),) = self._waiting.items()
+            if use.is_placement:
+                self._add(use, contribution)
+                return {}
+        if self._waiting:
+            whole = self._as_one()
+            if whole is not None:
+                whole.add_magnitudes_(self._sums[self._group.names[0]])
+            else:
+                self._add_sample_by_sample()
+        return {}
+
+    def _as_one(self) -> Contribution | None:
+        """Products with one matrix are one product at more positions, and so are look-ups."""
+        if len(self._sums) != 1:
+            return None
+        (omega,) = self._sums.values()
+        outers, rows = [], []
+        for use, part in self._waiting.items():
+            turned = None if use.view is None else _orientation(use.view(omega), omega)
+            if isinstance(part, MatrixProduct) and part.shape is None and turned is not None:
+                outers.append(part.transposed() if turned else part)
+            elif isinstance(part, EmbeddingRows) and turned is False:
+                rows.append(part)
+            else:
+                return None
+        if not rows:
+            return MatrixProduct.joined(outers)
+        table = EmbeddingRows.joined(rows)
+        return TiedEmbedding(MatrixProduct.joined(outers), table) if outers else table
+
+    def _add_sample_by_sample(self) -> None:
+        uses = list(self._waiting)
+        totals = {name: torch.zeros_like(omega) for name, omega in self._sums.items()}
+        for parts in zip(*(self._waiting[use].samples() for use in uses), strict=True):
+            for total in totals.values():
+                total.zero_()
+            self._sum_uses(dict(zip(uses, parts, strict=True)), totals)
+            accumulate_magnitudes_(list(self._sums.values()), list(totals.values()))
+
+    def _sum_uses(self, parts: Mapping[ParameterUse, Tensor], totals: Mapping[str, Tensor]) -> None:
+        """M_k of every parameter of the group, from one sample's gradient at every use."""
+        made = {}
+        for use, part in parts.items():
+            if use.view is None:
+                made[use] = part
+            else:
+                (name,) = use.names
+                use.view(totals[name]).add_(part.view(use.shape))
+        sources = [use.source for use in made]
+        for name, grad in backpropagated(self._graph, sources, list(made.values()), self._sums):
+            totals[name].add_(grad)
+
+
+def _orientation(view: Tensor, whole: Tensor) -> bool | None:
+    """False if a view is the whole matrix, True if it is its transpose, None if neither."""
+    if whole.dim() != 2 or view.data_ptr() != whole.data_ptr():
+        return None
+    if (view.shape, view.stride()) == (whole.shape, whole.stride()):
+        return False
+    turned = whole.t()
+    return True if (view.shape, view.stride()) == (turned.shape, turned.stride()) else None

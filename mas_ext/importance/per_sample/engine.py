@@ -8,13 +8,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from mas_ext.importance.batches import Batch, Indivisible, Inputs
+from mas_ext.importance.batches import Batch, CannotSplit, Inputs
 from mas_ext.importance.estimation import Estimation
-from mas_ext.importance.per_sample import selfcheck
-from mas_ext.importance.per_sample.accumulation import Accumulation
-from mas_ext.importance.per_sample.graph import Graph, Unplannable
+from mas_ext.importance.per_sample import self_check
+from mas_ext.importance.per_sample.accumulation import BatchAccumulator
+from mas_ext.importance.per_sample.graph import Graph, NoPlan
 from mas_ext.importance.per_sample.plan import LARGE, SMALL, Plan, make_plan
-from mas_ext.importance.per_sample.sample_assignment import assign_layouts, displaced
+from mas_ext.importance.per_sample.sample_assignment import assign_layouts, find_moved_rows
 
 _KEPT = 64  # plans a model; one for every shape of input it was shown
 
@@ -27,7 +27,7 @@ class Plans:
 
     def find(self, graph: Graph) -> Plan | None:
         """The plan for a graph, if it was made before."""
-        plan = next((p for p in reversed(self._plans) if p.fits(graph, len(graph.root))), None)
+        plan = next((p for p in reversed(self._plans) if p.matches(graph, len(graph.root))), None)
         if plan is not None:
             self.keep(plan)
         return plan
@@ -51,7 +51,7 @@ _plans: WeakKeyDictionary[nn.Module, Plans] = WeakKeyDictionary()
 
 def add_batch(estimation: Estimation, batch: Batch, limit: int) -> Tensor:
     """Adds Σ_k |∂s_k/∂θ| of a batch, of at most ``limit`` samples, and returns their s_k."""
-    scalars = _undisturbed_by_chance(estimation, batch)
+    scalars = _deterministic_scalars(estimation, batch)
     count = min(len(scalars), limit)
     if len(scalars) == 1:
         estimation.add_gradient(scalars[0])
@@ -61,24 +61,26 @@ def add_batch(estimation: Estimation, batch: Batch, limit: int) -> Tensor:
 
 
 def _add_several(estimation: Estimation, batch: Batch, scalars: Tensor, count: int) -> None:
-    if estimation.is_cut_up:
-        reasons = dict.fromkeys(estimation.params, _CUT_UP)
-        _add_alone(estimation, batch, reasons, scalars, count)
+    if estimation.is_tensor_parallel:
+        reasons = dict.fromkeys(estimation.params, _TENSOR_PARALLEL)
+        _add_one_by_one(estimation, batch, reasons, scalars, count)
         return
     weights = torch.ones_like(scalars)
     weights[count:] = 0
     try:
         graph = Graph(scalars, {id(p): name for name, p in estimation.params.items()})
         plan = _plan_for(estimation, batch, graph)
-    except Unplannable as problem:
+    except NoPlan as problem:
         reasons = dict.fromkeys(estimation.params, str(problem))
     else:
-        unserved = Accumulation(plan, graph, estimation.sums).run(weights) if plan.groups else {}
-        estimation.covered(plan.coverage())
+        unserved = (
+            BatchAccumulator(plan, graph, estimation.sums).run(weights) if plan.groups else {}
+        )
+        estimation.record_paths(plan.coverage())
         if unserved:
             _plans[estimation.model].forget(plan)
-        reasons = plan.singles | unserved
-    _add_alone(estimation, batch, reasons, scalars, count)
+        reasons = plan.fallbacks | unserved
+    _add_one_by_one(estimation, batch, reasons, scalars, count)
 
 
 def _plan_for(estimation: Estimation, batch: Batch, graph: Graph) -> Plan:
@@ -90,17 +92,17 @@ def _plan_for(estimation: Estimation, batch: Batch, graph: Graph) -> Plan:
         plans.keep(plan)
     else:
         _check_decisions(estimation, batch, graph, plan)
-    return plan.without(displaced(plan, graph)) if plan.moves_rows else plan
+    return plan.without(find_moved_rows(plan, graph)) if plan.may_move_rows else plan
 
 
-def _add_alone(
+def _add_one_by_one(
     estimation: Estimation, batch: Batch, reasons: Mapping[str, str], scalars: Tensor, count: int
 ) -> None:
     """One sample at a time, for the parameters that nothing faster is right for."""
     if not reasons:
         return
-    estimation.warn_of_slow(reasons)
-    estimation.covered(dict.fromkeys(reasons, "one sample at a time"))
+    estimation.warn_one_at_a_time(reasons)
+    estimation.record_paths(dict.fromkeys(reasons, "one sample at a time"))
     if isinstance(batch, Inputs):
         for k in range(count):
             alone = estimation.scalars(batch.take([k], len(scalars)))
@@ -112,7 +114,7 @@ def _add_alone(
         estimation.add_gradient(scalars[k], reasons, keep_graph=True)
 
 
-def _undisturbed_by_chance(estimation: Estimation, batch: Batch) -> Tensor:
+def _deterministic_scalars(estimation: Estimation, batch: Batch) -> Tensor:
     """The batch's scalars, if they do not depend on random numbers."""
     before = torch.get_rng_state()
     scalars = estimation.scalars(batch)
@@ -136,7 +138,7 @@ def _checked_plan(estimation: Estimation, batch: Batch, graph: Graph, is_known: 
         is_known: a graph like this was planned before, with other shapes.
 
     Raises:
-        Unplannable: there is none for graphs like this.
+        NoPlan: there is none for graphs like this.
         ValueError: importance per sample is not defined.
     """
     size = len(graph.root)
@@ -144,22 +146,20 @@ def _checked_plan(estimation: Estimation, batch: Batch, graph: Graph, is_known: 
     try:
         large = estimation.scalars(batch.take(chosen, size))
         small = estimation.scalars(batch.take(chosen[:SMALL], size))
-        with selfcheck.watching_for_decisions() as decisions:
-            first = estimation.unchecked_scalars(batch.take(chosen[:1], size))
+        with self_check.recorded_decisions() as decisions:
+            first = estimation.objective_values(batch.take(chosen[:1], size))
         second = estimation.scalars(batch.take(chosen[1:2], size))
-    except Indivisible as problem:
-        raise Unplannable(f"the batch cannot be cut into samples: {problem}") from problem
-    _check_samples_do_not_meet(batch, graph, chosen, large)
-    _check_samples_do_not_meet(batch, graph, chosen[:SMALL], torch.cat([first, second]))
+    except CannotSplit as problem:
+        raise NoPlan(f"the batch cannot be cut into samples: {problem}") from problem
+    _check_samples_are_independent(batch, graph, chosen, large)
+    _check_samples_are_independent(batch, graph, chosen[:SMALL], torch.cat([first, second]))
     if decisions.names:
         _check_samples(estimation, batch, graph, range(size), decisions.names[0])
     names = {id(p): name for name, p in estimation.params.items()}
     pair, three = Graph(small, names), Graph(large, names)
     plan = make_plan(three, pair, estimation.params)
-    if not plan.fits(graph, size):
-        raise Unplannable(
-            f"the forward pass takes another course for {size} samples than for {LARGE}"
-        )
+    if not plan.matches(graph, size):
+        raise NoPlan(f"the forward pass takes another course for {size} samples than for {LARGE}")
     assign_layouts(plan, three if is_known or size < LARGE else graph)
     _check_sums(estimation, plan, pair, [first, second])
     plan.decides = decisions.names[0] if decisions.names else None
@@ -172,26 +172,26 @@ def _check_sums(estimation: Estimation, plan: Plan, pair: Graph, alone: list[Ten
     if not plan.groups:
         return
     ours = {name: torch.zeros_like(total) for name, total in estimation.sums.items()}
-    failed = Accumulation(plan, pair, ours, learn=True).run(torch.ones_like(pair.root))
+    failed = BatchAccumulator(plan, pair, ours, learn=True).run(torch.ones_like(pair.root))
     served = {name for group in plan.groups for name in group.names} - set(failed)
     exact = {name: torch.zeros_like(estimation.sums[name]) for name in served}
     for scalars in alone:
         estimation.add_gradient(scalars[0], names=served, sums=exact, keep_graph=True)
-    wrong = selfcheck.disagreeing(ours, exact, pair.dtype)
-    plan.give_up(wrong, "the result in a batch differs from that of a sample by itself")
+    wrong = self_check.find_disagreements(ours, exact, pair.dtype)
+    plan.fall_back(wrong, "the result in a batch differs from that of a sample by itself")
     for name, reason in failed.items():
-        plan.give_up([name], reason)
+        plan.fall_back([name], reason)
 
 
-def _check_samples_do_not_meet(
+def _check_samples_are_independent(
     batch: Batch, graph: Graph, chosen: Sequence[int], part: Tensor
 ) -> None:
     """Those samples of the batch must give by themselves what they give in it."""
-    if selfcheck.agree(graph.root.detach()[list(chosen)], part.detach(), graph.dtype):
+    if self_check.agree(graph.root.detach()[list(chosen)], part.detach(), graph.dtype):
         return
     if isinstance(batch, Inputs):
         raise ValueError(_NOT_A_FUNCTION)
-    raise Unplannable("a part of the batch gives other outputs than the whole")
+    raise NoPlan("a part of the batch gives other outputs than the whole")
 
 
 def _check_decisions(estimation: Estimation, batch: Batch, graph: Graph, plan: Plan) -> None:
@@ -199,7 +199,7 @@ def _check_decisions(estimation: Estimation, batch: Batch, graph: Graph, plan: P
     if plan.decides is None:
         return
     size = len(graph.root)
-    chosen = range(size) if plan.decides_on_values else [estimation.seen % size]
+    chosen = range(size) if plan.decides_on_values else [estimation.samples % size]
     _check_samples(estimation, batch, graph, chosen, plan.decides)
 
 
@@ -210,11 +210,13 @@ def _check_samples(
     size = len(graph.root)
     with torch.no_grad():
         alone = torch.cat([estimation.scalars(batch.take([k], size)) for k in chosen])
-    if not selfcheck.agree(graph.root.detach()[list(chosen)], alone, graph.dtype):
+    if not self_check.agree(graph.root.detach()[list(chosen)], alone, graph.dtype):
         raise ValueError(f"{_NOT_A_FUNCTION} (It looks at the batch with {decision}.)")
 
 
-_CUT_UP = "the model is tensor-parallel, and this process sees only a part of each operation"
+_TENSOR_PARALLEL = (
+    "the model is tensor-parallel, and this process sees only a part of each operation"
+)
 
 _NOT_A_FUNCTION = (
     "the model's output for a sample depends on the other samples in its batch, or on the call: "

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mas_ext.importance.per_sample.contributions import Stacked, wide
-from mas_ext.importance.per_sample.rules import Grads, NoRule, Visit
+from mas_ext.importance.contributions import Materialized, magnitude, upcast
+from mas_ext.importance.per_sample.graph import Grads
+from mas_ext.importance.per_sample.rules import NoRule, VisitedOperation
 
 
 @dataclass
@@ -25,13 +26,13 @@ class Generic:
         input: which of its inputs is the parameter.
     """
 
-    visit: Visit
+    visit: VisitedOperation
     input: int
 
     def add_magnitudes_(self, omega: Tensor) -> None:
         """A call a sample."""
         for sample in self.samples():
-            omega += sample.abs()
+            omega += magnitude(sample)
 
     def samples(self) -> Iterator[Tensor]:
         """A call each, or one for all."""
@@ -40,9 +41,9 @@ class Generic:
             yield from by_element.samples()
             return
         for k in range(self._count()):
-            yield wide(self._backward(self._masked(k))).sum_to_size(self.visit.shape)
+            yield upcast(self._backward(self._masked(k))).sum_to_size(self.visit.shape)
 
-    def _by_element(self) -> Stacked | None:
+    def _by_element(self) -> Materialized | None:
         output = self.visit.grads[0]
         if output is None or output.shape == self.visit.shape or self.visit.layouts[0] is None:
             return None

@@ -6,10 +6,10 @@ that operation saved: all that per-sample gradients need, whatever the modules l
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -18,12 +18,13 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 Shape = tuple[int, ...]
+Grads = tuple[Tensor | None, ...]
 Edge = tuple[int, int]  # (position of a node in the graph, which of its outputs)
 
 _LEAF = "torch::autograd::AccumulateGrad"
 
 
-class Unplannable(Exception):
+class NoPlan(Exception):
     """No plan can be made for a graph; the message says why."""
 
 
@@ -52,7 +53,7 @@ class Node:
         try:
             return tuple(tuple(m.shape) if m is not None else () for m in self.fn._input_metadata)
         except RuntimeError as problem:
-            raise Unplannable(f"{self.name} has an output without a plain shape") from problem
+            raise NoPlan(f"{self.name} has an output without a plain shape") from problem
 
     @property
     def is_leaf(self) -> bool:
@@ -74,6 +75,14 @@ class Node:
             with _beside_the_backward_pass():
                 self._saved[name] = _signed(getattr(self.fn, f"_saved_{name}"))
         return self._saved[name]
+
+    @property
+    def saved_tensors(self) -> tuple[Tensor, ...]:
+        """What a custom ``torch.autograd.Function`` passed to ``save_for_backward``."""
+        if "tensors" not in self._saved:
+            with _beside_the_backward_pass():
+                self._saved["tensors"] = self.fn.saved_tensors
+        return self._saved["tensors"]
 
     def constants(self) -> dict[str, Any]:
         """All that it saved but floating-point tensors: dimensions, sizes, indices."""
@@ -180,19 +189,51 @@ class Graph:
         return found
 
 
-def backward(
-    graph: Graph, weights: Tensor, edges: list[GradientEdge], keep: bool
-) -> list[Tensor | None]:
-    """Gradients of Σ_k weights_k·s_k that arrive at the edges.
+def visit_gradients(
+    graph: Graph,
+    weights: Tensor,
+    positions: Iterable[int],
+    frontier: Collection[int],
+    visitor: Callable[[int, Grads], None],
+    keep_graph: bool = False,
+) -> None:
+    """Runs the backward pass of Σ_k weights_k·s_k and shows the visitor the gradients at nodes.
 
-    The engine computes what leads there and nothing else: no weight's gradient, and nothing is
-    accumulated anywhere.
+    The engine computes what leads to these nodes and nothing else: no gradient of a weight is
+    formed, and nothing is accumulated anywhere.
+
+    Args:
+        positions: the nodes to visit.
+        frontier: those of them behind which no other lies. There the pass ends; at the others a
+            hook sees the gradients as they pass.
+        visitor: called with a node's position and the gradients of its outputs.
+        keep_graph: whether the graph is needed again.
     """
+    hooks = [
+        graph.nodes[p].fn.register_prehook(partial(visitor, p))
+        for p in positions
+        if p not in frontier
+    ]
+    ends = [(p, j) for p in frontier for j in range(len(graph.nodes[p].shapes))]
+    try:
+        edges = [graph.nodes[p].output(j) for p, j in ends]
+        arrived = dict(zip(ends, _backward(graph, weights, edges, keep_graph), strict=True))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for p in frontier:
+        count = len(graph.nodes[p].shapes)
+        visitor(p, tuple(arrived.pop((p, j)) for j in range(count)))
+
+
+def _backward(
+    graph: Graph, weights: Tensor, edges: list[GradientEdge], keep_graph: bool
+) -> list[Tensor | None]:
     if not edges:
         return []
     with torch.enable_grad():
         total = torch.dot(graph.root, weights)
-    return list(torch.autograd.grad(total, edges, allow_unused=True, retain_graph=keep))
+    return list(torch.autograd.grad(total, edges, allow_unused=True, retain_graph=keep_graph))
 
 
 def _signed(value: Any) -> Any:

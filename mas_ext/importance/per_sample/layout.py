@@ -2,7 +2,7 @@
 
 A linear layer on [B, T, d] sees B·T rows: row // T is the sample where the batch comes first, and
 row % B where time does (recurrent layers, attention). Nothing in the graph says which, so it is
-found out from the gradients themselves (:mod:`.owners`) and put in this form.
+found out from the gradients themselves (:mod:`.assignment`) and put in this form.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mas_ext.importance.per_sample.graph import Shape
 
-NOBODY, MANY = -1, -2  # instead of a sample: no gradient arrived, or that of several samples
+NO_GRADIENT, MIXED = -1, -2  # instead of a sample: no gradient arrived, or that of several samples
 
 
 @dataclass(frozen=True)
@@ -41,16 +41,16 @@ class Layout:
         """[…, outer·B·inner, …, n] → [B, T, n], all but the last dimension being positions."""
         return self.split(tensor).flatten(1, -2)
 
-    def owners(self, samples: int) -> Tensor:
+    def sample_indices(self, samples: int) -> Tensor:
         """Whose each entry is: [outer·B·inner]."""
         sample = torch.arange(samples).view(1, samples, 1)
         return sample.expand(self.outer, samples, self.inner).flatten()
 
-    def explains(self, owners: Tensor) -> bool:
+    def agrees_with(self, assignment: Tensor) -> bool:
         """Whether every entry with a known owner is that owner's."""
-        known = owners != NOBODY
-        samples = len(owners) // (self.outer * self.inner)
-        return torch.equal(self.owners(samples)[known], owners[known])
+        known = assignment != NO_GRADIENT
+        samples = len(assignment) // (self.outer * self.inner)
+        return torch.equal(self.sample_indices(samples)[known], assignment[known])
 
     def masked(self, tensor: Tensor, sample: int) -> Tensor:
         """The tensor with the rows of all other samples set to zero."""
@@ -84,25 +84,25 @@ def extent(small: Shape, small_size: int, large: Shape, large_size: int) -> Exte
     return Extent(d, small[d] // small_size)
 
 
-def find_layout(extent: Extent, owners: Tensor) -> Layout | None:
+def find_layout(extent: Extent, assignment: Tensor) -> Layout | None:
     """The layout that gives every entry with a known owner to that owner, if there is just one.
 
     Args:
         extent: the dimension that grows with the batch.
-        owners: for each entry of that dimension whose it is, or NOBODY.
+        assignment: for each entry of that dimension whose it is, or NO_GRADIENT.
 
     Batch-first is tried first and batch-last last. With three samples or more alive, no other order
     of the data can pass for an earlier one; with fewer, only what nothing else fits is accepted.
     """
     layouts = (Layout(extent.dim, *sizes) for sizes in _factorings(extent.per_sample))
-    fitting = [layout for layout in layouts if layout.explains(owners)]
-    is_clear = len(fitting) == 1 or enough_alive(owners)
+    fitting = [layout for layout in layouts if layout.agrees_with(assignment)]
+    is_clear = len(fitting) == 1 or has_enough_samples(assignment)
     return fitting[0] if fitting and is_clear else None
 
 
-def enough_alive(owners: Tensor) -> bool:
+def has_enough_samples(assignment: Tensor) -> bool:
     """Whether so many samples have a gradient somewhere that their order shows."""
-    return len(owners[owners != NOBODY].unique()) >= 3
+    return len(assignment[assignment != NO_GRADIENT].unique()) >= 3
 
 
 def _factorings(size: int) -> Iterator[tuple[int, int]]:

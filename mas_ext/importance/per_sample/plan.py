@@ -14,14 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mas_ext.importance.per_sample.graph import Graph, Shape, Unplannable
+from mas_ext.importance.per_sample.graph import Graph, NoPlan, Shape
 from mas_ext.importance.per_sample.layout import Extent, Layout, extent
-from mas_ext.importance.per_sample.subgraph import leaves_behind, pulled
-from mas_ext.importance.per_sample.views import View, is_placement, view_of
+from mas_ext.importance.per_sample.parameter_graph import (
+    View,
+    backpropagated,
+    is_placement,
+    parameters_behind,
+    view_of,
+)
+from mas_ext.importance.per_sample.rules import RULES, Rule
 
 LARGE, SMALL = 3, 2  # samples in the two passes
 # Operations that put rows where their data says: whose is whose may change from batch to batch.
-MOVERS = {
+ROW_MOVING_OPERATIONS = {
     f"{name}Backward"
     for name in (
         "Gather", "Index", "IndexAdd", "IndexCopy", "IndexFill", "IndexPut", "IndexSelect",
@@ -32,7 +38,7 @@ MOVERS = {
 
 
 @dataclass(frozen=True, eq=False)
-class Use:
+class ParameterUse:
     """A parameter, or something made from parameters only, that an operation on samples takes in.
 
     Attributes:
@@ -62,7 +68,7 @@ class Boundary:
         layouts: for each output, which entries are whose; None where that is not known.
     """
 
-    uses: list[Use]
+    uses: list[ParameterUse]
     extents: list[Extent | None]
     layouts: list[Layout | None] = field(default_factory=list)
 
@@ -73,7 +79,7 @@ class Boundary:
 
 
 @dataclass(eq=False)
-class Group:
+class UseGroup:
     """Uses that have to be added up before the absolute value, and the parameters they share.
 
     Attributes:
@@ -81,7 +87,7 @@ class Group:
     """
 
     names: list[str]
-    uses: list[Use]
+    uses: list[ParameterUse]
     may_fail: bool = False
 
     @property
@@ -98,10 +104,11 @@ class Plan:
         boundaries: by position in the graph.
         frontier: those of them that no other lies behind.
         groups: every served parameter is in one group, or in several that do not overlap.
-        singles: parameters that need another way, and why.
+        fallbacks: parameters that need another way, and why.
         generic: uses whose operation has no rule.
         constants: what the way from parameters to their uses depends on: (position, name, value).
-        moves_rows: the data may decide which rows belong to which sample.
+        rules: those that the plan was checked with.
+        may_move_rows: the data may decide which rows belong to which sample.
         decides: the operation by which the forward pass reads its data, if it does.
         decides_on_values: whether that data is made from floating-point numbers.
     """
@@ -111,17 +118,22 @@ class Plan:
     shapes: tuple[tuple[Shape, ...], ...]
     boundaries: dict[int, Boundary] = field(default_factory=dict)
     frontier: set[int] = field(default_factory=set)
-    groups: list[Group] = field(default_factory=list)
-    singles: dict[str, str] = field(default_factory=dict)
-    generic: set[Use] = field(default_factory=set)
+    groups: list[UseGroup] = field(default_factory=list)
+    fallbacks: dict[str, str] = field(default_factory=dict)
+    generic: set[ParameterUse] = field(default_factory=set)
     constants: list[tuple[int, str, Any]] = field(default_factory=list)
-    moves_rows: bool = False
+    may_move_rows: bool = False
+    rules: dict[str, Rule] = field(default_factory=lambda: dict(RULES))
     decides: str | None = None
     decides_on_values: bool = False
 
-    def fits(self, graph: Graph, samples: int) -> bool:
+    def matches(self, graph: Graph, samples: int) -> bool:
         """Whether a graph is this one at that number of samples, in every shape."""
-        if graph.signature != self.signature or not self._same_constants(graph):
+        if (
+            self.rules != RULES
+            or graph.signature != self.signature
+            or not self._same_constants(graph)
+        ):
             return False
         expected = zip(self.shapes, self.extents, graph.shapes, strict=True)
         return all(
@@ -143,12 +155,12 @@ class Plan:
 
     def without(self, reasons: Mapping[str, str]) -> Plan:
         """The same for one batch in which some parameters need another way."""
-        copy = replace(self, groups=list(self.groups), singles=dict(self.singles))
+        copy = replace(self, groups=list(self.groups), fallbacks=dict(self.fallbacks))
         for name, reason in reasons.items():
-            copy.give_up([name], reason)
+            copy.fall_back([name], reason)
         return copy
 
-    def hold_back(self, graph: Graph) -> None:
+    def defer_unassigned(self, graph: Graph) -> None:
         """Where whose rows are whose is not known yet: nothing is added before the pass is over."""
         arriving = {edge for node in graph.nodes for edge in node.edges if edge is not None}
         arriving.add((0, 0))
@@ -167,16 +179,16 @@ class Plan:
                 names = sorted({n for group in sharing for n in group.names})
                 uses = [use for group in sharing for use in group.uses]
                 others = [group for group in self.groups if group not in sharing]
-                self.groups = [*others, Group(names, uses, may_fail=True)]
+                self.groups = [*others, UseGroup(names, uses, may_fail=True)]
 
-    def give_up(self, names: Iterable[str], reason: str) -> None:
+    def fall_back(self, names: Iterable[str], reason: str) -> None:
         """Serves these parameters, and those that share a group with them, in another way."""
         wanted = set(names)
         while lost := [g for g in self.groups if wanted & set(g.names)]:
             self.groups = [g for g in self.groups if g not in lost]
             wanted |= {name for group in lost for name in group.names}
         for name in wanted:
-            self.singles.setdefault(name, reason)
+            self.fallbacks.setdefault(name, reason)
 
     def coverage(self) -> dict[str, str]:
         """Parameter name → which path computes it, for all that the graph reaches."""
@@ -185,9 +197,9 @@ class Plan:
             for group in self.groups:
                 if path == self._path(group):
                     result |= dict.fromkeys(group.names, path)
-        return result | dict.fromkeys(self.singles, "one sample at a time")
+        return result | dict.fromkeys(self.fallbacks, "one sample at a time")
 
-    def _path(self, group: Group) -> str:
+    def _path(self, group: UseGroup) -> str:
         if not all(use.is_placement for use in group.uses):
             return "subgraph"
         return "generic" if any(use in self.generic for use in group.uses) else "direct"
@@ -196,49 +208,49 @@ class Plan:
 def make_plan(large: Graph, small: Graph, params: Mapping[str, Tensor]) -> Plan:
     """The plan for graphs like these, which came from LARGE and SMALL samples."""
     if large.signature != small.signature:
-        raise Unplannable(
-            f"the forward pass takes another course for {SMALL} samples than for {LARGE}"
-        )
-    carriers = _carriers(large, small)
+        raise NoPlan(f"the forward pass takes another course for {SMALL} samples than for {LARGE}")
+    sample_nodes = _sample_nodes(large, small)
     extents = [
         tuple(extent(few, SMALL, more, LARGE) for few, more in zip(a.shapes, b.shapes, strict=True))
         for a, b in zip(small.nodes, large.nodes, strict=True)
     ]
-    _check_nothing_mixes(large, carriers)
+    _check_nothing_mixes(large, sample_nodes)
     plan = Plan(large.signature, extents, large.shapes)
-    for use in _uses(large, carriers, params):
+    for use in _uses(large, sample_nodes, params):
         boundary = Boundary([], list(extents[use.position]))
         plan.boundaries.setdefault(use.position, boundary).uses.append(use)
     plan.frontier = _frontier(large, plan.boundaries)
     uses = [use for boundary in plan.boundaries.values() for use in boundary.uses]
     plan.groups = list(_grouped(large, uses, params))
     plan.constants = _constants(large, uses)
-    plan.moves_rows = any(large.nodes[p].operation in MOVERS for p in carriers)
+    plan.may_move_rows = any(
+        large.nodes[p].operation in ROW_MOVING_OPERATIONS for p in sample_nodes
+    )
     return plan
 
 
-def _carriers(large: Graph, small: Graph) -> set[int]:
+def _sample_nodes(large: Graph, small: Graph) -> set[int]:
     """Positions of the operations that carry samples: some output's shape follows the batch."""
     pairs = zip(large.nodes, small.nodes, strict=True)
     return {a.position for a, b in pairs if a.shapes != b.shapes}
 
 
-def _check_nothing_mixes(graph: Graph, carriers: set[int]) -> None:
+def _check_nothing_mixes(graph: Graph, sample_nodes: set[int]) -> None:
     """What is made from samples but has no sample dimension is made from several of them."""
-    made_from_samples = graph.reaching(graph.nodes[p] for p in carriers)
-    for position in made_from_samples - carriers:
-        raise Unplannable(
+    made_from_samples = graph.reaching(graph.nodes[p] for p in sample_nodes)
+    for position in made_from_samples - sample_nodes:
+        raise NoPlan(
             f"an operation ({graph.nodes[position].name}) on the way to the output has lost the "
             "sample dimension: it mixes the samples of a batch"
         )
 
 
-def _uses(graph: Graph, carriers: set[int], params: Mapping[str, Tensor]) -> list[Use]:
+def _uses(graph: Graph, sample_nodes: set[int], params: Mapping[str, Tensor]) -> list[ParameterUse]:
     leaves = [node for node in graph.nodes if node.leaf is not None]
     measured = graph.reaching(leaves)
-    behind = leaves_behind(graph, measured - carriers)
+    behind = parameters_behind(graph, measured - sample_nodes)
     uses = []
-    for position in sorted(carriers & measured):
+    for position in sorted(sample_nodes & measured):
         for i, edge in enumerate(graph.nodes[position].edges):
             if edge is not None and edge[0] in behind:
                 uses.append(_use(graph, (position, i), edge, behind[edge[0]], params))
@@ -251,13 +263,13 @@ def _use(
     source: tuple[int, int],
     names: frozenset[str],
     params: Mapping[str, Tensor],
-) -> Use:
+) -> ParameterUse:
     node = graph.nodes[source[0]]
     shape = node.shapes[source[1]]
     name, view = view_of(graph, node, source[1]) or (None, None)
     if name is not None and not _applies(view, params[name], shape):
         view = None
-    return Use(*place, shape, source, names, view, is_placement(graph, node))
+    return ParameterUse(*place, shape, source, names, view, is_placement(graph, node))
 
 
 def _applies(view: View | None, param: Tensor, shape: Shape) -> bool:
@@ -277,7 +289,7 @@ def _same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-def _constants(graph: Graph, uses: list[Use]) -> list[tuple[int, str, Any]]:
+def _constants(graph: Graph, uses: list[ParameterUse]) -> list[tuple[int, str, Any]]:
     """Which slice, which rows: what the same operations may do otherwise in the next batch."""
     behind, stack = set(), [use.source[0] for use in uses]
     while stack:
@@ -304,26 +316,28 @@ def _frontier(graph: Graph, boundaries: Mapping[int, Boundary]) -> set[int]:
 # ================================================================================================
 # Groups
 # ================================================================================================
-def _grouped(graph: Graph, uses: list[Use], params: Mapping[str, Tensor]) -> Iterable[Group]:
+def _grouped(
+    graph: Graph, uses: list[ParameterUse], params: Mapping[str, Tensor]
+) -> Iterable[UseGroup]:
     """Uses that share a parameter, unless they look at different parts of it."""
     for group in _connected(uses):
         if len(group.names) == 1 and _disjoint(graph, group, params[group.names[0]]):
-            yield from (Group(group.names, [use]) for use in group.uses)
+            yield from (UseGroup(group.names, [use]) for use in group.uses)
         else:
             yield group
 
 
-def _connected(uses: list[Use]) -> list[Group]:
-    groups: list[Group] = []
+def _connected(uses: list[ParameterUse]) -> list[UseGroup]:
+    groups: list[UseGroup] = []
     for use in uses:
         touching = [g for g in groups if use.names & set(g.names)]
         groups = [g for g in groups if g not in touching]
         names = set(use.names).union(*(g.names for g in touching))
-        groups.append(Group(sorted(names), [u for g in touching for u in g.uses] + [use]))
+        groups.append(UseGroup(sorted(names), [u for g in touching for u in g.uses] + [use]))
     return groups
 
 
-def _disjoint(graph: Graph, group: Group, param: Tensor) -> bool:
+def _disjoint(graph: Graph, group: UseGroup, param: Tensor) -> bool:
     """Whether the uses are different elements of the parameter."""
     if not all(use.is_placement for use in group.uses):
         return False
@@ -332,7 +346,7 @@ def _disjoint(graph: Graph, group: Group, param: Tensor) -> bool:
     seen = torch.zeros_like(param)
     for use in group.uses:
         ones = torch.ones(use.shape, device=param.device)
-        for _, places in pulled(graph, [use.source], [ones], group.names):
+        for _, places in backpropagated(graph, [use.source], [ones], group.names):
             seen += places
         if float(seen.max()) > 1:
             return False

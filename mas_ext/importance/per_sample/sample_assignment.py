@@ -10,32 +10,32 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mas_ext.importance.per_sample.graph import Graph
-from mas_ext.importance.per_sample.layout import MANY, NOBODY, enough_alive, find_layout
+from mas_ext.importance.per_sample.graph import Grads, Graph, visit_gradients
+from mas_ext.importance.per_sample.layout import MIXED, NO_GRADIENT, find_layout, has_enough_samples
 from mas_ext.importance.per_sample.plan import Plan
-from mas_ext.importance.per_sample.rules import Grads
-from mas_ext.importance.per_sample.visits import visit_boundaries
 
 Place = tuple[int, int]  # (position of an operation, which of its outputs)
 
 
-def find_owners(plan: Plan, graph: Graph) -> dict[Place, Tensor]:
+def assign_samples(plan: Plan, graph: Graph) -> dict[Place, Tensor]:
     """For each output that grows with the batch, the owner of each entry of that dimension."""
     samples = len(graph.root)
     base = 8 if graph.dtype == torch.float16 else 32  # as far as its exponents reach
     numbers = torch.arange(samples, device=graph.root.device)
     plain = _row_sums(plan, graph, torch.ones_like(graph.root))
-    owners = {place: torch.zeros_like(sums, dtype=torch.int64) for place, sums in plain.items()}
+    assignment = {place: torch.zeros_like(sums, dtype=torch.int64) for place, sums in plain.items()}
     unit = 1
     while unit < samples or unit == 1:  # digit by digit of the sample's number
         weights = torch.exp2((numbers // unit % base).to(graph.root.dtype))
         scaled = _row_sums(plan, graph, weights)
         for place, sums in plain.items():
             digits = _digits(sums, scaled[place])
-            mixed = (owners[place] == MANY) | (digits == MANY)
-            owners[place] = torch.where(mixed, MANY, owners[place] + digits * unit)
+            mixed = (assignment[place] == MIXED) | (digits == MIXED)
+            assignment[place] = torch.where(mixed, MIXED, assignment[place] + digits * unit)
         unit *= base
-    return {p: torch.where(plain[p] == 0, NOBODY, found).cpu() for p, found in owners.items()}
+    return {
+        p: torch.where(plain[p] == 0, NO_GRADIENT, found).cpu() for p, found in assignment.items()
+    }
 
 
 def _row_sums(plan: Plan, graph: Graph, weights: Tensor) -> dict[Place, Tensor]:
@@ -54,7 +54,7 @@ def _row_sums(plan: Plan, graph: Graph, weights: Tensor) -> dict[Place, Tensor]:
                 sums[position, j] = torch.where(total < _smallest(grad.dtype), 0.0, total)
 
     with torch.autocast(weights.device.type, enabled=False), torch.no_grad():
-        visit_boundaries(plan, graph, weights, look, keep=True)
+        visit_gradients(graph, weights, plan.boundaries, plan.frontier, look, keep_graph=True)
     return sums
 
 
@@ -65,45 +65,45 @@ def _smallest(dtype: torch.dtype) -> float:
 
 
 def _digits(plain: Tensor, scaled: Tensor) -> Tensor:
-    """log₂ of the ratio where it is a whole number, else MANY."""
+    """log₂ of the ratio where it is a whole number, else MIXED."""
     ratio = (scaled / plain).nan_to_num(0.0, 0.0, 0.0)
     digits = ratio.clamp_min(0.5).log2().round()
     exact = (ratio - digits.exp2()).abs() <= 1e-6 * ratio
-    return torch.where(exact | (plain == 0), digits, MANY).to(torch.int64)
+    return torch.where(exact | (plain == 0), digits, MIXED).to(torch.int64)
 
 
 def assign_layouts(plan: Plan, graph: Graph) -> None:
     """Finds the layout of every boundary's outputs, and gives up on those that have none."""
-    owners = find_owners(plan, graph)
+    assignment = assign_samples(plan, graph)
     for position, boundary in plan.boundaries.items():
         name = graph.nodes[position].name
         for j, extent in enumerate(boundary.extents):
-            found = owners.get((position, j))
-            arrived = found is not None and bool((found != NOBODY).any())
+            found = assignment.get((position, j))
+            arrived = found is not None and bool((found != NO_GRADIENT).any())
             layout = None
             if extent is not None and found is not None and arrived:
                 layout = find_layout(extent, found)
-                if layout is None and _is_hopeless(found):
-                    plan.give_up(boundary.names, f"the rows of {name} are not in order")
+                if layout is None and _has_no_layout(found):
+                    plan.fall_back(boundary.names, f"the rows of {name} are not in order")
             boundary.layouts.append(layout)
         if all(extent is None for extent in boundary.extents):
-            plan.give_up(boundary.names, f"{name} does not grow in proportion to the batch")
-    plan.hold_back(graph)
+            plan.fall_back(boundary.names, f"{name} does not grow in proportion to the batch")
+    plan.defer_unassigned(graph)
 
 
-def _is_hopeless(owners: Tensor) -> bool:
+def _has_no_layout(assignment: Tensor) -> bool:
     """Whether it is no lack of rows that are alive which leaves the layout open."""
-    return bool((owners == MANY).any()) or enough_alive(owners)
+    return bool((assignment == MIXED).any()) or has_enough_samples(assignment)
 
 
-def displaced(plan: Plan, graph: Graph) -> dict[str, str]:
+def find_moved_rows(plan: Plan, graph: Graph) -> dict[str, str]:
     """The parameters whose operations see rows, in this batch, where the plan has not put them."""
     reasons: dict[str, str] = {}
-    owners = find_owners(plan, graph)
-    for (position, j), found in owners.items():
+    assignment = assign_samples(plan, graph)
+    for (position, j), found in assignment.items():
         boundary = plan.boundaries[position]
         layout = boundary.layouts[j]
-        if layout is not None and not layout.explains(found):
+        if layout is not None and not layout.agrees_with(found):
             why = f"the data decides where the rows of {graph.nodes[position].name} are"
             reasons |= dict.fromkeys(boundary.names, why)
     return reasons

@@ -11,14 +11,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mas_ext.importance.per_sample.contributions import Blocks, Contribution, Outer, Stacked, wide
-from mas_ext.importance.per_sample.layout import Layout
+from mas_ext.importance.contributions import (
+    Contribution,
+    Materialized,
+    MatrixProduct,
+    StackedMatrixProducts,
+    upcast,
+)
 
 _PATCHES = 1 << 20  # elements of the patches laid out at a time
 _GRADIENTS = 1 << 19  # elements of the gradients formed at a time
@@ -50,7 +54,7 @@ class Geometry:
 
 
 @dataclass
-class Convolution:
+class ConvolutionWeight:
     """M_k of a convolution's weight [P, C / groups, *kernel].
 
     Attributes:
@@ -64,17 +68,6 @@ class Convolution:
     inputs: Tensor
     geometry: Geometry
     groups: int
-
-    @classmethod
-    def of(cls, saved: Callable[[str], Any], grad: Tensor, layout: Layout) -> Contribution:
-        """From what the operation saved and the gradient of its output."""
-        inputs, weight = saved("input"), saved("weight")
-        space = weight.dim() - 2
-        sizes = (_spread(saved(name), space) for name in ("stride", "padding", "dilation"))
-        pixels, patched = (inputs, grad) if saved("transposed") else (grad, inputs)
-        pixels, patched = (layout.split(t, 0).flatten(1, 2) for t in (pixels, patched))
-        geometry = Geometry(tuple(weight.shape[2:]), *sizes)
-        return cls(pixels, patched, geometry, saved("groups"))
 
     def is_depthwise(self) -> bool:
         """Whether every channel is convolved by itself."""
@@ -98,7 +91,7 @@ class Convolution:
             return self._gradients, _at_a_time(_GRADIENTS, m * weight)
         return self._blocks, _at_a_time(_PATCHES, m * channels * kernel * pixels)
 
-    def _gradients(self, chosen: slice) -> Stacked:
+    def _gradients(self, chosen: slice) -> Materialized:
         """Every sample a group of its own: the backend's gradient of [n·P, C / groups, *kernel]."""
         pixels, inputs = self.pixels[chosen], self.inputs[chosen]
         samples, m = pixels.shape[:2]
@@ -118,11 +111,11 @@ class Convolution:
             [False, True, False],
         )
         values = gradient.view(samples, m, *shape)
-        return Stacked(values[:, 0] if m == 1 else values.sum(1))
+        return Materialized(values[:, 0] if m == 1 else values.sum(1))
 
-    def _depthwise(self, chosen: slice) -> Stacked:
+    def _depthwise(self, chosen: slice) -> Materialized:
         """[n, C, 1, *kernel]: so few numbers that they are formed as they are."""
-        pixels, inputs = wide(self.pixels[chosen]), wide(self.inputs[chosen])
+        pixels, inputs = upcast(self.pixels[chosen]), upcast(self.inputs[chosen])
         samples, m, kernel = len(pixels), pixels.shape[1], self.geometry.kernel
         flat = pixels.flatten(0, 1)
         patches = self.geometry.patches(inputs.flatten(0, 1), tuple(pixels.shape[3:]))
@@ -131,7 +124,7 @@ class Convolution:
             window = patches.movedim((0, 1), (-2, -1))[index].movedim((-2, -1), (0, 1))
             values[:, :, place] = (window * flat).flatten(2).sum(2)
         summed = values.view(samples, m, *values.shape[1:]).sum(1)
-        return Stacked(summed.view(samples, -1, 1, *kernel))
+        return Materialized(summed.view(samples, -1, 1, *kernel))
 
     def _blocks(self, chosen: slice) -> Contribution:
         pixels, inputs = self.pixels[chosen], self.inputs[chosen]
@@ -142,10 +135,10 @@ class Convolution:
         left = pixels.reshape(samples, m, self.groups, -1, prod(out))
         right = patches.reshape(samples, m, self.groups, -1, prod(out))
         parts = [
-            Outer(_positions(left[:, :, g]), _positions(right[:, :, g]), shape)
+            MatrixProduct(_positions(left[:, :, g]), _positions(right[:, :, g]), shape)
             for g in range(self.groups)
         ]
-        return parts[0] if self.groups == 1 else Grouped(parts)
+        return parts[0] if self.groups == 1 else GroupedMatrixProducts(parts)
 
     def add_magnitudes_(self, omega: Tensor) -> None:
         """A few samples at a time."""
@@ -159,7 +152,7 @@ class Convolution:
 
 
 @dataclass
-class Grouped(Blocks):
+class GroupedMatrixProducts(StackedMatrixProducts):
     """Blocks that follow each other along the weight's first dimension."""
 
     def add_magnitudes_(self, omega: Tensor) -> None:
@@ -169,11 +162,6 @@ class Grouped(Blocks):
     def samples(self) -> Iterator[Tensor]:
         """Joined again."""
         return (stacked.flatten(0, 1) for stacked in super().samples())
-
-
-def _spread(values: list[int], space: int) -> tuple[int, ...]:
-    """One number for each dimension of space."""
-    return tuple(values) if len(values) == space else (values[0],) * space
 
 
 def _at_a_time(budget: int, elements: int) -> int:

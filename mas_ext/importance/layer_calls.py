@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mas_ext.importance.per_sample.contributions import Contribution, Outer, wide
-from mas_ext.importance.per_sample.convolution import Convolution, Geometry
-from mas_ext.importance.watching import Watching, tensors_in
+from mas_ext.importance.batches import tensors_in
+from mas_ext.importance.contributions import Contribution, MatrixProduct, upcast
+from mas_ext.importance.convolution import ConvolutionWeight, Geometry
+from mas_ext.importance.isolation import OperatorObserver
 
 _aten = torch.ops.aten
 _RELU = {_aten.relu.default, _aten.relu_.default}
@@ -20,7 +21,7 @@ _CLAMP = {getattr(_aten, name).default for name in ("clamp", "clamp_", "clamp_mi
 
 
 @dataclass
-class Use:
+class LayerCall:
     """One call of a layer.
 
     Attributes:
@@ -47,19 +48,19 @@ class Use:
     def product(self, size: int) -> Contribution:
         """What it adds to ∂‖y‖²/∂W of every sample."""
         if isinstance(self.layer, nn.Linear):
-            x = wide(self.inputs)
-            return Outer(self.gradient(size), x.reshape(size, -1, x.shape[-1]))
+            x = upcast(self.inputs)
+            return MatrixProduct(self.gradient(size), x.reshape(size, -1, x.shape[-1]))
         layer, space = self.layer, self.layer.weight.dim() - 2
-        x = self._with_rows(wide(self.inputs))
+        x = self._with_rows(upcast(self.inputs))
         if any(layer._reversed_padding_repeated_twice):
             mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
             x = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
         pixels, x = (t.unflatten(0, (size, -1)) for t in (self._pixels(), x))
         geometry = Geometry(layer.kernel_size, layer.stride, (0,) * space, layer.dilation)
-        return Convolution(pixels, x, geometry, layer.groups)
+        return ConvolutionWeight(pixels, x, geometry, layer.groups)
 
     def _doubled(self) -> Tensor:
-        y = wide(self.outputs)
+        y = upcast(self.outputs)
         return 2 * (y.clamp(min=0) if self.rectified else y)
 
     def _pixels(self) -> Tensor:
@@ -70,7 +71,7 @@ class Use:
         return tensor if tensor.dim() == self.layer.weight.dim() else tensor.unsqueeze(0)
 
 
-class Watch(Watching):
+class LayerCallRecorder(OperatorObserver):
     """Keeps every call of the layers as it was, and sees which outputs a ReLU is applied to.
 
     Whichever way an operation was called, it is met here. A tensor that is about to be overwritten
@@ -79,17 +80,17 @@ class Watch(Watching):
 
     def __init__(self) -> None:
         super().__init__()
-        self.uses: list[Use] = []
-        self._by_output: dict[int, Use] = {}
-        self._by_storage: dict[int, list[Use]] = {}
+        self.calls: list[LayerCall] = []
+        self._by_output: dict[int, LayerCall] = {}
+        self._by_storage: dict[int, list[LayerCall]] = {}
 
     def record(self, layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
         """A forward hook."""
-        use = Use(layer, args[0] if args else kwargs["input"], output)
-        self.uses.append(use)
-        self._by_output[id(output)] = use
-        for tensor in (use.inputs, use.outputs):
-            self._by_storage.setdefault(_storage(tensor), []).append(use)
+        call = LayerCall(layer, args[0] if args else kwargs["input"], output)
+        self.calls.append(call)
+        self._by_output[id(output)] = call
+        for tensor in (call.inputs, call.outputs):
+            self._by_storage.setdefault(_storage(tensor), []).append(call)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -101,12 +102,12 @@ class Watch(Watching):
         return func(*args, **kwargs)
 
     def _rescue(self, storage: int) -> None:
-        for use in self._by_storage.pop(storage, []):
-            if _storage(use.inputs) == storage:
-                use.inputs = use.inputs.clone()
-            if _storage(use.outputs) == storage:
-                self._by_output.pop(id(use.outputs), None)
-                use.outputs = use.outputs.clone()
+        for call in self._by_storage.pop(storage, []):
+            if _storage(call.inputs) == storage:
+                call.inputs = call.inputs.clone()
+            if _storage(call.outputs) == storage:
+                self._by_output.pop(id(call.outputs), None)
+                call.outputs = call.outputs.clone()
 
 
 def _is_relu(func: Any, args: Any, kwargs: Any) -> bool:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from mas_ext.importance.watching import Watching, tensors_in
+from mas_ext.importance.batches import tensors_in
+from mas_ext.importance.isolation import OperatorObserver
 
 # How far two computations of one thing may be apart, by dtype: rounding stays well below, a wrong
 # assumption well above.
@@ -35,7 +36,7 @@ def agree(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
     return bool((a - b).abs().max() <= tolerance(dtype) * scale)
 
 
-def disagreeing(
+def find_disagreements(
     ours: Mapping[str, Tensor], exact: Mapping[str, Tensor], dtype: torch.dtype
 ) -> list[str]:
     """The parameters whose sums Σ_k |M_k| differ by more than rounding.
@@ -69,14 +70,14 @@ class Decisions:
 
 
 @contextmanager
-def watching_for_decisions() -> Iterator[Decisions]:
+def recorded_decisions() -> Iterator[Decisions]:
     """Collects the decisions of a forward pass."""
     found = Decisions()
-    with _Watch(found):
+    with _DecisionRecorder(found):
         yield found
 
 
-class _Watch(Watching):
+class _DecisionRecorder(OperatorObserver):
     def __init__(self, found: Decisions) -> None:
         super().__init__()
         self._found = found

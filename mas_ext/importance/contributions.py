@@ -29,13 +29,33 @@ class Contribution(Protocol):
         """M_1, …, M_B, one at a time."""
 
 
-def wide(tensor: Tensor) -> Tensor:
+def magnitude(gradient: Tensor) -> Tensor:
+    """|g|: how one sample's gradient counts. Another criterion would square it.
+
+    Whatever goes through here or through :func:`accumulate_magnitudes_` and
+    :func:`accumulate_matmul_magnitudes_` is a sum over samples of this function; it has to satisfy
+    magnitude(a·b) = magnitude(a)·magnitude(b).
+    """
+    return gradient.abs()
+
+
+def accumulate_magnitudes_(omegas: list[Tensor], gradients: list[Tensor]) -> None:
+    """Ω += magnitude(g) for every pair of tensors."""
+    functional.accumulate_importance_(omegas, gradients)
+
+
+def accumulate_matmul_magnitudes_(omega: Tensor, left: Tensor, right: Tensor) -> None:
+    """Ω += Σ_k magnitude(Σ_t left_kt right_ktᵀ)."""
+    functional.accumulate_abs_matmul_(omega, left, right)
+
+
+def upcast(tensor: Tensor) -> Tensor:
     """In the dtype that sums are formed in; complex numbers stay what they are."""
     return tensor if tensor.is_complex() else tensor.to(accumulation_dtype(tensor.dtype))
 
 
 @dataclass
-class Stacked:
+class Materialized:
     """M as it is: small, or made by the backward pass anyway.
 
     Attributes:
@@ -47,21 +67,21 @@ class Stacked:
     def add_magnitudes_(self, omega: Tensor) -> None:
         """Σ over the first dimension."""
         if omega.numel() <= _SMALL:
-            omega += wide(self.values).abs().sum(0)
+            omega += magnitude(upcast(self.values)).sum(0)
             return
         for value in self.values:
             if accumulation_dtype(value.dtype) == omega.dtype:
-                functional.accumulate_importance_([omega], [value])
+                accumulate_magnitudes_([omega], [value])
             else:
-                omega += value.abs()
+                omega += magnitude(value)
 
     def samples(self) -> Iterator[Tensor]:
         """As they are."""
-        return iter(wide(self.values))
+        return iter(upcast(self.values))
 
 
 @dataclass
-class Outer:
+class MatrixProduct:
     """M_k = Σ_t left_kt right_ktᵀ: a matrix multiplied at T positions.
 
     Attributes:
@@ -77,57 +97,57 @@ class Outer:
     def add_magnitudes_(self, omega: Tensor) -> None:
         """The kernel's: Σ_k |Σ_t …| in tiles of Ω."""
         if self.shape is None:
-            _add_abs_matmul_(omega, self.left, self.right)
+            _add_product_(omega, self.left, self.right)
         elif omega.is_contiguous():
             matrix = omega.view(self.left.shape[2], -1)
-            _add_abs_matmul_(matrix, self.left, self.right)
+            _add_product_(matrix, self.left, self.right)
         else:
             matrix = omega.new_zeros(self.left.shape[2], self.right.shape[2])
-            _add_abs_matmul_(matrix, self.left, self.right)
+            _add_product_(matrix, self.left, self.right)
             omega += matrix.view(self.shape)
 
     def samples(self) -> Iterator[Tensor]:
         """One matrix product each."""
         for left, right in zip(self.left, self.right, strict=True):
-            product = wide(left).t() @ wide(right)
+            product = upcast(left).t() @ upcast(right)
             yield product if self.shape is None else product.view(self.shape)
 
-    def transposed(self) -> Outer:
+    def transposed(self) -> MatrixProduct:
         """The same of the matrix's transpose."""
-        return Outer(self.right, self.left)
+        return MatrixProduct(self.right, self.left)
 
     @staticmethod
-    def joined(parts: Sequence[Outer]) -> Outer:
+    def joined(parts: Sequence[MatrixProduct]) -> MatrixProduct:
         """Several uses of one matrix: more positions."""
         if len(parts) == 1:
             return parts[0]
         left = torch.cat([part.left for part in parts], 1)
-        return Outer(left, torch.cat([part.right for part in parts], 1))
+        return MatrixProduct(left, torch.cat([part.right for part in parts], 1))
 
 
-def _add_abs_matmul_(omega: Tensor, left: Tensor, right: Tensor) -> None:
+def _add_product_(omega: Tensor, left: Tensor, right: Tensor) -> None:
     dtype = torch.promote_types(left.dtype, right.dtype)
     left, right = left.to(dtype), right.to(dtype)
     if accumulation_dtype(dtype) != omega.dtype:  # part of the model computes in another dtype
         total = torch.zeros_like(omega, dtype=accumulation_dtype(dtype))
-        _add_abs_matmul_(total, left, right)
+        _add_product_(total, left, right)
         omega += total
     elif left.shape[1] == 1 and left.dtype == omega.dtype:
         # One position: |l r| = |l||r|, an ordinary product, which BLAS does best.
-        omega.addmm_(left[:, 0].abs().t(), right[:, 0].abs())
+        omega.addmm_(magnitude(left[:, 0]).t(), magnitude(right[:, 0]))
     else:
-        functional.accumulate_abs_matmul_(omega, left, right)
+        accumulate_matmul_magnitudes_(omega, left, right)
 
 
 @dataclass
-class Blocks:
+class StackedMatrixProducts:
     """A stack of matrices, each used by itself: M_k[h] = Σ_t left_kht right_khtᵀ.
 
     Attributes:
-        parts: for each matrix of the stack, its Outer.
+        parts: for each matrix of the stack, its MatrixProduct.
     """
 
-    parts: list[Outer]
+    parts: list[MatrixProduct]
 
     def add_magnitudes_(self, omega: Tensor) -> None:
         """Matrix by matrix."""
@@ -135,12 +155,12 @@ class Blocks:
             part.add_magnitudes_(block)
 
     def samples(self) -> Iterator[Tensor]:
-        """Stacked again."""
+        """Materialized again."""
         return map(torch.stack, zip(*(part.samples() for part in self.parts), strict=True))
 
 
 @dataclass
-class Rows:
+class EmbeddingRows:
     """M_k[i] = Σ over the positions t with index_kt = i of values_kt: a table looked up.
 
     Attributes:
@@ -156,41 +176,43 @@ class Rows:
     def add_magnitudes_(self, omega: Tensor) -> None:
         """Summed within each sample, then by row."""
         _, rows, sums = self.summed()
-        omega.index_add_(0, rows, sums.abs().to(omega.dtype))
+        omega.index_add_(0, rows, magnitude(sums).to(omega.dtype))
 
     def summed(self) -> tuple[Tensor, Tensor, Tensor]:
         """The sums M_k[i] that are not zero: samples k in order, rows i, values."""
         numbers = torch.arange(len(self.index), device=self.index.device)
         keys = (numbers[:, None] * self.shape[0] + self.index).flatten()
         used = self.index.flatten() >= 0
-        values = wide(self.values).flatten(0, 1)
+        values = upcast(self.values).flatten(0, 1)
         keys, places = torch.unique(keys[used], return_inverse=True)
         sums = values.new_zeros(len(keys), *values.shape[1:]).index_add_(0, places, values[used])
         return keys // self.shape[0], keys % self.shape[0], sums
 
     def samples(self) -> Iterator[Tensor]:
         """Tables of zeros but for the rows looked up."""
-        for index, values in zip(self.index, wide(self.values), strict=True):
+        for index, values in zip(self.index, upcast(self.values), strict=True):
             used = index >= 0
             yield values.new_zeros(self.shape).index_add_(0, index[used], values[used])
 
     @staticmethod
-    def joined(parts: Sequence[Rows]) -> Rows:
+    def joined(parts: Sequence[EmbeddingRows]) -> EmbeddingRows:
         """Several uses of one table: more positions."""
         index = torch.cat([part.index for part in parts], 1)
-        return Rows(index, torch.cat([wide(part.values) for part in parts], 1), parts[0].shape)
+        return EmbeddingRows(
+            index, torch.cat([upcast(part.values) for part in parts], 1), parts[0].shape
+        )
 
 
 @dataclass
-class Tied:
+class TiedEmbedding:
     """A matrix that is also looked up row by row: an embedding that is the last layer, too.
 
     Few rows are looked up in a sample, so Σ_k |H_k + E_k| is Σ_k |H_k| for the matrix, set right
     in those rows.
     """
 
-    matrix: Outer
-    table: Rows
+    matrix: MatrixProduct
+    table: EmbeddingRows
 
     def add_magnitudes_(self, omega: Tensor) -> None:
         """Σ_k |H_k|, then |H_k[i] + E_k[i]| − |H_k[i]| for every row that was looked up."""
@@ -198,13 +220,13 @@ class Tied:
         samples, rows, looked_up = self.table.summed()
         counts = torch.bincount(samples, minlength=len(self.matrix.left)).tolist()
         products = [
-            wide(left[:, chosen]).t() @ wide(right)
+            upcast(left[:, chosen]).t() @ upcast(right)
             for left, right, chosen in zip(
                 self.matrix.left, self.matrix.right, rows.split(counts), strict=True
             )
         ]
         product = torch.cat(products)
-        change = (product + looked_up).abs_() - product.abs()
+        change = magnitude(product + looked_up) - magnitude(product)
         omega.index_add_(0, rows, change.to(omega.dtype))
 
     def samples(self) -> Iterator[Tensor]:
