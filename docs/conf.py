@@ -49,6 +49,7 @@ intersphinx_mapping = {
 # Every example may use these names without an import, as in a session where they are defined.
 doctest_global_setup = f"""
 import re, os, sys, tempfile, warnings
+from importlib.util import find_spec
 from pathlib import Path
 import torch
 import mas_ext
@@ -56,6 +57,9 @@ from torch import nn
 
 torch.manual_seed(0)
 ROOT = Path({str(HERE.parent)!r})
+
+def importable(name):
+    return find_spec(name) is not None
 
 def run_readme(**names):
     '''Runs the first Python example in the README.'''
