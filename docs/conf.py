@@ -20,7 +20,7 @@ extensions = [
     "sphinx_copybutton",
     "static_math",
 ]
-html_math_renderer = "mathml"
+html_math_renderer = "svg"
 exclude_patterns = ["_build", "inventories"]
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
