@@ -31,6 +31,7 @@ html_title = "mas_ext"
 html_static_path = ["_static"]
 html_css_files = ["custom.css"]
 html_show_sphinx = False
+html_show_copyright = False
 copybutton_exclude = ".linenos, .gp, .go"
 
 autodoc_member_order = "bysource"
