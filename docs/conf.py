@@ -39,6 +39,7 @@ autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 python_maximum_signature_line_length = 80
 napoleon_numpy_docstring = False
+napoleon_use_ivar = True
 
 # These inventories list only the names that the documentation refers to, so a build needs no
 # network: a line in the first inventory format is "name type page".
