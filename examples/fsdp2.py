@@ -43,7 +43,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Symbols [samples, positions], the first of which names the task → logits of the next symbol."""
+    """Symbols [samples, positions], the first of which names the task → logits of the next one."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Formulas as SVG, made when the site is built: pages need no JavaScript, no network and no font."""
+"""Formulas as SVG, made at build time: pages need no JavaScript, no network and no font."""
 
 from __future__ import annotations
 
