@@ -8,7 +8,7 @@ from nbclient import NotebookClient
 
 
 def main(path: Path) -> None:
-    """Runs every cell in order; an error in one ends the run."""
+    """Runs all cells in order and stops at the first error."""
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(notebook, timeout=900, kernel_name="python3").execute()
     for cell in notebook.cells:

@@ -1,8 +1,8 @@
 """A small language model learns English, then Python: does it still know English?
 
-Text A are the docstrings of Python's standard library, text B is its code without them: any machine
-has both. The model, a Llama with random weights, reads bytes. B is learned by the Trainer of
-transformers without MAS, and with it. Run: python examples/finetune_llm.py
+Text A is the docstrings of Python's standard library, and text B is its code without docstrings, so
+every machine has both. The model is a Llama with random weights that reads bytes. The Trainer of
+transformers teaches it B without MAS and with MAS. Run: python examples/finetune_llm.py
 """
 
 import argparse
@@ -27,7 +27,7 @@ METHODS = {  # how B is learned: λ, chosen from a few values by both perplexiti
 
 
 def standard_library(size=400_000):
-    """So many characters of docstrings, and of code without docstrings and comments."""
+    """``size`` characters of docstrings, and of code without docstrings and comments."""
     prose, code = "", ""
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
         tree = ast.parse(path.read_bytes())
@@ -44,14 +44,14 @@ def standard_library(size=400_000):
 
 
 def blocks(text):
-    """Samples to train with, and every tenth to test with."""
+    """Training samples, and test samples (every tenth)."""
     tokens = torch.tensor(list(text.encode("ascii", "ignore")))
     samples = [{"input_ids": part, "labels": part} for part in tokens.split(BLOCK)[:-1]]
     return [s for k, s in enumerate(samples) if k % 10], samples[::10]
 
 
 def language_model():
-    """Half a million parameters."""
+    """A Llama of half a million parameters."""
     config = LlamaConfig(
         vocab_size=128,
         hidden_size=128,
@@ -64,7 +64,7 @@ def language_model():
 
 
 def learn(model, samples, rate, options, callbacks=()):
-    """A Trainer as anyone would write it."""
+    """Trains with an ordinary Trainer."""
     arguments = TrainingArguments(
         output_dir=options.out,
         max_steps=options.steps,
@@ -82,7 +82,7 @@ def learn(model, samples, rate, options, callbacks=()):
 
 @torch.no_grad()
 def perplexity(model, samples):
-    """Of a byte, given those before it in its block."""
+    """Perplexity per byte, given the bytes before it in its block."""
     model.eval()
     tokens = torch.stack([sample["input_ids"] for sample in samples])
     losses = [model(input_ids=part, labels=part).loss * len(part) for part in tokens.split(64)]
@@ -90,7 +90,7 @@ def perplexity(model, samples):
 
 
 def learn_b(model, mas, method, samples, options):
-    """Copies of a model that has learned A, and of what MAS remembers of A, learn B."""
+    """Trains copies of the model and of its MAS, which have learned A, on B."""
     model, mas = copy.deepcopy((model, mas))
     callbacks = []
     if method is not None:
@@ -101,7 +101,7 @@ def learn_b(model, mas, method, samples, options):
 
 
 def run(options):
-    """What was learned → perplexity on A and on B."""
+    """Returns what was learned → perplexity on A and on B."""
     torch.manual_seed(options.seed)
     (train_a, test_a), (train_b, test_b) = map(blocks, standard_library())
     model = language_model()
@@ -117,7 +117,7 @@ def run(options):
 
 
 def main():
-    """Prints the table, and writes it to results.json."""
+    """Prints the table and writes it to results.json."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=800, help="of training, for each text")
     parser.add_argument("--samples", type=int, default=500, help="to measure importance on")

