@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import Parameter
 from torch.optim.swa_utils import AveragedModel
 
-from mas_ext._distributed.fsdp import sharded_stand_ins
+from mas_ext._distributed.fsdp import sharded_by_current_id
 
 Selection = Iterable[str] | Callable[[str, Parameter], bool] | None
 
@@ -54,7 +54,7 @@ class ParameterIndex:
     def _look_up(self) -> None:
         self._named, self._links, self._owners = {}, [], []
         seen: set[int] = set()
-        sharded = sharded_stand_ins(self.model)
+        sharded = sharded_by_current_id(self.model)
         for prefix, module in _walk(self.model, "", set()):
             for owner in (module._parameters, module._modules):
                 self._owners.append((owner, len(owner)))

@@ -185,7 +185,7 @@ class MAS:
 
     @property
     def importance(self) -> Mapping[str, Tensor]:
-        """Parameter name → Ω of the consolidated tasks; empty before the first.
+        """Ω of the consolidated tasks by parameter name; empty before the first.
 
         The tensors are views; with ``state_dtype="uint8"`` they are float32 copies.
         """
@@ -193,7 +193,7 @@ class MAS:
 
     @property
     def anchor(self) -> Mapping[str, Tensor]:
-        """Parameter name → θ*, as views; empty before the first task is consolidated."""
+        """Views of θ* by parameter name; empty before the first task is consolidated."""
         return self._state.shardings.placed(self._state.consolidated.anchor)
 
     # -- measuring ---------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ def _groups(model: nn.Module) -> list[Any]:
     return [group for state in _states(model) for group in state._fsdp_param_groups]
 
 
-def sharded_stand_ins(model: nn.Module) -> dict[int, nn.Parameter]:
+def sharded_by_current_id(model: nn.Module) -> dict[int, nn.Parameter]:
     """id of the unsharded tensor that is in a module at present → its sharded parameter.
 
     After a forward pass the root's parameters are unsharded: other objects than the optimizer's.
@@ -127,7 +127,7 @@ class ShardedModel:
                 for module in modules:
                     module.reshard()
 
-    def whole(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def unsharded_parameters(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The unsharded parameters that are in the modules while :meth:`unsharded` is active."""
         return {
             name: self._params[id(p)].unsharded_param if id(p) in self._params else p
@@ -195,12 +195,12 @@ def _recover(states: list[Any]) -> None:
             state._reset_iter_state()
 
 
-def find(model: nn.Module) -> ShardedModel | None:
+def find_sharded_model(model: nn.Module) -> ShardedModel | None:
     """The model as a :class:`ShardedModel`, if ``fully_shard`` holds some of its parameters."""
     return ShardedModel(model) if any(group.fsdp_params for group in _groups(model)) else None
 
 
-def refuse_older(model: nn.Module) -> None:
+def check_not_fsdp1(model: nn.Module) -> None:
     """Raises ValueError for FSDP1, which flattens parameters so that they have no names."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp and any(isinstance(m, fsdp.FullyShardedDataParallel) for m in model.modules()):

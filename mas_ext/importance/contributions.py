@@ -161,11 +161,11 @@ class StackedMatrixProducts:
 
 @dataclass
 class EmbeddingRows:
-    """M_k[i] = Σ over the positions t with index_kt = i of values_kt: a table looked up.
+    r"""M_k[i] = Σ over the positions t with index_kt = i of values_kt: a table looked up.
 
     Attributes:
         index: [B, T], which row; negative where nothing is looked up.
-        values: [B, T, *row shape].
+        values: [B, T, \*row shape].
         shape: that of the table.
     """
 

@@ -54,7 +54,7 @@ def add_importance_(
         The statistics, and which path served each parameter.
     """
     checkpoint = checkpoint or MeasurementCheckpoint()
-    if measurement.is_sharded and (whole := fsdp.find(model)) is not None:
+    if measurement.is_sharded and (whole := fsdp.find_sharded_model(model)) is not None:
         checkpoint.refuse(f"estimator={measurement.estimator!r}")
         done, coverage = sharded.add_samples_(
             sums, whole, data, named, measurement, counted=counted
@@ -121,8 +121,8 @@ class _Placement(Protocol):
 
 
 def _placement_of(model: nn.Module, process_group: ProcessGroup) -> _Placement:
-    fsdp.refuse_older(model)
-    whole = fsdp.find(model)
+    fsdp.check_not_fsdp1(model)
+    whole = fsdp.find_sharded_model(model)
     if whole is not None:
         if process_group is not None:
             raise ValueError(
@@ -175,7 +175,7 @@ class _Unsharded:
     def ready(self, named: Tensors, sums: Tensors) -> Iterator[tuple[Tensors, Tensors]]:
         """Needs memory for the whole model, and for Ω in float32, on every rank."""
         with self._whole.unsharded():
-            params = self._whole.whole(named)
+            params = self._whole.unsharded_parameters(named)
             yield params, FlatTensors(local_parts(params), accumulation_dtype)
 
     def collect(self, named: Tensors, sums: Tensors, own_sums: Tensors) -> None:

@@ -68,7 +68,7 @@ def estimate_importance(
     half-way.
 
     Args:
-        model: F. Not changed.
+        model: the network F, which is not changed.
         data: an iterable of batches. A tensor is passed to the model; of a tuple or list the first
             item (labels are never needed); a mapping as keyword arguments, without ``labels`` or
             ``label``. Tensors are moved to the model's device (not with ``forward``). Since random

@@ -174,7 +174,7 @@ class _GradientCollector:
         for p in self._sharded.model.parameters():
             p.requires_grad_(id(p) in ours)
         with ExitStack() as stack:
-            for name, leaf in self._sharded.whole(self._named).items():
+            for name, leaf in self._sharded.unsharded_parameters(self._named).items():
                 leaf.requires_grad_(True)
                 hook = leaf.register_post_accumulate_grad_hook(self._hook(name))
                 stack.callback(hook.remove)
