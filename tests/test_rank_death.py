@@ -6,7 +6,7 @@ import random
 import pytest
 
 from mas_ext._state import checkpoint
-from tests import killed
+from tests.support import killed
 from tests.distributed import deaths
 
 NEVER = 10**6

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mas_ext import MAS
+from mas_ext._state.distributed_checkpoint import unpacked
 from tests.models import mlp, vectors
 
 MERGES = ["sum", "mean", "max", ("ema", 0.3), ("ema_from_zero", 0.3), "sum_of_sums"]
@@ -54,9 +54,9 @@ def gradients(model: nn.Module) -> list[Tensor | None]:
     return [None if p.grad is None else p.grad.clone() for p in model.parameters()]
 
 
-def settings(mas: MAS) -> dict[str, Any]:
-    """What a state has besides tensors by parameter name."""
-    return json.loads(bytes(mas.state_dict()["settings"].tolist()))
+def plain_state(mas: MAS) -> dict[str, Any]:
+    """The state as plain values and tensors, as a file has it."""
+    return unpacked(mas.state_dict())
 
 
 def assert_states_equal(a: Any, b: Any, path: str = "") -> None:
