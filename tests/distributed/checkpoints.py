@@ -22,7 +22,7 @@ from mas_ext._distributed import gathering
 from mas_ext._state import checkpoint
 from mas_ext._state.distributed_checkpoint import unpacked
 from tests.distributed.models import net, samples, sharded, tensor_parallel, whole
-from tests.distributed.worker import World
+from tests.support.processes import World
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 WRITERS = {
