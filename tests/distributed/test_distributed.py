@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-from tests.distributed import checkpoints
+from tests.distributed import checkpoints, models
 from tests.support.processes import ENVIRONMENT, ROOT, World, assert_all_is_well, checks, run
 
 pytestmark = pytest.mark.skipif(
@@ -59,7 +59,7 @@ def test_on_one_rank(tmp_path: Path) -> None:
             torch.manual_seed(0)
             check(World(0, 1, tmp_path))
     finally:
-        checkpoints.alone.cache_clear()
+        models.alone.cache_clear()
         dist.destroy_process_group()
 
 

@@ -117,9 +117,7 @@ class Loop:
         return 1e-6 if has_float32_steps else 1e-10
 
 
-# ================================================================================================
-# The model, the optimizer and what goes wrong
-# ================================================================================================
+# -- The model, the optimizer and what goes wrong --------------------------------------------------
 def loss_of(model: nn.Module, x: Tensor, narrow: torch.dtype | None) -> Tensor:
     x = x.to(next(model.parameters()).dtype)
     with torch.autocast("cpu", narrow) if narrow else nullcontext():
@@ -200,9 +198,7 @@ def one_process() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-# ================================================================================================
-# The step of a loop
-# ================================================================================================
+# -- The step of a loop ----------------------------------------------------------------------------
 class Trained:
     """A model that one of the loops trains, and the loop by hand beside it."""
 
@@ -364,9 +360,7 @@ def assert_skipped(t: Trained, before: list[Any]) -> None:
         ), "gradients that were withheld are given back"
 
 
-# ================================================================================================
-# Compiled steps
-# ================================================================================================
+# -- Compiled steps --------------------------------------------------------------------------------
 # Dynamo does the same for every backend, and inductor takes long.
 compile_ = partial(torch.compile, backend="aot_eager")
 
@@ -412,9 +406,7 @@ COMPILED = {
 }
 
 
-# ================================================================================================
-# The table
-# ================================================================================================
+# -- The table -------------------------------------------------------------------------------------
 SINGLE = torch.float32
 IN_STEP = [("attached", "plain"), ("attached", "fused"), ("ours", "plain")]
 LOOPS = [
@@ -540,9 +532,7 @@ def test_a_loop_that_inductor_compiles_is_the_loop_by_hand(loop, monkeypatch) ->
     torch._dynamo.reset()
 
 
-# ================================================================================================
-# What is no row
-# ================================================================================================
+# -- What is no row --------------------------------------------------------------------------------
 def scaled_step(model: nn.Module, optimizer: Any, scaler: Any) -> None:
     optimizer.zero_grad()
     scaler.scale(loss_of(model, X, None)).backward()
@@ -712,9 +702,7 @@ def test_what_zero_cannot_do_is_refused() -> None:
             mas.attach(overlapping)
 
 
-# ================================================================================================
-# States in 8 bits: the gradients are ordinary, and that is where the penalty goes
-# ================================================================================================
+# -- States in 8 bits: the gradients are ordinary, and that is where the penalty goes --------------
 def wide_loss(model: nn.Module) -> Tensor:
     x = torch.randn(16, 64, generator=torch.Generator().manual_seed(2))
     return (model(x.to(next(model.parameters()).dtype)) - 1).pow(2).mean()

@@ -43,9 +43,7 @@ def learned(moved=True):
     return mas
 
 
-# ================================================================================================
-# One process, stopped by an error
-# ================================================================================================
+# -- One process, stopped by an error --------------------------------------------------------------
 @pytest.mark.parametrize("stops", [[5], [1, 4, 9], [2, 2, 3]], ids=str)
 def test_a_measurement_goes_on_to_the_same_bits(tmp_path, stops):
     whole, parts, kept = learned(), learned(), tmp_path / "measuring"
@@ -168,9 +166,7 @@ def test_only_what_is_finite_is_kept(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-# ================================================================================================
-# Processes that are killed
-# ================================================================================================
+# -- Processes that are killed ---------------------------------------------------------------------
 SAMPLES, TASKS = 128, 2
 KILLED = {name: HOW[name] for name in ("per_sample", "dropout")}
 

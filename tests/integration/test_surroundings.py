@@ -67,9 +67,7 @@ def assert_trains_as_by_hand(
     assert_trained(trained, hand.theta, start, 1e-9)
 
 
-# ================================================================================================
-# Averages and copies
-# ================================================================================================
+# -- Averages and copies ---------------------------------------------------------------------------
 @pytest.mark.parametrize("options", [{}, {"multi_avg_fn": get_ema_multi_avg_fn(0.7)}])
 def test_an_average_is_measured_and_protects_the_model_that_it_is_of(options):
     """The next task is held where the average ended, by what matters there."""
@@ -109,9 +107,7 @@ def test_a_copy_of_model_and_mas_goes_its_own_way():
     assert_trains_as_by_hand(model, mas)
 
 
-# ================================================================================================
-# Activation checkpointing
-# ================================================================================================
+# -- Activation checkpointing ----------------------------------------------------------------------
 class Checkpointed(nn.Sequential):
     def __init__(self, reentrant: bool) -> None:
         super().__init__(*mlp())
@@ -145,9 +141,7 @@ def test_activation_checkpointing(make, reentrant):
     assert_trains_as_by_hand(model, mas, plain)
 
 
-# ================================================================================================
-# A model that is made without memory
-# ================================================================================================
+# -- A model that is made without memory -----------------------------------------------------------
 def loaded(model: nn.Module) -> None:
     model.to_empty(device="cpu")
     model.load_state_dict(mlp().state_dict())
@@ -197,9 +191,7 @@ def test_a_model_on_meta_can_neither_be_measured_nor_take_a_state(case: Refusal)
         mas_ext.estimate_importance(model, [X])
 
 
-# ================================================================================================
-# Adapters
-# ================================================================================================
+# -- Adapters --------------------------------------------------------------------------------------
 TOKENS = torch.randint(19, (6, 7), generator=torch.Generator().manual_seed(0))
 DATA = [{"input_ids": TOKENS}]
 

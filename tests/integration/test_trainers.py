@@ -30,9 +30,7 @@ def exact(model, x):
     return one_by_one(copy.deepcopy(model), [x], forward=logits)
 
 
-# ================================================================================================
-# The loop
-# ================================================================================================
+# -- The loop --------------------------------------------------------------------------------------
 def train_by_hand(library, hand, seed, accumulate=1, **how):
     for _ in range(EPOCHS):
         data = batches(seed)
@@ -72,9 +70,7 @@ def test_before_the_first_task_a_trainer_trains_as_without(library, tmp_path):
     assert recorder.penalties == [None] * 10
 
 
-# ================================================================================================
-# The end of a task
-# ================================================================================================
+# -- The end of a task -----------------------------------------------------------------------------
 def test_the_end_of_training_measures_its_data_exactly(library, tmp_path):
     model, callback = library.model(dropout=0.5), library.MASCallback()
     library.learn(model, library.data(1), callback, tmp_path)
@@ -146,9 +142,7 @@ def test_a_training_that_is_broken_off_leaves_nothing_behind(library, tmp_path):
     assert callback.mas.num_tasks == 2
 
 
-# ================================================================================================
-# Resumed
-# ================================================================================================
+# -- Resumed ---------------------------------------------------------------------------------------
 def second_task(library, callback, folder, data, **options):
     """A task whose end this Trainer does not see, and one with a checkpoint at every step."""
     model = library.model(dropout=library.dropout)
@@ -212,9 +206,7 @@ def test_a_training_resumed_from_its_checkpoint_ends_in_the_same_bits(
     assert (callback.mas.lambda_reg, callback.mas.num_tasks) == (20.0, 2)
 
 
-# ================================================================================================
-# Refusals
-# ================================================================================================
+# -- Refusals --------------------------------------------------------------------------------------
 def test_before_the_first_training_there_is_nothing(library):
     callback = library.MASCallback()
     assert callback.mas is None

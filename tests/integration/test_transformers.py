@@ -139,9 +139,7 @@ def test_only_the_adapters_of_a_peft_model(library, tmp_path):
     assert recorder.penalties[-1] > 0
 
 
-# ================================================================================================
-# Folders that training resumes from
-# ================================================================================================
+# -- Folders that training resumes from ------------------------------------------------------------
 SAVING = {"saves": True, "save_steps": 5, "lr": 0.05, "momentum": 0.9}
 
 

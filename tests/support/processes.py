@@ -42,9 +42,7 @@ class World:
     folder: Path
 
 
-# ================================================================================================
-# What starts them
-# ================================================================================================
+# -- What starts them ------------------------------------------------------------------------------
 def run(
     programs: list[str], ranks: int, folder: Path, silence: float = 300
 ) -> dict[str, list[str]]:
@@ -118,13 +116,11 @@ def _found(folder: Path, codes: list[int]) -> dict[str, list[str]]:
     return found
 
 
-# ================================================================================================
-# What each of them does
-# ================================================================================================
+# -- What each of them does ------------------------------------------------------------------------
 def checks(program: str) -> Iterator[Callable[[World], None]]:
     program, _, only = program.partition(":")
     module = importlib.import_module(f"tests.distributed.{program}")
-    for name, check in vars(module).items():
+    for name, check in list(vars(module).items()):
         if name.startswith(only or "check_") and check.__module__ == module.__name__:
             yield check
 

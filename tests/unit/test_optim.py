@@ -63,9 +63,7 @@ def scaler(scale: float = 64.0):
     return torch.amp.GradScaler("cpu", init_scale=scale)
 
 
-# ================================================================================================
-# Where it is torch's step
-# ================================================================================================
+# -- Where it is torch's step ----------------------------------------------------------------------
 @each_kind
 def test_before_the_first_task_it_is_torchs_step(kind):
     plain, model = mlp(torch.float32), mlp(torch.float32)
@@ -126,9 +124,7 @@ def test_a_closure_is_called_once_and_hooks_run_once():
     assert calls == ["before", "closure", "after"]
 
 
-# ================================================================================================
-# Checkpoints, copies
-# ================================================================================================
+# -- Checkpoints, copies ---------------------------------------------------------------------------
 def reloaded(state):
     file = io.BytesIO()
     torch.save(state, file)
@@ -202,9 +198,7 @@ def test_copies_and_pickles_go_on_as_the_original(kind, copied):
     assert_bits(other, model)
 
 
-# ================================================================================================
-# Refusals
-# ================================================================================================
+# -- Refusals --------------------------------------------------------------------------------------
 def sgd(model, mas, **options):
     return mas_ext.optim.SGD(model.parameters(), mas=mas, **options)
 

@@ -28,9 +28,7 @@ def copies(tensors):
     return {name: t.detach().clone() for name, t in tensors.items()}
 
 
-# ================================================================================================
-# Before, and after, a task
-# ================================================================================================
+# -- Before, and after, a task ---------------------------------------------------------------------
 def test_nothing_is_protected_before_the_first_task_ends():
     model = mlp()
     mas = MAS(model)
@@ -75,9 +73,7 @@ def test_importance_and_anchor_are_views():
     assert_same(copy.deepcopy(mas.importance), dict(mas.importance))
 
 
-# ================================================================================================
-# The penalty
-# ================================================================================================
+# -- The penalty -----------------------------------------------------------------------------------
 def test_penalty_and_its_gradient_are_the_equations():
     """However it comes to the loss's: by autograd, or added to what is there."""
     model, mas = learned(3.0)
@@ -130,9 +126,7 @@ def test_proximal_training_is_stable_at_any_strength(lambda_reg):
     assert mas.penalty() < 1e3
 
 
-# ================================================================================================
-# Parameters that come, go and grow
-# ================================================================================================
+# -- Parameters that come, go and grow -------------------------------------------------------------
 def test_frozen_parameters_are_kept_and_skipped():
     model, mas = learned()
     everything, omega = mas.penalty(), mas.importance["0.weight"].clone()
@@ -260,9 +254,7 @@ def test_copies_and_pickles():
         torch.testing.assert_close(other.penalty(), mas.penalty())
 
 
-# ================================================================================================
-# Refusals: of a model that has learned a task, and is measured for the next
-# ================================================================================================
+# -- Refusals: of a model that has learned a task, and is measured for the next --------------------
 def half(data):
     yield data[:5]
     raise OSError("the disk is gone")

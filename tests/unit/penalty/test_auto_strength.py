@@ -39,9 +39,7 @@ def close(value, tolerance=1e-12):
     return pytest.approx(value, rel=tolerance)
 
 
-# ================================================================================================
-# The equation
-# ================================================================================================
+# -- The equation ----------------------------------------------------------------------------------
 def by_equation(numel, importance, drift, e):
     """λ for what is pushed by gradients, and by steps of one size."""
     scale = COHERENCE / (drift * e)
@@ -139,9 +137,7 @@ def test_a_louder_network_is_held_as_firmly():
     torch.testing.assert_close(held[1], held[0])
 
 
-# ================================================================================================
-# Where it is used
-# ================================================================================================
+# -- Where it is used ------------------------------------------------------------------------------
 def test_the_penalty_is_of_lambda_reg_and_a_proximal_step_of_lambda_proximal():
     (model, mas), (other, fixed) = learned("auto"), learned(1.0)
     expected = penalty_by_hand(mas, model).detach()
@@ -189,9 +185,7 @@ def test_what_pushes_decides(kind, mode, is_fused):
     assert_states_equal(*ends)
 
 
-# ================================================================================================
-# Groups, and changes
-# ================================================================================================
+# -- Groups, and changes ---------------------------------------------------------------------------
 def test_each_group_has_its_own():
     model = mlp()
     by_glob = {"0.*": "auto", "2.weight": "auto", "*": 0.5}
@@ -275,9 +269,7 @@ def test_presets_and_callbacks_take_it():
     assert mas_ext.preset("official").regularizer("auto")["lambda_reg"] == "auto"
 
 
-# ================================================================================================
-# In a state
-# ================================================================================================
+# -- In a state ------------------------------------------------------------------------------------
 def test_a_state_tells_what_is_found(tmp_path):
     model = mlp()
     mas = auto(model, drift=0.3)

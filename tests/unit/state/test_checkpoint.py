@@ -105,9 +105,7 @@ def test_a_state_dict_has_room_for_what_is_not_measured():
     assert not other.anchor
 
 
-# ================================================================================================
-# Older versions
-# ================================================================================================
+# -- Older versions --------------------------------------------------------------------------------
 # What a later version of the format has and this one had not.
 ADDED = {3: {"drift", "energy", "seen"}}
 ADDED[2] = ADDED[3] | {"importance_scales", "earlier_scales"}
@@ -143,9 +141,7 @@ def test_a_state_of_an_older_version_is_read(version, tmp_path, monkeypatch):
     assert plain_state(new)["energy"] == UNKNOWN["energy"]
 
 
-# ================================================================================================
-# Files
-# ================================================================================================
+# -- Files -----------------------------------------------------------------------------------------
 @pytest.fixture
 def saved(tmp_path):
     path = tmp_path / "mas"
@@ -292,9 +288,7 @@ def test_safetensors_reads_what_is_written(tmp_path):
     assert_states_equal(read, (settings, tensors))
 
 
-# ================================================================================================
-# States of other models, damaged states
-# ================================================================================================
+# -- States of other models, damaged states --------------------------------------------------------
 def wider():
     return nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 4))
 

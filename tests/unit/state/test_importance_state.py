@@ -43,9 +43,7 @@ def measure(mas, *samples, ends=True):
     how(task(*samples), objective=lambda output: output.sum(1))
 
 
-# ================================================================================================
-# Merging: a new policy is a new row
-# ================================================================================================
+# -- Merging: a new policy is a new row ------------------------------------------------------------
 TASKS = [[1.0, 4.0], [3.0, 0.0], [2.0, 2.0]]
 MERGED = {
     "sum": [6.0, 6.0],
@@ -99,9 +97,7 @@ def test_sum_of_sums_doubles_the_weight_of_every_old_task_with_each_new_one():
     assert mas.importance["w"].item() == 11248
 
 
-# ================================================================================================
-# Parameters that come, rest and grow
-# ================================================================================================
+# -- Parameters that come, rest and grow -----------------------------------------------------------
 def test_sum_of_sums_follows_growth_and_new_parameters():
     model = Scale(w=1)
     mas = MAS(model, merge="sum_of_sums")
@@ -173,9 +169,7 @@ def test_an_open_task_counts_samples_for_each_parameter_and_follows_growth():
     assert not mas.state_dict()["open"]
 
 
-# ================================================================================================
-# Flat tensors
-# ================================================================================================
+# -- Flat tensors ----------------------------------------------------------------------------------
 SHAPES = st.lists(st.lists(st.integers(0, 5), max_size=4).map(tuple), max_size=6)
 DTYPES = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16])
 
