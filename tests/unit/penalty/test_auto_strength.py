@@ -108,9 +108,9 @@ def test_a_task_in_parts_is_a_task():
 
 @pytest.mark.parametrize("merge", MERGES, ids=str)
 @pytest.mark.parametrize("state_dtype", ["float32", "uint8"])
-def test_the_same_task_again_changes_nothing(merge, state_dtype):
+def test_the_same_task_again_changes_nothing_whatever_the_merge(merge, state_dtype):
     mas = auto(mlp(torch.float32), [X.float()], merge=merge, state_dtype=state_dtype)
-    first = mas.lambda_reg, mas.lambda_proximal
+    first = auto(mlp()).lambda_reg, auto(mlp()).lambda_proximal
     for _ in range(3):
         mas.consolidate([X.float()])
     assert mas.lambda_proximal == close(first[1], 1e-6)
