@@ -347,9 +347,12 @@ def test_refusals_change_nothing(case):
 
 
 def test_after_a_task_by_batches_comes_one_by_samples():
-    _, mas = learned()
-    by_batches(mas, "update_importance")
-    mas.consolidate()
+    model, how = mlp(), {"estimator": "batch", "weighting": "batches"}
+    mas = MAS(model)
+    mas.update_importance(X[:6].split(4), **how)
+    mas.consolidate([X[6:]], **how)
+    by_hand = mas_ext.estimate_importance(model, [X[:4], X[4:6], X[6:]], **how)
+    assert_same(mas.importance, by_hand)
     mas.update_importance([X])
 
 
