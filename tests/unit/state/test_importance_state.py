@@ -16,6 +16,7 @@ from torch._subclasses import FakeTensorMode
 
 from mas_ext import MAS
 from mas_ext._state.flat_tensors import ALIGNMENT, FlatTensors
+from mas_ext._state.importance_state import OpenTask
 from mas_ext.reference import accumulation_dtype
 from tests.support.regularizers import assert_refused, refusal
 
@@ -167,6 +168,12 @@ def test_an_open_task_counts_samples_for_each_parameter_and_follows_growth():
     assert mas.importance["w"].tolist() == [12 / 4, 12 / 4]
     assert mas.importance["v"].tolist() == [8 / 2]
     assert not mas.state_dict()["open"]
+
+
+def test_what_has_no_samples_yet_has_no_importance():
+    task = OpenTask().opened({"w": torch.zeros(1)})
+    assert list(task.sums) == ["w"]
+    assert not task.counted()
 
 
 # -- Flat tensors ----------------------------------------------------------------------------------
