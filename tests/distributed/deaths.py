@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import nn
 
 from mas_ext import MAS
-from tests.distributed.leaving import leave
 from tests.distributed.models import net, samples, sharded
-from tests.killed import BETWEEN, CONTEXT, LIMIT, MEASURING, SAVING, Stage, await_moment
+from tests.support.killed import BETWEEN, CONTEXT, LIMIT, MEASURING, SAVING, Stage, await_moment
+from tests.support.processes import leave
 
 TIMEOUT = 30.0  # seconds that a process waits for another, which may share its core with three
 TASKS, SAMPLES = 2, 24

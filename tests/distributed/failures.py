@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mas_ext import MAS
 from tests.distributed.models import assert_same, net, parameters, samples, sharded, whole
 from tests.distributed.training import loss
-from tests.distributed.worker import World
+from tests.support.processes import World
 
 
 def _nan() -> list[Any]:

@@ -26,8 +26,8 @@ from tests.distributed.models import (
     sharded,
     whole,
 )
-from tests.distributed.training import check_every_way, loss
-from tests.distributed.worker import World
+from tests.distributed.training import check_every_way, check_scaling_and_clipping, loss
+from tests.support.processes import World
 
 
 def check_importance(world: World) -> None:
@@ -240,6 +240,10 @@ def check_training(world: World) -> None:
             world.rank,
             world.size,
         )
+
+
+def check_training_under_a_scaler(world: World) -> None:
+    check_scaling_and_clipping(sharded, net, world.rank, world.size)
 
 
 def check_the_penalty_anywhere_in_a_step(world: World) -> None:

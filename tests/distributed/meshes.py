@@ -23,7 +23,7 @@ from tests.distributed.models import (
     tensor_parallel,
 )
 from tests.distributed.training import check_every_way
-from tests.distributed.worker import World
+from tests.support.processes import World
 
 SLOW = "one sample at a time"
 

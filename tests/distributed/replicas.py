@@ -21,7 +21,7 @@ from tests.distributed.models import (
     samples,
 )
 from tests.distributed.training import check_every_way
-from tests.distributed.worker import World
+from tests.support.processes import World
 
 
 def check_importance(world: World) -> None:

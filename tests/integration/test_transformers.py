@@ -1,0 +1,211 @@
+"""What only the Trainer of transformers has: Accelerate, columns and labels, its folders."""
+
+import copy
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("accelerate", reason="needs mas_ext[transformers]")
+pytest.importorskip("transformers", reason="needs mas_ext[transformers]")
+import transformers
+from accelerate import Accelerator
+from transformers import Trainer, TrainerCallback
+
+import mas_ext
+from mas_ext.integrations.transformers import FILE, MASCallback
+from tests.models import assert_same
+from tests.oracle import assert_exact, one_by_one
+from tests.support.hand_loop import HandLoop, Protection, sgd
+from tests.support.regularizers import assert_refused, assert_states_equal, refusal
+from tests.support.trainers import STOP, Transformers, batches, loss_of, vectors
+
+X = vectors(1)[0]
+
+
+@pytest.fixture
+def library():
+    return Transformers()
+
+
+def llama(seed=0):
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        attention_dropout=0.1,
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+def texts(seed, count=12):
+    tokens = torch.randint(32, (count, 12), generator=torch.Generator().manual_seed(seed))
+    return [{"input_ids": row, "labels": row} for row in tokens]
+
+
+def measured(model):
+    mas = mas_ext.MAS(model, 2.0)
+    mas.consolidate([{"x": X}])
+    return mas
+
+
+def test_accelerate_without_a_trainer(library):
+    """Once every three batches, after its clipping: attach finds the optimizer in the wrapper."""
+    model = library.model()
+    mas = measured(model)
+    hand = HandLoop(model, Protection.of(mas), sgd(1.0, 0.0))
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=3)
+    wrapped = accelerator.prepare(torch.optim.SGD(model.parameters(), 1.0))
+    mas.attach(wrapped)
+    data = [*batches(1), *batches(2)][:6]
+    for batch in data:
+        with accelerator.accumulate(model):
+            accelerator.backward(loss_of(model, batch))
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(model.parameters(), 0.05)
+            wrapped.step()
+            wrapped.zero_grad()
+    for part in (data[:3], data[3:]):
+        hand.step([lambda m, b=b: loss_of(m, b) for b in part], clip=0.05)
+    assert hand.penalties[-1] > 1e-6
+    assert_same(dict(model.named_parameters()), hand.theta)
+
+
+def test_an_optimizer_that_has_the_penalty_is_not_given_it_twice(library, tmp_path):
+    runs = []
+    for is_ours in (True, False):
+        model, recorder = library.model(), library.Recorder()
+        mas = measured(model)
+        callback = MASCallback(mas=mas, consolidate=False)
+        optimizer = mas_ext.optim.SGD(model.parameters(), 0.05, mas=mas) if is_ours else None
+        options = {"optimizer": optimizer, "lr": 0.05, "others": [recorder]}
+        library.learn(model, library.data(2), callback, tmp_path, **options)
+        runs.append((model, recorder.penalties))
+    assert_same(runs[0][0].state_dict(), runs[1][0].state_dict())
+    assert runs[0][1] == pytest.approx(runs[1][1], rel=1e-12)
+    assert runs[0][1][-1] > 1e-4
+
+
+def test_labels_of_any_name_and_columns_of_compute_loss_stay_out(library, tmp_path):
+    class Spans(type(library.model())):
+        def forward(self, x, start_positions=None, answer=None):
+            assert start_positions is None or self.training, "labels while measuring"
+            return super().forward(x, start_positions)
+
+    class Own(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            inputs.pop("id")
+            return model(**inputs)["loss"]
+
+    rows = [
+        {"x": row["x"], "start_positions": row["labels"], "answer": row["labels"], "id": 7}
+        for row in library.data(1)
+    ]
+    model, callback = Spans(), MASCallback()
+    options = {"trainer": Own, "label_names": ["start_positions", "answer"]}
+    library.learn(model, rows, callback, tmp_path, **options)
+    expected = one_by_one(model, [X], forward=lambda m, x: m.body(x))
+    assert_exact(callback.mas.importance, expected)
+
+
+def test_a_language_model_is_measured_exactly_and_stays_in_training_mode(library, tmp_path):
+    model, callback = llama().double(), MASCallback()
+    library.learn(model, texts(1), callback, tmp_path, lr=0.01)
+    assert model.training, "as the Trainer left it"
+    inputs = torch.stack([row["input_ids"] for row in texts(1)])
+    expected = one_by_one(copy.deepcopy(model), [{"input_ids": inputs}])
+    assert_exact(callback.mas.importance, expected)
+
+
+def test_only_the_adapters_of_a_peft_model(library, tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model, callback = peft.get_peft_model(llama(), config), MASCallback()
+    recorder = library.Recorder()
+    options = {"max_steps": 2, "others": [recorder]}
+    library.learn(model, texts(1), callback, tmp_path, **options)
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert set(callback.mas.importance) == trained
+    assert all("lora_" in name for name in trained)
+    library.learn(model, texts(2), callback, tmp_path, **options)
+    assert recorder.penalties[-1] > 0
+
+
+# -- Folders that training resumes from ------------------------------------------------------------
+SAVING = {"saves": True, "save_steps": 5, "lr": 0.05, "momentum": 0.9}
+
+
+def test_resuming_from_a_folder_elsewhere(library, tmp_path):
+    uninterrupted, whole = MASCallback(20.0), library.model(dropout=0.5)
+    library.learn(whole, library.data(2), uninterrupted, tmp_path / "b", **SAVING)
+    elsewhere = tmp_path / "elsewhere"
+    (tmp_path / "b/checkpoint-5").rename(elsewhere)
+    # In the way: a checkpoint of the same step, of another training.
+    options = {**SAVING, "max_steps": 5}
+    library.learn(library.model(3), library.data(4), MASCallback(), tmp_path / "b", **options)
+    resume = {"resume": str(elsewhere), **SAVING}
+    again, callback = library.model(7, 0.5), MASCallback(resume_from_checkpoint=str(elsewhere))
+
+    def learn(callback):
+        return library.learn(again, library.data(2), callback, tmp_path / "b", **resume)
+
+    case = refusal(learn, ValueError, "resume_from_checkpoint", "step 5", "MASCallback")
+    assert_refused(case, MASCallback())
+    learn(callback)
+    assert_states_equal(again.state_dict(), whole.state_dict())
+    assert_states_equal(callback.mas.state_dict(), uninterrupted.mas.state_dict())
+
+
+def test_a_checkpoint_without_a_state_is_refused(library, tmp_path):
+    library.learn(library.model(), library.data(1), TrainerCallback(), tmp_path, **SAVING)
+
+    def resume():
+        options = {**SAVING, "resume": True}
+        library.learn(library.model(), library.data(1), MASCallback(), tmp_path, **options)
+
+    assert_refused(refusal(resume, ValueError, "checkpoint-10", FILE, "mas.save()"))
+
+
+class Kill(TrainerCallback):
+    """The process ends where it stands."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == STOP:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def in_a_process_of_its_own(folder, kill=False, resume=False):
+    """Both tasks, or what is left of the second; keeps the model and the state."""
+    library, folder = Transformers(), Path(folder)
+    options = {**SAVING, "others": [Kill()] if kill else []}
+    if resume:
+        model, callback = library.model(7, 0.5), MASCallback()
+        options["resume"] = True
+    else:
+        model, callback = library.model(0, 0.5), MASCallback(20.0)
+        library.learn(model, library.data(1), callback, folder / "first", max_steps=4)
+    library.learn(model, library.data(2), callback, folder / "second", **options)
+    torch.save([model.state_dict(), callback.mas.state_dict()], folder / "ended")
+
+
+@pytest.mark.slow
+def test_a_killed_process_resumed_in_another_ends_in_the_same_bits(tmp_path):
+    for folder, how, code in [
+        ("whole", "", 0),
+        ("part", "kill=True", -signal.SIGKILL),
+        ("part", "resume=True", 0),
+    ]:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        call = f"in_a_process_of_its_own({str(tmp_path / folder)!r}, {how})"
+        program = f"from tests.integration.test_transformers import *; {call}"
+        assert subprocess.run([sys.executable, "-c", program], timeout=600).returncode == code
+    ended = [torch.load(tmp_path / name / "ended", weights_only=True) for name in ("whole", "part")]
+    assert_states_equal(*ended)
