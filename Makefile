@@ -54,7 +54,7 @@ notebook: install
 # Installs nothing: torch, nvcc and pytest are enough, in .venv or in $(PYTHON). Fails where there is
 # no GPU; `make gpu ARGS="--device cpu"` is a rehearsal.
 gpu:
-	$$(test -x $(BIN)/python && echo $(BIN)/python || echo $(PYTHON)) -m tests.gpu $(ARGS)
+	$$(test -x $(BIN)/python && echo $(BIN)/python || echo $(PYTHON)) -m tests.hardware.gpu $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist out *.egg-info mas_ext/*.so

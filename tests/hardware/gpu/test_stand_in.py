@@ -1,0 +1,273 @@
+"""The steps of `make gpu` as they go on a card, over a stand-in for one.
+
+Tensors are on "cpu:0", which no step takes for a rehearsal, and torch.cuda is replaced by as little
+as the steps use of it. Nothing is shown about CUDA, but no line of theirs runs for the first time
+on somebody's card.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from copy import deepcopy
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.hardware.gpu import (
+    bandwidth,
+    build,
+    calls,
+    compiled,
+    graphs,
+    lists,
+    machine,
+    optimizers,
+    predicted,
+    products,
+    sanitizer,
+    syncs,
+)
+from tests.hardware.gpu.checks import FAILED, PASSED, Session
+from tests.hardware.gpu.steps import ROOT
+
+DEVICE = "cpu:0"
+WITHOUT_ITEM = {"fused": True}  # on the CPU only this Adam reads no number back
+
+
+class Card:
+    """A device that is busy until someone waits for it, and a mode in which item() is refused."""
+
+    def __init__(self) -> None:
+        self.busy = False
+        self.mode = "default"
+
+    def sleep(self, cycles: int) -> None:
+        self.busy = True
+
+    def wait(self, seconds: float = 0.0) -> None:
+        self.busy = False
+
+    def set_mode(self, mode: str) -> None:
+        self.mode = mode
+
+    def item(self, tensor: torch.Tensor) -> Any:
+        if self.mode == "error":
+            raise RuntimeError("called a synchronizing operation")
+        return torch._C.TensorBase.item(tensor)
+
+
+class Stream:
+    def wait_stream(self, other: Stream) -> None:
+        assert isinstance(other, Stream)
+
+
+def event_of(card: Card) -> type:
+    class Event:
+        def __init__(self, enable_timing: bool = False) -> None:
+            self.enable_timing = enable_timing
+
+        def record(self) -> None:
+            self.time = time.perf_counter()
+
+        def query(self) -> bool:
+            return not card.busy
+
+        def synchronize(self) -> None:
+            card.wait()
+
+        def elapsed_time(self, end: Event) -> float:
+            assert self.enable_timing
+            return (end.time - self.time) * 1e3
+
+    return Event
+
+
+class CUDAGraph:
+    function: Callable[[], object]
+
+    def replay(self) -> None:
+        self.function()
+
+
+@contextmanager
+def capture(graph: CUDAGraph) -> Iterator[None]:
+    """What is captured is what tests.hardware.gpu.graphs.Graph was given; training does not move by it."""
+    graph.function = sys._getframe(2).f_locals["function"]
+    training = getattr(graph.function, "__self__", None)
+    stateful = (training.model, training.optimizer) if training else ()
+    before = [deepcopy(thing.state_dict()) for thing in stateful]
+    yield
+    for thing, state in zip(stateful, before, strict=True):
+        thing.load_state_dict(state)
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> Card:
+    card = Card()
+    for name, stand_in in {
+        "Stream": Stream,
+        "stream": lambda stream: nullcontext(),
+        "current_stream": Stream,
+        "Event": event_of(card),
+        "CUDAGraph": CUDAGraph,
+        "graph": capture,
+        "synchronize": card.wait,
+        "_sleep": card.sleep,
+        "set_sync_debug_mode": card.set_mode,
+        "mem_get_info": lambda: (bandwidth.BYTES_A_PARAMETER * 10_000, 1 << 40),
+        "empty_cache": lambda: None,
+        "get_device_capability": lambda: (9, 0),
+        "get_device_name": lambda: "NVIDIA H200",
+        "current_device": lambda: 0,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(syncs, "time", SimpleNamespace(sleep=card.wait))
+    monkeypatch.setattr(torch.Tensor, "item", lambda tensor: card.item(tensor), raising=False)
+    adam, scaler = torch.optim.Adam, torch.amp.GradScaler
+    monkeypatch.setattr(torch.optim, "Adam", lambda *a, **k: adam(*a, **{**WITHOUT_ITEM, **k}))
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device: scaler("cpu"))
+    return card
+
+
+def assert_all_passed(session: Session) -> None:
+    assert session.checks
+    assert not [check for check in session.checks if check.status != PASSED]
+
+
+def test_graphs(card: Card) -> None:
+    session = Session(DEVICE)
+    graphs.run(session)
+    assert_all_passed(session)
+
+
+def test_a_graph_that_keeps_its_first_scalars_is_noticed(
+    card: Card, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CUDAGraph, "replay", lambda graph: None)
+    session = Session(DEVICE)
+    graphs.run(session)
+    changing = [check for check in session.checks if "on the CPU" not in check.name]
+    assert {check.status for check in changing} == {FAILED}
+
+
+def test_syncs(card: Card) -> None:
+    session = Session(DEVICE)
+    syncs.run(session)
+    assert_all_passed(session)
+
+
+def test_an_operator_that_waits_is_noticed(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+    make = calls.make
+
+    def waiting(*words: Any) -> calls.Call:
+        call = make(*words)
+        run = call.run
+        call.run = lambda: (run(), card.wait())
+        return call
+
+    monkeypatch.setattr(calls, "make", waiting)
+    with pytest.raises(AssertionError, match="only after the kernel before it had ended"):
+        syncs.operator_does_not_wait(DEVICE, "penalty", "cpu")
+
+
+def test_graphs_that_inductor_leaves_out_are_noticed(card: Card) -> None:
+    """As it does on a CPU."""
+    with pytest.raises(AssertionError, match="inductor left CUDA graphs out 1 times"):
+        compiled.compiled_is_eager(DEVICE, "penalty")
+
+
+@pytest.mark.parametrize(
+    ("roots", "message"), [({0: ["graph"]}, ""), ({0: []}, "recorded no"), (None, "made no")]
+)
+def test_graphs_that_were_used(
+    card: Card, monkeypatch: pytest.MonkeyPatch, roots: Any, message: str
+) -> None:
+    counts = {"stats": {"unique_graphs": 1}, "inductor": {"cudagraph_skips": 0}}
+    monkeypatch.setattr(compiled, "counters", counts)
+    manager = None if roots is None else SimpleNamespace(roots=roots)
+    monkeypatch.setattr(
+        "torch._inductor.cudagraph_trees.get_container",
+        lambda device: SimpleNamespace(tree_manager=manager),
+    )
+    with pytest.raises(AssertionError, match=message) if message else nullcontext():
+        assert compiled.graphs_were_used(DEVICE) == "in CUDA graphs"
+
+
+def test_timings(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lists, "LISTS", {"few": lambda: [(64,)] * 3})
+    monkeypatch.setattr(optimizers, "LISTS", lists.LISTS)
+    monkeypatch.setattr(products, "LAYERS", products.LAYERS_OF_A_REHEARSAL)
+    for step in (bandwidth, lists, optimizers, products):
+        session = Session(DEVICE)
+        step.run(session)
+        assert_all_passed(session)
+        assert all(table.rows for table in session.tables)
+    assert bandwidth.sizes_for(Session(DEVICE)) == [10, 1000, 9000]
+
+
+def test_what_was_predicted_for_the_card(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = Session(DEVICE)
+    assert predicted.column(session) == "µs predicted, H200"
+    small, large = (
+        float(predicted.operator(session, "penalty", "float32", n)) for n in (10**7, 10**9)
+    )
+    assert 50 * small < large < 200 * small
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card of next year")
+    assert predicted.column(session) == "µs predicted"
+    assert predicted.operator(session, "penalty", "float32", 10) == predicted.NONE
+
+
+def test_the_shapes_of_a_resnet50() -> None:
+    shapes = lists.resnet50()
+    assert len(shapes) == 161
+    assert sum(torch.Size(shape).numel() for shape in shapes) == 25_557_032
+
+
+def test_sanitizer(card: Card, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A pretended sanitizer that finds a bug exactly where one was planted."""
+    program = tmp_path / "compute-sanitizer"
+    program.write_text(
+        "#!/bin/sh\n"
+        "case $* in *planted*) n=1; code=86;; *) n=0; code=0;; esac\n"
+        'echo "========= ERROR SUMMARY: $n errors"\n'
+        'echo "========= RACECHECK SUMMARY: $n hazards displayed ($n errors, 0 warnings)"\n'
+        "exit $code\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(sanitizer, "compile_planted", lambda program, device: "")
+    session = Session(DEVICE)
+    sanitizer.run(session)
+    assert_all_passed(session)
+    assert len(session.checks) == 2 + 2 * len(sanitizer.TOOLS)
+
+
+def test_build(card: Card, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What is missing is built once, for the card at hand, and looked at again."""
+    reasons, commands = ["they are missing", None], []
+    monkeypatch.setattr(build, "reason_to_build", lambda root, capability: reasons.pop(0))
+    monkeypatch.setattr(
+        build.subprocess, "run", lambda *words, **how: commands.append((words, how))
+    )
+    assert build.build_if_needed((9, 0)) == "built for sm_90, since they are missing"
+    ((words, how),) = commands
+    assert words[0][1:] == ["setup.py", "build_ext", "--inplace", "--force"]
+    assert how["cwd"] == ROOT
+    assert how["env"]["TORCH_CUDA_ARCH_LIST"] == "9.0"
+
+
+def test_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = SimpleNamespace(
+        name="A card", major=9, minor=0, total_memory=80e9, multi_processor_count=132
+    )
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    (said,) = machine.description()["devices"]
+    assert said == "A card, sm_90, 80.0 GB, 132 multiprocessors, 0 MB L2"
