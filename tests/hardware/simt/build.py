@@ -50,25 +50,25 @@ ENVIRONMENT = {
 TIME_LIMIT = 600  # seconds; a case has a limit of its own (harness/program.h)
 
 
-def command(program: str, sanitizer: str, root: Path, output: Path, *flags: str) -> list[str]:
-    """The compiler's command for a program with the kernels in root/csrc."""
+def command(source: Path, output: Path, root: Path, *flags: str) -> list[str]:
+    """The compiler's command for a program, or a header, with the kernels in root/csrc."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or "c++"
     torch_headers = Path(torch.__file__).parent / "include"
     folders = [f"-I{HERE / 'include'}", f"-I{HERE}", f"-I{root}", f"-isystem{torch_headers}"]
-    all_flags = [*FLAGS, *SANITIZERS[sanitizer], *flags, *folders]
-    return [compiler, *all_flags, str(HERE / f"{program}.cpp"), "-o", str(output)]
+    return [compiler, *FLAGS, *flags, *folders, str(source), "-o", str(output)]
 
 
-def compile_program(program: str, sanitizer: str, root: Path, output: Path, *flags: str) -> None:
-    line = command(program, sanitizer, root, output, *flags)
+def compile_file(source: Path, output: Path, root: Path, *flags: str) -> None:
+    line = command(source, output, root, *flags)
     done = subprocess.run(line, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise RuntimeError(f"{program} does not compile:\n{done.stderr}")
+        raise RuntimeError(f"{source.name} does not compile:\n{done.stderr}")
 
 
 def fingerprint(program: str, sanitizer: str) -> str:
     digest = hashlib.sha256(torch.__version__.encode())
-    digest.update(" ".join(command(program, sanitizer, ROOT, Path())).encode())
+    line = command(Path(program), Path(), ROOT, *SANITIZERS[sanitizer])
+    digest.update(" ".join(line).encode())
     for folder in (ROOT / "csrc", HERE):
         for path in sorted(p for p in folder.rglob("*") if p.suffix in (".h", ".cuh", ".cpp")):
             digest.update(path.read_bytes())
@@ -86,7 +86,7 @@ def build(program: str, sanitizer: str = "address") -> Path:
             for old in folder.glob(f"{name}-*"):
                 old.unlink()
             part = folder / f"{name}.part"
-            compile_program(program, sanitizer, ROOT, part)
+            compile_file(HERE / f"{program}.cpp", part, ROOT, *SANITIZERS[sanitizer])
             part.rename(output)
     return output
 
