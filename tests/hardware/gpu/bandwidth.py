@@ -1,86 +1,48 @@
-"""Every operator at sizes from 10 parameters on, beside its prediction and a copy of its bytes."""
+"""Every operator, on one tensor of 10 parameters and more and on lists as models have them."""
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable
+from itertools import product
 
 import torch
 
 from tests import cases
-from tests.hardware.gpu import clock, jobs, predicted
-from tests.hardware.gpu.checks import NeedsGpu, Session, Table
+from tests.hardware.gpu import clock, jobs
+from tests.hardware.gpu.checks import Session, Table
 
-COPY = "copy"
-ROUNDS, ROUNDS_OF_A_REHEARSAL = 7, 2
+Shapes = list[tuple[int, ...]]
+FIGURES = ["µs", "GB/s", "of a copy"]
+NOTE = f"{', '.join(jobs.OTHERS)}: their time over ours"
 SIZES = (10, 1_000, 100_000, 1_000_000, 10_000_000, 100_000_000, 1_000_000_000)
 SIZES_OF_A_REHEARSAL = (10, 8193)
-KEPT_SIZE = 100_000_000  # at most, where Ω is kept in less
+# The parameters' dtype, and Ω's if it is not float32.
+NARROW = [(torch.bfloat16, None), *product((torch.float32, torch.bfloat16), cases.KEPT)]
+KEPT_SIZE = 100_000_000  # of these, at most
 COMPILED_AT = 1_000_000  # and the largest: compiling takes seconds each time
-COPY_BUFFER = 512 << 20  # bytes; larger than any cache
-BYTES_A_PARAMETER = 44  # all lists in float32, with what eager mode and the checks need beside them
+BYTES_PER_PARAMETER = 44  # all lists in float32, with what eager mode and the checks need
 
 
 def run(session: Session) -> None:
     sizes = sizes_for(session)
-    everything = [(torch.float32, size) for size in sizes] + [(torch.bfloat16, sizes[-1])]
-    tables: dict[tuple[str, torch.dtype], Table] = {}
-    for op in cases.OPS:
-        for dtype in (torch.float32, torch.bfloat16):
-            tables[op, dtype] = new_table(session, op, dtype)
-    for dtype, size in everything:
-        name = f"{size:,} parameters in {name_of(dtype)}"
-        session.check(name, every_operator, session, dtype, size, size == sizes[-1], tables)
-    of_fewer_bytes(session, min(sizes[-1], KEPT_SIZE))
+    tables = {
+        op: session.table(f"{op}, float32", ["parameters", *FIGURES, *jobs.OTHERS], NOTE)
+        for op in cases.OPS
+    }
+    for size in sizes:
+        with_compile = size in (COMPILED_AT, sizes[-1])
+        session.check(f"{size:,} parameters", every_operator, session, size, with_compile, tables)
+    columns = ["operator", "parameters in", "Ω in", "bytes per parameter", *FIGURES]
+    size = min(sizes[-1], KEPT_SIZE)
+    table = session.table(f"{size:,} parameters, in fewer bytes", columns)
+    for dtype, kept in NARROW:
+        name = f"{size:,} parameters in {title(dtype)}, Ω in {kept or 'float32'}"
+        session.check(name, stored, session, size, dtype, kept, table)
+    for name, shapes in (LISTS_OF_A_REHEARSAL if session.rehearsal else LISTS).items():
+        table = session.table(name, ["operator", *FIGURES, *jobs.OTHERS], NOTE)
+        session.check(name, on_a_list, session, shapes(), table)
 
 
-def of_fewer_bytes(session: Session, size: int) -> None:
-    """An Ω that is kept in bfloat16 or in codes."""
-    columns = ["operator", "parameters in", "Ω in", "bytes each", "µs", "GB/s", "of a copy"]
-    table = session.table(f"{size:,} parameters, Ω in fewer bytes", columns, "")
-    for dtype in (torch.float32, torch.bfloat16):
-        for kept in cases.KEPT:
-            name = f"{size:,} parameters in {name_of(dtype)}, Ω in {kept}"
-            session.check(name, every_operator_of, session, dtype, kept, size, table)
-
-
-def every_operator_of(
-    session: Session, dtype: torch.dtype, kept: str, size: int, table: Table
-) -> str:
-    state = jobs.make_state([(size,)], session.device, dtype, kept)
-    for op in cases.PENALTY_OPS:
-        seconds, moved = measure(session, op, {jobs.OURS: jobs.ours(op)}, state)
-        figures = {"bytes": moved, "seconds": seconds}
-        session.figures[f"{op}, {size} {name_of(dtype)}, Ω in {kept}"] = figures
-        each = f"{moved / size:.3g}"
-        table.rows.append([op, name_of(dtype), kept, each, *row(seconds, moved)])
-    if session.rehearsal:
-        raise NeedsGpu("timed on the CPU")
-    return "every operator right, then timed"
-
-
-def every_operator(
-    session: Session,
-    dtype: torch.dtype,
-    size: int,
-    is_largest: bool,
-    tables: dict[tuple[str, torch.dtype], Table],
-) -> str:
-    state = jobs.make_state([(size,)], session.device, dtype)
-    for op in cases.OPS:
-        providers = {jobs.OURS: jobs.ours(op)}
-        if dtype == torch.float32:
-            providers = jobs.providers(op, with_compile=is_largest or size == COMPILED_AT)
-        seconds, moved = measure(session, op, providers, state)
-        session.figures[f"{op}, {size} {name_of(dtype)}"] = {"bytes": moved, "seconds": seconds}
-        expected = predicted.operator(session, op, name_of(dtype), size)
-        tables[op, dtype].rows.append([f"{size:,}", expected, *row(seconds, moved)])
-    if session.rehearsal:
-        raise NeedsGpu("timed on the CPU")
-    return "every provider right, then timed"
-
-
-def name_of(dtype: torch.dtype) -> str:
+def title(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
@@ -88,58 +50,81 @@ def sizes_for(session: Session) -> list[int]:
     if session.rehearsal:
         return list(SIZES_OF_A_REHEARSAL)
     free, _ = torch.cuda.mem_get_info()
-    most = int(0.9 * free) // BYTES_A_PARAMETER
+    most = int(0.9 * free) // BYTES_PER_PARAMETER
     return sorted({min(size, most) for size in SIZES})
 
 
-def new_table(session: Session, op: str, dtype: torch.dtype) -> Table:
-    columns = ["parameters", predicted.column(session), "µs", "GB/s", "of a copy", *jobs.OTHERS]
-    note = f"{', '.join(jobs.OTHERS)}: their time over ours"
-    if dtype != torch.float32:
-        columns, note = columns[: -len(jobs.OTHERS)], ""
-    return session.table(f"{op}, {name_of(dtype)}", columns, note)
+def every_operator(
+    session: Session, size: int, with_compile: bool, tables: dict[str, Table]
+) -> str:
+    state = jobs.make_state([(size,)], session.device)
+    for op, table in tables.items():
+        compare(session, table, f"{size:,}", op, jobs.ways(op, with_compile), state)
+    return clock.timed(session)
 
 
-def measure(
-    session: Session, op: str, providers: dict[str, jobs.Job], state: cases.State
-) -> tuple[dict[str, list[float]], int]:
-    """Seconds a call of each round, and the bytes that a call moves."""
+def on_a_list(session: Session, shapes: Shapes, table: Table) -> str:
+    state = jobs.make_state(shapes, session.device)
+    for op in cases.OPS:
+        compare(session, table, op, op, jobs.ways(op, with_compile=True), state)
+    return clock.timed(session)
+
+
+def compare(
+    session: Session,
+    table: Table,
+    row: str,
+    op: str,
+    ways: dict[str, jobs.Job],
+    state: cases.State,
+) -> None:
+    """Verifies all ways, then times them. torch.compile does best with one tensor per list."""
     torch.compiler.reset()  # the last size's graph would count against the recompilation limit
-    if not session.rehearsal:
-        torch.cuda.empty_cache()
-    for name, job in providers.items():
-        jobs.assert_right(op, job, state, f"{op}, {name}")
-    moved = jobs.bytes_moved(op, state)
-    calls: dict[str, Callable[[], object]] = {COPY: make_copy(moved, session.device)}
-    for name, job in providers.items():
-        calls[name] = lambda job=job: job(state)
-    rounds = ROUNDS_OF_A_REHEARSAL if session.rehearsal else ROUNDS
-    return clock.interleaved(calls, rounds, session.device), moved
+    flat = jobs.flattened(state) if len(state.params) > 1 else state
+    calls = {}
+    for name, job in ways.items():
+        given = flat if name == jobs.COMPILED else state
+        jobs.assert_right(op, job, given, f"{op}, {name}")
+        calls[name] = lambda job=job, given=given: job(given)
+    clock.beside_a_copy(session, table, [row], calls, jobs.bytes_moved(op, state))
 
 
-def row(seconds: dict[str, list[float]], moved: int) -> list[str]:
-    ours = statistics.median(seconds[jobs.OURS])
-    fraction = clock.ratio(seconds, COPY, jobs.OURS)
-    others = [over(seconds, name) for name in jobs.OTHERS] if len(seconds) > 2 else []
-    return [f"{ours * 1e6:.1f}", f"{moved / ours / 1e9:.3g}", f"{fraction:.2f}", *others]
+def stored(session: Session, size: int, dtype: torch.dtype, kept: str | None, table: Table) -> str:
+    """Parameters in 16 bits, and Ω stored in bfloat16 or in codes."""
+    state = jobs.make_state([(size,)], session.device, dtype, kept)
+    for op in cases.OPS if kept is None else cases.PENALTY_OPS:
+        job = jobs.ours(op)
+        jobs.assert_right(op, job, state, op)
+        moved = jobs.bytes_moved(op, state)
+        row = [op, title(dtype), kept or "float32", f"{moved / size:.3g}"]
+        clock.beside_a_copy(session, table, row, {clock.OURS: lambda job=job: job(state)}, moved)
+    return clock.timed(session)
 
 
-def over(seconds: dict[str, list[float]], name: str) -> str:
-    return f"{clock.ratio(seconds, name, jobs.OURS):.2f}" if name in seconds else "–"
+# ================================================================================================
+# Lists
+# ================================================================================================
+def small_tensors(count: int = 1000) -> Shapes:
+    return [(64,)] * count
 
 
-def make_copy(moved: int, device: str) -> Callable[[], None]:
-    """Reads half of the bytes and writes the other half; again and again where they are many."""
-    half = max(1, moved // 2)
-    size = min(half, COPY_BUFFER)
-    source = torch.zeros(size, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    whole, rest = divmod(half, size)
+def resnet50() -> Shapes:
+    """Its parameters: a stem, bottlenecks of three convolutions, a head; two vectors per norm."""
+    shapes: Shapes = [(64, 3, 7, 7), (64,), (64,)]
+    channels = 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            for out, into, side in (
+                (width, channels, 1),
+                (width, width, 3),
+                (4 * width, width, 1),
+                *([(4 * width, channels, 1)] if block == 0 else []),
+            ):
+                shapes += [(out, into, side, side), (out,), (out,)]
+            channels = 4 * width
+    return [*shapes, (1000, 2048), (1000,)]
 
-    def copy() -> None:
-        for _ in range(whole):
-            target.copy_(source)
-        if rest:
-            target[:rest].copy_(source[:rest])
 
-    return copy
+LISTS = {"1,000 tensors of 64": small_tensors, "ResNet-50": resnet50}
+# As many parameters as one of the sizes of a rehearsal: inductor's cache has that compiled.
+LISTS_OF_A_REHEARSAL = {"129 small tensors": lambda: [*small_tensors(128), (1,)]}

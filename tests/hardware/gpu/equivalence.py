@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from tests.hardware.gpu.checks import DID_NOT_RUN, FAILED, NEEDS_GPU, NOT_HERE, PASSED, Check, Session
+from tests.hardware.gpu.checks import (
+    DID_NOT_RUN,
+    FAILED,
+    NEEDS_GPU,
+    NOT_HERE,
+    PASSED,
+    Check,
+    Session,
+)
 from tests.hardware.gpu.steps import ROOT
 
 FILES = ("test_cuda.py", "test_cuda_kept.py", "test_cuda_steps.py")

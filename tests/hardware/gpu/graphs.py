@@ -15,7 +15,7 @@ RATE = 0.01
 
 
 def run(session: Session) -> None:
-    for op in (*calls.OPS, *calls.KEPT, *calls.STEPS):
+    for op in calls.ALL:
         for dtype in (torch.float32, torch.bfloat16, torch.float64):
             name = f"{op}, {str(dtype).removeprefix('torch.')}"
             session.check(name, replays_follow_the_scalars, session.device, op, dtype)

@@ -1,11 +1,12 @@
-"""Each operator on lists beside other ways to do its job, all held against float64 before they are
-timed: ours, a loop in eager mode, torch._foreach, and torch.compile of the plain formula.
+"""Ways to do the job of each operator: ours, eager mode, torch._foreach, torch.compile.
+
+All are verified against float64 before they are timed.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 
 import torch
@@ -15,10 +16,11 @@ import mas_ext
 from mas_ext.reference import BLOCK
 from tests import cases
 from tests.cases import State
+from tests.hardware.gpu.clock import OURS
 
 LAMBDA, RATE, SCALE = 0.1, 0.01, 1 / 128
 SCALARS = cases.Scalars(LAMBDA, None, RATE, SCALE)
-OURS, EAGER, FOREACH, COMPILED = "mas_ext", "eager", "foreach", "compile"
+EAGER, FOREACH, COMPILED = "eager", "foreach", "compile"
 OTHERS = (EAGER, FOREACH, COMPILED)
 
 Result = tuple[Tensor | None, list[Tensor]]  # as cases.Outcome has it
@@ -30,34 +32,24 @@ def ours(op: str) -> Job:
 
 
 # ================================================================================================
-# In eager mode, tensor by tensor
+# In eager mode, tensor by tensor. Values are lists of energies, which `total` adds up.
 # ================================================================================================
-def eager_accumulate(s: State) -> Result:
-    for omega, grad in zip(s.omega, s.grads, strict=True):
-        omega.add_(grad.abs(), alpha=SCALE)
-    return None, s.omega
+def total(energies: Iterable[Tensor]) -> Tensor:
+    return LAMBDA / 2 * torch.stack(list(energies)).sum()
+
+
+def each(s: State, formula: Callable[[Tensor, Tensor, Tensor], Tensor]) -> list[Tensor]:
+    return list(map(formula, s.params, s.anchors, s.omega))
 
 
 def energy(param: Tensor, anchor: Tensor, omega: Tensor) -> Tensor:
     return (omega * (param - anchor).square()).sum()
 
 
-def total(energies: list[Tensor]) -> Tensor:
-    return LAMBDA / 2 * (energies[0] if len(energies) == 1 else torch.stack(energies).sum())
-
-
-def eager_penalty(s: State) -> Result:
-    return total([energy(*x) for x in zip(s.params, s.anchors, s.omega, strict=True)]), []
-
-
-def eager_penalty_and_grad(s: State) -> Result:
-    energies, grads = [], []
-    for param, anchor, omega in zip(s.params, s.anchors, s.omega, strict=True):
-        delta = param - anchor
-        weighted = omega * delta
-        energies.append((weighted * delta).sum())
-        grads.append(LAMBDA * weighted)
-    return total(energies), grads
+def eager_accumulate(s: State) -> Result:
+    for omega, grad in zip(s.omega, s.grads, strict=True):
+        omega.add_(grad.abs(), alpha=SCALE)
+    return None, s.omega
 
 
 def eager_add(s: State) -> Result:
@@ -70,41 +62,51 @@ def eager_add(s: State) -> Result:
 
 
 def eager_proximal(s: State) -> Result:
-    energies = []
     for param, anchor, omega in zip(s.params, s.anchors, s.omega, strict=True):
         c = (LAMBDA * RATE) * omega
         param.addcmul_(c, anchor).div_(c.add_(1))
-        energies.append(energy(param, anchor, omega))
-    return total(energies), s.params
+    return total(each(s, energy)), s.params
+
+
+EAGER_JOBS: dict[str, Job] = {
+    "accumulate_importance_": eager_accumulate,
+    "penalty": lambda s: (total(each(s, energy)), []),
+    "penalty_and_grad": lambda s: (
+        total(each(s, energy)),
+        each(s, lambda param, anchor, omega: LAMBDA * omega * (param - anchor)),
+    ),
+    "add_penalty_grad_": eager_add,
+    "proximal_step_": eager_proximal,
+}
 
 
 # ================================================================================================
 # torch._foreach
 # ================================================================================================
-def foreach_accumulate(s: State) -> Result:
-    torch._foreach_add_(s.omega, torch._foreach_abs(s.grads), alpha=SCALE)
-    return None, s.omega
+def deltas_of(s: State) -> list[Tensor]:
+    return list(torch._foreach_sub(s.params, s.anchors))
 
 
 def foreach_energy(deltas: list[Tensor], omega: list[Tensor]) -> Tensor:
     torch._foreach_mul_(deltas, deltas)
     torch._foreach_mul_(deltas, omega)
-    return total([d.sum() for d in deltas])
+    return total(d.sum() for d in deltas)
 
 
-def foreach_penalty(s: State) -> Result:
-    return foreach_energy(list(torch._foreach_sub(s.params, s.anchors)), s.omega), []
+def foreach_accumulate(s: State) -> Result:
+    torch._foreach_add_(s.omega, torch._foreach_abs(s.grads), alpha=SCALE)
+    return None, s.omega
 
 
 def foreach_penalty_and_grad(s: State) -> Result:
-    deltas = list(torch._foreach_sub(s.params, s.anchors))
+    deltas = deltas_of(s)
     grads = list(torch._foreach_mul(deltas, s.omega))
     torch._foreach_mul_(grads, LAMBDA)
     return foreach_energy(deltas, s.omega), grads
 
 
 def foreach_add(s: State) -> Result:
-    deltas = list(torch._foreach_sub(s.params, s.anchors))
+    deltas = deltas_of(s)
     torch._foreach_addcmul_(s.grads, s.omega, deltas, value=LAMBDA)
     return foreach_energy(deltas, s.omega), s.grads
 
@@ -115,47 +117,31 @@ def foreach_proximal(s: State) -> Result:
     torch._foreach_add_(factors, 1)
     torch._foreach_div_(s.params, factors)
     del factors
-    return foreach_energy(list(torch._foreach_sub(s.params, s.anchors)), s.omega), s.params
+    return foreach_energy(deltas_of(s), s.omega), s.params
 
 
-EAGER_JOBS: dict[str, Job] = {
-    "accumulate_importance_": eager_accumulate,
-    "penalty": eager_penalty,
-    "penalty_and_grad": eager_penalty_and_grad,
-    "add_penalty_grad_": eager_add,
-    "proximal_step_": eager_proximal,
-}
 FOREACH_JOBS: dict[str, Job] = {
     "accumulate_importance_": foreach_accumulate,
-    "penalty": foreach_penalty,
+    "penalty": lambda s: (foreach_energy(deltas_of(s), s.omega), []),
     "penalty_and_grad": foreach_penalty_and_grad,
     "add_penalty_grad_": foreach_add,
     "proximal_step_": foreach_proximal,
 }
 
 
-# ================================================================================================
-# torch.compile
-# ================================================================================================
 @cache
-def compiled_on_lists(op: str) -> Callable[..., Result]:
-    """The eager loop's formulas, for inductor to fuse; for fixed shapes, the most it can do."""
+def compiled(op: str) -> Job:
+    """The eager formulas, for inductor to fuse; for fixed shapes, the most that it can do."""
     job = EAGER_JOBS[op]
 
-    def on_lists(
-        params: list[Tensor], anchors: list[Tensor], omega: list[Tensor], grads: list[Tensor]
-    ) -> Result:
-        return job(State(params, anchors, omega, grads))
+    def on_lists(*lists: list[Tensor]) -> Result:
+        return job(State(*lists))
 
-    return torch.compile(on_lists, dynamic=False, fullgraph=True)
-
-
-def compiled(op: str) -> Job:
-    function = compiled_on_lists(op)
+    function = torch.compile(on_lists, dynamic=False, fullgraph=True)
     return lambda s: function(s.params, s.anchors, s.omega, s.grads)
 
 
-def providers(op: str, with_compile: bool) -> dict[str, Job]:
+def ways(op: str, with_compile: bool) -> dict[str, Job]:
     jobs = {OURS: ours(op), EAGER: EAGER_JOBS[op], FOREACH: FOREACH_JOBS[op]}
     return {**jobs, COMPILED: compiled(op)} if with_compile else jobs
 
@@ -164,9 +150,12 @@ def providers(op: str, with_compile: bool) -> dict[str, Job]:
 # State, bytes, correctness
 # ================================================================================================
 def make_state(
-    shapes: list[tuple[int, ...]], device: str, dtype: torch.dtype, kept: str | None = None
+    shapes: list[tuple[int, ...]],
+    device: str,
+    dtype: torch.dtype = torch.float32,
+    kept: str | None = None,
 ) -> State:
-    """Values of the magnitude that training gives them, made on the device; Ω ``kept`` in less."""
+    """Values as large as in training, made on the device; Ω stored as ``kept`` in fewer bytes."""
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(shape: tuple[int, ...], std: float) -> Tensor:

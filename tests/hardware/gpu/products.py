@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,21 +9,19 @@ import torch
 from torch import Tensor
 
 import mas_ext
-from benchmarks import predict
 from tests.abs_matmul import Problem, assert_near, exact
-from tests.hardware.gpu import clock, predicted
-from tests.hardware.gpu.bandwidth import ROUNDS, ROUNDS_OF_A_REHEARSAL
-from tests.hardware.gpu.checks import NeedsGpu, Session, Table
+from tests.hardware.gpu import clock
+from tests.hardware.gpu.checks import Session, Table
 
-OURS, EAGER, COMPILED, PRODUCT = "mas_ext", "eager", "compile", "torch.mm"
+COMPILED, PRODUCT = "compile", "torch.mm"
+CHUNKS = {f"bmm of {samples}": samples for samples in (4, 32)}  # samples multiplied at once
 SAMPLES = 32
-CHUNKS = (4, 32)  # samples whose products are made at once
 TIMES = 4  # of the oracle's bound: library products sum in another order
 
 
 @dataclass(frozen=True)
 class Layer:
-    """``conv``: positions lie side by side, as a convolution's do; else rows, as a linear's."""
+    """``conv``: positions are contiguous, as a convolution has them; else rows, as a linear has."""
 
     p: int
     d: int
@@ -55,15 +52,7 @@ COMPILED_LAYERS = (LAYERS[3], LAYERS[4], LAYERS_OF_A_REHEARSAL[0])  # compiling 
 
 
 def run(session: Session) -> None:
-    columns = [
-        "p × d, positions",
-        predicted.column(session),
-        "µs",
-        "TFLOP/s",
-        "of mm",
-        f"best {EAGER}",
-        COMPILED,
-    ]
+    columns = ["p × d, positions", "µs", "TFLOP/s", "of mm", *CHUNKS, COMPILED]
     note = f"{SAMPLES} samples, float32. of mm: speed over torch.mm's; the others: time over ours"
     table = session.table("accumulate_abs_matmul_", columns, note)
     for layer in LAYERS_OF_A_REHEARSAL if session.rehearsal else LAYERS:
@@ -71,14 +60,19 @@ def run(session: Session) -> None:
 
 
 def beside_others(session: Session, layer: Layer, table: Table) -> str:
-    seconds = measure(session, layer)
-    session.figures[layer.title] = {"flops": layer.flops, "seconds": seconds}
-    size = predict.Problem(SAMPLES, layer.positions, layer.p, layer.d)
-    expected = predicted.product(session, "float32", size)
-    table.rows.append([layer.title, expected, *row(layer, seconds)])
-    if session.rehearsal:
-        raise NeedsGpu("timed on the CPU")
-    return "every provider right, then timed"
+    x = make(layer, session.device)
+    ways = ways_of(x, layer in COMPILED_LAYERS)
+    for name, call in ways.items():
+        assert_right(x, call, f"{layer.title}, {name}")
+    left = torch.randn(layer.p, SAMPLES * layer.positions, device=session.device)
+    right = torch.randn(SAMPLES * layer.positions, layer.d, device=session.device)
+    ways[PRODUCT] = lambda: torch.mm(left, right)
+    seconds = clock.measure(session, layer.title, ways, flops=layer.flops)
+    mine = clock.ours(seconds)
+    figures = [f"{mine * 1e6:.1f}", f"{layer.flops / mine / 1e12:.3g}"]
+    others = [clock.ratio(seconds, way) for way in (PRODUCT, *CHUNKS, COMPILED)]
+    table.rows.append([layer.title, *figures, *others])
+    return clock.timed(session)
 
 
 def make(layer: Layer, device: str) -> Problem:
@@ -92,26 +86,22 @@ def make(layer: Layer, device: str) -> Problem:
     return Problem(torch.zeros(layer.p, layer.d, device=device), factor(layer.p), factor(layer.d))
 
 
-def in_chunks(x: Problem, samples: int) -> None:
-    for left, right in zip(x.left.split(samples), x.right.split(samples), strict=True):
-        x.omega.add_(torch.bmm(left.mT, right).abs_().sum(0))
+def in_chunks(omega: Tensor, left: Tensor, right: Tensor, samples: int = SAMPLES) -> None:
+    for lefts, rights in zip(left.split(samples), right.split(samples), strict=True):
+        omega.add_(torch.bmm(lefts.mT, rights).abs().sum(0))
 
 
-def formula(omega: Tensor, left: Tensor, right: Tensor) -> None:
-    omega.add_(torch.bmm(left.mT, right).abs().sum(0))
-
-
-def providers(x: Problem, with_compile: bool) -> dict[str, Callable[[], object]]:
-    calls: dict[str, Callable[[], object]] = {
-        OURS: lambda: mas_ext.functional.accumulate_abs_matmul_(*x)
+def ways_of(x: Problem, with_compile: bool) -> dict[str, Callable[[], object]]:
+    ways: dict[str, Callable[[], object]] = {
+        clock.OURS: lambda: mas_ext.functional.accumulate_abs_matmul_(*x)
     }
-    for samples in CHUNKS:
-        calls[f"{EAGER}, {samples}"] = lambda samples=samples: in_chunks(x, samples)
+    for name, samples in CHUNKS.items():
+        ways[name] = lambda samples=samples: in_chunks(*x, samples)
     if with_compile:
         torch.compiler.reset()
-        compiled = torch.compile(formula, dynamic=False, fullgraph=True)
-        calls[COMPILED] = lambda: compiled(*x)
-    return calls
+        compiled = torch.compile(in_chunks, dynamic=False, fullgraph=True)
+        ways[COMPILED] = lambda: compiled(*x)
+    return ways
 
 
 def assert_right(x: Problem, call: Callable[[], object], what: str) -> None:
@@ -119,29 +109,3 @@ def assert_right(x: Problem, call: Callable[[], object], what: str) -> None:
     wanted = exact(x, scale=1.0)
     call()
     assert_near(x.omega, wanted._replace(magnitude=TIMES * wanted.magnitude), what)
-
-
-def measure(session: Session, layer: Layer) -> dict[str, list[float]]:
-    x = make(layer, session.device)
-    calls = providers(x, layer in COMPILED_LAYERS)
-    for name, call in calls.items():
-        assert_right(x, call, f"{layer.title}, {name}")
-    rows = torch.randn(layer.p, SAMPLES * layer.positions, device=session.device)
-    columns = torch.randn(SAMPLES * layer.positions, layer.d, device=session.device)
-    calls[PRODUCT] = lambda: torch.mm(rows, columns)
-    rounds = ROUNDS_OF_A_REHEARSAL if session.rehearsal else ROUNDS
-    return clock.interleaved(calls, rounds, session.device)
-
-
-def row(layer: Layer, seconds: dict[str, list[float]]) -> list[str]:
-    ours = statistics.median(seconds[OURS])
-    eager = min(clock.ratio(seconds, f"{EAGER}, {samples}", OURS) for samples in CHUNKS)
-    compiled = f"{clock.ratio(seconds, COMPILED, OURS):.2f}" if COMPILED in seconds else "–"
-    of_product = clock.ratio(seconds, PRODUCT, OURS)
-    return [
-        f"{ours * 1e6:.1f}",
-        f"{layer.flops / ours / 1e12:.3g}",
-        f"{of_product:.2f}",
-        f"{eager:.2f}",
-        compiled,
-    ]

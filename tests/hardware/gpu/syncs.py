@@ -23,7 +23,7 @@ CYCLES = 400_000_000  # about a fifth of a second
 
 def run(session: Session) -> None:
     session.check("the detectors detect", detectors_detect, session.device)
-    for op in (*calls.OPS, *calls.KEPT, *calls.STEPS):
+    for op in calls.ALL:
         for where in ("device", "cpu"):
             name = f"{op}, scalars on the {'device' if where == 'device' else 'CPU'}"
             session.check(name, operator_does_not_wait, session.device, op, where)

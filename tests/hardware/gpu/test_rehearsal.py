@@ -81,7 +81,9 @@ def test_rehearsal_where_only_torch_and_pytest_are_installed(
     bare_python: str, tmp_path: Path
 ) -> None:
     assert "No module named 'numpy'" in python(bare_python, "-c", "import numpy").stderr
-    done = python(bare_python, "-m", "tests.hardware.gpu", "--device", "cpu", "--out", str(tmp_path))
+    done = python(
+        bare_python, "-m", "tests.hardware.gpu", "--device", "cpu", "--out", str(tmp_path)
+    )
     assert done.returncode == 0, done.stdout
     results, text = results_in(tmp_path), (tmp_path / "report.md").read_text("utf-8")
     assert text in done.stdout

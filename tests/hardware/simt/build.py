@@ -17,16 +17,6 @@ from filelock import FileLock
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
-PROGRAMS = (
-    "works",
-    "faults",
-    "tables",
-    "multi_tensor",
-    "compressed",
-    "steps",
-    "abs_matmul",
-    "vast",
-)
 SANITIZERS = {
     "address": ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "thread": ["-O1", "-g1", "-fsanitize=thread"],

@@ -1,4 +1,4 @@
-"""The CUDA kernels on the host, under sanitizers: see tests/hardware/simt/README.md."""
+"""The CUDA kernels on the host, under sanitizers: see README.md in this folder."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import NamedTuple
 import pytest
 
 from tests.hardware.simt import build
-from tests.hardware.simt.mutant import Mutant
 from tests.hardware.simt.mutants import MUTANTS
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the shim waits by futex")
@@ -41,8 +40,8 @@ WALKED = "adam_step/gradient/"
 NARROW = ("penalty/", "proximal_step/", WALKED)  # of a narrow Ω, beside the one that sees all cases
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 RUNS = [
-    Run("works", "thread", "", 3),
-    Run("works", "address", "", 3),
+    Run("faults", "thread", "works/", 3),
+    Run("faults", "address", "works/", 3),
     *(Run("multi_tensor", "address", op, 400) for op in (*OPERATIONS, "proximal_step/")),
     *(Run("multi_tensor", "thread", op, 50, "3/8") for op in (*OPERATIONS, "proximal_step/")),
     Run("compressed", "address", "add_penalty_gradient/", 550),
@@ -71,16 +70,6 @@ def test_kernels(run: Run) -> None:
     status, output = build.run(build.build(run.program, run.sanitizer), *run.arguments())
     assert status == 0, output[-4000:]
     assert number_of_cases(output) >= run.minimum
-
-
-@pytest.mark.parametrize(("sanitizer", "minimum"), [("address", 3900), ("thread", 410)])
-def test_there_are_enough_cases(sanitizer: str, minimum: int) -> None:
-    total = 0
-    for run in RUNS:
-        if run.sanitizer == sanitizer:
-            program = build.build(run.program, sanitizer)
-            total += number_of_cases(build.run(program, "--list", *run.arguments())[1])
-    assert total >= minimum
 
 
 # ================================================================================================
@@ -137,13 +126,7 @@ def test_what_is_right_is_not_a_fault(right: str) -> None:
     assert (status, output) == (0, "nothing was found\n")
 
 
-# ================================================================================================
-# Mutants
-# ================================================================================================
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
-def test_mutant_is_not_stale(mutant: Mutant) -> None:
-    assert mutant.apply(mutant.original()) != mutant.original()
-
-
-def test_mutants_have_names_of_their_own() -> None:
-    assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS) >= 25
+def test_every_mutant_has_a_name_and_its_text_is_in_the_kernels() -> None:
+    assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS) >= 126
+    for mutant in MUTANTS:
+        assert mutant.planted()
