@@ -1,4 +1,4 @@
-"""Seconds per call (CUDA events on a GPU, the clock in a rehearsal), and ways to do a job compared."""
+"""Seconds per call, by CUDA events or in a rehearsal the clock; ways to do one job compared."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""compute-sanitizer: each of its tools over tests/hardware/gpu/exercise.py, and over a bug it must find."""
+"""compute-sanitizer: each of its tools over exercise.py, and over a bug that it must find."""
 
 from __future__ import annotations
 

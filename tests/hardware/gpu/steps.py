@@ -35,8 +35,7 @@ STEPS = (
     Step("syncs", "Nothing waits for the device", 60),
     Step("compiled", "torch.compile with CUDA graphs", 90),
     Step("sanitizer", "compute-sanitizer", 180),
-    Step("bandwidth", "Bandwidth, against a copy on the device", 120),
-    Step("lists", "Lists of tensors, against eager, foreach, compile", 75),
+    Step("bandwidth", "Every operator, against a copy and other ways to do its job", 195),
     Step("optimizers", "Steps with the penalty in them, against torch.optim", 60),
     Step("products", "accumulate_abs_matmul_, against bmm and mm", 60),
 )

@@ -1,4 +1,4 @@
-"""`make gpu` without a GPU: its rehearsal, and what it does about everything that goes wrong."""
+"""`make gpu` without a GPU: the rehearsal, and that whatever goes wrong fails the run."""
 
 from __future__ import annotations
 
@@ -95,25 +95,15 @@ def test_rehearsal_where_only_torch_and_pytest_are_installed(
         assert step.title in text
     equivalence = {check["name"] for check in results["steps"]["equivalence"]["checks"]}
     assert {"test_against_the_oracle", "test_mas_on_the_device_is_mas_on_the_cpu"} <= equivalence
-    # Five operators in two dtypes, and those that read an Ω of fewer bytes.
-    assert len(results["steps"]["bandwidth"]["tables"]) == 11
 
 
 def test_setup_needs_no_pybind11(bare_python: str) -> None:
-    assert "No module named 'pybind11'" in python(bare_python, "-c", "import pybind11").stderr
     done = python(bare_python, "setup.py", "--name", MAS_EXT_NATIVE="1")
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[-1] == "mas_ext"
 
 
-def test_only_some_steps(tmp_path: Path) -> None:
-    words = ["--device", "cpu", "--only", "graphs", "syncs", "--out", str(tmp_path)]
-    done = python(sys.executable, "-m", "tests.hardware.gpu", *words)
-    assert done.returncode == 0, done.stdout
-    assert list(results_in(tmp_path)["steps"]) == ["machine", "graphs", "syncs"]
-
-
-def test_without_a_gpu(tmp_path: Path) -> None:
+def test_without_a_gpu_the_run_fails(tmp_path: Path) -> None:
     words = ["-m", "tests.hardware.gpu", "--out", str(tmp_path)]
     done = python(sys.executable, *words, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 1
@@ -123,11 +113,12 @@ def test_without_a_gpu(tmp_path: Path) -> None:
     assert not results["good"]
 
 
-def test_no_time_left(tmp_path: Path) -> None:
+def test_without_time_the_run_fails(tmp_path: Path) -> None:
     words = ["--device", "cpu", "--only", "graphs", "--seconds", "0.5", "--out", str(tmp_path)]
     done = python(sys.executable, "-m", "tests.hardware.gpu", *words)
     assert done.returncode == 1
     assert "the 0 s for all steps are over" in done.stdout
+    assert list(results_in(tmp_path)["steps"]) == ["machine", "graphs"]
 
 
 # ================================================================================================
@@ -176,40 +167,42 @@ def left_behind(*found: Check, finished: bool) -> str:
     return f"cat > $file <<'END'\n{json.dumps(content, default=vars)}\nEND"
 
 
-def test_a_step_that_passes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    script = left_behind(Check("one", checks.PASSED), finished=True)
-    result = step_that(monkeypatch, tmp_path, script)
-    assert (result.status, result.note) == (checks.PASSED, "1 passed")
-
-
-@pytest.mark.parametrize("status", [checks.FAILED, checks.DID_NOT_RUN, checks.NEEDS_GPU])
-def test_one_check_decides(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, status: str) -> None:
-    found = Check("one", checks.PASSED), Check("two", status), Check("three", checks.NOT_HERE)
-    result = step_that(monkeypatch, tmp_path, left_behind(*found, finished=True))
-    assert result.status == status
-    assert not steps.is_good(result, rehearsal=False)
-
-
-def test_what_the_machine_lacks_does_not_count(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize(
+    ("status", "good"),
+    [
+        (checks.PASSED, True),
+        (checks.NOT_HERE, True),
+        (checks.FAILED, False),
+        (checks.DID_NOT_RUN, False),
+        (checks.NEEDS_GPU, False),
+    ],
+)
+def test_one_check_decides(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, status: str, good: bool
 ) -> None:
-    found = Check("one", checks.PASSED), Check("two", checks.NOT_HERE, "one GPU")
+    found = Check("one", checks.PASSED), Check("two", status, "a reason")
     result = step_that(monkeypatch, tmp_path, left_behind(*found, finished=True))
-    assert steps.is_good(result, rehearsal=False)
-    assert "**not on this machine**: one GPU (two)" in report.markdown([result], "cuda", 1.0)
+    assert result.status == (checks.PASSED if good else status)
+    assert steps.is_good(result, rehearsal=False) is good
+    text = report.markdown([result], "cuda", 1.0)
+    assert ("Not shown to be right: graphs" in text) is not good
+    assert status == checks.PASSED or f"**{status}**: a reason (two)" in text
 
 
-def test_a_step_that_crashes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    script = left_behind(Check("one", checks.PASSED), finished=False) + "\nkill -SEGV $$"
-    result = step_that(monkeypatch, tmp_path, script)
+@pytest.mark.parametrize(
+    ("begins", "note"),
+    [
+        (True, f"ended with signal {int(signal.SIGSEGV)} after 'one' (1 passed)"),
+        (False, "exit code 3 after 'the first check'"),
+    ],
+)
+def test_a_step_that_crashes_failed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, begins: bool, note: str
+) -> None:
+    begun = left_behind(Check("one", checks.PASSED), finished=False) + "\nkill -SEGV $$"
+    result = step_that(monkeypatch, tmp_path, begun if begins else "exit 3")
     assert result.status == checks.FAILED
-    assert f"ended with signal {int(signal.SIGSEGV)} after 'one' (1 passed)" in result.note
-
-
-def test_a_step_that_does_not_even_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    result = step_that(monkeypatch, tmp_path, "exit 3")
-    assert result.status == checks.FAILED
-    assert "exit code 3 after 'the first check'" in result.note
+    assert note in result.note
 
 
 def test_a_step_that_hangs_ends_with_all_it_started(
@@ -267,42 +260,37 @@ def pretend(monkeypatch: pytest.MonkeyPatch, folder: Path, says: str, code: int)
 
 
 @pytest.mark.parametrize("tool", sanitizer.TOOLS)
-def test_sanitizer_finds_nothing(
+def test_what_the_sanitizer_says_counts(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tool: str
 ) -> None:
     pretend(monkeypatch, tmp_path, SUMMARIES[tool].format(0, 0), 0)
     assert sanitizer.finds_nothing(tool, "cuda") == "0 errors"
     with pytest.raises(AssertionError, match="it found nothing"):
         sanitizer.finds_planted(tool, tmp_path, "cuda")
-
-
-@pytest.mark.parametrize("tool", sanitizer.TOOLS)
-def test_sanitizer_finds_something(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tool: str
-) -> None:
     pretend(monkeypatch, tmp_path, SUMMARIES[tool].format(3, 3), sanitizer.FOUND)
     with pytest.raises(AssertionError, match="3 errors"):
         sanitizer.finds_nothing(tool, "cuda")
     assert sanitizer.finds_planted(tool, tmp_path, "cuda") == "3 errors"
 
 
-def test_a_program_that_fails_under_the_sanitizer(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize(
+    ("says", "message"),
+    [
+        (SUMMARIES["memcheck"].format(0), "exit code 1"),
+        ("unsupported device", "without a summary: unsupported device"),
+    ],
+)
+def test_a_sanitizer_that_fails(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, says: str, message: str
 ) -> None:
-    pretend(monkeypatch, tmp_path, SUMMARIES["memcheck"].format(0), 1)
-    with pytest.raises(AssertionError, match="exit code 1"):
-        sanitizer.finds_nothing("memcheck", "cuda")
-
-
-def test_a_sanitizer_that_does_not_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    pretend(monkeypatch, tmp_path, "unsupported device", 1)
-    with pytest.raises(RuntimeError, match="without a summary: unsupported device"):
+    pretend(monkeypatch, tmp_path, says, 1)
+    with pytest.raises((AssertionError, RuntimeError), match=message):
         sanitizer.finds_nothing("memcheck", "cuda")
 
 
 def test_no_sanitizer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sanitizer, "find", lambda: None)
-    with pytest.raises(checks.DidNotRun, match="compute-sanitizer not found on the PATH or in /"):
+    with pytest.raises(checks.DidNotRun, match="compute-sanitizer not found"):
         sanitizer.finds_nothing("memcheck", "cuda")
 
 

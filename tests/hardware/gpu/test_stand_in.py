@@ -7,6 +7,7 @@ on somebody's card.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -26,10 +27,7 @@ from tests.hardware.gpu import (
     calls,
     compiled,
     graphs,
-    lists,
-    machine,
     optimizers,
-    predicted,
     products,
     sanitizer,
     syncs,
@@ -98,7 +96,7 @@ class CUDAGraph:
 
 @contextmanager
 def capture(graph: CUDAGraph) -> Iterator[None]:
-    """What is captured is what tests.hardware.gpu.graphs.Graph was given; training does not move by it."""
+    """Captures what graphs.Graph was given; training does not move by it."""
     graph.function = sys._getframe(2).f_locals["function"]
     training = getattr(graph.function, "__self__", None)
     stateful = (training.model, training.optimizer) if training else ()
@@ -121,7 +119,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Card:
         "synchronize": card.wait,
         "_sleep": card.sleep,
         "set_sync_debug_mode": card.set_mode,
-        "mem_get_info": lambda: (bandwidth.BYTES_A_PARAMETER * 10_000, 1 << 40),
+        "mem_get_info": lambda: (bandwidth.BYTES_PER_PARAMETER * 10_000, 1 << 40),
         "empty_cache": lambda: None,
         "get_device_capability": lambda: (9, 0),
         "get_device_name": lambda: "NVIDIA H200",
@@ -201,33 +199,18 @@ def test_graphs_that_were_used(
 
 
 def test_timings(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lists, "LISTS", {"few": lambda: [(64,)] * 3})
-    monkeypatch.setattr(optimizers, "LISTS", lists.LISTS)
+    few = {"few": lambda: [(64,)] * 3}
+    monkeypatch.setattr(bandwidth, "LISTS", few)
+    monkeypatch.setattr(optimizers, "SIZE", 192)
     monkeypatch.setattr(products, "LAYERS", products.LAYERS_OF_A_REHEARSAL)
-    for step in (bandwidth, lists, optimizers, products):
+    for step in (bandwidth, optimizers, products):
         session = Session(DEVICE)
         step.run(session)
         assert_all_passed(session)
         assert all(table.rows for table in session.tables)
     assert bandwidth.sizes_for(Session(DEVICE)) == [10, 1000, 9000]
-
-
-def test_what_was_predicted_for_the_card(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
-    session = Session(DEVICE)
-    assert predicted.column(session) == "µs predicted, H200"
-    small, large = (
-        float(predicted.operator(session, "penalty", "float32", n)) for n in (10**7, 10**9)
-    )
-    assert 50 * small < large < 200 * small
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card of next year")
-    assert predicted.column(session) == "µs predicted"
-    assert predicted.operator(session, "penalty", "float32", 10) == predicted.NONE
-
-
-def test_the_shapes_of_a_resnet50() -> None:
-    shapes = lists.resnet50()
-    assert len(shapes) == 161
-    assert sum(torch.Size(shape).numel() for shape in shapes) == 25_557_032
+    shapes = bandwidth.resnet50()
+    assert (len(shapes), sum(map(math.prod, shapes))) == (161, 25_557_032)
 
 
 def test_sanitizer(card: Card, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -261,13 +244,3 @@ def test_build(card: Card, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     assert words[0][1:] == ["setup.py", "build_ext", "--inplace", "--force"]
     assert how["cwd"] == ROOT
     assert how["env"]["TORCH_CUDA_ARCH_LIST"] == "9.0"
-
-
-def test_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    properties = SimpleNamespace(
-        name="A card", major=9, minor=0, total_memory=80e9, multi_processor_count=132
-    )
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
-    (said,) = machine.description()["devices"]
-    assert said == "A card, sm_90, 80.0 GB, 132 multiprocessors, 0 MB L2"

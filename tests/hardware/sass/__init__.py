@@ -1,10 +1,9 @@
 """What the compiler made of the CUDA kernels, read from the built library.
 
-No machine here has a GPU, so what can be known of a kernel without one is held to instead: which
-architectures are there, how many registers a thread takes and how many threads that leaves room
-for, whether anything went to local memory, and how wide the accesses in its hot loop are.
+    python -m tests.hardware.sass [LIBRARY]
 
-    python -m tests.hardware.sass [LIBRARY] [--markdown FILE]
-
-prints the table and fails where `expectations.py`, which says what must hold, is not met.
+verifies, without a GPU, what can be known of each kernel: the architectures it is compiled for, the
+registers a thread takes and how many threads that leaves room for, whether anything is spilled to
+local memory, and how wide the accesses in its hot loop are. Prints a table, and fails where
+`expectations.py` is not met.
 """

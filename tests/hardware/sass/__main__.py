@@ -1,4 +1,4 @@
-"""python -m tests.hardware.sass [LIBRARY] [--markdown FILE]"""
+"""python -m tests.hardware.sass [LIBRARY]"""
 
 from __future__ import annotations
 
@@ -23,15 +23,12 @@ def built_library() -> Path:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.hardware.sass", description=__doc__)
     parser.add_argument("library", type=Path, nargs="?", help="default: the one in mas_ext/")
-    parser.add_argument("--markdown", type=Path, help="write the table there, too")
     arguments = parser.parse_args()
     library = arguments.library or built_library()
     proofs, problems = prove(read(library))
     problems += missing(proofs)
     if proofs:
         print(table.text(proofs), table.NOTES, sep="\n\n", end="\n\n")
-        if arguments.markdown:
-            arguments.markdown.write_text(table.markdown(proofs), encoding="utf-8")
     for problem in problems:
         print(f"WRONG: {problem}")
     good = "no spills, no atomics, 16-byte accesses in every hot loop"

@@ -1,4 +1,4 @@
-"""Holds kernels against what is expected of them."""
+"""Compares kernels with what is expected of them."""
 
 from __future__ import annotations
 
@@ -29,37 +29,31 @@ FLOAT64 = ("DADD", "DMUL", "DFMA", "DSETP")
 
 @dataclass(frozen=True)
 class Traffic:
-    """What one turn of a loop reads from, or writes to, one kind of memory."""
+    """The loads, or the stores, of one kind of memory in one turn of a loop."""
 
     found: tuple[Instruction, ...]
 
     @property
-    def accesses(self) -> int:
-        return len(self.found)
-
-    @property
     def vectors(self) -> int:
-        """Of 16 bytes; an access of 32 is two."""
+        """Accesses of 16 bytes; one of 32 counts as two."""
         return self.widths[VECTOR_BYTES]
 
     @property
     def widths(self) -> Counter[int]:
-        """Accesses by their bytes."""
+        """The number of accesses by their bytes."""
         counted: Counter[int] = Counter()
         for one in self.found:
             counted[min(one.width, VECTOR_BYTES)] += max(one.width // VECTOR_BYTES, 1)
         return counted
 
     def narrow(self, but: Iterable[int] = ()) -> tuple[str, ...]:
-        """Accesses of fewer bytes, but those that are meant to be."""
-        # What a warp loads as a matrix is spread over it evenly, however little that is for a
-        # thread.
+        """Accesses of fewer than 16 bytes, except of the widths given.
+
+        What a warp loads as a matrix (LDSM) is spread over its threads, however little each gets.
+        """
         known = {VECTOR_BYTES, *but}
-        return tuple(
-            i.opcode
-            for i in self.found
-            if min(i.width, VECTOR_BYTES) not in known and i.base != "LDSM"
-        )
+        narrow = (i for i in self.found if min(i.width, VECTOR_BYTES) not in known)
+        return tuple(i.opcode for i in narrow if i.base != "LDSM")
 
 
 def traffic(code: Iterable[Instruction], space: str, stores: bool = False) -> Traffic:
@@ -115,15 +109,15 @@ class Proof:
     def hot_code(self) -> tuple[Instruction, ...]:
         return self.hot.code if self.hot else ()
 
-    @cached_property
+    @property
     def reads(self) -> Traffic:
         return traffic(self.hot_code, "global")
 
-    @cached_property
+    @property
     def writes(self) -> Traffic:
         return traffic(self.hot_code, "global", stores=True)
 
-    @cached_property
+    @property
     def shared_reads(self) -> Traffic:
         return traffic(self.hot_code, "shared")
 
@@ -206,7 +200,7 @@ class Proof:
     def multiplying(self) -> Iterator[str]:
         if narrow := self.shared_reads.narrow():
             yield f"the hot loop reads shared memory by {listed(narrow)}"
-        if not self.shared_reads.accesses:
+        if not self.shared_reads.found:
             yield "the hot loop reads nothing from shared memory"
         if not any(vectors(loop) for loop in self.loops):
             yield "no loop with 16-byte accesses brings the factors there"

@@ -41,7 +41,7 @@ def hot_loop(proof: Proof) -> str:
         narrow = [f"{n} of {w}" for w, n in sorted(widths, reverse=True) if w < VECTOR_BYTES]
         return ", ".join([f"{proof.reads.vectors} + {proof.writes.vectors}", *narrow])
     if isinstance(wanted, Product):
-        return f"{proof.shared_reads.accesses} for {proof.products} {wanted.instruction}"
+        return f"{len(proof.shared_reads.found)} for {proof.products} {wanted.instruction}"
     return ""
 
 
@@ -89,9 +89,3 @@ def text(proofs: Sequence[Proof]) -> str:
         for line in [head, *body]
     )
     return "\n".join(rows)
-
-
-def markdown(proofs: Sequence[Proof]) -> str:
-    head, body = lines(proofs)
-    rows = [head, ["---"] * len(head), *body]
-    return "\n".join(f"| {' | '.join(line)} |" for line in rows) + f"\n\n```\n{NOTES}\n```\n"

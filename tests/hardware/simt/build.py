@@ -1,6 +1,8 @@
 """Compiles and runs the programs of this folder.
 
-python -m tests.hardware.simt.build PROGRAM [SANITIZER]    prints where the program is; `none` for a debugger
+python -m tests.hardware.simt.build PROGRAM [SANITIZER]
+
+prints where the program is; SANITIZER is `none` for a debugger.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Plants bugs in the kernels, one at a time, and shows which run of test_simt.py notices each.
 
-python -m tests.hardware.simt.mutate [NAME...]    those whose name contains one of NAMEs; all without
+python -m tests.hardware.simt.mutate [NAME...]    only those whose name contains one of NAMEs
 """
 
 from __future__ import annotations
