@@ -32,9 +32,8 @@ class Tally:
         test = name.partition("[")[0]
         self.seconds[test] = self.seconds.get(test, 0.0) + report.duration
         if report.failed:
-            last = str(report.longrepr).strip().splitlines()[-1:]
             message = getattr(getattr(report.longrepr, "reprcrash", None), "message", "")
-            text = " ".join((message or " ".join(last)).split())[:300]
+            text = " ".join((message or str(report.longrepr)[-300:]).split())[:300]
             self.others.append(Check(name, FAILED, f"{report.when}: {text}"))
         elif report.skipped:
             self.others.append(Check(name, *verdict_of(skip_reason(report))))

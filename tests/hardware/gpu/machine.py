@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import re
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -60,29 +59,27 @@ def device(index: int) -> str:
 
 
 def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    return first_match(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text())
 
 
 def nvcc_version() -> str:
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
-        return "not on the PATH"
-    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False)
-    release = re.search(r"release [\d.]+, V([\d.]+)", said.stdout)
-    return release[1] if release else "unknown"
+    return first_match(r"release [\d.]+, V([\d.]+)", output_of("nvcc", "--version"))
 
 
 def driver() -> str:
-    smi = shutil.which("nvidia-smi")
-    if smi is None:
-        return "unknown (no nvidia-smi)"
-    query = [smi, "--query-gpu=driver_version", "--format=csv,noheader"]
+    words = "--query-gpu=driver_version", "--format=csv,noheader"
+    return first_match(r"^(\S+)$", output_of("nvidia-smi", *words))
+
+
+def first_match(pattern: str, text: str) -> str:
+    found = re.search(pattern, text, re.MULTILINE)
+    return found[1] if found else "unknown"
+
+
+def output_of(*command: str) -> str:
+    """Nothing where the program is missing or does not answer."""
     try:
-        said = subprocess.run(query, capture_output=True, text=True, check=False, timeout=20)
-    except subprocess.TimeoutExpired:
-        return "unknown (nvidia-smi does not answer)"
-    return said.stdout.split("\n")[0].strip() or "unknown"
+        said = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return said.stdout

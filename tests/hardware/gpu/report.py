@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import is_dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -107,35 +107,31 @@ def table(columns: list[str], rows: list[list[str]]) -> Iterator[str]:
     yield ""
 
 
-def as_json(results: Sequence[Result], device: str, seconds: float) -> dict[str, Any]:
-    return {
+def write(out: Path, results: Sequence[Result], device: str, seconds: float) -> str:
+    """report.md to read and results.json to keep; the text of the first."""
+    text = markdown(results, device, seconds)
+    (out / "report.md").write_text(text, "utf-8")
+    content = {
         "device": device,
         "date": now(),
         "commit": commit(),
         "seconds": seconds,
-        "verdict": verdict(results, device),
         "good": all(is_good(r, device == "cpu") for r in results),
-        "steps": {r.step.name: step(r) for r in results},
+        "steps": {r.step.name: kept(r) for r in results},
     }
-
-
-def step(result: Result) -> dict[str, Any]:
-    return {
-        "status": result.status,
-        "note": result.note,
-        "seconds": result.seconds,
-        "figures": result.session.figures,
-        "checks": [asdict(check) for check in result.session.checks],
-        "tables": [asdict(each) for each in result.session.tables],
-    }
-
-
-def write(out: Path, results: Sequence[Result], device: str, seconds: float) -> str:
-    text = markdown(results, device, seconds)
-    (out / "report.md").write_text(text, "utf-8")
-    content = json.dumps(as_json(results, device, seconds), indent=2, ensure_ascii=False)
-    (out / "results.json").write_text(content + "\n", "utf-8")
+    words = json.dumps(content, indent=2, ensure_ascii=False, default=as_json)
+    (out / "results.json").write_text(words + "\n", "utf-8")
     return text
+
+
+def kept(result: Result) -> dict[str, Any]:
+    session = result.session
+    found = {"figures": session.figures, "checks": session.checks, "tables": session.tables}
+    return {"status": result.status, "note": result.note, "seconds": result.seconds, **found}
+
+
+def as_json(thing: Any) -> Any:
+    return vars(thing) if is_dataclass(thing) else str(thing)
 
 
 def now() -> str:
