@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 from tests.hardware.sass.tools import demangle, dump
@@ -154,4 +155,5 @@ def assemble(sass: str, usage: str, elf: str) -> list[Kernel]:
 
 def read(library: Path) -> list[Kernel]:
     """Every kernel in a library, fatbin or object file."""
-    return assemble(dump(library, "-sass"), dump(library, "-res-usage"), dump(library, "-elf"))
+    with ThreadPoolExecutor() as pool:  # of processes that do the work
+        return assemble(*pool.map(partial(dump, library), ("-sass", "-res-usage", "-elf")))

@@ -1,4 +1,5 @@
-// Random numbers, and how near a result must be. The bounds are those of tests/cases.py.
+// Random numbers, and how near a result must be. The bounds are those of the
+// operators' tests.
 #pragma once
 
 #include <cmath>
