@@ -23,7 +23,6 @@ import torch
 
 from tests.hardware.gpu import (
     bandwidth,
-    build,
     calls,
     compiled,
     graphs,
@@ -33,7 +32,6 @@ from tests.hardware.gpu import (
     syncs,
 )
 from tests.hardware.gpu.checks import FAILED, PASSED, Session
-from tests.hardware.gpu.steps import ROOT
 
 DEVICE = "cpu:0"
 WITHOUT_ITEM = {"fused": True}  # on the CPU only this Adam reads no number back
@@ -181,23 +179,6 @@ def test_graphs_that_inductor_leaves_out_are_noticed(card: Card) -> None:
         compiled.compiled_is_eager(DEVICE, "penalty")
 
 
-@pytest.mark.parametrize(
-    ("roots", "message"), [({0: ["graph"]}, ""), ({0: []}, "recorded no"), (None, "made no")]
-)
-def test_graphs_that_were_used(
-    card: Card, monkeypatch: pytest.MonkeyPatch, roots: Any, message: str
-) -> None:
-    counts = {"stats": {"unique_graphs": 1}, "inductor": {"cudagraph_skips": 0}}
-    monkeypatch.setattr(compiled, "counters", counts)
-    manager = None if roots is None else SimpleNamespace(roots=roots)
-    monkeypatch.setattr(
-        "torch._inductor.cudagraph_trees.get_container",
-        lambda device: SimpleNamespace(tree_manager=manager),
-    )
-    with pytest.raises(AssertionError, match=message) if message else nullcontext():
-        assert compiled.graphs_were_used(DEVICE) == "in CUDA graphs"
-
-
 def test_timings(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
     few = {"few": lambda: [(64,)] * 3}
     monkeypatch.setattr(bandwidth, "LISTS", few)
@@ -230,17 +211,3 @@ def test_sanitizer(card: Card, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     sanitizer.run(session)
     assert_all_passed(session)
     assert len(session.checks) == 2 + 2 * len(sanitizer.TOOLS)
-
-
-def test_build(card: Card, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """What is missing is built once, for the card at hand, and looked at again."""
-    reasons, commands = ["they are missing", None], []
-    monkeypatch.setattr(build, "reason_to_build", lambda root, capability: reasons.pop(0))
-    monkeypatch.setattr(
-        build.subprocess, "run", lambda *words, **how: commands.append((words, how))
-    )
-    assert build.build_if_needed((9, 0)) == "built for sm_90, since they are missing"
-    ((words, how),) = commands
-    assert words[0][1:] == ["setup.py", "build_ext", "--inplace", "--force"]
-    assert how["cwd"] == ROOT
-    assert how["env"]["TORCH_CUDA_ARCH_LIST"] == "9.0"
