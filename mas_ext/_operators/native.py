@@ -69,7 +69,7 @@ _VERIFIED = {
     "cpu": "run by every test",
     "cuda": (
         "compiled for sm_80, sm_90, sm_100 and sm_120, and run thread by thread on the host "
-        "(tests/simt); never run on a GPU: `make gpu` is the test that is left"
+        "(tests/hardware/simt); never run on a GPU: `make gpu` is the test that is left"
     ),
 }
 

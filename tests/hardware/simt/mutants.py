@@ -1,0 +1,319 @@
+"""Bugs that somebody could write into the kernels, and the run of test_simt.py that notices each.
+
+To add one: a name, the run, text that occurs once in its file under csrc/, and what replaces it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+CSRC = Path(__file__).resolve().parents[3] / "csrc"
+
+
+class Run(NamedTuple):
+    """A program, or its cases of one operation or dtype.
+
+    Compiled without a sanitizer where a wrong value gives the bug away: a sanitizer doubles the
+    time that it takes to compile.
+    """
+
+    program: str
+    sanitizer: str = "none"
+    only: str = ""  # as in C++
+
+    def sanitized(self) -> Run:
+        """The same, watched for accesses that are out of bounds or misaligned."""
+        return self._replace(sanitizer="address")
+
+
+class Mutant(NamedTuple):
+    name: str
+    run: Run
+    old: str
+    new: str
+    file: str
+
+    def planted(self) -> str:
+        """The text of the file with the bug in it."""
+        text = (CSRC / self.file).read_text()
+        if text.count(self.old) != 1:
+            found = f"{text.count(self.old)} times in {self.file}"
+            raise ValueError(f"the mutant {self.name!r} is stale: its text occurs {found}")
+        return text.replace(self.old, self.new)
+
+
+TABLES = Run("tables")
+VAST = Run("vast", "address")
+IMPORTANCE = Run("multi_tensor", only="Importance")
+ADD = Run("multi_tensor", only="AddGradient")
+PROXIMAL = Run("multi_tensor", only="Proximal")
+CODES = Run("compressed", only="AddGradient")
+CODES_PENALTY = Run("compressed", only="Penalty")
+SGD = Run("steps", only="Step<Sgd, false>")
+MOMENTUM = Run("steps", only="Step<Momentum, false>")
+ADAM = Run("steps", only="Step<Adam, false>")
+PROXIMAL_ADAM = Run("steps", only="Step<Adam, true>")
+LIST_RACES = Run("multi_tensor", "thread", "Penalty")
+SUM_RACES = Run("tables", "thread")
+MATMUL = Run("abs_matmul", only="float")
+TENSOR_CORES = Run("abs_matmul", only="BFloat16")
+MATMUL_RACES = Run("abs_matmul", "thread", "float")
+FRAGMENT_RACES = Run("abs_matmul", "thread", "BFloat16")
+
+# fmt: off
+BY_FILE = {
+    "cuda/table.cuh": [
+        ("chunks rounded down", TABLES, "(numel + kChunk - 1) / kChunk", "numel / kChunk"),
+        ("first chunk off by one", TABLES,
+         "table.first_chunk[table.tensors++] = static_cast<int>(chunks);",
+         "table.first_chunk[table.tensors++] = static_cast<int>(chunks) + 1;"),
+        ("numel of the tensor before", TABLES,
+         "table.numel[table.tensors] = entry.numel;",
+         "table.numel[table.tensors] = entries[next > 0 ? next - 1 : 0].numel;"),
+        ("one pointer for all streams", TABLES, "= entry.data[s];", "= entry.data[0];"),
+        ("dtypes mixed", TABLES, "entry.dtype != kind.dtype || ", ""),
+        ("omegas of other dtypes among them", TABLES,
+         " || entry.omega_dtype != kind.omega_dtype", ""),
+        ("scales of the tensor before", TABLES,
+         "table.scales[table.tensors] = entry.omega_scales;",
+         "table.scales[table.tensors] = entries[next > 0 ? next - 1 : 0].omega_scales;"),
+        ("a block more than a grid has", TABLES, "> INT_MAX) {", "> INT_MAX + int64_t{1}) {"),
+        ("a tensor more than a table holds", TABLES.sanitized(),
+         "table.tensors < table.kCapacity", "table.tensors <= table.kCapacity"),
+        ("a place of its own, not in the lists", TABLES,
+         "static_cast<int>(entry.index);", "table.tensors;"),
+        ("the tensor before the chunk's", TABLES,
+         "table.first_chunk[middle] <= chunk", "table.first_chunk[middle] < chunk"),
+    ],
+    "cuda/multi_tensor.cuh": [
+        ("32-bit offset, in elements", VAST,
+         "static_cast<int64_t>(chunk - table.first_chunk[tensor]) * kChunk",
+         "static_cast<int>((chunk - table.first_chunk[tensor]) * unsigned{kChunk})"),
+        ("32-bit offset, in bytes", VAST, "begin * width(s)", "static_cast<int>(begin * width(s))"),
+        ("chunk counted from the table's first tensor", ADD.sanitized(),
+         "static_cast<int64_t>(chunk - table.first_chunk[tensor])", "static_cast<int64_t>(chunk)"),
+        ("every chunk is whole", ADD.sanitized(),
+         "static_cast<int>(left < kChunk ? left : kChunk)",
+         "static_cast<int>(left < 0 ? left : kChunk)"),
+        ("omega as wide as values", ADD.sanitized(),
+         "static_cast<int>(stream == Op::kOmega ? sizeof(Stored) : sizeof(T))",
+         "static_cast<int>(stream == Op::kOmega ? sizeof(T) : sizeof(T))"),
+        ("omega as wide as it is computed", CODES.sanitized(),
+         "static_cast<int>(stream == Op::kOmega ? sizeof(Stored) : sizeof(T))",
+         "static_cast<int>(stream == Op::kOmega ? sizeof(A) : sizeof(T))"),
+        ("codes at any alignment", CODES.sanitized(),
+         "stream == Op::kOmega ? alignof(Pack<Stored, kVector>) : kVectorBytes",
+         "stream == Op::kOmega ? 1 : kVectorBytes"),
+        ("scales of the tensor's first blocks", CODES.sanitized(),
+         "table.scales[tensor] + begin / kScaleBlock", "table.scales[tensor]"),
+        ("scales of another chunk", CODES.sanitized(),
+         "begin / kScaleBlock", "begin / (2 * kScaleBlock)"),
+        ("32-bit offset of scales", VAST,
+         "+ begin / kScaleBlock", "+ static_cast<int>(begin) / kScaleBlock"),
+        ("head counted twice", ADD.sanitized(),
+         "walk<kVector>(op, head, tail)", "walk<kVector>(op, 0, tail)"),
+        ("head dropped", ADD, "return walk<1>(op, 0, head) + ", "return "),
+        ("tail dropped", ADD, " + walk<1>(op, tail, size_);", ";"),
+        ("alignment of the first stream alone", ADD.sanitized(),
+         "aligned &= (reinterpret_cast", "aligned &= s > 0 || (reinterpret_cast"),
+        ("head longer than the chunk", ADD.sanitized(),
+         "bool aligned = head <= size_;", "bool aligned = true;"),
+        ("second load without a bound", ADD.sanitized(),
+         "if (first + u * kStride < end) {\n          elements[u].load",
+         "{\n          elements[u].load"),
+        ("second load's bound one too far", ADD.sanitized(),
+         "if (first + u * kStride < end) {\n          elements[u].load",
+         "if (first + u * kStride <= end) {\n          elements[u].load"),
+        ("second store without a bound", ADD.sanitized(),
+         "if (first + u * kStride < end) {\n          sum += elements[u].compute(op);\n",
+         "{\n          sum += elements[u].compute(op);\n"),
+        ("rounds overlap", ADD, "first += kUnroll * kStride) {", "first += kStride) {"),
+        ("threads overlap", ADD,
+         "constexpr int kStride = kThreads * N;", "constexpr int kStride = kThreads / 2 * N;"),
+        ("stored before computed", ADD,
+         "sum += elements[u].compute(op);\n"
+         "          elements[u].store(streams_, first + u * kStride);",
+         "elements[u].store(streams_, first + u * kStride);\n"
+         "          sum += elements[u].compute(op);"),
+        ("a place in the table, not in the lists", ADAM,
+         "op.begin_tensor(table.place[tensor]);", "op.begin_tensor(tensor);"),
+        ("no begin_tensor", ADAM, "op.begin_tensor(table.place[tensor]);", ""),
+        ("a skipped call is not", MOMENTUM, "if (op.skipped) {", "if (false) {"),
+        ("all blocks in one partial sum", ADD.sanitized(),
+         "partial_sums[blockIdx.x] = total;", "partial_sums[0] = total;"),
+        ("every thread writes the sum", LIST_RACES,
+         "if (threadIdx.x == 0) {\n      partial_sums", "{\n      partial_sums"),
+    ],
+    "cuda/pack.cuh": [
+        ("first of a pair clears the second", ADD, "(word & 0xffff0000u) | bits", "bits"),
+        ("pairs swapped", ADD, ">> (16 * (i % 2))", ">> (16 - 16 * (i % 2))"),
+        ("codes of a word turned round", CODES, ">> (8 * (i % 4))", ">> (24 - 8 * (i % 4))"),
+        ("the first word's codes twice", CODES, "words_[i / 4]", "words_[0]"),
+    ],
+    "cuda/omega.cuh": [
+        ("scale of the block before", CODES,
+         "scales[first / kBlock]", "scales[(first > kBlock ? first - kBlock : first) / kBlock]"),
+        ("blocks twice as long", CODES, "kBlock = kScaleBlock;", "kBlock = 2 * kScaleBlock;"),
+        ("one scale a vector", CODES, "(first + N - 1) / kBlock", "first / kBlock"),
+        ("scale behind the vector", CODES.sanitized(),
+         "(first + N - 1) / kBlock", "(first + N) / kBlock"),
+        ("an element more of the block", CODES, "i < left_", "i <= left_"),
+        ("an element less of the block", CODES, "i < left_", "i + 1 < left_"),
+        ("scales swapped", CODES, "? of_first_ : of_last_", "? of_last_ : of_first_"),
+        ("as if vectors began with blocks", CODES,
+         "kBlock - first % kBlock", "kBlock - first / N * N % kBlock"),
+        ("codes of the chunk's beginning", CODES_PENALTY,
+         "static_cast<const uint8_t*>(codes) + first)",
+         "static_cast<const uint8_t*>(codes) + first % kBlock)"),
+    ],
+    "formulas.h": [
+        ("no magnitude", IMPORTANCE, "return scale * Magnitude::of(grad);", "return scale * grad;"),
+        ("scale applied twice", IMPORTANCE,
+         "return scale * Magnitude::of(grad);", "return scale * scale * Magnitude::of(grad);"),
+        ("sign", PROXIMAL, "param - delta * (c", "param + delta * (c"),
+        ("not a square", ADD, "return omega * delta * delta;", "return omega * delta;"),
+        ("codes not companded", CODES, "root * root * (", "255 * root * ("),
+        ("codes up to 256", CODES, "65025.0f", "65536.0f"),
+        ("infinite strength", ADD,
+         "scalar > static_cast<double>(largest) ? largest : static_cast<A>(scalar)",
+         "scalar < 0 ? largest : static_cast<A>(scalar)"),
+        ("infinity over infinity", PROXIMAL,
+         "product > largest ? largest : product", "product < 0 ? largest : product"),
+        ("pulled from where the step began", PROXIMAL_ADAM,
+         "proximal_point(moved, moved - anchor,", "proximal_point(moved, param - anchor,"),
+        ("no importance, no bits kept", PROXIMAL, "omega == A(0) ? param : moved", "moved"),
+    ],
+    "cuda/operations.cuh": [
+        ("strength squared", PROXIMAL,
+         "lambda.load() * lr.load()", "lambda.load() * lr.load() * lambda.load()"),
+        ("no gradient scale", ADD, "lambda.load() * grad_scale.load()", "lambda.load()"),
+        ("replaces where it should add", ADD, "Add ? element[0] + gradient : gradient", "gradient"),
+        ("adds to what is not read", ADD, "Add ? 0b1111 : 0b1110", "Add ? 0b1110 : 0b1110"),
+        ("energy of the old parameter", PROXIMAL,
+         "penalty_energy(element[0] - anchor, omega)", "penalty_energy(param - anchor, omega)"),
+        ("energy before rounding", PROXIMAL,
+         "const T moved = static_cast<T>(", "const A moved = static_cast<A>("),
+    ],
+    "cuda/steps.cuh": [
+        ("found_inf ignored", ADAM, "read.found_inf != 0.0", "false"),
+        ("the gradient for the anchor in a skipped step", ADAM, "kOmega - 1;", "kOmega - 2;"),
+        ("second moment not written", ADAM,
+         "(1u << (kMoments + 1)) - 1", "(1u << (kMoments > 1 ? kMoments : kMoments + 1)) - 1"),
+        ("the gradient for the anchor", SGD, "element[kMoments + 2]", "element[kMoments + 1]"),
+        ("energy before a proximal step", PROXIMAL_ADAM,
+         "(Proximal ? element[0] : param) - anchor", "param - anchor"),
+        ("energy after a gradient step", MOMENTUM,
+         "(Proximal ? element[0] : param) - anchor", "element[0] - anchor"),
+        ("a correction too many", ADAM.sanitized(), "if (i < count) {", "if (i <= count) {"),
+    ],
+    "steps.h": [
+        ("corrections swapped", ADAM, "lr * correction.first", "lr * correction.second_root"),
+        ("the step before's correction", ADAM,
+         "pow(options.beta1, steps + 1.0)", "pow(options.beta1, steps)"),
+        ("descends where it should ascend", SGD, "maximize ? -factor : factor", "factor"),
+        ("no rate in a proximal strength", PROXIMAL_ADAM,
+         "proximal ? s.lambda * s.lr : s.lambda", "s.lambda"),
+        ("no dampening", MOMENTUM, "1.0 - options.dampening", "1.0"),
+        ("decay in the gradient as well", ADAM,
+         "options.decoupled ? 0.0 : options.weight_decay", "options.weight_decay"),
+    ],
+    "cuda/scalar.cuh": [
+        ("strength of another width", TABLES, "return is_double ? *", "return !is_double ? *"),
+    ],
+    "cuda/reduce.cuh": [
+        ("no barrier before the warps' sums", SUM_RACES, "  __syncthreads();\n", ""),
+        ("half of a warp", TABLES, "offset = kWarp / 2;", "offset = kWarp / 4;"),
+        ("mask of half a warp", TABLES, "0xffffffffu", "0xffffu"),
+        ("last warp forgotten", TABLES, "w < kWarps;", "w < kWarps - 1;"),
+        ("warps' sums in float", TABLES,
+         "__shared__ double warp_sums", "__shared__ float warp_sums"),
+        ("barrier for one warp", TABLES,
+         "  __syncthreads();\n", "  if (warp == 0) __syncthreads();\n"),
+        ("without the half", TABLES, "0.5 * lambda.load()", "lambda.load()"),
+        ("first sum forgotten", TABLES, "int64_t i = threadIdx.x;", "int64_t i = threadIdx.x + 1;"),
+        ("a sum too many", TABLES.sanitized(),
+         "i < count; i += kThreads", "i <= count; i += kThreads"),
+    ],
+    "abs_matmul.h": [
+        ("samples summed with their sign", MATMUL,
+         "call.absolute = true;", "call.absolute = false;"),
+        ("turned, but for the factors", MATMUL.sanitized(),
+         "std::swap(call.left, call.right);", ""),
+    ],
+    "cuda/stage.cuh": [
+        ("right where left is", MATMUL, "offset(call.right);", "offset(call.left);"),
+        ("32-bit offset of a sample", VAST,
+         "sample * factor.sample_stride + position",
+         "static_cast<int>(sample * factor.sample_stride) + position"),
+        ("32-bit offset of a row", VAST,
+         "offsets[slot] + (first_row + row) * factor.row_stride",
+         "offsets[slot] + static_cast<int>((first_row + row) * factor.row_stride)"),
+        ("row stride left out", MATMUL,
+         "(first_row + row) * factor.row_stride]", "first_row + row]"),
+        ("positions of the next sample", TENSOR_CORES.sanitized(),
+         "sample < call.samples && position < call.positions", "sample < call.samples"),
+        ("slots beyond a sample stay as they were", TENSOR_CORES,
+         "tile[slot][row] = absolute ? Magnitude::of(value) : value;",
+         "if (offsets[slot] != kNone) tile[slot][row] = absolute ? Magnitude::of(value) : value;"),
+        ("vectors of unaligned memory", MATMUL.sanitized(),
+         "reinterpret_cast<uintptr_t>(factor.data) % kVectorBytes == 0 &&", ""),
+        ("vectors of unaligned positions", MATMUL.sanitized(),
+         "(factor.sample_stride | factor.position_stride | rows)", "(factor.sample_stride | rows)"),
+        ("vectors of unaligned samples", MATMUL.sanitized(),
+         "(factor.sample_stride | factor.position_stride | rows)",
+         "(factor.position_stride | rows)"),
+        ("vectors across the last row", MATMUL.sanitized(),
+         "(factor.sample_stride | factor.position_stride | rows)",
+         "(factor.sample_stride | factor.position_stride)"),
+        ("magnitude of every second value", MATMUL,
+         "for (int v = 0; v < kVector; ++v) {", "for (int v = 0; v < kVector; v += 2) {"),
+    ],
+    "cuda/abs_matmul.cuh": [
+        ("no barrier after staging, of fragments", FRAGMENT_RACES,
+         "    __syncthreads();\n#pragma unroll 1", "#pragma unroll 1"),
+        ("no barrier before staging", MATMUL_RACES,
+         "__syncthreads();  // also: every thread is done with the slots before", ""),
+        ("no barrier after staging", MATMUL_RACES,
+         "    __syncthreads();\n#pragma unroll 1", "#pragma unroll 1"),
+        ("no barrier before the sums", MATMUL_RACES,
+         "__syncthreads();  // the sums take the stage's place", ""),
+        ("no barrier after the sums", MATMUL_RACES,
+         "tile.store(shared.sums);\n  __syncthreads();", "tile.store(shared.sums);"),
+        ("samples share a multiplication", TENSOR_CORES,
+         "(call.positions + kStep - 1) / kStep * kStep", "call.positions"),
+        ("a sample never ends twice", MATMUL, "        multiplied = 0;\n", ""),
+        ("the rest of a part is lost", MATMUL, "if (multiplied > 0) {", "if (false) {"),
+        ("parts cut within a sample", MATMUL,
+         "call.absolute ? step : per_sample;", "true ? step : per_sample;"),
+        ("parts rounded down", MATMUL, "(all / unit + parts - 1) / parts", "(all / unit) / parts"),
+        ("slots of the next part", MATMUL, "first + slot < slots.last;", "true;"),
+        ("all parts in one place", MATMUL.sanitized(),
+         "(part * call.rows + row)", "(0 * call.rows + row)"),
+        ("every part adds to omega", MATMUL.sanitized(),
+         "if (parts.count == 1) {", "if (parts.count >= 1) {"),
+        ("a part too few", MATMUL, "part < parts.count; ++part", "part < parts.count - 1; ++part"),
+        ("an element too many", MATMUL.sanitized(), "if (i < size) {", "if (i <= size) {"),
+        ("row guard one too far", MATMUL.sanitized(), "row < call.rows &&", "row <= call.rows &&"),
+        ("column guard one too far", MATMUL.sanitized(),
+         "column < call.columns)", "column <= call.columns)"),
+        ("columns of another tile", MATMUL,
+         "at / tiles_of(call.columns) * kTile", "at / tiles_of(call.rows) * kTile"),
+    ],
+    "cuda/fma_tile.cuh": [
+        ("product not reset", MATMUL, "product_[r][c] = A(0);", ""),
+        ("sum of products with their sign", MATMUL, "+= Magnitude::of(product_", "+= (product_"),
+    ],
+    "cuda/tensor_core_tile.cuh": [
+        ("fragment not reset", TENSOR_CORES,
+         "        }\n        wmma::fill_fragment(product_[r][c], 0.0f);", "        }"),
+        ("fragment with its sign", TENSOR_CORES, "+= Magnitude::of(product_", "+= (product_"),
+        ("left not transposed", TENSOR_CORES,
+         "Element, wmma::col_major>", "Element, wmma::row_major>"),
+        ("two warps, one quarter", TENSOR_CORES,
+         "/ 32 / kAcross * kWarpTile", "/ 32 % kAcross * kWarpTile"),
+    ],
+}
+# fmt: on
+
+MUTANTS = [Mutant(*mutant, file) for file, mutants in BY_FILE.items() for mutant in mutants]
