@@ -158,7 +158,7 @@ def check_no_process_holds_all_while_it_saves(world: World) -> None:
         return made
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gathering, "whole", whole_and_watched)
+        patch.setattr(gathering, "full_tensor", whole_and_watched)
         mas.save(shared(world) / "watched.file")
     assert len(alive) == sum(len(dict(group)) for group in (mas.importance, mas.anchor)) + len(
         unpacked(mas.state_dict())["open"]

@@ -22,7 +22,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from mas_ext import MAS
-from mas_ext._penalty.auto_strength import COHERENCE, LASTING
+from mas_ext._strength.auto import COHERENCE, LASTING
 
 WIDTH, HIDDEN, OUTPUTS, POSITIONS = 10, 12, 3, 4  # four ranks share WIDTH unevenly, and OUTPUTS not
 

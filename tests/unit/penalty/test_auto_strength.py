@@ -8,7 +8,7 @@ from torch import nn
 
 import mas_ext
 from mas_ext import MAS, estimate_importance
-from mas_ext._penalty.auto_strength import COHERENCE, LASTING
+from mas_ext._strength.auto import COHERENCE, LASTING
 from tests.models import mlp, vectors
 from tests.support.regularizers import (
     MERGES,

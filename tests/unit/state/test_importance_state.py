@@ -16,7 +16,7 @@ from torch._subclasses import FakeTensorMode
 
 from mas_ext import MAS
 from mas_ext._state.flat_tensors import ALIGNMENT, FlatTensors
-from mas_ext._state.importance_state import OpenTask
+from mas_ext._state.task_accumulator import TaskAccumulator
 from mas_ext.reference import accumulation_dtype
 from tests.support.regularizers import assert_refused, refusal
 
@@ -171,9 +171,9 @@ def test_an_open_task_counts_samples_for_each_parameter_and_follows_growth():
 
 
 def test_what_has_no_samples_yet_has_no_importance():
-    task = OpenTask().opened({"w": torch.zeros(1)})
+    task = TaskAccumulator().with_room_for({"w": torch.zeros(1)})
     assert list(task.sums) == ["w"]
-    assert not task.counted()
+    assert not task.measured_sums()
 
 
 # -- Flat tensors ----------------------------------------------------------------------------------
