@@ -158,9 +158,11 @@ ARGUMENTS = {op: OPERATORS[op].arguments for op in OPS}
 
 
 def samples(op: str) -> list[tensors.Sample] | list[abs_matmul.Sample]:
+    """All for the operators on lists; every second one for each row of the optimizer steps."""
     if not OPERATORS[op].takes_lists:
         return abs_matmul.SAMPLES
-    return tensors.SAMPLES + (tensors.KEPT_SAMPLES if OPERATORS[op].has_penalty else [])
+    every = tensors.SAMPLES + (tensors.KEPT_SAMPLES if OPERATORS[op].has_penalty else [])
+    return every[(STEPS.index(op) + 1) // 2 % 2 :: 2] if op in STEPS else every
 
 
 def make(op: str, dtypes: list[torch.dtype], shapes: list[tuple[int, ...]], **more: Any) -> State:
