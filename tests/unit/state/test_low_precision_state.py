@@ -125,7 +125,7 @@ def test_damaged_codes_are_refused_and_change_nothing():
     ):
         state = mas._state()
         damage(state)
-        with pytest.raises(ValueError, match="damaged.*importance_scales"):
+        with pytest.raises(ValueError, match=r"damaged.*importance_scales"):
             mas.load_state_dict(state)
         assert_states_equal(mas.state_dict(), before)
 
