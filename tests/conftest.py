@@ -1,4 +1,4 @@
-"""What every test starts from, and what none leaves behind."""
+"""Every test starts from the same global state, and leaves none of its own behind."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ try:
 except ImportError:  # `make gpu` needs only torch and pytest
     np = None
 
-# Of `make gpu` and its rehearsal, which say on which device.
-_ON_A_DEVICE = ["test_cuda.py", "test_cuda_kept.py", "test_cuda_steps.py"]
-collect_ignore = [] if os.environ.get("MAS_EXT_TEST_DEVICE") else _ON_A_DEVICE
+# Run by `make gpu` and its rehearsal, which name the device.
+collect_ignore_glob = []
+if not os.environ.get("MAS_EXT_TEST_DEVICE"):
+    collect_ignore_glob = ["hardware/gpu/test_*.py"]
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -1,4 +1,4 @@
-"""Ω kept in bfloat16 or in codes: what is lost, what must not be, and what it costs in memory."""
+"""Ω stored in bfloat16 or in codes: what is lost, what mustn't be, and the memory it takes."""
 
 import pytest
 import torch
@@ -125,7 +125,7 @@ def test_damaged_codes_are_refused_and_change_nothing():
     ):
         state = mas._state()
         damage(state)
-        with pytest.raises(ValueError, match="damaged: 'importance_scales'"):
+        with pytest.raises(ValueError, match=r"damaged.*importance_scales"):
             mas.load_state_dict(state)
         assert_states_equal(mas.state_dict(), before)
 
@@ -169,7 +169,7 @@ def bytes_of(mas):
     ],
     ids=str,
 )
-def test_bytes_of_state_a_parameter(dtype, state_dtype, expected):
+def test_bytes_of_state_per_parameter(dtype, state_dtype, expected):
     model = nn.Linear(512, 256, bias=False, dtype=dtype)
     mas = MAS(model, state_dtype=state_dtype)
     mas.consolidate([torch.randn(2, 512, dtype=dtype)])

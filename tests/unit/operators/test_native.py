@@ -1,4 +1,4 @@
-"""What was built, what runs, and what happens where nothing was."""
+"""What was built, what runs, and what happens where nothing was built."""
 
 import os
 import subprocess
@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import mas_ext
-from mas_ext._operators import native as _native
+from mas_ext._operators import native
+from tests.support.operators import OPERATORS
 
 ACCUMULATE = "import mas_ext, torch; o = [torch.zeros(3)]; " + (
     "mas_ext.functional.accumulate_importance_(o, [torch.full((3,), -2.0)], 0.5); "
@@ -37,17 +38,18 @@ def test_build_info():
         assert info["compiler"]
 
 
-def test_compiled_kernels_serve_the_cpu_when_native():
+def test_which_kernels_are_registered():
+    """Those for CUDA also where torch is for the CPU, which never calls them."""
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    for name in mas_ext._operators.dispatch.SCHEMAS:
-        assert has_kernel(f"mas_ext::{name}", "CPU") is mas_ext.build_info()["native"]
+    info = mas_ext.build_info()
+    for name in {row.function for row in OPERATORS.values()}:
+        assert has_kernel(f"mas_ext::{name}", "CPU") is info["native"]
+        assert has_kernel(f"mas_ext::{name}", "CUDA") is info["cuda_kernels"]
 
 
-def test_compiled_kernels_serve_cuda_whatever_torch_was_built_with():
-    """A torch for the CPU registers them too: it never calls them, and one file serves both."""
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    for name in mas_ext._operators.dispatch.SCHEMAS:
-        assert has_kernel(f"mas_ext::{name}", "CUDA") is mas_ext.build_info()["cuda_kernels"]
+def test_every_operator_is_in_the_record():
+    names = {s.name for s in torch._C._jit_get_all_schemas() if s.name.startswith("mas_ext::")}
+    assert names == {f"mas_ext::{row.function}" for row in OPERATORS.values()}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this is about machines without a GPU")
@@ -73,7 +75,7 @@ def test_what_has_run_where_is_stated():
     verified = mas_ext.build_info()["verified"]
     assert set(verified) == {"cpu", "cuda"}
     verified["cuda"] = "changed"
-    assert mas_ext.build_info()["verified"]["cuda"] == _native._VERIFIED["cuda"]
+    assert mas_ext.build_info()["verified"]["cuda"] == native._VERIFIED["cuda"]
 
 
 def test_disabling_native_is_silent_and_works():
@@ -96,15 +98,15 @@ def test_missing_kernels_warn_once_and_say_what_to_do():
 def test_an_old_torch_is_named(monkeypatch, version):
     monkeypatch.setattr(torch, "__version__", version)
     monkeypatch.setenv("MAS_EXT_DISABLE_NATIVE", "0")
-    monkeypatch.setattr(_native, "_library", lambda: __import__("pathlib").Path("kernels.so"))
+    monkeypatch.setattr(native, "_library", lambda: __import__("pathlib").Path("kernels.so"))
     with pytest.warns(UserWarning, match=rf"need torch>=2.13 and this is torch {version[:3]}"):
-        assert "torch>=2.13" in _native.load()
+        assert "torch>=2.13" in native.load()
 
 
 def test_a_library_that_does_not_load_is_reported(monkeypatch, tmp_path):
     broken = tmp_path / "_kernels.so"
     broken.write_bytes(b"not a library")
     monkeypatch.setenv("MAS_EXT_DISABLE_NATIVE", "0")
-    monkeypatch.setattr(_native, "_library", lambda: broken)
+    monkeypatch.setattr(native, "_library", lambda: broken)
     with pytest.warns(UserWarning, match="the kernels do not load"):
-        assert "do not load" in _native.load()
+        assert "do not load" in native.load()

@@ -1,0 +1,143 @@
+"""accumulate_abs_matmul_: what its formula implies, and the sizes of its kernels' tiles.
+
+Its results for all samples are in test_results.py, what it refuses in test_refusals.py.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mas_ext import functional, reference
+from tests.support.abs_matmul import LAYOUTS, SIZES, Size, make
+from tests.support.operators import Scalars, assert_right, call
+from tests.support.tensors import DTYPES, State
+
+OP = "accumulate_abs_matmul_"
+each_module = pytest.mark.parametrize("module", [functional, reference], ids=["op", "reference"])
+each_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+
+
+def check(state: State, module: Any = functional, scale: float = 0.6) -> None:
+    before, scalars = state.copy(), Scalars(scale=scale)
+    assert_right(OP, before, call(module, OP, state, scalars), scalars)
+
+
+def result(state: State) -> Tensor:
+    (omega,) = call(functional, OP, state, Scalars(scale=1.0)).tensors
+    return omega
+
+
+@each_module
+def test_blocks_of_a_large_omega(module: Any) -> None:
+    check(make(Size(3, 20, 700, 1100), layout="positions_last"), module)
+
+
+@each_module
+@pytest.mark.parametrize("dim", [0, 1, 2])
+@pytest.mark.parametrize("name", ["left", "right", "number"])
+def test_expanded_factors(module: Any, name: str, dim: int) -> None:
+    state = make(Size(5, 6, 21, 34))
+    (factor,) = state.right if name == "number" else getattr(state, name)
+    one = torch.tensor(0.7) if name == "number" else factor.narrow(dim, 0, 1)
+    setattr(state, "right" if name == "number" else name, [one.expand_as(factor)])
+    check(state, module)
+
+
+@each_module
+def test_factors_may_share_memory(module: Any) -> None:
+    base = torch.randn(4, 7, 20)
+    check(State(omega=[torch.zeros(15, 15)], left=[base[..., :15]], right=[base[..., 5:]]), module)
+
+
+@each_module
+def test_omega_and_a_factor_may_interleave(module: Any) -> None:
+    """They lie in one base, place by place, and never meet."""
+    base = torch.randn(4, 5, 2, 6)
+    omega, left = base[0, :, 0], base[:3, :, 1]
+    check(State(omega=[omega], left=[left[..., :5]], right=[torch.randn(3, 5, 6)]), module)
+
+
+@each_module
+def test_by_hand(module: Any) -> None:
+    """Two positions that cancel within the first sample, and don't across samples."""
+    left = torch.tensor([[[1.0], [1.0]], [[2.0], [0.0]]])
+    right = torch.tensor([[[3.0], [-3.0]], [[-5.0], [7.0]]])
+    omega = torch.tensor([[100.0]])
+    module.accumulate_abs_matmul_(omega, left, right, 0.5)
+    assert omega.item() == 105.0
+
+
+@each_module
+@pytest.mark.parametrize("scale", [0.0, 1.0, 1 / 3, 1e-8, 1e8])
+def test_scale(module: Any, scale: float) -> None:
+    check(make(Size(7, 5, 13, 29)), module, scale)
+
+
+def test_magnitudes_are_taken_after_the_sum_over_positions() -> None:
+    for t, share in ((30, 0.5), (1, 1.0)):  # with one position the bound is attained
+        state = make(Size(6, t, 40, 50))
+        (left,), (right,) = state.left, state.right
+        bound = torch.einsum("btp,btd->pd", left.abs(), right.abs())
+        state.omega[0].zero_()
+        value = result(state)
+        assert bool((value <= bound * (1 + 1e-5)).all())
+        assert float(value.sum()) <= share * float(bound.sum()) * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("t", [1, 4, 40])
+def test_samples_in_one_call_or_in_several(t: int) -> None:
+    state, whole = make(Size(19, t, 20, 70)), make(Size(19, t, 20, 70))
+    for left, right in zip(state.left[0].split(6), state.right[0].split(6), strict=True):
+        result(State(omega=state.omega, left=[left], right=[right]))
+    torch.testing.assert_close(state.omega[0], result(whole))
+
+
+def test_agrees_with_autograd_sample_by_sample() -> None:
+    layer = torch.nn.Conv1d(3, 8, 5)
+    images = torch.randn(4, 3, 20)
+    output = layer(images)
+    columns = images.unfold(2, 5, 1).transpose(2, 3).flatten(1, 2)  # [sample, channel·tap, place]
+    omega, wanted = torch.zeros(8, 15), torch.zeros(8, 15)
+    functional.accumulate_abs_matmul_(omega, 2 * output.detach().mT, columns.mT)
+    for one in output:
+        (grad,) = torch.autograd.grad(one.square().sum(), layer.weight, retain_graph=True)
+        wanted += grad.flatten(1).abs()
+    torch.testing.assert_close(omega, wanted)
+
+
+@each_dtype
+@pytest.mark.parametrize("size", [Size(32, 16, 130, 300), Size(300, 1, 90, 300)], ids=str)
+def test_same_bits_for_any_number_of_threads(size: Size, dtype: torch.dtype) -> None:
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(result(make(size, dtype, "positions_last")))
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_same_bits_for_any_layout(layout: str) -> None:
+    size = Size(5, 20, 37, 61)
+    assert torch.equal(result(make(size, layout=layout)), result(make(size)))
+
+
+@each_module
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_finite_is_seen(module: Any, bad: float) -> None:
+    state = make(Size(3, 5, 6, 40))
+    state.left[0][1, 2, 3] = bad
+    (value,) = call(module, OP, state).tensors
+    assert not bool(value[3].isfinite().any())
+    assert bool(value[[0, 1, 2, 4, 5]].isfinite().all())
+
+
+def test_sizes_cover_every_remainder() -> None:
+    """Of the tiles' widths: otherwise the table has lost its point."""
+    assert {size.p % 8 for size in SIZES} == set(range(8))
+    for width in (4, 8):
+        assert len({size.d % width for size in SIZES}) == width
