@@ -1,5 +1,5 @@
-"""Exact importance inside whatever surrounds a model: compilers, autocast, checkpointing, hooks, a
-training run that must not notice, and a measurement that is interrupted.
+"""Exact importance inside whatever surrounds a model, which must not notice: compilers, autocast,
+checkpointing, hooks, a training run, and a measurement that is interrupted.
 """
 
 from __future__ import annotations
@@ -15,32 +15,93 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mas_ext import MAS, estimate_importance
-from tests import layers, zoo
-from tests.models import convnet, images, mlp, vectors
-from tests.oracle import assert_exact, one_by_one, refused_or
+from tests.support.oracle import assert_exact, one_by_one, refused_or
+from tests.support.unchanged import assert_identical, snapshot, used_model
+from tests.support.zoo.layers import tied_language_model
+from tests.support.zoo.models import encoder
+from tests.support.zoo.small import convnet, images, mlp, vectors
+
+PAIRS = pytest.mark.parametrize(("make", "data"), [(mlp, vectors), (convnet, images)])
+
+
+# ================================================================================================
+# What is left as it was
+# ================================================================================================
+def fails_half_way() -> Iterator[Tensor]:
+    yield images(3)
+    raise OSError("the disk is gone")
+
+
+@pytest.mark.filterwarnings("ignore:estimator='local':UserWarning")
+@pytest.mark.parametrize("estimator", ["per_sample", "batch", "local"])
+def test_everything_is_put_back(estimator):
+    model = used_model()
+    before = snapshot(model)
+    loader = torch.utils.data.DataLoader(images(), batch_size=2, shuffle=True)
+    estimate_importance(model, loader, estimator=estimator)
+    assert_identical(snapshot(model), before)
+    with pytest.raises(OSError, match="the disk is gone"):
+        estimate_importance(model, fails_half_way(), estimator=estimator)
+    assert_identical(snapshot(model), before)
+
+
+class Merging(nn.Linear):
+    """As in LoRA layers, the weights change with the mode."""
+
+    def train(self, mode=True):
+        with torch.no_grad():
+            self.weight.mul_(2 if mode else 0.5)
+        return super().train(mode)
+
+
+def test_modules_are_not_told_of_the_mode():
+    model = Merging(6, 3).double()
+    before = snapshot(model)
+    estimate_importance(model, [vectors()])
+    assert_identical(snapshot(model), before)
+
+
+def test_nothing_is_accumulated_into_gradients():
+    """A hook after accumulation is how an optimizer steps within backward: it must not run."""
+    model, seen = mlp(), []
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(seen.append)
+    estimate_importance(model, [vectors()])
+    assert not seen
+    assert all(p.grad is None for p in model.parameters())
 
 
 # ================================================================================================
 # Compilers
 # ================================================================================================
+def whole(model: nn.Module, backend: str) -> nn.Module:
+    return torch.compile(model, backend=backend)
+
+
+def in_place(model: nn.Module, backend: str) -> nn.Module:
+    model.compile(backend=backend)
+    return model
+
+
+def a_part(model: nn.Module, backend: str) -> nn.Module:
+    model[0].compile(backend=backend)
+    return model
+
+
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("in_place", [False, True], ids=["torch.compile", "model.compile"])
-@pytest.mark.parametrize(("make", "data"), [(mlp, vectors), (convnet, images)])
-def test_compiled_models(make, data, in_place, backend):
+@pytest.mark.parametrize("how", [whole, in_place, a_part])
+@PAIRS
+def test_compiled_models(make, data, how, backend):
     torch.compiler.reset()
     model, x = make(), data()
     expected = one_by_one(model, [x])
-    if in_place:
-        model.compile(backend=backend)
-        compiled = model
-    else:
-        compiled = torch.compile(model, backend=backend)
+    compiled = how(model, backend)
     with torch.no_grad():
         compiled(x)  # compiled before, without gradients, in evaluation mode
     assert_exact(estimate_importance(compiled, x.split(4)), expected)
 
 
-def test_a_compiled_model_in_a_forward_of_the_users():
+def test_a_compiled_model_in_a_custom_forward():
     """A compiled backward may refuse to run twice on one graph."""
     torch.compiler.reset()
     model, x = convnet(), images()
@@ -50,14 +111,6 @@ def test_a_compiled_model_in_a_forward_of_the_users():
     with refused_or("donated_buffer=False"):
         omega = estimate_importance(compiled, batches, forward=lambda m, b: m(b[1]))
         assert_exact(omega, expected)
-
-
-def test_a_compiled_part():
-    torch.compiler.reset()
-    model, x = convnet(), images()
-    expected = one_by_one(model, [x])
-    model[0].compile(backend="aot_eager")
-    assert_exact(estimate_importance(model, x.split(4)), expected)
 
 
 # ================================================================================================
@@ -82,152 +135,77 @@ def bfloat16() -> Iterator[None]:
         yield
 
 
-AUTOCAST = {
+AUTOCAST: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     "mlp": lambda: (mlp(), vectors()),
     "cnn": lambda: (convnet(), images()),
-    "encoder": lambda: (zoo.encoder(True), torch.randn(6, 5, 8)),
-    "tied": lambda: (layers.TiedLM(9, 4), torch.randint(9, (6, 5))),
+    "encoder": lambda: (encoder(True), torch.randn(6, 5, 8)),
+    "tied": lambda: (tied_language_model(9, 4), torch.randint(9, (6, 5))),
     "lstm": lambda: (nn.LSTM(6, 4, batch_first=True), torch.randn(6, 5, 6)),
 }
 
 
+@pytest.mark.parametrize("inside", [False, True], ids=["around the call", "in the forward"])
 @pytest.mark.parametrize("name", AUTOCAST)
-def test_under_autocast_the_sums_are_float32(name):
+def test_under_autocast_the_sums_are_float32(name, inside):
     model, x = AUTOCAST[name]()
     model, x = model.float(), x.float() if x.is_floating_point() else x
+
+    def forward(model: nn.Module, batch: Tensor) -> Tensor:
+        with bfloat16() if inside else nullcontext():
+            output = model(batch)
+        return output[0] if isinstance(output, tuple) else output
+
+    context = nullcontext if inside else bfloat16
     expected = one_by_one(
-        model, [x], lambda y: y.float().square().flatten(1).sum(1), None, bfloat16
+        model, [x], lambda y: y.float().square().flatten(1).sum(1), forward, context
     )
-    with bfloat16():
-        omega = estimate_importance(model, x.split(4))
+    with context():
+        omega = estimate_importance(model, x.split(4), forward=forward)
     assert {value.dtype for value in omega.values()} == {torch.float32}
     assert_exact(omega, expected, rtol=0.05, floor=0.005)
 
 
-def test_autocast_inside_the_forward():
-    model, x = mlp(torch.float32), vectors(dtype=torch.float32)
-
-    def forward(model: nn.Module, batch: Tensor) -> Tensor:
-        with bfloat16():
-            return model(batch)
-
-    expected = one_by_one(model, [x], lambda y: y.float().square().sum(1), forward)
-    assert_exact(estimate_importance(model, [x], forward=forward), expected, rtol=0.05)
-
-
-OVERFLOWS = {
-    "of the output": 1e5,
-    "of the gradient": 4e4,  # the output still fits into float16, twice its value does not
-}
-
-
-@pytest.mark.parametrize("scale", OVERFLOWS.values(), ids=OVERFLOWS)
-@pytest.mark.parametrize("first", [1.0, None], ids=["second batch", "first batch"])
-def test_overflow_in_float16_is_an_error_that_changes_nothing(scale, first):
-    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 1, bias=False))
-    for p in model.parameters():
-        nn.init.ones_(p)
-    mas = MAS(model)
-    mas.update_importance([torch.ones(3, 2)])
-    before = mas.state_dict()
-    batches = [torch.full((4, 2), s / 4) for s in (first, scale) if s is not None]
-    with (
-        torch.autocast("cpu", torch.float16),
-        pytest.raises(ValueError, match=r"'[01]\.weight'.*nothing was changed"),
-    ):
-        mas.update_importance(batches)
-    assert_same_state(mas.state_dict(), before)
-
-
-def assert_same_state(actual: Any, expected: Any) -> None:
-    """Bit for bit."""
-    assert type(actual) is type(expected)
-    if isinstance(expected, dict):
-        assert actual.keys() == expected.keys()
-        for key in expected:
-            assert_same_state(actual[key], expected[key])
-    elif isinstance(expected, (list, tuple)):
-        assert len(actual) == len(expected)
-        for one, other in zip(actual, expected, strict=True):
-            assert_same_state(one, other)
-    elif isinstance(expected, Tensor):
-        assert torch.equal(actual, expected)
-    else:
-        assert actual == expected
-
-
 # ================================================================================================
-# Checkpointing and hooks on saved tensors
+# Checkpointing and saved tensors
 # ================================================================================================
 class Checkpointed(nn.Module):
     def __init__(self, reentrant: bool, nested: bool = False, first_too: bool = True):
         super().__init__()
         self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(4))
-        self.how = {"use_reentrant": reentrant}
-        self.nested, self.first_too = nested, first_too
+        self.reentrant, self.nested, self.first_too = reentrant, nested, first_too
         self.double()
 
     def run(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        return checkpoint(function, x, **self.how)
+        return checkpoint(function, x, use_reentrant=self.reentrant)
 
     def forward(self, x):
-        x = self.run(self.blocks[0], x) if self.first_too else self.blocks[0](x)
+        first, second, third, last = self.blocks
+        x = self.run(first, x) if self.first_too else first(x)
         if self.nested:
-            x = self.run(lambda y: self.blocks[2](self.run(self.blocks[1], y)), x)
+            x = self.run(lambda y: third(self.run(second, y)), x)
         else:
-            x = self.run(self.blocks[2], self.run(self.blocks[1], x))
-        return self.blocks[3](x)
+            x = self.run(third, self.run(second, x))
+        return last(x)
 
 
-def plain(model: Checkpointed) -> nn.Module:
-    return nn.ModuleDict({"blocks": model.blocks})
-
-
-def run_blocks(model: nn.ModuleDict, x: Tensor) -> Tensor:
-    return nn.Sequential(*model["blocks"])(x)
-
-
-@pytest.mark.parametrize("nested", [False, True])
-def test_checkpointing(nested):
-    model, x = Checkpointed(reentrant=False, nested=nested), vectors()
-    expected = one_by_one(plain(model), [x], forward=run_blocks)
-    assert_exact(estimate_importance(model, x.split(4)), expected)
+def run_blocks(model: Checkpointed, x: Tensor) -> Tensor:
+    return nn.Sequential(*model.blocks)(x)
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
-@pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("first_too", [False, True])
-def test_reentrant_checkpointing_is_refused_or_exact(first_too, nested):
-    """Its graph is hidden, and it refuses every backward that asks for particular gradients."""
-    model = Checkpointed(reentrant=True, nested=nested, first_too=first_too)
-    x = vectors()
-    expected = one_by_one(plain(model), [x], forward=run_blocks)
-    with refused_or("reentrant"):
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing(reentrant, nested, first_too):
+    """Reentrant, its graph is hidden, and it refuses to compute particular gradients."""
+    model, x = Checkpointed(reentrant, nested, first_too), vectors()
+    expected = one_by_one(model, [x], forward=run_blocks)
+    with refused_or("reentrant") if reentrant else nullcontext():
         assert_exact(estimate_importance(model, x.split(4)), expected)
 
 
-def stacked(model: nn.Module, samples: list[Tensor]) -> Tensor:
-    """A forward for batches that are not known how to cut."""
-    return model(torch.stack(samples))
-
-
-def test_a_warning_points_at_the_caller():
-    model, data = mlp(), [list(vectors())]
-    with pytest.warns(UserWarning, match="one sample at a time") as warned:
-        estimate_importance(model, data, forward=stacked)
-    with pytest.warns(UserWarning, match="one sample at a time") as warned_by_mas:
-        MAS(model).update_importance(data, forward=stacked)
-    assert [w.filename for w in (*warned, *warned_by_mas)] == [__file__] * 2
-
-
-@pytest.mark.filterwarnings("error")
-def test_a_warning_that_is_an_error_stays_what_it_is():
-    with pytest.raises(UserWarning, match="one sample at a time"):
-        estimate_importance(mlp(), [list(vectors())], forward=stacked)
-
-
 @pytest.mark.parametrize("inside", [False, True], ids=["around the call", "in the forward"])
-@pytest.mark.parametrize(("make", "data"), [(mlp, vectors), (convnet, images)])
+@PAIRS
 def test_saved_tensors_kept_elsewhere(make, data, inside):
     model, x = make(), data()
     expected = one_by_one(model, [x])
@@ -240,6 +218,29 @@ def test_saved_tensors_kept_elsewhere(make, data, inside):
         assert_exact(estimate_importance(model, x.split(4), forward=forward), expected)
         if not inside:
             assert_exact(estimate_importance(model, x.split(4)), expected)
+
+
+# ================================================================================================
+# Warnings
+# ================================================================================================
+def stacked(model: nn.Module, samples: list[Tensor]) -> Tensor:
+    """A forward for batches that cannot be cut."""
+    return model(torch.stack(samples))
+
+
+def test_slowness_is_warned_of_once_at_the_caller():
+    model, data = mlp(), [list(vectors()), list(vectors())]
+    with pytest.warns(UserWarning, match="one sample at a time") as warned:
+        estimate_importance(model, data, forward=stacked)
+    with pytest.warns(UserWarning, match="one sample at a time") as warned_by_mas:
+        MAS(model).update_importance(data, forward=stacked)
+    assert [w.filename for w in (*warned, *warned_by_mas)] == [__file__] * 2
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_warning_that_is_an_error_stays_what_it_is():
+    with pytest.raises(UserWarning, match="one sample at a time"):
+        estimate_importance(mlp(), [list(vectors())], forward=stacked)
 
 
 # ================================================================================================
@@ -274,26 +275,15 @@ HOOKS: dict[str, Callable[[nn.Module, list], Any]] = {
 
 
 @pytest.mark.parametrize("name", HOOKS)
-def test_hooks_of_the_user_run_and_stay(name):
+def test_hooks_run_and_stay(name):
     model, x, seen = mlp(), vectors(), []
     HOOKS[name](model[2], seen)
     expected = one_by_one(model, [x])
-    before = copy.copy(vars(model[2]))
+    before = {k: len(v) for k, v in vars(model[2]).items() if "hooks" in k}
     seen.clear()
     assert_exact(estimate_importance(model, x.split(4)), expected)
     assert seen
-    assert vars(model[2]).keys() == before.keys()
-    assert all(len(value) == len(before[k]) for k, value in vars(model[2]).items() if "hooks" in k)
-
-
-def test_nothing_is_accumulated_into_gradients():
-    """A hook after accumulation is how an optimizer steps within backward: it must not run."""
-    model, seen = mlp(), []
-    for p in model.parameters():
-        p.register_post_accumulate_grad_hook(counting(seen))
-    estimate_importance(model, [vectors()])
-    assert not seen
-    assert all(p.grad is None for p in model.parameters())
+    assert {k: len(v) for k, v in vars(model[2]).items() if "hooks" in k} == before
 
 
 # ================================================================================================
@@ -310,8 +300,8 @@ def train(measure_at: str | None, context: Callable[[], AbstractContextManager])
     model = trainee()
     mas = MAS(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    images = torch.randn(6, 2, 8, 8, generator=torch.Generator().manual_seed(1))
-    loader = torch.utils.data.DataLoader(images, batch_size=4, shuffle=True)
+    x = images(dtype=torch.float32)
+    loader = torch.utils.data.DataLoader(x, batch_size=4, shuffle=True)
     history = []
 
     def pause(where: str) -> None:
@@ -321,24 +311,18 @@ def train(measure_at: str | None, context: Callable[[], AbstractContextManager])
     for _ in range(3):
         with context():
             pause("before the forward")
-            loss = model(images).square().mean()
+            loss = model(x).square().mean()
             pause("between forward and backward")
             loss.backward()
             pause("between two backwards")
-            model(images).abs().mean().backward()
+            model(x).abs().mean().backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=False)
             pause("after the step")
-        history.append(
-            [
-                copy.deepcopy(model.state_dict()),
-                copy.deepcopy(optimizer.state_dict()),
-                [p.grad.clone() for p in model.parameters()],
-                [module.training for module in model.modules()],
-                torch.get_rng_state(),
-                float(loss.detach()),
-            ]
-        )
+        left = [model.state_dict(), optimizer.state_dict(), float(loss.detach()), snapshot(model)]
+        # Gradients by value: the tensors of another model have other identities.
+        del left[-1]["gradients"], left[-1]["buffers"]
+        history.append(copy.deepcopy(left))
     return history
 
 
@@ -353,17 +337,17 @@ MOMENTS = [
 @pytest.mark.parametrize("context", [nullcontext, bfloat16])
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_training_goes_on_bit_for_bit(moment, context):
-    assert_same_state(train(moment, context), train(None, context))
+    assert_identical(train(moment, context), train(None, context))
 
 
 # ================================================================================================
 # Interruption
 # ================================================================================================
-def measure_and_snapshot(mas: MAS, batches: list[Tensor], where: str) -> list[Any]:
+def states_between(mas: MAS, batches: list[Tensor], where: str) -> list[Any]:
     """The states that a program could have saved after each batch but the last."""
     states: list[Any] = []
 
-    def data():
+    def data() -> Iterator[Tensor]:
         for k, batch in enumerate(batches):
             if where == "generator" and k > 0:
                 states.append(mas.state_dict())
@@ -384,13 +368,13 @@ def test_an_interrupted_measurement_goes_on_from_its_state(where, earlier, dtype
     """A state taken between two batches, loaded anew, and the rest of the data: the same bits."""
     model, x = convnet(dtype), images(17, dtype)
     batches = list(x.split([5, 1, 4, 5, 2]))
-    whole = MAS(model)
+    uninterrupted = MAS(model)
     if earlier:
-        whole.update_importance([x[:3]])
-    states = measure_and_snapshot(whole, batches, where)
+        uninterrupted.update_importance([x[:3]])
+    states = states_between(uninterrupted, batches, where)
     assert len(states) == len(batches) - 1
     for done, state in enumerate(states, 1):
         resumed = MAS(model)
         resumed.load_state_dict(state)
         resumed.update_importance(batches[done:])
-        assert_same_state(resumed.state_dict(), whole.state_dict())
+        assert_identical(resumed.state_dict(), uninterrupted.state_dict())
