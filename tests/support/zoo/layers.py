@@ -450,6 +450,10 @@ LAYERS: dict[str, Callable[[], tuple]] = {
     "layer norm": lambda: (nn.LayerNorm(4), noise(3, 4)),
     "layer norm, 2-d": lambda: (nn.LayerNorm((3, 4)), noise(2, 3, 4)),
     "layer norm, no bias": lambda: (nn.LayerNorm(4, bias=False), noise(4)),
+    "layer norm after a shift": lambda: (  # whose gradient is nothing but rounding
+        Net(lambda m, x: m.norm(x * m.scale + m.shift), norm=nn.LayerNorm(4), scale=(4,), shift=()),
+        noise(3, 4),
+    ),
     "rms norm": lambda: (nn.RMSNorm(4), noise(3, 4)),
     "rms norm, by hand": lambda: (rms_norm(4), noise(3, 4)),
     "group norm": lambda: (nn.GroupNorm(2, 4), noise(4, 3, 3)),

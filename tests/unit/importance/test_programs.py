@@ -365,8 +365,7 @@ def table(make: Maker) -> Function:
     """Rows looked up by numbers that the data gives."""
     w = make.weight(D + 1, D)
     index: Callable[[Tensor], Tensor] = make.choose(
-        lambda x: (x > 0).sum(-1),
-        lambda x: (x > 0).sum(-1).mT.contiguous().mT,
+        lambda x: (x > 0).sum(-1), lambda x: (x > 0).sum(-1).mT.contiguous().mT
     )
     one_hot: Function = lambda x: F.one_hot(index(x), D + 1).double()  # noqa: E731
     return make.choose(
@@ -623,12 +622,7 @@ FIRST: dict[str, Function] = {  # what the first batch shows of how a program ma
 )
 # The norm takes away again what the layers before it shift: rounding is all that is left of it.
 @example(
-    steps=[
-        Step("affine", 0),
-        Step("affine", 1),
-        Step("affine_by_name", 470),
-        Step("norm", 178),
-    ],
+    steps=[Step("affine", 0), Step("affine", 1), Step("affine_by_name", 470), Step("norm", 178)],
     cut=(5,),
     first=next(iter(FIRST)),
     offsets=[0, 0, 0],
