@@ -48,9 +48,7 @@ def time_first(layer: nn.Module) -> Net:
     return Net(forward, layer=layer)
 
 
-# ================================================================================================
-# Parts
-# ================================================================================================
+# -- Parts -----------------------------------------------------------------------------------------
 def tied_language_model(vocabulary: int, d: int) -> Net:
     table, body = nn.Embedding(vocabulary, d), nn.Linear(d, d)
     head = nn.Linear(d, vocabulary, bias=False)
@@ -149,9 +147,7 @@ class TwoOutputs(torch.autograd.Function):
         return a * w + b, (a * x + b).sum(0)
 
 
-# ================================================================================================
-# Forward functions
-# ================================================================================================
+# -- Forward functions -----------------------------------------------------------------------------
 def gru_learned_start(m: Net, x: Tensor) -> Tensor:
     """The initial state is a parameter, repeated for the batch in dimension 1."""
     return m.gru(x, m.start.repeat(1, len(x), 1))[0]
@@ -283,9 +279,7 @@ def many_uses(m: Net, x: Tensor) -> Tensor:
     return x
 
 
-# ================================================================================================
-# Rows
-# ================================================================================================
+# -- Rows ------------------------------------------------------------------------------------------
 def recurrent(kind: type[nn.RNNBase], batch_first: bool, **options: Any) -> tuple:
     layer = kind(4, 3, num_layers=2, bidirectional=True, batch_first=batch_first, **options)
     return layer if batch_first else time_first(layer), noise(6, 4)

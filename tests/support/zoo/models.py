@@ -18,9 +18,7 @@ from tests.support.zoo.layers import (
 from tests.support.zoo.small import B, ids, noise, padding
 
 
-# ================================================================================================
-# torchvision
-# ================================================================================================
+# -- torchvision -----------------------------------------------------------------------------------
 def vision(name: str, size: int = 32, **options: Any) -> tuple:
     import torchvision
 
@@ -86,9 +84,7 @@ def small_video_swin() -> tuple:
     return model, noise(3, 4, 32, 32)
 
 
-# ================================================================================================
-# transformers and peft
-# ================================================================================================
+# -- transformers and peft -------------------------------------------------------------------------
 _BODY = {"hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 24}
 _TINY = {**_BODY, "vocab_size": 19, "num_attention_heads": 4}
 _GROUPED = {**_TINY, "num_key_value_heads": 2, "use_cache": False}
@@ -220,9 +216,7 @@ def peft_gpt2(**options: Any) -> tuple:
     return peft.get_peft_model(gpt2(), config), text()
 
 
-# ================================================================================================
-# torch
-# ================================================================================================
+# -- torch -----------------------------------------------------------------------------------------
 def encoder(batch_first: bool, **options: Any) -> nn.TransformerEncoder:
     layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=batch_first, **options)
     return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)

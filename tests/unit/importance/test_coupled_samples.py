@@ -52,9 +52,7 @@ def put_back(order: Tensor, function: Callable[[Tensor], Tensor], x: Tensor) -> 
     return function(x[order])[order.argsort()]
 
 
-# ================================================================================================
-# Samples that do not meet, wherever they go: exactly right
-# ================================================================================================
+# -- Samples that do not meet, wherever they go: exactly right -------------------------------------
 def packed(m: Net, x: Tensor) -> Tensor:
     """Only some tokens go through the layer, those of all samples together."""
     mask, out = x[..., 0] > 0, torch.zeros_like(x)
@@ -195,9 +193,7 @@ def test_a_forward_that_changes_its_input(size):
     assert_exact(estimate_importance(model, batches), expected)
 
 
-# ================================================================================================
-# Samples that meet: exactly what each would give by itself, or refused
-# ================================================================================================
+# -- Samples that meet: exactly what each would give by itself, or refused -------------------------
 class MixedBackward(torch.autograd.Function):
     """The identity, whose backward averages over the batch."""
 
@@ -364,9 +360,7 @@ def test_objectives_in_which_samples_meet(name, size):
         assert_exact(estimate_importance(model, batches, objective=OBJECTIVES[name]), expected)
 
 
-# ================================================================================================
-# A forward with a memory: as if run once per sample or once per batch, in order, or refused
-# ================================================================================================
+# -- A forward with a memory: as if run once per sample or once per batch, in order, or refused ----
 def counter(m: Net, h: Tensor) -> Tensor:
     """The state is a buffer, which is put back."""
     m.state += 1
@@ -428,9 +422,7 @@ def test_a_forward_with_a_memory(memory, size):
         assert any(not differences(omega, reading) for reading in readings)
 
 
-# ================================================================================================
-# Chance: one draw per sample, or refused
-# ================================================================================================
+# -- Chance: one draw per sample, or refused -------------------------------------------------------
 GENERATOR = torch.Generator().manual_seed(0)
 DRAWS: dict[str, Callable[[int], Tensor]] = {
     "torch": lambda n: 1.0 + (torch.randn(n, 1) > 0),

@@ -40,9 +40,7 @@ def normal(*shape: int) -> Tensor:
     return torch.randn(shape, dtype=torch.float64)
 
 
-# ================================================================================================
-# The zoo
-# ================================================================================================
+# -- The zoo ---------------------------------------------------------------------------------------
 def expected_paths(name: str, omega: Importance) -> dict[str, str]:
     """The first of the patterns that matches a parameter decides; without one it is direct."""
     patterns = PATHS.get(name, {})
@@ -85,9 +83,7 @@ def test_a_linear_layer_analytically():
     torch.testing.assert_close(estimate_importance(model, [x])["weight"], expected)
 
 
-# ================================================================================================
-# What it costs
-# ================================================================================================
+# -- What it costs ---------------------------------------------------------------------------------
 @pytest.mark.parametrize("batch_size", [8, 32])
 def test_the_model_runs_a_few_times_not_once_per_sample(batch_size):
     model, calls = convnet(), []
@@ -131,9 +127,7 @@ def test_memory_does_not_grow_with_samples_times_parameters(name):
     assert 0 < largest.elements < len(x) * max(p.numel() for p in model.parameters())
 
 
-# ================================================================================================
-# Batches of any size and length
-# ================================================================================================
+# -- Batches of any size and length ----------------------------------------------------------------
 SIZED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "mlp": (mlp, (6,)),
     "cnn": (convnet, (2, 8, 8)),
@@ -176,9 +170,7 @@ def test_batches_of_other_sizes_and_lengths(name, order):
     assert_exact(omega, one_by_one(model, batches))
 
 
-# ================================================================================================
-# A plan is made from one batch, and must not be used for a batch that it is wrong for
-# ================================================================================================
+# -- A plan is made from one batch, and must not be used for a batch that it is wrong for ----------
 def branching(m: Net, x: Tensor) -> Tensor:
     """One more layer for large inputs: another graph in a later batch."""
     x = m.first(x)
@@ -277,9 +269,7 @@ def test_layers_exchanged_between_measurements():
     assert_exact(estimate_importance(model, [x]), one_by_one(model, [x]))
 
 
-# ================================================================================================
-# Dtypes
-# ================================================================================================
+# -- Dtypes ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "function",
     [F.linear, lambda x, w: F.embedding(x[:, :1].long() % 3, w)],

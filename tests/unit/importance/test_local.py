@@ -54,9 +54,7 @@ def followed_by(activation: Function, layer: nn.Module | None = None) -> Net:
     return Net(function, **parts).double()
 
 
-# ================================================================================================
-# The formula
-# ================================================================================================
+# -- The formula -----------------------------------------------------------------------------------
 def test_hebbs_rule_by_hand():
     """Ω_ji = 2 y_j x_i of two neurons, one of which does not fire."""
     model = nn.Sequential(nn.Linear(2, 2), nn.ReLU()).double()
@@ -114,9 +112,7 @@ def test_layers(name):
     assert_same(measure(model, x.split(3)), by_autograd(model.layer, x))
 
 
-# ================================================================================================
-# Followed by ReLU, or not
-# ================================================================================================
+# -- Followed by ReLU, or not ----------------------------------------------------------------------
 def add_then_relu(y: Tensor) -> Tensor:
     y += 1  # the same tensor, which is no longer the layer's output
     return torch.relu_(y)
@@ -201,9 +197,7 @@ def test_hooks_on_a_layer_see_and_change_what_they_did():
     torch.testing.assert_close(measure(model, [x])["layer.weight"], expected, rtol=1e-12, atol=0)
 
 
-# ================================================================================================
-# Several uses: summed before the absolute value
-# ================================================================================================
+# -- Several uses: summed before the absolute value ------------------------------------------------
 def three_times(m: Net, x: Tensor) -> Tensor:
     for _ in range(3):
         x = torch.relu(m.layer(x))
@@ -240,9 +234,7 @@ def test_tied_convolutions_that_walk_differently():
     assert_same({"w": measure(nn.Sequential(first, second), [x])["0.weight"]}, {"w": expected})
 
 
-# ================================================================================================
-# Which rows are a sample's
-# ================================================================================================
+# -- Which rows are a sample's ---------------------------------------------------------------------
 def flattened_if_many(m: Net, x: Tensor) -> Tensor:
     """One sample by itself does not tell."""
     rows = x.flatten(0, 1) if len(x) > 1 else x
@@ -289,9 +281,7 @@ def test_max_samples_cuts_a_batch(max_samples, forward):
     assert_same(omega, by_autograd(model.layer, x[:max_samples]))
 
 
-# ================================================================================================
-# What is covered
-# ================================================================================================
+# -- What is covered -------------------------------------------------------------------------------
 class Scaled(nn.Linear):
     def forward(self, x):
         return 2 * super().forward(x)
@@ -356,9 +346,7 @@ def test_no_warning_for_what_is_not_measured():
     assert list(measure(model, [x])) == ["0.weight", "0.bias"]
 
 
-# ================================================================================================
-# Precision, modes, compiled models
-# ================================================================================================
+# -- Precision, modes, compiled models -------------------------------------------------------------
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_sums_are_kept_in_float32(dtype, autocast):

@@ -17,9 +17,7 @@ from tests.support.zoo.small import assert_same, convnet, images, mlp, vectors
 X = vectors()
 
 
-# ================================================================================================
-# objective=, and outputs of any rank
-# ================================================================================================
+# -- objective=, and outputs of any rank -----------------------------------------------------------
 def flat(y: Tensor) -> Tensor:
     return y.reshape(len(y), -1)
 
@@ -59,9 +57,7 @@ def test_energy_is_the_mean_of_the_objective():
         assert omega.energy == pytest.approx(energy)
 
 
-# ================================================================================================
-# estimator=, weighting=, training=, max_samples=
-# ================================================================================================
+# -- estimator=, weighting=, training=, max_samples= -----------------------------------------------
 def batch_means(model: nn.Module, batches: Iterable[Tensor], by_size: bool) -> dict[str, Tensor]:
     """Σ w |∇ mean ‖F‖²| / Σ w, w a batch's size or 1, in the mode the model is in."""
     total, weights = {name: torch.zeros_like(p) for name, p in model.named_parameters()}, 0
@@ -138,9 +134,7 @@ def test_training_mode_leaves_no_trace(make, batches):
     assert_same(omega, expected, rtol=1e-9, atol=1e-12)
 
 
-# ================================================================================================
-# params=
-# ================================================================================================
+# -- params= ---------------------------------------------------------------------------------------
 PARAMS: dict[str, tuple[Any, set[str]]] = {
     "names": (["0.weight"], {"0.weight"}),
     "globs": (["*.bias", "6.w*"], {"0.bias", "1.bias", "6.bias", "6.weight"}),
@@ -176,9 +170,7 @@ def test_tied_parameters_are_measured_once_under_their_first_name():
     assert_exact(omega, one_by_one(model, [X[:, :4]]))
 
 
-# ================================================================================================
-# data, and forward=
-# ================================================================================================
+# -- data, and forward= ----------------------------------------------------------------------------
 def several(m: Net, tokens: Tensor, features: Tensor, table: Tensor, squash: bool = True) -> Any:
     hidden = m.embedding(tokens).mean(1) + m.linear(features) @ table
     return {"loss": None, "logits": m.mix(hidden.tanh() if squash else hidden)}
@@ -309,9 +301,7 @@ def test_a_list_with_a_value_per_sample_is_cut_with_the_batch():
     assert_same(whole, estimate_importance(model, alone))
 
 
-# ================================================================================================
-# progress=
-# ================================================================================================
+# -- progress= -------------------------------------------------------------------------------------
 def test_progress(capsys):
     seen: list[int] = []
     estimate_importance(mlp(), X.split(4), progress=seen.append)

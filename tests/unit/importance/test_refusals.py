@@ -222,9 +222,7 @@ def test_refusals_name_the_remedy_and_change_nothing(name, estimator):
         assert_identical(mas.state_dict(), state)
 
 
-# ================================================================================================
-# Errors half-way
-# ================================================================================================
+# -- Errors half-way -------------------------------------------------------------------------------
 OVERFLOWS = {  # at 4e4 the output still fits into float16, and twice its value does not
     "output": 1e5,
     "gradient": 4e4,

@@ -24,9 +24,7 @@ from tests.support.zoo.small import convnet, images, mlp, vectors
 PAIRS = pytest.mark.parametrize(("make", "data"), [(mlp, vectors), (convnet, images)])
 
 
-# ================================================================================================
-# What is left as it was
-# ================================================================================================
+# -- What is left as it was ------------------------------------------------------------------------
 def fails_half_way() -> Iterator[Tensor]:
     yield images(3)
     raise OSError("the disk is gone")
@@ -71,9 +69,7 @@ def test_nothing_is_accumulated_into_gradients():
     assert all(p.grad is None for p in model.parameters())
 
 
-# ================================================================================================
-# Compilers
-# ================================================================================================
+# -- Compilers -------------------------------------------------------------------------------------
 def whole(model: nn.Module, backend: str) -> nn.Module:
     return torch.compile(model, backend=backend)
 
@@ -113,9 +109,7 @@ def test_a_compiled_model_in_a_custom_forward():
         assert_exact(omega, expected)
 
 
-# ================================================================================================
-# Modes of the caller
-# ================================================================================================
+# -- Modes of the caller ---------------------------------------------------------------------------
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_in_any_gradient_mode(mode):
     model = convnet()
@@ -165,9 +159,7 @@ def test_under_autocast_the_sums_are_float32(name, inside):
     assert_exact(omega, expected, rtol=0.05, floor=0.005)
 
 
-# ================================================================================================
-# Checkpointing and saved tensors
-# ================================================================================================
+# -- Checkpointing and saved tensors ---------------------------------------------------------------
 class Checkpointed(nn.Module):
     def __init__(self, reentrant: bool, nested: bool = False, first_too: bool = True):
         super().__init__()
@@ -220,9 +212,7 @@ def test_saved_tensors_kept_elsewhere(make, data, inside):
             assert_exact(estimate_importance(model, x.split(4)), expected)
 
 
-# ================================================================================================
-# Warnings
-# ================================================================================================
+# -- Warnings --------------------------------------------------------------------------------------
 def stacked(model: nn.Module, samples: list[Tensor]) -> Tensor:
     """A forward for batches that cannot be cut."""
     return model(torch.stack(samples))
@@ -243,9 +233,7 @@ def test_a_warning_that_is_an_error_stays_what_it_is():
         estimate_importance(mlp(), [list(vectors())], forward=stacked)
 
 
-# ================================================================================================
-# Hooks
-# ================================================================================================
+# -- Hooks -----------------------------------------------------------------------------------------
 def counting(seen: list, result: Callable[..., Any] = lambda *_: None) -> Callable[..., Any]:
     def hook(*arguments: Any) -> Any:
         seen.append(1)
@@ -286,9 +274,7 @@ def test_hooks_run_and_stay(name):
     assert {k: len(v) for k, v in vars(model[2]).items() if "hooks" in k} == before
 
 
-# ================================================================================================
-# A training run must not notice
-# ================================================================================================
+# -- A training run must not notice ----------------------------------------------------------------
 def trainee() -> nn.Sequential:
     torch.manual_seed(0)
     convolutions = [nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5)]
@@ -340,9 +326,7 @@ def test_training_goes_on_bit_for_bit(moment, context):
     assert_identical(train(moment, context), train(None, context))
 
 
-# ================================================================================================
-# Interruption
-# ================================================================================================
+# -- Interruption ----------------------------------------------------------------------------------
 def states_between(mas: MAS, batches: list[Tensor], where: str) -> list[Any]:
     """The states that a program could have saved after each batch but the last."""
     states: list[Any] = []
