@@ -13,6 +13,7 @@ from tests.support.zoo.small import convnet, images
 
 def _forward(m: Net, x: Tensor) -> Tensor:
     m.calls += 1
+    m.sparse.mul_(2)
     m.statistics.running_mean.add_(x.mean((0, 2, 3)))
     m.register_buffer("appeared", x)
     return m.body(x)

@@ -110,31 +110,6 @@ def gpt2(**options: Any) -> nn.Module:
     return transformer("GPT2LMHeadModel", "GPT2Config", sizes, _SPECIAL, options)
 
 
-def bert() -> tuple:
-    model = transformer("BertForSequenceClassification", "BertConfig", _SHORT)
-    return model, text(token_type_ids=ids(6, below=2))
-
-
-def t5() -> tuple:
-    model = transformer(
-        *("T5ForConditionalGeneration", "T5Config", _SEQ2SEQ),
-        **{"d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 4},
-        relative_attention_num_buckets=8,
-    )
-    return model, text(decoder_input_ids=ids(4, below=19))
-
-
-def whisper() -> tuple:
-    model = transformer(
-        *("WhisperForConditionalGeneration", "WhisperConfig", _SEQ2SEQ),
-        **{"d_model": 16, "num_mel_bins": 6, "max_source_positions": 8},
-        **{"encoder_layers": 1, "decoder_layers": 1, "max_target_positions": 8},
-        **{"encoder_attention_heads": 2, "decoder_attention_heads": 2},
-        **{"encoder_ffn_dim": 24, "decoder_ffn_dim": 24},
-    )
-    return model, {"input_features": noise(6, 16), "decoder_input_ids": ids(4, below=19)}
-
-
 def longformer() -> tuple:
     """Windows along the sequence, padding to whole ones, and tokens that see all others."""
     options = {"attention_window": 4, "pad_token_id": 0, "max_position_embeddings": 16}
@@ -143,45 +118,14 @@ def longformer() -> tuple:
     return model, text(global_attention_mask=first)
 
 
-def of_text(model: str, config: str, *settings: dict, **more: Any) -> Callable[[], tuple]:
-    return lambda: (transformer(model, config, *settings, **more), text())
-
-
-def hf_vit() -> tuple:
-    model = transformer(
-        *("ViTForImageClassification", "ViTConfig", _BODY),
-        **{"num_attention_heads": 4, "image_size": 16, "patch_size": 8, "num_labels": 3},
-    )
-    return model, {"pixel_values": noise(3, 16, 16)}
-
-
-def mamba2() -> tuple:
-    """A state-space model: depthwise convolutions and scans in chunks."""
-    model = transformer(
-        *("Mamba2ForCausalLM", "Mamba2Config", _SPECIAL),
-        **{"vocab_size": 19, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4},
-        **{"num_heads": 4, "head_dim": 8, "n_groups": 2, "chunk_size": 4, "use_cache": False},
-    )
-    return model, {"input_ids": ids(6, below=19)}
-
-
-def wav2vec2() -> tuple:
-    """Convolutions over samples of sound, one of them weight-normalized along dimension 2."""
-    model = transformer(
-        *("Wav2Vec2ForCTC", "Wav2Vec2Config", _TINY),
-        **{"conv_dim": (8, 8), "conv_stride": (4, 2), "conv_kernel": (5, 3)},
-        **{"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "mask_time_prob": 0},
-    )
-    return model, {"input_values": noise(100)}
-
-
-def segformer() -> tuple:
-    model = transformer(
-        *("SegformerForSemanticSegmentation", "SegformerConfig"),
-        **{"hidden_sizes": [8, 8, 16, 16], "depths": [1] * 4, "decoder_hidden_size": 8},
-        **{"num_attention_heads": [1, 2, 2, 2], "mlp_ratios": [2] * 4},
-    )
-    return model, {"pixel_values": noise(3, 64, 64)}
+def hugging_face(
+    model: str,
+    config: str,
+    *settings: dict,
+    batch: Callable[[], dict[str, Tensor]] = text,
+    **more: Any,
+) -> Callable[[], tuple]:
+    return lambda: (transformer(model, config, *settings, **more), batch())
 
 
 def peft_llama(kind: str, **options: Any) -> Callable[[], tuple]:
@@ -194,19 +138,12 @@ def peft_llama(kind: str, **options: Any) -> Callable[[], tuple]:
     return make
 
 
-class SmallConvNet(nn.Sequential):
-    """Something for adapters of convolutions."""
-
-    def __init__(self) -> None:
-        super().__init__(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten())
-        self.append(nn.Linear(8 * 16, 3))
-
-
 def peft_cnn(kind: str, **options: Any) -> tuple:
     import peft
 
+    layers = nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(128, 3)
     config = getattr(peft, kind)(r=2, target_modules=["0", "2", "4"], **options)
-    return peft.get_peft_model(SmallConvNet(), config), noise(3, 8, 8)
+    return peft.get_peft_model(nn.Sequential(*layers), config), noise(3, 8, 8)
 
 
 def peft_gpt2(**options: Any) -> tuple:
@@ -257,43 +194,76 @@ MODELS: dict[str, Callable[[], tuple]] = {
     "vit, small": small_vit,
     "gpt2": lambda: (gpt2(), text()),
     "gpt2, eager attention": lambda: (gpt2(attn_implementation="eager"), text()),
-    "llama": of_text("LlamaForCausalLM", "LlamaConfig", _GROUPED),
-    "mistral": of_text("MistralForCausalLM", "MistralConfig", _GROUPED, sliding_window=3),
-    "mixtral": of_text(
+    "llama": hugging_face("LlamaForCausalLM", "LlamaConfig", _GROUPED),
+    "mistral": hugging_face("MistralForCausalLM", "MistralConfig", _GROUPED, sliding_window=3),
+    "mixtral": hugging_face(
         *("MixtralForCausalLM", "MixtralConfig", _GROUPED, _SPECIAL),
         **{"num_local_experts": 4, "num_experts_per_tok": 2},
         experts_implementation="eager",  # the grouped matrix products know no float64
     ),
-    "bert": bert,
-    "distilbert": of_text(
+    "bert": hugging_face(
+        *("BertForSequenceClassification", "BertConfig", _SHORT),
+        batch=lambda: text(token_type_ids=ids(6, below=2)),
+    ),
+    "distilbert": hugging_face(
         *("DistilBertForSequenceClassification", "DistilBertConfig"),
         **{"vocab_size": 19, "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24},
         max_position_embeddings=8,
     ),
-    "t5": t5,
-    "opt": of_text(
+    "t5": hugging_face(
+        *("T5ForConditionalGeneration", "T5Config", _SEQ2SEQ),
+        **{"d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 4},
+        relative_attention_num_buckets=8,
+        batch=lambda: text(decoder_input_ids=ids(4, below=19)),
+    ),
+    "opt": hugging_face(
         *("OPTForCausalLM", "OPTConfig", _SHORT, _SPECIAL), ffn_dim=24, word_embed_proj_dim=8
     ),
-    "hf vit": hf_vit,
-    "whisper": whisper,
-    "albert": of_text("AlbertForMaskedLM", "AlbertConfig", _SHORT, embedding_size=8),
-    "deberta": of_text(  # relative positions go through the same projections as the tokens
+    "hf vit": hugging_face(
+        *("ViTForImageClassification", "ViTConfig", _BODY),
+        **{"num_attention_heads": 4, "image_size": 16, "patch_size": 8, "num_labels": 3},
+        batch=lambda: {"pixel_values": noise(3, 16, 16)},
+    ),
+    "whisper": hugging_face(
+        *("WhisperForConditionalGeneration", "WhisperConfig", _SEQ2SEQ),
+        **{"d_model": 16, "num_mel_bins": 6, "encoder_layers": 1, "decoder_layers": 1},
+        **{"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 24},
+        **{"decoder_ffn_dim": 24, "max_source_positions": 8, "max_target_positions": 8},
+        batch=lambda: {"input_features": noise(6, 16), "decoder_input_ids": ids(4, below=19)},
+    ),
+    "albert": hugging_face("AlbertForMaskedLM", "AlbertConfig", _SHORT, embedding_size=8),
+    "deberta": hugging_face(  # relative positions go through the same projections as the tokens
         *("DebertaV2ForSequenceClassification", "DebertaV2Config", _SHORT),
         **{"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_buckets": 4},
         **{"share_att_key": True, "norm_rel_ebd": "layer_norm", "conv_kernel_size": 3},
     ),
     "longformer": longformer,
-    "bloom": of_text(
+    "bloom": hugging_face(
         *("BloomForCausalLM", "BloomConfig", _SPECIAL),
         **{"vocab_size": 19, "hidden_size": 16, "n_layer": 2, "n_head": 4},
     ),
-    "mamba2": mamba2,
-    "wav2vec2": wav2vec2,
-    "segformer": segformer,
-    "gemma3": of_text(
+    "mamba2": hugging_face(  # a state-space model: depthwise convolutions and scans in chunks
+        *("Mamba2ForCausalLM", "Mamba2Config", _SPECIAL),
+        **{"vocab_size": 19, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4},
+        **{"num_heads": 4, "head_dim": 8, "n_groups": 2, "chunk_size": 4, "use_cache": False},
+        batch=lambda: {"input_ids": ids(6, below=19)},
+    ),
+    "wav2vec2": hugging_face(  # convolutions over sound, one weight-normalized along dimension 2
+        *("Wav2Vec2ForCTC", "Wav2Vec2Config", _TINY),
+        **{"conv_dim": (8, 8), "conv_stride": (4, 2), "conv_kernel": (5, 3), "mask_time_prob": 0},
+        **{"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2},
+        batch=lambda: {"input_values": noise(100)},
+    ),
+    "segformer": hugging_face(
+        *("SegformerForSemanticSegmentation", "SegformerConfig"),
+        **{"hidden_sizes": [8, 8, 16, 16], "depths": [1] * 4, "decoder_hidden_size": 8},
+        **{"num_attention_heads": [1, 2, 2, 2], "mlp_ratios": [2] * 4},
+        batch=lambda: {"pixel_values": noise(3, 64, 64)},
+    ),
+    "gemma3": hugging_face(
         "Gemma3ForCausalLM", "Gemma3TextConfig", _GROUPED, head_dim=4, sliding_window=3
     ),
-    "neox": of_text("GPTNeoXForCausalLM", "GPTNeoXConfig", _TINY),
+    "neox": hugging_face("GPTNeoXForCausalLM", "GPTNeoXConfig", _TINY),
     "peft lora": peft_gpt2,
     "peft dora": lambda: peft_gpt2(use_dora=True),
     "peft ia3": peft_llama(
