@@ -1,11 +1,13 @@
-"""Small networks and data that several tests use, and the oracle for importance."""
+"""Small networks and data that many tests use."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+
+B = 5  # samples in a batch of the zoo
 
 
 def mlp(dtype: torch.dtype = torch.float64) -> nn.Sequential:
@@ -37,31 +39,26 @@ def images(count: int = 6, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(count, 2, 8, 8, dtype=dtype, generator=torch.Generator().manual_seed(1))
 
 
-def squared_l2(output: Tensor) -> Tensor:
-    return (output**2).sum()
+def noise(*shape: int) -> Tensor:
+    return torch.randn(B, *shape, dtype=torch.float64)
 
 
-def oracle(
-    model: nn.Module, samples: Iterable[Tensor], objective: Callable[[Tensor], Tensor] = squared_l2
-) -> dict[str, Tensor]:
-    """Ω as it is defined: batch size 1, plain backward, absolute value, mean."""
-    was_training = model.training
-    model.eval()
-    total = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
-    count = 0
-    for sample in samples:
-        model.zero_grad()
-        objective(model(sample.unsqueeze(0))).backward()
-        for name, p in model.named_parameters():
-            if p.grad is not None:
-                total[name] += p.grad.abs()
-        count += 1
-    model.zero_grad()
-    model.train(was_training)
-    return {name: value / count for name, value in total.items()}
+def ids(*shape: int, below: int = 7) -> Tensor:
+    return torch.randint(below, (B, *shape))
 
 
-def assert_same(actual: dict, expected: dict, rtol: float = 1e-12, atol: float = 1e-14) -> None:
+def padding(t: int) -> Tensor:
+    """1 for a token, 0 for padding after it; one sample is full, one is a single token."""
+    lengths = torch.tensor([t, 1, *torch.randint(1, t, (B - 2,)).tolist()])
+    return (torch.arange(t) < lengths[:, None]).long()
+
+
+def assert_same(
+    actual: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    rtol: float = 1e-12,
+    atol: float = 1e-14,
+) -> None:
     assert set(actual) == set(expected)
     for name, value in expected.items():
         torch.testing.assert_close(
