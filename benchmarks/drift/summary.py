@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from benchmarks.benchmark import Result, Results
 from benchmarks.measure import deviation
-from mas_ext._strength.auto import DEFAULT_DRIFT as DEFAULT
+from mas_ext._strength.auto import DEFAULT_DRIFT as DEFAULT_DRIFT as DEFAULT
 
 FREE = "fine-tuning"
 CLOSE = 0.03  # goal: the default drift's accuracy comes that close to the best λ's

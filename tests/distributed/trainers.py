@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 
 import mas_ext
-from tests.models import assert_same
 from tests.support.processes import leave
 from tests.support.regularizers import assert_states_equal
 from tests.support.trainers import LIBRARIES, vectors
+from tests.support.zoo.small import assert_same
 
 SAMPLES = 24
 

@@ -23,9 +23,9 @@ with warnings.catch_warnings():
 import mas_ext
 from mas_ext.demo.data import load_digits
 from mas_ext.integrations.avalanche import MASPlugin
-from tests.models import assert_same
-from tests.oracle import assert_exact, one_by_one
+from tests.support.oracle import assert_exact, one_by_one
 from tests.support.regularizers import assert_refused, refusal
+from tests.support.zoo.small import assert_same
 
 THEIRS = mas_ext.preset("avalanche").importance
 

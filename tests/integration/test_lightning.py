@@ -4,11 +4,11 @@ import pytest
 import torch
 
 import mas_ext
-from tests.models import assert_same
-from tests.oracle import assert_exact, one_by_one
 from tests.support.hand_loop import HandLoop, Protection, sgd
+from tests.support.oracle import assert_exact, one_by_one
 from tests.support.regularizers import assert_refused, assert_states_equal, plain_state, refusal
 from tests.support.trainers import EPOCHS, Lightning, batches, loss_of, vectors
+from tests.support.zoo.small import assert_same
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*does not have many workers", "ignore:.*logging interval", "ignore:.*ckpt_path"

@@ -21,10 +21,10 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 
 import mas_ext
 from mas_ext import MAS
-from tests.models import assert_same, mlp, vectors
-from tests.oracle import one_by_one
 from tests.support.hand_loop import HandLoop, Protection, assert_trained
+from tests.support.oracle import one_by_one
 from tests.support.regularizers import assert_states_equal, learned
+from tests.support.zoo.small import assert_same, mlp, vectors
 
 X = vectors(12)
 STRENGTHS = [5.0, 2.0, 9.0, 0.0, 7.0, 3.0]

@@ -9,7 +9,6 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from mas_ext import MAS
-from tests.models import convnet, images, mlp, vectors
 from tests.support import killed
 from tests.support.regularizers import (
     assert_refused,
@@ -17,6 +16,7 @@ from tests.support.regularizers import (
     move,
     refusal,
 )
+from tests.support.zoo.small import convnet, images, mlp, vectors
 
 X = vectors(dtype=torch.float32)
 

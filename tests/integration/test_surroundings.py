@@ -19,9 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 import mas_ext
 from mas_ext import MAS
-from tests.models import assert_same, mlp, oracle, vectors
-from tests.oracle import one_by_one
 from tests.support.hand_loop import Protection, assert_trained, sgd, train_by_hand
+from tests.support.oracle import one_by_one
 from tests.support.regularizers import (
     Refusal,
     assert_bits,
@@ -31,6 +30,7 @@ from tests.support.regularizers import (
     move,
     refusal,
 )
+from tests.support.zoo.small import assert_same, mlp, oracle, vectors
 
 X = vectors()
 Loss = Callable[[nn.Module], Tensor]

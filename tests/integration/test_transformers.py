@@ -18,11 +18,11 @@ from transformers import Trainer, TrainerCallback
 
 import mas_ext
 from mas_ext.integrations.transformers import FILE, MASCallback
-from tests.models import assert_same
-from tests.oracle import assert_exact, one_by_one
 from tests.support.hand_loop import HandLoop, Protection, sgd
+from tests.support.oracle import assert_exact, one_by_one
 from tests.support.regularizers import assert_refused, assert_states_equal, refusal
 from tests.support.trainers import STOP, Transformers, batches, loss_of, vectors
+from tests.support.zoo.small import assert_same
 
 X = vectors(1)[0]
 

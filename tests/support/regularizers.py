@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mas_ext import MAS
 from mas_ext._state.distributed_checkpoint import unpacked
-from tests.models import mlp, vectors
+from tests.support.zoo.small import mlp, vectors
 
 MERGES = ["sum", "mean", "max", ("ema", 0.3), ("ema_from_zero", 0.3), "sum_of_sums"]
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import Tensor
 
-from mas_ext.precision import compress_, num_scales
+from mas_ext.precision import num_scales, quantize_
 
 DTYPES = {
     "float32": torch.float32,
@@ -177,7 +177,7 @@ def compressed(omega: Tensor, layout: Layout = contiguous) -> tuple[Tensor, Tens
     """The codes of an Ω, dense in the order of ``layout``, and their scales."""
     codes = (contiguous if layout is sliced else layout)(torch.zeros_like(omega, dtype=torch.uint8))
     scales = omega.new_empty(num_scales(omega.numel()), dtype=torch.float32)
-    compress_(codes, scales, omega)
+    quantize_(codes, scales, omega)
     return codes, scales
 
 

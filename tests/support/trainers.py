@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 
-from tests.models import mlp
+from tests.support.zoo.small import mlp
 
 BATCH, SAMPLES, EPOCHS, STOP = 4, 20, 2, 8
 

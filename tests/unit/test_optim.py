@@ -18,7 +18,6 @@ import mas_ext
 from mas_ext import MAS
 from tests.integration.test_loops import KINDS as ALL
 from tests.integration.test_loops import OURS
-from tests.models import mlp, vectors
 from tests.support.regularizers import (
     assert_bits,
     assert_refused,
@@ -27,6 +26,7 @@ from tests.support.regularizers import (
     learned,
     refusal,
 )
+from tests.support.zoo.small import mlp, vectors
 
 X = vectors(dtype=torch.float32)
 KINDS = {kind: ALL[kind] for kind in OURS}

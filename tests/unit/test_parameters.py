@@ -6,7 +6,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from mas_ext._parameters import ParameterIndex, select
-from tests.models import mlp
+from tests.support.zoo.small import mlp
 
 
 def names(model):

@@ -10,7 +10,6 @@ from torch import nn
 
 import mas_ext
 from mas_ext import MAS
-from tests.models import assert_same, mlp, oracle, vectors
 from tests.support.regularizers import (
     assert_refused,
     assert_states_equal,
@@ -20,6 +19,7 @@ from tests.support.regularizers import (
     penalty_by_hand,
     refusal,
 )
+from tests.support.zoo.small import assert_same, mlp, oracle, vectors
 
 X = vectors()
 

@@ -202,7 +202,9 @@ PRODUCT = """
     ],
 )
 def test_a_product(old, new, problems):
-    symbol = "_ZN7mas_ext4cuda17abs_matmul_kernelIN3c108BFloat16ENS_12MagnitudeAbsEEEvNS_9AbsMatmulE"
+    symbol = (
+        "_ZN7mas_ext4cuda17abs_matmul_kernelIN3c108BFloat16ENS_12MagnitudeAbsEEEvNS_9AbsMatmulE"
+    )
     kernels = assemble(*listings(PRODUCT.replace(old, new), symbol=symbol))
     where = "sm_90 abs_matmul bfloat16"
     assert prove(kernels)[1] == [f"{where}: {problem}" for problem in problems]

@@ -69,7 +69,7 @@ class Draw:
     seed: int
     magnitudes: dict[str, int]
     layouts: dict[str, str]
-    expanded: set[str] = field(default_factory=set)  # lists that hold one value, expanded
+    expanded: set[str] = field(default_factory=set)  # lists that hold one value, dequantize
 
     def tensor(self, name: str) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed + NAMES.index(name))
@@ -90,7 +90,7 @@ def draws(op: str) -> st.SearchStrategy[Draw]:
     expanded = st.one_of(st.just(set()), st.sets(st.sampled_from(readable)))
     return st.sampled_from(list(DTYPES.values())).flatmap(
         lambda dtype: st.builds(
-            Draw, st.just(dtype), shapes, seeds, magnitudes(dtype), layouts, expanded
+            Draw, st.just(dtype), shapes, seeds, magnitudes(dtype), layouts, dequantize
         )
     )
 
@@ -346,6 +346,6 @@ def test_what_is_compressed_again_is_the_same(size: int, decades: float, seed: i
     generator = torch.Generator().manual_seed(seed)
     omega = 10 ** (-decades * torch.rand(size, generator=generator))
     codes, scales = compressed(omega * (torch.rand(size, generator=generator) > 0.25))
-    again, scales_again = compressed(precision.expanded(codes, scales))
+    again, scales_again = compressed(precision.dequantize(codes, scales))
     assert torch.equal(scales_again, scales)
     assert torch.equal(again, codes)

@@ -11,7 +11,6 @@ from torch import nn
 
 import mas_ext
 from mas_ext import MAS
-from tests.models import mlp, vectors
 from tests.support.regularizers import (
     assert_bits,
     assert_refused,
@@ -19,6 +18,7 @@ from tests.support.regularizers import (
     learned,
     refusal,
 )
+from tests.support.zoo.small import mlp, vectors
 
 X = vectors(dtype=torch.float32)
 

@@ -9,7 +9,6 @@ from torch import nn
 import mas_ext
 from mas_ext import MAS, estimate_importance
 from mas_ext._strength.auto import COHERENCE, LASTING
-from tests.models import mlp, vectors
 from tests.support.regularizers import (
     MERGES,
     assert_refused,
@@ -20,6 +19,7 @@ from tests.support.regularizers import (
     plain_state,
     refusal,
 )
+from tests.support.zoo.small import mlp, vectors
 
 X = vectors()
 

@@ -8,7 +8,6 @@ from torch import nn
 
 import mas_ext
 from mas_ext import MAS
-from tests.models import mlp, vectors
 from tests.support.regularizers import (
     assert_refused,
     assert_states_equal,
@@ -17,6 +16,7 @@ from tests.support.regularizers import (
     penalty_by_hand,
     refusal,
 )
+from tests.support.zoo.small import mlp, vectors
 
 X = vectors()
 GROUPS = {"0.weight": 0.5, "0.*": 3.0, "*": 0.0}

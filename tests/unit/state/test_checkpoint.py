@@ -12,7 +12,6 @@ from torch import nn
 from mas_ext import MAS
 from mas_ext._state import checkpoint, tensor_file
 from mas_ext._state.atomic_write import replacing
-from tests.models import assert_same, mlp, vectors
 from tests.support.regularizers import (
     assert_refused,
     assert_states_equal,
@@ -21,6 +20,7 @@ from tests.support.regularizers import (
     plain_state,
     refusal,
 )
+from tests.support.zoo.small import assert_same, mlp, vectors
 
 X = vectors(dtype=torch.float32)
 

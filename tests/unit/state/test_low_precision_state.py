@@ -6,10 +6,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mas_ext import MAS, estimate_importance
-from mas_ext._state.importance_state import _PIECE, Memory, OpenTask
-from mas_ext.precision import BLOCK, KeptImportance, num_scales
-from tests.models import mlp, vectors
-from tests.test_regularizer import assert_states_equal, move
+from mas_ext._state.importance_state import _PIECE, ImportanceState
+from mas_ext._state.task_accumulator import TaskAccumulator
+from mas_ext.precision import BLOCK, StoredImportance, num_scales
+from tests.support.regularizers import assert_states_equal, move
+from tests.support.zoo.small import mlp, vectors
 
 X = vectors(dtype=torch.float32)
 NARROW = ("bfloat16", "uint8")
@@ -123,7 +124,7 @@ def test_damaged_codes_are_refused_and_change_nothing():
         lambda state: state["importance_scales"].update({"0.weight": torch.ones(2)}),
         lambda state: state["importance"].update({"0.weight": torch.ones(100, 6)}),
     ):
-        state = mas._state()
+        state = mas._state.to_dict()
         damage(state)
         with pytest.raises(ValueError, match=r"damaged.*importance_scales"):
             mas.load_state_dict(state)
@@ -155,7 +156,7 @@ def test_float64_parameters_keep_a_float64_importance(state_dtype):
 
 def bytes_of(mas):
     """Of what a consolidated MAS holds, by its own state."""
-    state = mas._state()
+    state = mas._state.to_dict()
     groups = ("importance", "importance_scales", "anchor", "earlier", "earlier_scales")
     return sum(t.nbytes for group in groups for t in state[group].values())
 
@@ -194,10 +195,10 @@ class LargestNew(TorchDispatchMode):
 @pytest.mark.parametrize("state_dtype", ["float32", *NARROW])
 def test_merging_never_holds_a_second_importance_of_a_whole_parameter(state_dtype):
     p = torch.randn(3 * _PIECE + 5, dtype=torch.bfloat16)
-    memory = Memory(state_dtype)
-    memory.fit({"w": p})
+    memory = ImportanceState(state_dtype)
+    memory.make_room({"w": p})
     before = memory.importance["w"].clone()
-    task = OpenTask({"w": torch.rand(p.shape)}, {"w": 4})
+    task = TaskAccumulator({"w": torch.rand(p.shape)}, {"w": 4})
     with LargestNew() as largest:
         memory.end_task({"w": p}, task, "sum")
     assert 0 < largest.elements <= _PIECE
@@ -205,7 +206,7 @@ def test_merging_never_holds_a_second_importance_of_a_whole_parameter(state_dtyp
 
 
 def test_parts_of_what_is_kept_are_read_and_written_alone():
-    kept = KeptImportance({"w": torch.empty(1000)}, "uint8")
+    kept = StoredImportance({"w": torch.empty(1000)}, "uint8")
     kept.put("w", torch.rand(1000))
     before = kept["w"]
     part = slice(256, 600)
@@ -213,4 +214,4 @@ def test_parts_of_what_is_kept_are_read_and_written_alone():
     assert torch.equal(kept["w"][:256], before[:256])
     assert torch.equal(kept["w"][256:512], 2 * before[256:512])
     assert torch.equal(kept["w"][768:], before[768:])
-    assert num_scales(1000) == kept.kept("w")[1].numel() == 4
+    assert num_scales(1000) == kept.stored("w")[1].numel() == 4

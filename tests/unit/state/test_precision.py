@@ -29,7 +29,7 @@ def blocks(tensor: Tensor) -> list[Tensor]:
 def test_the_root_is_off_by_half_a_step_at_most(shape: tuple[int, ...], layout: str) -> None:
     omega = LAYOUTS[layout][2](importance(shape))
     codes, scales = compressed(omega, LAYOUTS[layout][2])
-    kept = precision.expanded(codes, scales)
+    kept = precision.dequantize(codes, scales)
     assert (kept.dtype, kept.shape, kept.stride()) == (torch.float32, omega.shape, codes.stride())
     assert scales.shape == (precision.num_scales(omega.numel()),)
     for k, o, s in zip(blocks(kept), blocks(omega), scales, strict=True):
@@ -40,10 +40,10 @@ def test_the_root_is_off_by_half_a_step_at_most(shape: tuple[int, ...], layout: 
 
 def test_zero_and_the_largest_of_a_block_are_exact() -> None:
     omega = importance((1000,))
-    kept = precision.expanded(*compressed(omega))
+    kept = precision.dequantize(*compressed(omega))
     assert bool((kept[omega == 0] == 0).all())
     assert [float(k.max()) for k in blocks(kept)] == [float(o.max()) for o in blocks(omega)]
-    assert bool((precision.expanded(*compressed(torch.zeros(300))) == 0).all())
+    assert bool((precision.dequantize(*compressed(torch.zeros(300))) == 0).all())
 
 
 def test_blocks_run_through_memory() -> None:
@@ -73,5 +73,5 @@ def test_an_unknown_state_dtype_is_refused(name: object) -> None:
 
 @pytest.mark.parametrize("name", precision.STATE_DTYPES)
 def test_float64_parameters_keep_float64(name: str) -> None:
-    assert precision.kept_dtype(torch.float64, name) == torch.float64
-    assert precision.kept_dtype(torch.bfloat16, name) == precision.STATE_DTYPES[name]
+    assert precision.stored_dtype(torch.float64, name) == torch.float64
+    assert precision.stored_dtype(torch.bfloat16, name) == precision.STATE_DTYPES[name]
