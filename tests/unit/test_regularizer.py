@@ -267,6 +267,18 @@ def consolidating_nothing(model, mas):
     mas.consolidate()
 
 
+def shrunk_in_the_first_task(model, mas):
+    mas = MAS(model)
+    mas.update_importance([X])
+    before = mas.state_dict()["open"]
+    model[2] = nn.Linear(8, 2).double()
+    try:
+        mas.consolidate()
+    finally:
+        assert_same(mas.state_dict()["open"], before, 0, 0)
+        assert not mas.anchor
+
+
 def shrunk(measure):
     def call(model, mas):
         model[2] = nn.Linear(8, 2).double()
@@ -303,6 +315,7 @@ REFUSALS = {
     "nothing measured": (lambda m, _: MAS(m).consolidate(), RuntimeError, "data"),
     "nothing since": (consolidating_nothing, RuntimeError, "data", "update_importance"),
     "shrunk": (shrunk("consolidate"), ValueError, "'2.weight'", "[4, 8]", "params="),
+    "shrunk in the first task": (shrunk_in_the_first_task, ValueError, "'2.weight'", "params="),
     "shrunk open": (shrunk("update_importance"), ValueError, "'2.weight'", "[2, 8]", "params="),
     **{
         f"{measure}: {why}": (lambda m, mas, f=measure, d=data: getattr(mas, f)(d()), kind, word)
