@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 
 from benchmarks.benchmark import Result, Results
 from benchmarks.measure import deviation
-from mas_ext._strength.auto import DEFAULT_DRIFT as DEFAULT_DRIFT as DEFAULT
+from mas_ext._strength.auto import DEFAULT_DRIFT
 
 FREE = "fine-tuning"
 CLOSE = 0.03  # goal: the default drift's accuracy comes that close to the best λ's
 STEADY = 0.02  # goal: a change of the network or the batch moves accuracy by less
-STRENGTHS = {"best": "best λ", "drift": f"drift {DEFAULT:g}", "kept": "λ kept"}
+STRENGTHS = {"best": "best λ", "drift": f"drift {DEFAULT_DRIFT:g}", "kept": "λ kept"}
 Runs = Sequence[Mapping[str, float] | None]  # a run per seed; None: did not stay finite
 
 
@@ -49,7 +49,7 @@ def best(problem: Result) -> tuple[float, float]:
 
 
 def at_default(problem: Result) -> Runs:
-    runs: Runs = problem["drift"][f"{DEFAULT:g}"]
+    runs: Runs = problem["drift"][f"{DEFAULT_DRIFT:g}"]
     return runs
 
 

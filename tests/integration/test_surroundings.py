@@ -30,7 +30,7 @@ from tests.support.regularizers import (
     move,
     refusal,
 )
-from tests.support.zoo.small import assert_same, mlp, oracle, vectors
+from tests.support.zoo.small import assert_same, mlp, vectors
 
 X = vectors()
 Loss = Callable[[nn.Module], Tensor]
@@ -76,7 +76,7 @@ def test_an_average_is_measured_and_protects_the_model_that_it_is_of(options):
     train(model, MAS(model), after_step=lambda: average.update_parameters(model))
     measured = MAS(average, 5.0)
     measured.consolidate([X])
-    assert_same(measured.importance, oracle(copy.deepcopy(average.module), X))
+    assert_same(measured.importance, one_by_one(copy.deepcopy(average.module), [X]))
     assert_same(measured.anchor, dict(average.module.named_parameters()), 0, 0)
     mas = MAS(model)
     mas.load_state_dict(measured.state_dict())
@@ -136,7 +136,7 @@ def test_activation_checkpointing(make, reentrant):
         mas.load_state_dict(measured.state_dict())
     else:
         mas.consolidate([X])
-        assert_same(mas.importance, oracle(mlp(), X))
+        assert_same(mas.importance, one_by_one(mlp(), [X]))
     move(model)
     assert_trains_as_by_hand(model, mas, plain)
 
@@ -163,7 +163,7 @@ def test_a_mas_of_a_model_on_meta_serves_it_when_it_has_values(materialise, is_m
         mas.load_state_dict(learned(5.0)[1].state_dict())
     else:
         mas.consolidate([X])
-    assert_same(mas.importance, oracle(mlp(), X))
+    assert_same(mas.importance, one_by_one(mlp(), [X]))
     move(model)
     assert_trains_as_by_hand(model, mas)
 

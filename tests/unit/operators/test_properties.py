@@ -69,7 +69,7 @@ class Draw:
     seed: int
     magnitudes: dict[str, int]
     layouts: dict[str, str]
-    expanded: set[str] = field(default_factory=set)  # lists that hold one value, dequantize
+    expanded: set[str] = field(default_factory=set)  # lists that hold one value, expanded
 
     def tensor(self, name: str) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed + NAMES.index(name))
@@ -90,7 +90,7 @@ def draws(op: str) -> st.SearchStrategy[Draw]:
     expanded = st.one_of(st.just(set()), st.sets(st.sampled_from(readable)))
     return st.sampled_from(list(DTYPES.values())).flatmap(
         lambda dtype: st.builds(
-            Draw, st.just(dtype), shapes, seeds, magnitudes(dtype), layouts, dequantize
+            Draw, st.just(dtype), shapes, seeds, magnitudes(dtype), layouts, expanded
         )
     )
 

@@ -7,8 +7,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mas_ext import MAS, estimate_importance
 from mas_ext._state.importance_state import _PIECE, ImportanceState
+from mas_ext._state.stored_importance import StoredImportance
 from mas_ext._state.task_accumulator import TaskAccumulator
-from mas_ext.precision import BLOCK, StoredImportance, num_scales
+from mas_ext.precision import BLOCK, num_scales
 from tests.support.regularizers import assert_states_equal, move
 from tests.support.zoo.small import mlp, vectors
 
