@@ -319,9 +319,9 @@ def _all_problems(found: Results, machine: str) -> Figure:
     left.set_xlabel("fixed λ (logarithmic)")
     left.set_ylabel("accuracy minus that of the best λ,\nin percentage points")
     left.set_ylim(-20, 3)
-    right.axvline(summary.DEFAULT, color=GREEN, lw=1.5, zorder=0)
-    note = f" drift = {summary.DEFAULT:g},\n the default"
-    right.annotate(note, (summary.DEFAULT, -19.3), color=GREEN, size=9, va="bottom")
+    right.axvline(summary.DEFAULT_DRIFT, color=GREEN, lw=1.5, zorder=0)
+    note = f" drift = {summary.DEFAULT_DRIFT:g},\n the default"
+    right.annotate(note, (summary.DEFAULT_DRIFT, -19.3), color=GREEN, size=9, va="bottom")
     right.set_xlabel('drift, with lambda_reg="auto" (logarithmic)')
     present = {p["title"].split(",")[0]: SCENARIOS[p["scenario"]] for p in found.values()}
     lines = [Line2D([], [], color=colour, label=label) for label, colour in present.items()]
@@ -346,7 +346,9 @@ def _each_problem(found: Results, machine: str) -> Figure:
         Line2D([], [], color=INK, marker="o", ms=3, label="accuracy with a fixed λ"),
         Line2D([], [], color=GREY, marker="o", ms=3, label="forgetting with a fixed λ"),
         Line2D([], [], color=MUTED, ls=":", label="accuracy of fine-tuning"),
-        Line2D([], [], color=GREEN, marker="D", ls="", label=f"with drift {summary.DEFAULT:g}"),
+        Line2D(
+            [], [], color=GREEN, marker="D", ls="", label=f"with drift {summary.DEFAULT_DRIFT:g}"
+        ),
     ]
     figure.legend(handles=handles, fontsize=8, frameon=False, loc="upper right", ncols=4)
     return finish(figure, "Accuracy for each λ, and with the default drift", machine)

@@ -384,7 +384,7 @@ def _difference(value: float) -> str:
 def _problems(found: Results) -> Table:
     close = sum(summary.behind(problem) <= summary.CLOSE for problem in found.values())
     above = sum(summary.gain(problem) >= 0 for problem in found.values())
-    default = f"drift {summary.DEFAULT:g}"
+    default = f"drift {summary.DEFAULT_DRIFT:g}"
     headings = ["", "optimizer, mode", "parameters", summary.FREE, "best λ", "its accuracy"]
     headings += [f"λ of {default}", "its accuracy", "difference"]
     rows = []

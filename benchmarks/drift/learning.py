@@ -50,8 +50,8 @@ class Learner:
     @property
     def strength(self) -> Any:
         """The λ that the drift comes to."""
-        pushed = update_kind(self.problem.optimizer(self.model.parameters()), self.problem.mode)
-        return self.mas.lambda_proximal if pushed == "step" else self.mas.lambda_reg
+        kind = update_kind(self.problem.optimizer(self.model.parameters()), self.problem.mode)
+        return self.mas.lambda_proximal if kind == "normalized" else self.mas.lambda_reg
 
     def outcome(self, **strength: Any) -> dict[str, float] | None:
         """Learns the remaining tasks with a copy of this learner.

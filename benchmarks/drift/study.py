@@ -22,7 +22,7 @@ from benchmarks.drift.problems import (
     QUICK_CHANGES,
     changed,
 )
-from benchmarks.drift.summary import DEFAULT, FREE
+from benchmarks.drift.summary import DEFAULT_DRIFT, FREE
 from mas_ext.demo.data import load_digits
 
 TASKS = 5
@@ -81,7 +81,7 @@ def _outcomes(name: str, seed: int, quick: bool) -> Result:
     """Of one seed: without a penalty, with every λ and with every drift."""
     start = _learner(name, seed, quick, "base")
     found = _default_and_lambdas(start, quick)
-    others = [value for value in DRIFTS[:: 3 if quick else 1] if value != DEFAULT]
+    others = [value for value in DRIFTS[:: 3 if quick else 1] if value != DEFAULT_DRIFT]
     return {
         **found,
         "parameters": sum(p.numel() for p in start.model.parameters()),
@@ -100,7 +100,7 @@ def _default_and_lambdas(start: Learner, quick: bool) -> Result:
     return {
         "found": start.strength,
         "lambda": {f"{value:g}": start.outcome(lambda_reg=value) for value in lambdas},
-        "drift": {f"{DEFAULT:g}": start.outcome()},
+        "drift": {f"{DEFAULT_DRIFT:g}": start.outcome()},
     }
 
 

@@ -177,7 +177,10 @@ def check_an_error_of_the_writer_is_raised_everywhere(world: World) -> None:
 
 def check_room_that_is_missing_is_asked_for(world: World) -> None:
     """Never is a part of a state left out without a word."""
-    for name, message in {"float32": "inside an open task", "bfloat16": "'sum_of_sums'"}.items():
+    for name, message in {
+        "float32": "in the middle of a task",
+        "bfloat16": "'sum_of_sums'",
+    }.items():
         model = sharded(net(DTYPES[name]))
         mas = MAS(model, state_dtype=name)
         if name == "bfloat16":

@@ -287,7 +287,7 @@ def test_outcomes_start_from_the_same_state():
     free, strong = start.outcome(lambda_reg=0.0), start.outcome(lambda_reg=1e6)
     assert all(map(torch.equal, before, start.model.parameters()))
     assert strong["forgetting"] < free["forgetting"]
-    assert start.outcome() == start.outcome(drift=summary.DEFAULT)
+    assert start.outcome() == start.outcome(drift=summary.DEFAULT_DRIFT)
     explosive = replace(PROBLEMS["permuted_sgd"], **SMALL)
     assert Learner.after_first_task(explosive, 0, 2).outcome(lambda_reg=1e35) is None
 

@@ -378,7 +378,7 @@ def test_what_is_no_state_dict_is_refused(change):
 def test_room_that_is_missing_is_asked_for():
     """A state that was loaded in place, where there was no tensor to load into."""
     cases = {
-        "open": ("open task", "update_importance()"),
+        "open": ("in the middle of a task", "update_importance()"),
         "earlier": ("sum_of_sums", "merge='sum_of_sums'"),
     }
     for group, words in cases.items():
