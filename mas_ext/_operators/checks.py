@@ -8,16 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from mas_ext._operators.arguments import Argument, Operands, Role
+from mas_ext._operators.operator import Call, Operator
 from mas_ext.precision import BLOCK, accumulation_dtype, num_scales
-
-if TYPE_CHECKING:
-    from mas_ext._operators.declarations import Call, Operator
 
 SUPPORTED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 STORED = (torch.float32, torch.bfloat16, torch.uint8)  # Ω that is only read, except beside float64
@@ -365,7 +363,7 @@ def check_call(operator: Operator, call: Call, *, read: bool) -> list[Operands]:
         for argument in operator.arguments
         if argument.role in (Role.VALUES, Role.OMEGA) and not _left_out(operator, argument, call)
     ]
-    operator.check_operands(operator.name, operands)
+    (operator.check_operands or check_lists)(operator.name, operands)
     for argument in operator.arguments:
         if argument.role is Role.OMEGA_SCALES:
             scales = Operands(argument, call[argument.name])

@@ -18,7 +18,8 @@ from torch.overrides import has_torch_function
 
 from mas_ext._operators import autograd
 from mas_ext._operators.checks import check_call, check_no_overlap
-from mas_ext._operators.declarations import OPERATORS, Operator
+from mas_ext._operators.declarations import OPERATORS
+from mas_ext._operators.operator import Operator
 
 LIBRARY = torch.library.Library("mas_ext", "DEF")
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mas_ext._distributed.gathering import write_once
-from mas_ext._state import tensor_file
+from mas_ext._storage import tensor_file
 from mas_ext._strength.auto import DEFAULT_DRIFT, OutputEnergy
 from mas_ext.importance.estimation import SampleStatistics
 from mas_ext.precision import dequantize, in_memory_order, num_scales

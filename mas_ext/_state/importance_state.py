@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from mas_ext._distributed.shards import Placement
-from mas_ext._state.flat_tensors import FlatTensors, check_growth, copies, leading
 from mas_ext._state.merging import Merge, merge_, needs_earlier, total_weight
 from mas_ext._state.stored_importance import StoredImportance
 from mas_ext._state.task_accumulator import TaskAccumulator
+from mas_ext._storage.flat_tensors import FlatTensors, check_growth, copies, leading
 from mas_ext._strength.auto import GroupStatistics
 from mas_ext.precision import in_memory_order
 

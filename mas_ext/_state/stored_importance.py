@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mas_ext._state.flat_tensors import FlatTensors
+from mas_ext._storage.flat_tensors import FlatTensors
 from mas_ext.precision import (
     BLOCK,
     accumulation_dtype,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mas_ext._state.flat_tensors import FlatTensors, check_growth, copies, leading
+from mas_ext._storage.flat_tensors import FlatTensors, check_growth, copies, leading
 from mas_ext.importance.estimation import SampleStatistics
 from mas_ext.reference import accumulation_dtype
 

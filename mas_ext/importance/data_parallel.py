@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mas_ext._distributed import fsdp, topology
 from mas_ext._distributed.ranks import ProcessGroup, Ranks
 from mas_ext._distributed.shards import local_parts
-from mas_ext._state.flat_tensors import FlatTensors
+from mas_ext._storage.flat_tensors import FlatTensors
 from mas_ext._warnings import warn
 from mas_ext.importance import sharded
 from mas_ext.importance.estimation import PATHS, SampleStatistics

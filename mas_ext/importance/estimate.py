@@ -11,7 +11,7 @@ from typing_extensions import Unpack
 from mas_ext._distributed.ranks import ProcessGroup
 from mas_ext._distributed.shards import Shardings, local_parts
 from mas_ext._parameters import ParameterIndex, Selection, select_measurable
-from mas_ext._state.flat_tensors import FlatTensors
+from mas_ext._storage.flat_tensors import FlatTensors
 from mas_ext.importance.data_parallel import add_importance_
 from mas_ext.importance.estimation import SampleStatistics
 from mas_ext.importance.options import Measurement, MeasurementOptions

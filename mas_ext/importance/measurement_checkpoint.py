@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mas_ext._distributed.shards import local
 from mas_ext._distributed.topology import is_running
-from mas_ext._state import atomic_write, tensor_file
+from mas_ext._storage import atomic_write, tensor_file
 from mas_ext.importance.estimation import SampleStatistics, check_finite
 from mas_ext.importance.options import Measurement
 

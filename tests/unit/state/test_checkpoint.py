@@ -10,8 +10,9 @@ from safetensors import safe_open
 from torch import nn
 
 from mas_ext import MAS
-from mas_ext._state import checkpoint, tensor_file
-from mas_ext._state.atomic_write import replacing
+from mas_ext._state import checkpoint
+from mas_ext._storage import tensor_file
+from mas_ext._storage.atomic_write import replacing
 from tests.support.regularizers import (
     assert_refused,
     assert_states_equal,

@@ -15,8 +15,8 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from mas_ext import MAS
-from mas_ext._state.flat_tensors import ALIGNMENT, FlatTensors
 from mas_ext._state.task_accumulator import TaskAccumulator
+from mas_ext._storage.flat_tensors import ALIGNMENT, FlatTensors
 from mas_ext.reference import accumulation_dtype
 from tests.support.regularizers import assert_refused, refusal
 

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from mas_ext._state.atomic_write import replacing
+from mas_ext._storage.atomic_write import replacing
 
 Settings = dict[str, Any]
 

@@ -1,0 +1,1 @@
+"""Tensors in flat buffers, and tensors in files that are replaced atomically."""
