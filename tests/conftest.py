@@ -16,13 +16,15 @@ except ImportError:  # `make gpu` needs only torch and pytest
     np = None
 
 # Run by `make gpu` and its rehearsal, which name the device.
-collect_ignore_glob = []
+ON_A_DEVICE = ["operators", "compressed_omega", "mas"]
+collect_ignore = []
 if not os.environ.get("MAS_EXT_TEST_DEVICE"):
-    collect_ignore_glob = ["hardware/gpu/test_*.py"]
+    collect_ignore = [f"hardware/gpu/test_{name}.py" for name in ON_A_DEVICE]
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes more than a few seconds or a lot of memory")
+    config.addinivalue_line("markers", "hardware: compiles CUDA code and runs it on the host")
     if os.environ.get("PYTEST_XDIST_WORKER"):
         torch.set_num_threads(1)  # the workers share the cores already
 
