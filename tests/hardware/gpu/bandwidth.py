@@ -6,9 +6,10 @@ from itertools import product
 
 import torch
 
-from tests import cases
 from tests.hardware.gpu import clock, jobs
 from tests.hardware.gpu.checks import Session, Table
+from tests.support.operators import OPS, PENALTY_OPS
+from tests.support.tensors import KEPT, State
 
 Shapes = list[tuple[int, ...]]
 FIGURES = ["µs", "GB/s", "of a copy"]
@@ -16,7 +17,7 @@ NOTE = f"{', '.join(jobs.OTHERS)}: their time over ours"
 SIZES = (10, 1_000, 100_000, 1_000_000, 10_000_000, 100_000_000, 1_000_000_000)
 SIZES_OF_A_REHEARSAL = (10, 8193)
 # The parameters' dtype, and Ω's if it is not float32.
-NARROW = [(torch.bfloat16, None), *product((torch.float32, torch.bfloat16), cases.KEPT)]
+NARROW = [(torch.bfloat16, None), *product((torch.float32, torch.bfloat16), KEPT)]
 KEPT_SIZE = 100_000_000  # of these, at most
 COMPILED_AT = 1_000_000  # and the largest: compiling takes seconds each time
 BYTES_PER_PARAMETER = 44  # all lists in float32, with what eager mode and the checks need
@@ -26,7 +27,7 @@ def run(session: Session) -> None:
     sizes = sizes_for(session)
     tables = {
         op: session.table(f"{op}, float32", ["parameters", *FIGURES, *jobs.OTHERS], NOTE)
-        for op in cases.OPS
+        for op in OPS
     }
     for size in sizes:
         with_compile = size in (COMPILED_AT, sizes[-1])
@@ -65,7 +66,7 @@ def every_operator(
 
 def on_a_list(session: Session, shapes: Shapes, table: Table) -> str:
     state = jobs.make_state(shapes, session.device)
-    for op in cases.OPS:
+    for op in OPS:
         compare(session, table, op, op, jobs.ways(op, with_compile=True), state)
     return clock.timed(session)
 
@@ -76,7 +77,7 @@ def compare(
     row: str,
     op: str,
     ways: dict[str, jobs.Job],
-    state: cases.State,
+    state: State,
 ) -> None:
     """Verifies all ways, then times them. torch.compile does best with one tensor per list."""
     torch.compiler.reset()  # the last size's graph would count against the recompilation limit
@@ -92,7 +93,7 @@ def compare(
 def stored(session: Session, size: int, dtype: torch.dtype, kept: str | None, table: Table) -> str:
     """Parameters in 16 bits, and Ω stored in bfloat16 or in codes."""
     state = jobs.make_state([(size,)], session.device, dtype, kept)
-    for op in cases.OPS if kept is None else cases.PENALTY_OPS:
+    for op in OPS if kept is None else PENALTY_OPS:
         job = jobs.ours(op)
         jobs.assert_right(op, job, state, op)
         moved = jobs.bytes_moved(op, state)

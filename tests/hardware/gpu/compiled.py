@@ -9,9 +9,10 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 import mas_ext
-from tests import abs_matmul, cases
-from tests.hardware.gpu import calls
 from tests.hardware.gpu.checks import NeedsGpu, Session
+from tests.support import abs_matmul, operators
+from tests.support.operators import OPERATORS, Scalars
+from tests.support.tensors import State
 
 SHAPES = [(33,), (4, 5), (), (9000,)]
 STRENGTHS = (0.5, 2.0, 7.0, 0.25, 3.0)
@@ -19,8 +20,9 @@ Lists = dict[str, list[Tensor]]
 
 
 def run(session: Session) -> None:
-    for op in calls.OPS:
-        session.check(f"{op}, scalars on the device", compiled_is_eager, session.device, op)
+    for op in operators.ALL:
+        if op not in operators.STEPS:
+            session.check(f"{op}, scalars on the device", compiled_is_eager, session.device, op)
     session.check("penalty, and its backward pass", compiled_backward_is_eager, session.device)
 
 
@@ -31,28 +33,20 @@ def around(op: str) -> Callable[[Lists, Tensor, Tensor], list[Tensor]]:
     """
 
     def function(lists: Lists, strength: Tensor, other: Tensor) -> list[Tensor]:
-        known = {name: [t * 1.5 for t in tensors] for name, tensors in lists.items()}
-        known |= {"lambda_reg": 2 * strength, "lr": other, "grad_scale": other, "scale": 0.6}
-        result = getattr(mas_ext.functional, op)(*[known[n] for n in cases.ARGUMENTS[op]])
-        value, tensors = result if op == "penalty_and_grad" else (result, [])
-        written = known[cases.ARGUMENTS[op][0]] if op in cases.WRITING_OPS else []
-        return [t + 1 for t in (*tensors, *written)] + ([] if value is None else [value * 2])
+        state = State(**{name: [t * 1.5 for t in tensors] for name, tensors in lists.items()})
+        scalars = Scalars(2 * strength, other, other)
+        value, tensors = operators.call(mas_ext.functional, op, state, scalars)
+        return [t + 1 for t in tensors] + ([] if value is None else [value * 2])
 
     return function
 
 
-def around_abs_matmul(lists: Lists, strength: Tensor, other: Tensor) -> list[Tensor]:
-    omega, left, right = lists["problem"]
-    total = omega * strength
-    mas_ext.functional.accumulate_abs_matmul_(total, 2 * left, right * other, 0.3)
-    return [total + 1]
-
-
 def inputs(op: str, device: str) -> Lists:
-    if op == calls.ABS_MATMUL:
-        size = abs_matmul.Size(3, 17, 70, 66)
-        return {"problem": list(abs_matmul.make(size, device=device))}
-    return cases.make_state([torch.float32] * len(SHAPES), SHAPES, device=device).lists()
+    if OPERATORS[op].takes_lists:
+        state = operators.make(op, [torch.float32] * len(SHAPES), SHAPES, device=device)
+    else:
+        state = abs_matmul.make(abs_matmul.Size(3, 17, 70, 66), device=device)
+    return operators.lists_of(op, state)
 
 
 def compile_for_graphs(function: Callable) -> Callable:
@@ -62,8 +56,8 @@ def compile_for_graphs(function: Callable) -> Callable:
 
 
 def compiled_is_eager(device: str, op: str) -> str:
-    function = around_abs_matmul if op == calls.ABS_MATMUL else around(op)
-    compiled, lists = compile_for_graphs(function), inputs(op, device)
+    function, lists = around(op), inputs(op, device)
+    compiled = compile_for_graphs(function)
     for strength in STRENGTHS:
         scalars = [torch.tensor(value, device=device) for value in (strength, strength / 3)]
         results = [t.clone() for t in compiled(lists, *scalars)]  # the next run writes over them

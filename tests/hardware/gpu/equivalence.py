@@ -1,6 +1,8 @@
-"""tests/test_cuda.py, test_cuda_kept.py and test_cuda_steps.py, under pytest, as one step."""
+"""The tests of this folder that need a device, under pytest, as one step."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 
@@ -15,7 +17,7 @@ from tests.hardware.gpu.checks import (
 )
 from tests.hardware.gpu.steps import ROOT
 
-FILES = ("test_cuda.py", "test_cuda_kept.py", "test_cuda_steps.py")
+FILES = ("test_operators.py", "test_compressed_omega.py", "test_mas.py")
 MOST_FAILURES = 25  # after an illegal access all that follow fail
 
 
@@ -56,7 +58,7 @@ def verdict_of(reason: str) -> tuple[str, str]:
 
 def run(session: Session) -> None:
     tally = Tally()
-    words = [str(ROOT / "tests" / file) for file in FILES]
+    words = [str(Path(__file__).with_name(file)) for file in FILES]
     words += ["-q", "-p", "no:cacheprovider", "--tb=short"]
     words += [f"--maxfail={MOST_FAILURES}", f"--rootdir={ROOT}", "-o", "addopts="]
     code = pytest.main(words, plugins=[tally])

@@ -13,19 +13,23 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from tests import abs_matmul, cases, step_cases
-from tests.hardware.gpu import calls
-from tests.hardware.gpu.calls import Call, Place
+from tests.hardware.gpu.calls import Call
+from tests.support import abs_matmul, operators
+from tests.support.operators import OPS, PENALTY_OPS, STEPS, Scalars
+from tests.support.tensors import DTYPES, KEPT, State
+
+Shapes = list[tuple[int, ...]]
 
 # Around a vector, a warp, a block of threads and a chunk; and several of them in one list.
-SHAPES: list[calls.Shapes] = [
+SHAPES: list[Shapes] = [
     [(1,), (0,), (7,), (8,), (9,)],
     [(31,), (33,), (255,), (257,)],
     [(8191,), (8192,), (8193,)],
     [(16385,), (2, 3)],
 ]
-KEPT_SHAPES: calls.Shapes = [(5,), (0,), (255,), (256,), (700,), (8193,)]
-MANY: calls.Shapes = [(n % 5,) for n in range(1200)]  # tensors; more than one launch takes
+KEPT_SHAPES: Shapes = [(5,), (0,), (255,), (256,), (700,), (8193,)]
+KEPT_OPS = [*PENALTY_OPS, "momentum gradient", "adamw gradient"]
+MANY: Shapes = [(n % 5,) for n in range(1200)]  # tensors; more than one launch takes
 SIZES = [
     abs_matmul.Size(1, 1, 1, 1),
     abs_matmul.Size(3, 5, 65, 63),
@@ -43,57 +47,41 @@ def main(device: str) -> None:
 
 
 def every_call(device: str) -> Iterator[Call]:
-    for dtype in cases.DTYPES.values():
-        for op, shapes, ahead in product(cases.OPS, SHAPES, ("none", "all", "params", "omega")):
-            yield of_lists(op, dtype, shapes, device, ahead)
-        for rule, mode, shapes in product(step_cases.RULES, step_cases.MODES, SHAPES):
-            yield from of_step(rule, mode, dtype, shapes, device)
+    for dtype in DTYPES.values():
+        for op, shapes in product([*OPS, *STEPS], SHAPES):
+            yield from on_lists(op, dtype, shapes, device)
         for size, layout in product(SIZES, LAYOUTS):
-            yield calls.of_product(abs_matmul.make(size, dtype, layout), device)
-        for kept in cases.KEPT if dtype != torch.float64 else ():
-            for op, ahead in product(cases.PENALTY_OPS, ("none", "all", "omega")):
-                yield of_lists(op, dtype, KEPT_SHAPES, device, ahead, kept)
-            for rule in ("momentum", "adamw"):
-                yield from of_step(rule, "gradient", dtype, KEPT_SHAPES, device, kept)
-    yield of_lists("add_penalty_grad_", torch.float32, MANY, device, "none")
-    yield from of_step("adamw", "gradient", torch.float32, MANY, device)
+            before = abs_matmul.make(size, dtype, layout)
+            scalars = Scalars().as_tensors(torch.float32, device)
+            yield Call("accumulate_abs_matmul_", before, before.copy(device), scalars)
+        for op, kept in product(KEPT_OPS, KEPT if dtype != torch.float64 else ()):
+            yield from on_lists(op, dtype, KEPT_SHAPES, device, kept)
+    for op in ("add_penalty_grad_", "adamw gradient"):
+        yield from on_lists(op, torch.float32, MANY, device)
 
 
-def place_on(device: str, ahead: str) -> Place:
+def on_lists(
+    op: str, dtype: torch.dtype, shapes: Shapes, device: str, kept: str | None = None
+) -> Iterator[Call]:
+    """All aligned, some lists an element ahead and, of an optimizer step, one that is skipped."""
+    variants = [(ahead, 0.0) for ahead in ("none", "all", "params", "omega")]
+    if op in STEPS:
+        variants = [("none", 0.0), ("params", 0.0), ("none", 1.0)]
+    for ahead, found_inf in variants:
+        before = operators.make(op, [dtype] * len(shapes), shapes, kept=kept)
+        scalars = Scalars(found_inf=found_inf).as_tensors(torch.float32, device)
+        yield Call(op, before, placed(before, device, ahead), scalars)
+
+
+def placed(state: State, device: str, ahead: str) -> State:
     """Lists called ``ahead`` lie one element behind an aligned address; their memory ends there."""
 
     def place(name: str, tensor: Tensor) -> Tensor:
         elements = int(ahead in ("all", name))
-        base = torch.cat([tensor.new_zeros(elements), tensor.reshape(-1)]).to(device)
+        base = torch.cat([tensor.new_zeros(elements), tensor.reshape(-1)]).to(device, copy=True)
         return base[elements:].view(tensor.shape)
 
-    return place
-
-
-def of_lists(
-    op: str,
-    dtype: torch.dtype,
-    shapes: calls.Shapes,
-    device: str,
-    ahead: str,
-    kept: str | None = None,
-) -> Call:
-    place = place_on(device, ahead)
-    return calls.of_lists(op, dtype, shapes, place, torch.float32, device, kept)
-
-
-def of_step(
-    rule: str,
-    mode: str,
-    dtype: torch.dtype,
-    shapes: calls.Shapes,
-    device: str,
-    kept: str | None = None,
-) -> Iterator[Call]:
-    """All aligned; θ an element ahead; and a step that is skipped."""
-    for ahead, found in (("none", 0.0), ("params", 0.0), ("none", 1.0)):
-        how = place_on(device, ahead), torch.float32, device, kept, found
-        yield calls.of_step(step_cases.RULES[rule], mode, dtype, shapes, *how)
+    return State(**{name: [place(name, t) for t in ts] for name, ts in vars(state).items()})
 
 
 if __name__ == "__main__":

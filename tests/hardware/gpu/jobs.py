@@ -14,21 +14,22 @@ from torch import Tensor
 
 import mas_ext
 from mas_ext.precision import BLOCK
-from tests import cases
-from tests.cases import State
 from tests.hardware.gpu.clock import OURS
+from tests.support.exact import assert_near, penalty_value
+from tests.support.operators import OPERATORS, Scalars, call, exact_tensors, written_argument
+from tests.support.tensors import KEPT, State, accumulation_dtype, compressed
 
 LAMBDA, RATE, SCALE = 0.1, 0.01, 1 / 128
-SCALARS = cases.Scalars(LAMBDA, None, RATE, SCALE)
+SCALARS = Scalars(LAMBDA, None, RATE, SCALE)
 EAGER, FOREACH, COMPILED = "eager", "foreach", "compile"
 OTHERS = (EAGER, FOREACH, COMPILED)
 
-Result = tuple[Tensor | None, list[Tensor]]  # as cases.Outcome has it
+Result = tuple[Tensor | None, list[Tensor]]  # as Outcome has it
 Job = Callable[[State], Result]
 
 
 def ours(op: str) -> Job:
-    return lambda s: cases.call(mas_ext.functional, op, s, SCALARS)
+    return lambda s: call(mas_ext.functional, op, s, SCALARS)
 
 
 # ================================================================================================
@@ -162,36 +163,32 @@ def make_state(
         empty = torch.empty(shape, device=device, dtype=dtype)
         return empty.normal_(0, std, generator=generator)
 
-    state = State([], [], [], [])
+    state = State()
     for shape in shapes:
         state.anchors.append(normal(shape, 0.02))
         state.params.append(normal(shape, 0.01).add_(state.anchors[-1]))
         state.grads.append(normal(shape, 0.01))
-        omega = torch.empty(shape, device=device, dtype=cases.accumulation_dtype(dtype))
+        omega = torch.empty(shape, device=device, dtype=accumulation_dtype(dtype))
         state.omega.append(omega.uniform_(generator=generator))
     if kept == "uint8":
-        pairs = [cases.compressed(omega) for omega in state.omega]
+        pairs = [compressed(omega) for omega in state.omega]
         state.omega, state.omega_scales = (list(tensors) for tensors in zip(*pairs, strict=True))
     elif kept is not None:
-        state.omega = [omega.to(cases.KEPT[kept]) for omega in state.omega]
+        state.omega = [omega.to(KEPT[kept]) for omega in state.omega]
     return state
 
 
 def flattened(state: State) -> State:
     """One tensor a list: the form in which torch.compile does best."""
-    return State(*([torch.cat([t.reshape(-1) for t in ts])] for ts in state.lists().values()))
-
-
-# What one pass has to read and to write.
-READ = {op: cases.list_arguments(op) for op in cases.OPS}
-WRITTEN = {op: "params" if op == "penalty_and_grad" else cases.written_argument(op) for op in READ}
+    lists = state.lists().items()
+    return State(**{name: [torch.cat([t.reshape(-1) for t in ts])] for name, ts in lists})
 
 
 def bytes_moved(op: str, state: State) -> int:
-    lists = state.lists()
-    names = [*READ[op], *filter(None, [WRITTEN[op]])]
-    tensors = [t for name in names for t in lists[name]] + state.omega_scales
-    return sum(t.numel() * t.element_size() for t in tensors)
+    """What one pass has to read and to write; a new gradient is as large as its parameter."""
+    written = ["params"] if op == "penalty_and_grad" else OPERATORS[op].written
+    names = [*OPERATORS[op].lists, "omega_scales", *written]
+    return sum(t.numel() * t.element_size() for name in names for t in getattr(state, name))
 
 
 SLICE = 1 << 24
@@ -204,29 +201,39 @@ def slices(tensors: list[Tensor], size: int = SLICE) -> Iterator[Tensor]:
         yield from tensor.reshape(-1).split(size)
 
 
-def pieces(lists: dict[str, list[Tensor]]) -> Iterator[State]:
+class OnDevice(State):
+    """Its float64 copy stays where it is: a billion parameters would take the CPU minutes."""
+
+    def double(self) -> State:
+        copy = self.map(lambda t: t.detach().double())
+        for i, scales in enumerate(copy.omega_scales):  # Ω = s·(q/255)²; 256 neighbours share s
+            codes = copy.omega[i]
+            copy.omega[i] = scales.repeat_interleave(BLOCK)[: codes.numel()] * (codes / 255) ** 2
+        return copy
+
+
+def pieces(lists: dict[str, list[Tensor]]) -> Iterator[OnDevice]:
     """Slice by slice, scales with the codes that they are of."""
     sizes = {"omega_scales": SLICE // BLOCK}
     for piece in zip(*(slices(ts, sizes.get(n, SLICE)) for n, ts in lists.items()), strict=True):
-        yield State(*([tensor] for tensor in piece))
+        yield OnDevice(**{name: [tensor] for name, tensor in zip(lists, piece, strict=True)})
 
 
 def assert_right(op: str, job: Job, state: State, what: str) -> None:
     """A job's result from the same start, slice by slice; what it wrote is put back."""
-    written = cases.written_argument(op)
+    written = written_argument(op)
     before = [t.clone() for t in state.lists()[written]] if written else []
     value, tensors = job(state)
     start = {**state.lists(), **({written: before} if written else {})}
     results, energies = slices(tensors), []
     for piece in pieces(start):
-        actual = next(results, None)
-        if actual is not None:
-            (exact,) = cases.exact_tensors(op, piece, SCALARS)
-            cases.assert_near(actual, exact, times=TIMES)
-        if op == "proximal_step_":
-            piece.params = [actual]
-        energies.append(cases.exact_penalty(piece, LAMBDA))
-    if op != "accumulate_importance_":
+        for exact in exact_tensors(op, piece, SCALARS):
+            actual = next(results)
+            assert_near(actual, exact, times=TIMES, what=what)
+            if op == "proximal_step_":  # its value is the penalty after the step
+                piece.params = [actual]
+        energies.append(penalty_value(piece, LAMBDA))
+    if OPERATORS[op].has_penalty:
         expected = math.fsum(energies)
         assert abs(float(value) - expected) <= VALUE_TOLERANCE * expected, f"{what}: {value}"
     for tensor, start_value in zip(state.lists()[written] if written else [], before, strict=True):

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 import mas_ext
-from tests.abs_matmul import Problem, assert_near, exact
 from tests.hardware.gpu import clock
 from tests.hardware.gpu.checks import Session, Table
+from tests.hardware.gpu.jobs import OnDevice
+from tests.support.exact import Exact, assert_near
+from tests.support.operators import OPERATORS, Scalars, exact_tensors
 
+OP = "accumulate_abs_matmul_"
 COMPILED, PRODUCT = "compile", "torch.mm"
 CHUNKS = {f"bmm of {samples}": samples for samples in (4, 32)}  # samples multiplied at once
 SAMPLES = 32
-TIMES = 4  # of the oracle's bound: library products sum in another order
+ONCE = Scalars(scale=1.0)
+TIMES = 4 * OPERATORS[OP].times  # library products sum in another order
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ COMPILED_LAYERS = (LAYERS[3], LAYERS[4], LAYERS_OF_A_REHEARSAL[0])  # compiling 
 def run(session: Session) -> None:
     columns = ["p × d, positions", "µs", "TFLOP/s", "of mm", *CHUNKS, COMPILED]
     note = f"{SAMPLES} samples, float32. of mm: speed over torch.mm's; the others: time over ours"
-    table = session.table("accumulate_abs_matmul_", columns, note)
+    table = session.table(OP, columns, note)
     for layer in LAYERS_OF_A_REHEARSAL if session.rehearsal else LAYERS:
         session.check(layer.title, beside_others, session, layer, table)
 
@@ -62,8 +67,9 @@ def run(session: Session) -> None:
 def beside_others(session: Session, layer: Layer, table: Table) -> str:
     x = make(layer, session.device)
     ways = ways_of(x, layer in COMPILED_LAYERS)
+    (wanted,) = exact_tensors(OP, OnDevice(omega=[x.omega], left=[x.left], right=[x.right]), ONCE)
     for name, call in ways.items():
-        assert_right(x, call, f"{layer.title}, {name}")
+        assert_right(x, call, wanted, f"{layer.title}, {name}")
     left = torch.randn(layer.p, SAMPLES * layer.positions, device=session.device)
     right = torch.randn(SAMPLES * layer.positions, layer.d, device=session.device)
     ways[PRODUCT] = lambda: torch.mm(left, right)
@@ -73,6 +79,14 @@ def beside_others(session: Session, layer: Layer, table: Table) -> str:
     others = [clock.ratio(seconds, way) for way in (PRODUCT, *CHUNKS, COMPILED)]
     table.rows.append([layer.title, *figures, *others])
     return clock.timed(session)
+
+
+class Problem(NamedTuple):
+    """The positional arguments; every way adds to the same Ω."""
+
+    omega: Tensor
+    left: Tensor
+    right: Tensor
 
 
 def make(layer: Layer, device: str) -> Problem:
@@ -104,8 +118,7 @@ def ways_of(x: Problem, with_compile: bool) -> dict[str, Callable[[], object]]:
     return ways
 
 
-def assert_right(x: Problem, call: Callable[[], object], what: str) -> None:
+def assert_right(x: Problem, call: Callable[[], object], wanted: Exact, what: str) -> None:
     x.omega.zero_()
-    wanted = exact(x, scale=1.0)
     call()
-    assert_near(x.omega, wanted._replace(magnitude=TIMES * wanted.magnitude), what)
+    assert_near(x.omega, wanted, times=TIMES, what=what)

@@ -96,8 +96,9 @@ class CUDAGraph:
 def capture(graph: CUDAGraph) -> Iterator[None]:
     """Captures what graphs.Graph was given; training does not move by it."""
     graph.function = sys._getframe(2).f_locals["function"]
-    training = getattr(graph.function, "__self__", None)
-    stateful = (training.model, training.optimizer) if training else ()
+    owner = getattr(graph.function, "__self__", None)
+    training = isinstance(owner, graphs.Training)
+    stateful = (owner.model, owner.optimizer) if training else ()
     before = [deepcopy(thing.state_dict()) for thing in stateful]
     yield
     for thing, state in zip(stateful, before, strict=True):
