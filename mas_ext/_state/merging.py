@@ -17,7 +17,8 @@ class _Merging:
     """One parameter's Ω, or a piece of it, while a task is merged.
 
     Attributes:
-        old: Ω of the tasks before; the merged Ω is written here.
+        old: Ω of the tasks before, zeros if there are none or where the parameter has grown since;
+            the merged Ω is written here.
         new: Ω of the task that ends.
         tasks: in how many tasks the parameter was measured before.
         alpha: of policies that have one.

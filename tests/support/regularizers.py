@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from mas_ext import MAS
 from mas_ext._state.distributed_checkpoint import unpacked
+from mas_ext._state.merging import POLICIES
 from tests.support.zoo.small import mlp, vectors
 
-MERGES = ["sum", "mean", "max", ("ema", 0.3), ("ema_from_zero", 0.3), "sum_of_sums"]
+MERGES = [(name, 0.3) if policy.has_alpha else name for name, policy in POLICIES.items()]
 
 
 def learned(

@@ -16,7 +16,8 @@ from tests.support.zoo.small import ids, noise
 class Net(nn.Module):
     """A function of its attributes and of the batch.
 
-    Attributes are layers, tensors that become parameters, or shapes of random parameters.
+    Attributes are layers, tensors that become parameters, or shapes of random parameters. Their
+    names must not be those of nn.Module's own members (``to``, ``half``, …).
     """
 
     def __init__(

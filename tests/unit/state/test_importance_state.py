@@ -15,6 +15,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from mas_ext import MAS
+from mas_ext._state.merging import POLICIES
 from mas_ext._state.task_accumulator import TaskAccumulator
 from mas_ext._storage.flat_tensors import ALIGNMENT, FlatTensors
 from mas_ext.reference import accumulation_dtype
@@ -55,6 +56,10 @@ MERGED = {
     "sum_of_sums": [2 * 1.0 + 3 + 2, 2 * 4.0 + 0 + 2],
     ("ema", 0.25): [0.25 * (0.25 * 1 + 0.75 * 3) + 0.75 * 2, 0.25 * (0.25 * 4) + 0.75 * 2],
 }
+
+
+def test_every_policy_has_a_row():
+    assert {merge if isinstance(merge, str) else merge[0] for merge in MERGED} == set(POLICIES)
 
 
 @pytest.mark.parametrize("merge", MERGED, ids=str)

@@ -10,12 +10,11 @@ from mas_ext._state.importance_state import _PIECE, ImportanceState
 from mas_ext._state.stored_importance import StoredImportance
 from mas_ext._state.task_accumulator import TaskAccumulator
 from mas_ext.precision import BLOCK, num_scales
-from tests.support.regularizers import assert_states_equal, move
+from tests.support.regularizers import MERGES, assert_states_equal, move
 from tests.support.zoo.small import mlp, vectors
 
 X = vectors(dtype=torch.float32)
 NARROW = ("bfloat16", "uint8")
-MERGES = ["sum", "mean", "max", ("ema", 0.5), ("ema_from_zero", 0.5), "sum_of_sums"]
 
 
 def wide_mlp(dtype=torch.float32):
