@@ -1,10 +1,10 @@
 """Every operator of ``torch.ops.mas_ext``, declared once.
 
 A new operator is a function in :mod:`mas_ext.reference` and in :mod:`mas_ext.functional`, a
-declaration here, an entry in ``csrc/operators.h`` and its kernels. It takes at least one list beside
-Ω, from which the expected dtypes follow. :mod:`mas_ext._operators.registration` derives the rest: the schema, the argument
-checks, the default kernel (the reference in plain PyTorch, after the checks), the kernel for fake
-tensors, the version counters of what is written, and autograd.
+declaration here, an entry in ``csrc/operators.h`` and its kernels. It takes at least one list
+beside Ω, from which the expected dtypes follow. :mod:`mas_ext._operators.registration` derives the
+rest: the schema, the argument checks, the default kernel (the reference in plain PyTorch, after the
+checks), the kernel for fake tensors, the version counters of what is written, and autograd.
 """
 
 from __future__ import annotations
