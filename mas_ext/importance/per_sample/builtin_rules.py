@@ -40,7 +40,7 @@ from mas_ext.importance.per_sample.rules import VisitedOperation, register_rule,
 def _product(
     op: VisitedOperation, left: str | None, right: str | None, alpha: float = 1.0
 ) -> MatrixProduct:
-    """C = A·B with the parameter A or B; the operand that is saved has the samples."""
+    """C = A·B, where A or B is the parameter; the saved operand, named here, has the samples."""
     grad = op.grad if alpha == 1 else op.grad * alpha
     if left is not None:
         require(op.layout.dim == 0, "the samples are not the rows of the product")
@@ -61,7 +61,7 @@ def mm(op: VisitedOperation, parameter: int) -> Contribution:
 
 @register_rule("AddmmBackward")
 def addmm(op: VisitedOperation, parameter: int) -> Contribution:
-    """C = βM + αA·B: a linear layer, whose bias is M."""
+    """C = βM + αA·B: a linear layer with bias M."""
     if parameter == 0:
         return op.summed(op.grad * op.saved("beta"))
     alpha = op.saved("alpha")
@@ -72,7 +72,7 @@ def addmm(op: VisitedOperation, parameter: int) -> Contribution:
 
 @register_rule("BmmBackward")
 def bmm(op: VisitedOperation, parameter: int) -> Contribution:
-    """[H, B·T, d] × [H, d, p]: one product a matrix."""
+    """[H, B·T, d] × [H, d, p]: one product per matrix of the stack."""
     name, dim = ("self", 1) if parameter == 1 else ("mat2", 2)
     require(op.layout.dim == dim, "the matrices of the stack belong to samples")
     rows = Layout(0, op.layout.outer, op.layout.inner).rows
@@ -106,7 +106,7 @@ def trilinear(op: VisitedOperation, parameter: int) -> Contribution:
 
 @register_rule("LinearBackward")
 def linear(op: VisitedOperation, parameter: int) -> Contribution:
-    """Where a backend has x·Wᵀ + b as one operation."""
+    """y = x·Wᵀ + b as one operation, which some backends have."""
     if parameter == 2:
         return op.summed(op.grad)
     require(parameter == 1, "the input is the parameter")
@@ -116,7 +116,7 @@ def linear(op: VisitedOperation, parameter: int) -> Contribution:
 
 @register_rule("ConvolutionBackward")
 def convolution(op: VisitedOperation, parameter: int) -> Contribution:
-    """The bias: Σ over pixels. The weight: see :mod:`.convolution`."""
+    """The bias's gradient is the sum over pixels; ConvolutionWeight has the weight's."""
     require(parameter in (1, 2) and op.layout.dim == 0, "dimension 0 is not the batch")
     if parameter == 2:
         return _over_space(op, upcast(op.grad))
@@ -124,7 +124,7 @@ def convolution(op: VisitedOperation, parameter: int) -> Contribution:
 
 
 def _convolution_weight(op: VisitedOperation) -> ConvolutionWeight:
-    """A transposed convolution is one with input and output exchanged."""
+    """The weight's contribution; for a transposed convolution, input and output change places."""
     inputs, kernel = op.saved("input"), tuple(op.saved("weight").shape[2:])
     stride, padding, dilation = (
         _per_dimension(op.saved(name), len(kernel)) for name in ("stride", "padding", "dilation")
@@ -136,15 +136,15 @@ def _convolution_weight(op: VisitedOperation) -> ConvolutionWeight:
 
 
 def _per_dimension(values: list[int], dimensions: int) -> tuple[int, ...]:
-    """One number per dimension of space, where one number may stand for all."""
+    """One number per dimension of space; a single number stands for all dimensions."""
     return tuple(values) if len(values) == dimensions else (values[0],) * dimensions
 
 
 # ================================================================================================
-# Tables that are looked up
+# Look-ups in a table
 # ================================================================================================
 def _looked_up(op: VisitedOperation, index: Tensor, values: Tensor) -> EmbeddingRows:
-    """Index [*I] and values [*I, *row shape], the samples along one dimension of I."""
+    """Gradients ``values`` [*I, *row shape] of the rows ``index`` [*I]; I has the samples."""
     split, row_shape = op.layout.split, op.shape[1:]
     index = split(index)
     return EmbeddingRows(
@@ -154,7 +154,7 @@ def _looked_up(op: VisitedOperation, index: Tensor, values: Tensor) -> Embedding
 
 @register_rule("EmbeddingBackward")
 def embedding(op: VisitedOperation, parameter: int) -> Contribution:
-    """Rows of a table; the padding row gets no gradient."""
+    """y = table[indices], where the padding row gets no gradient."""
     index = op.saved("indices")
     require(op.layout.dim < index.dim(), "the samples are not among the indices")
     padding = op.saved("padding_idx")
@@ -166,7 +166,7 @@ def embedding(op: VisitedOperation, parameter: int) -> Contribution:
 
 
 def _divided_by_count(rows: EmbeddingRows) -> EmbeddingRows:
-    """As scale_grad_by_freq does, counting within each sample."""
+    """Divides by the number of times an index occurs in its sample, for scale_grad_by_freq."""
     same = rows.index[:, :, None] == rows.index[:, None, :]
     return EmbeddingRows(
         rows.index, rows.values / same.sum(2)[..., None].to(rows.values), rows.shape
@@ -175,7 +175,7 @@ def _divided_by_count(rows: EmbeddingRows) -> EmbeddingRows:
 
 @register_rule("EmbeddingBagBackward")
 def embedding_bag(op: VisitedOperation, parameter: int) -> Contribution:
-    """Bags of equal length, as [B, T] indices make them; sums and means."""
+    """Sums and means over bags of equal length, which indices [B, T] give."""
     bags, index, mode = op.grad, op.saved("indices"), op.saved("mode")
     length, rest = divmod(len(index), len(bags))
     equal = op.saved("offsets").equal(torch.arange(len(bags), device=index.device) * length)
@@ -192,7 +192,7 @@ def embedding_bag(op: VisitedOperation, parameter: int) -> Contribution:
 
 @register_rule("IndexBackward")
 def index(op: VisitedOperation, parameter: int) -> Contribution:
-    """``table[index]``."""
+    """y = ``table[index]`` with one tensor of row numbers."""
     indices = [i for i in op.saved("indices") if i is not None]
     plain = len(indices) == 1 and op.saved("indices")[0] is not None
     require(plain and indices[0].dtype == torch.int64, "not rows by number")
@@ -202,17 +202,17 @@ def index(op: VisitedOperation, parameter: int) -> Contribution:
 
 @register_rule("IndexSelectBackward")
 def index_select(op: VisitedOperation, parameter: int) -> Contribution:
-    """``table.index_select(0, index)``."""
+    """y = ``table.index_select(0, index)``."""
     require(op.saved("dim") == 0 == op.layout.dim, "not rows by number")
     return _looked_up(op, op.saved("index"), op.grad)
 
 
 # ================================================================================================
-# Normalisation: x̂ is formed in one buffer, since fresh memory costs more than arithmetic
+# Normalisation: x̂ is formed in a single buffer, since new memory costs more time than arithmetic
 # ================================================================================================
 @register_rule("NativeLayerNormBackward")
 def layer_norm(op: VisitedOperation, parameter: int) -> Contribution:
-    """x̂ from the mean and 1/σ that were saved for every position."""
+    """x̂ comes from the mean and 1/σ, which are saved for every position."""
     require(parameter in (1, 2), "the input is the parameter")
     grad = upcast(op.grad)
     if parameter == 2:
@@ -223,7 +223,7 @@ def layer_norm(op: VisitedOperation, parameter: int) -> Contribution:
 
 @register_rule("FusedRmsNormBackward")
 def rms_norm(op: VisitedOperation, parameter: int) -> Contribution:
-    """x̂ from the 1/rms that was saved for every position."""
+    """x̂ comes from 1/rms, which is saved for every position."""
     require(parameter == 1, "the input is the parameter")
     scaled = upcast(op.saved("input")) * op.saved("result1")
     return op.summed(scaled.mul_(upcast(op.grad)))
@@ -231,7 +231,7 @@ def rms_norm(op: VisitedOperation, parameter: int) -> Contribution:
 
 @register_rule("NativeGroupNormBackward")
 def group_norm(op: VisitedOperation, parameter: int) -> Contribution:
-    """x̂ from the mean and 1/σ that were saved for every sample and group."""
+    """x̂ comes from the mean and 1/σ, which are saved for every sample and group."""
     require(parameter in (1, 2), "the input is the parameter")
     grad = upcast(op.grad)
     if parameter == 2:
@@ -245,7 +245,7 @@ def group_norm(op: VisitedOperation, parameter: int) -> Contribution:
 @register_rule("NativeBatchNormBackward")
 @register_rule("CudnnBatchNormBackward")
 def batch_norm(op: VisitedOperation, parameter: int) -> Contribution:
-    """x̂ from the running statistics: evaluation mode. 1/σ is the same at all pixels."""
+    """x̂ comes from the running statistics (evaluation mode); 1/σ is the same at all pixels."""
     require(not op.saved("training"), "it normalises by the batch's statistics")
     require(parameter in (1, 2), "the input is the parameter")
     grad = upcast(op.grad)
@@ -258,7 +258,7 @@ def batch_norm(op: VisitedOperation, parameter: int) -> Contribution:
 
 
 def _over_space(op: VisitedOperation, values: Tensor) -> Materialized:
-    """[rows, C, *space] → [B, C]; space, which lies side by side, is summed first."""
+    """[rows, C, *space] → [B, C]; space, which is contiguous, is summed first."""
     require(op.layout.dim == 0, "dimension 0 is not the batch")
     per_row = values.flatten(2).sum(2) if values.dim() > 2 else values
     return Materialized(op.layout.rows(per_row).sum(1))
@@ -276,7 +276,7 @@ def add(op: VisitedOperation, parameter: int) -> Contribution:
 
 @register_rule("SubBackward")
 def sub(op: VisitedOperation, parameter: int) -> Contribution:
-    """y = a − αb: by itself only the magnitude matters, but another use may be added to it."""
+    """y = a − αb. The sign matters, since another use of the parameter may be added."""
     return op.summed(op.grad * (-op.saved("alpha") if parameter == 1 else 1))
 
 
@@ -289,7 +289,7 @@ def mul(op: VisitedOperation, parameter: int) -> Contribution:
 
 @register_rule("DivBackward")
 def div(op: VisitedOperation, parameter: int) -> Contribution:
-    """y = a / b, with the parameter a."""
+    """y = a / b, where a is the parameter."""
     require(parameter == 0, "the parameter divides")
     require(op.node.name == "DivBackward0", "the quotient is rounded")
     return op.summed(upcast(op.grad) / op.saved("other"))
@@ -297,13 +297,13 @@ def div(op: VisitedOperation, parameter: int) -> Contribution:
 
 @register_rule("ExpandBackward")
 def expand(op: VisitedOperation, parameter: int) -> Contribution:
-    """Repeated, for every sample say: summed over the repeats."""
+    """The parameter is expanded, to every sample say: M_k is the sum over the repeats."""
     return op.summed(op.grad)
 
 
 @register_rule("RepeatBackward")
 def repeat(op: VisitedOperation, parameter: int) -> Contribution:
-    """Laid out several times along its dimensions, one of which has the samples."""
+    """The parameter is repeated along its dimensions, one of which then has the samples."""
     layout = op.layout
     padded = (1,) * (op.grad.dim() - len(op.shape)) + op.shape
     require(padded[layout.dim] == 1 or layout.outer == 1, "repeats are between the samples")
