@@ -22,18 +22,18 @@ from mas_ext.importance.per_sample.layout import Layout
 
 
 class NoRule(Exception):
-    """Raised by a rule that does not cover the case at hand; the generic path serves it."""
+    """Raised by a rule that does not cover the case at hand; the generic path then serves it."""
 
 
 @dataclass
 class VisitedOperation:
-    """An operation during the backward pass: what a rule works with.
+    """An operation during the backward pass, as it is passed to a rule.
 
     Attributes:
         node: the operation's node in the graph.
         grads: the gradients of its outputs.
-        layouts: for each of them, which entries belong to which sample.
-        shape, dtype: the parameter's, as the operation sees it.
+        layouts: for each gradient, which entries belong to which sample.
+        shape, dtype: the shape and dtype of the operation's input that is the parameter.
     """
 
     node: Node
@@ -51,30 +51,44 @@ class VisitedOperation:
 
     @property
     def layout(self) -> Layout:
-        """Which entries of it belong to which sample."""
+        """Which entries of :attr:`grad` belong to which sample."""
         layout = self.layouts[0]
         assert layout is not None
         return layout
 
     def saved(self, name: str) -> Any:
-        """What the operation saved in the forward pass."""
+        """A value that a built-in operation saved in the forward pass, such as ``"mat1"``.
+
+        Raises:
+            AttributeError: the operation saved nothing of this name.
+        """
         return self.node.saved(name)
 
     @property
     def saved_tensors(self) -> tuple[Tensor, ...]:
-        """What a ``torch.autograd.Function`` passed to ``save_for_backward``."""
+        """The tensors that a ``torch.autograd.Function`` passed to ``save_for_backward``."""
         return self.node.saved_tensors
 
     def split(self, tensor: Tensor) -> Tensor:
-        """A tensor with the samples where ``grad`` has them, as [B, …, outer, inner, …], a view.
+        """Views a tensor as [B, …, outer, inner, …]; its samples must be where ``grad`` has them.
 
-        The dimension of ``grad`` that grows with the batch has outer × B × inner entries; where
-        the batch has a dimension of its own, outer and inner are 1.
+        The dimension of ``grad`` that grows with the batch has outer × B × inner entries. If the
+        batch has a dimension of its own, outer and inner are 1.
         """
         return self.layout.split(tensor)
 
     def summed(self, values: Tensor) -> Materialized:
-        """Values of the output's shape, summed in each sample over what broadcasting repeats."""
+        """Sums values of the output's shape, within each sample, over all broadcast dimensions.
+
+        Args:
+            values: a tensor of the shape of ``grad``.
+
+        Returns:
+            The per-sample gradients [B, \\*shape].
+
+        Raises:
+            NoRule: the parameter has a row of its own for every sample.
+        """
         return Materialized(_sum_to(self.layout, upcast(values), self.shape))
 
 
