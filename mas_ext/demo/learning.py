@@ -230,7 +230,7 @@ def batches_of(
 
 
 def measured_batches(task: Task, settings: Settings) -> Batches:
-    """The training images to measure Ω on: all, or ``importance_samples`` spread evenly over all."""
+    """The training images to measure Ω on: all, or ``importance_samples`` at equal distances."""
     total = len(task.train)
     count = min(settings.importance_samples or total, total)
     # Not the first ones, since the bundled digits are sorted by class.
