@@ -88,7 +88,7 @@ def optional_scalar(name: str, check: NumberCheck | None = None) -> Argument:
 
 
 def number(name: str, default: float, check: NumberCheck) -> Argument:
-    """A float that every call is told."""
+    """A float that every call must pass."""
     return Argument(name, "float", Role.OPTION, default=default, check=check)
 
 
