@@ -1,4 +1,4 @@
-"""The command ``mas-ext``: a demo, what was built, and the repository's benchmarks."""
+"""The command ``mas-ext``: runs the demo or the benchmarks, and shows what was built."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ _DEMO_PACKAGES = ("mlxtend", "matplotlib", "jinja2", "rich")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit code, 0 if all went well.
+    """Runs a command and returns its exit code, which is 0 on success.
 
     Args:
-        argv: the arguments after the program's name; those of the process if None.
+        argv: the arguments after the program's name; None for those of the process.
 
     Raises:
-        SystemExit: with code 2 for arguments that cannot be used, after a message; with code 0
-            after ``--help``.
+        SystemExit: with code 2 after a message about invalid arguments, or with code 0 after
+            ``--help``.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    if words[:1] == ["bench"]:  # all that follows belongs to the benchmarks, --help too
+    if words[:1] == ["bench"]:  # all further arguments are the benchmarks', --help included
         return _bench(words[1:])
     parser = _parser()
     arguments = parser.parse_args(words)
@@ -102,7 +102,7 @@ def _add_demo(commands: Any) -> None:
 
 
 def _strength(word: str) -> float | str:
-    """λ: a number or auto."""
+    """λ from the command line: a number, or ``auto``."""
     return word if word == "auto" else float(word)
 
 
@@ -129,7 +129,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def demo_settings(words: Sequence[str]) -> Settings:
-    """The settings that a command line of ``demo`` means, from its first word on."""
+    """The settings that a command line means; ``words`` begins with ``demo``."""
     return _settings(_parser().parse_args(words))
 
 
@@ -149,7 +149,7 @@ def _info(arguments: argparse.Namespace) -> int:
         print(json.dumps(info, indent=2))
         return 0
     rows = {name.replace("_", " "): _in_words(value) for name, value in info.items()}
-    if find_spec("rich") is None:  # it comes with mas_ext[demo]
+    if find_spec("rich") is None:  # rich is installed with mas_ext[demo]
         for name, words in rows.items():
             print(f"{name:<20} {words}")
         return 0
@@ -180,7 +180,7 @@ def _bench(words: list[str]) -> int:
             "there is no benchmarks package here; the benchmarks are part of the repository and "
             "not of the installed package: run this from a clone of it"
         )
-    # In a process of its own, which -m starts with the working directory on its path.
+    # A separate process: python -m puts the working directory on its path.
     return subprocess.run([sys.executable, "-m", "benchmarks", *words], check=False).returncode
 
 

@@ -1,4 +1,4 @@
-"""The settings under which this package computes what another implementation does."""
+"""Presets: the settings with which this package computes the same as another implementation."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from mas_ext.regularizer import MAS
 
 @dataclass(frozen=True)
 class Quirk:
-    """Where an implementation differs from the paper's equations.
+    """One way in which an implementation differs from the paper's equations.
 
     Attributes:
-        what: what it does.
-        cost: what comes of it.
+        what: what the implementation does.
+        cost: the consequence.
     """
 
     what: str
@@ -31,14 +31,15 @@ class Preset:
     r"""What :func:`preset` returns: how one implementation computes MAS.
 
     Attributes:
-        name: as it is asked for.
+        name: the name to pass to :func:`preset`.
         source: where the implementation is published.
-        lambda_scale: our λ, which has the ½ of :class:`mas_ext.MAS`, over theirs: 2 where the
-            penalty is :math:`\lambda\sum_i\Omega_i\delta_i^2`, 1 where it has the ½ too.
+        lambda_scale: the ratio of the λ of :class:`mas_ext.MAS`, whose penalty has a factor ½, to
+            the implementation's λ: 2 if its penalty is :math:`\lambda\sum_i\Omega_i\delta_i^2`, 1
+            if it has the ½ too.
         merge: see :class:`mas_ext.MAS`.
         estimator, objective, weighting, training: see :func:`mas_ext.estimate_importance`.
-        quirks: what it does unlike the paper, and what that costs.
-        notes: what is left for the caller to pass, or stays different.
+        quirks: the differences from the paper.
+        notes: what you have to pass yourself, and what remains different.
     """
 
     name: str
@@ -54,7 +55,7 @@ class Preset:
 
     @property
     def importance(self) -> dict[str, Any]:
-        """Arguments for ``mas.consolidate(data, **preset.importance)`` and its like."""
+        """The measurement options, as in ``mas.consolidate(data, **preset.importance)``."""
         return {
             "estimator": self.estimator,
             "objective": self.objective,
@@ -63,18 +64,28 @@ class Preset:
         }
 
     def regularizer(self, lambda_reg: float | str = 1.0) -> dict[str, Any]:
-        """Arguments for ``mas_ext.MAS(model, **preset.regularizer(their_lambda))``."""
+        """The arguments of MAS, as in ``mas_ext.MAS(model, **preset.regularizer(their_lambda))``.
+
+        Args:
+            lambda_reg: λ as the implementation defines it, or ``"auto"``.
+
+        Raises:
+            ValueError: λ is negative or not finite.
+        """
         if lambda_reg != AUTO:
             lambda_reg = self.lambda_scale * check_lambda(lambda_reg)
         return {"lambda_reg": lambda_reg, "merge": self.merge}
 
     def mas(self, model: nn.Module, lambda_reg: float | str = 1.0, **options: Any) -> MAS:
-        """A :class:`mas_ext.MAS` with their penalty and their merging.
+        """A :class:`mas_ext.MAS` with the implementation's penalty and merging.
 
         Args:
             model: as for :class:`mas_ext.MAS`.
-            lambda_reg: λ as that implementation means it, or ``"auto"``.
-            options: further arguments of :class:`mas_ext.MAS`; they win over the preset's.
+            lambda_reg: λ as the implementation defines it, or ``"auto"``.
+            options: further arguments of :class:`mas_ext.MAS`; they override the preset's.
+
+        Raises:
+            ValueError, TypeError: see :class:`mas_ext.MAS`.
         """
         return MAS(model, **{**self.regularizer(lambda_reg), **options})
 
@@ -182,24 +193,27 @@ PRESETS = {known.name: known for known in _PRESETS}
 
 
 def preset(name: str, *, alpha: float | None = None) -> Preset:
-    """The settings under which Ω, the merged Ω and the penalty are another implementation's.
+    """Returns the settings that reproduce Ω, its merging and the penalty of another implementation.
 
-    Its deviations from the paper are part of it; ``print(mas_ext.preset(name))`` lists them with
-    what each costs. Use::
+    The implementation's deviations from the paper are reproduced too. ``print(preset(name))`` lists
+    them with their consequences. Example::
 
         theirs = mas_ext.preset("avalanche")
-        mas = theirs.mas(model, lambda_reg=1.0)         # λ as Avalanche means it
+        mas = theirs.mas(model, lambda_reg=1.0)         # λ as Avalanche defines it
         ...
         mas.consolidate(data, **theirs.importance)      # batches as Avalanche would make them
 
     Args:
         name: ``"paper"``, ``"official"`` (the authors' code), ``"avalanche"``, ``"facil"``,
             ``"capymoa"`` or ``"seed"`` (the notebook that this project started from).
-        alpha: α of those that average over tasks, if it is not the usual ½.
+        alpha: α in [0, 1), for implementations that average over tasks. None: ½.
+
+    Returns:
+        The preset.
 
     Raises:
-        ValueError: an unknown name; an alpha that is not in [0, 1), or for one that does not
-            average.
+        ValueError: the name is unknown, alpha is not in [0, 1), or alpha was given for an
+            implementation that does not average over tasks.
     """
     if name not in PRESETS:
         names = ", ".join(map(repr, PRESETS))

@@ -228,7 +228,7 @@ def _check_no_self_overlap(op: str, span: _Span) -> None:
 
 
 def check_no_overlap(op: str, operands: Sequence[Operands]) -> None:
-    """Nothing that is written may share memory with anything else: two threads would race."""
+    """Checks that no written tensor shares memory with another one: threads would race."""
     still_open: list[_Span] = []  # spans that reach beyond the current one's beginning
     for span in sorted(_spans(operands), key=lambda span: span.begin):
         _check_no_self_overlap(op, span)

@@ -64,7 +64,7 @@ def load() -> str | None:
 NOT_NATIVE_BECAUSE = load()
 
 
-# THE place to say which kernels have run where. `make gpu` is what changes the second line.
+# The only place that says which kernels were verified where. `make gpu` updates the second line.
 _VERIFIED = {
     "cpu": "run by every test",
     "cuda": (

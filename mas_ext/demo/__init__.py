@@ -1,4 +1,4 @@
-"""The demo: digits learned as a sequence of tasks, with and without Memory Aware Synapses.
+"""The demo: learns digits as a sequence of tasks, with and without Memory Aware Synapses.
 
 From a notebook::
 
@@ -6,7 +6,7 @@ From a notebook::
     run = run_demo(Settings(scenario="rotated", epochs=4), out="runs/rotated")
     run.results["methods"]["mas"]["average_accuracy"]
 
-From a shell: ``mas-ext demo --help``. Needs the packages of ``pip install "mas_ext[demo]"``.
+From a shell: ``mas-ext demo --help``. The demo needs ``pip install "mas_ext[demo]"``.
 """
 
 from mas_ext.demo.results import Run

@@ -1,4 +1,4 @@
-"""The exact Ω against the one of a batch's mean gradient, on the network after the first task."""
+"""Compares the exact Ω with that of batch-mean gradients, on the network after the first task."""
 
 from __future__ import annotations
 
@@ -32,17 +32,18 @@ DEFINITIONS = {
 
 
 def work(task: Task, settings: Settings) -> int:
-    """How many images are measured in all."""
+    """The total number of images that :func:`compare` measures, counting every repetition."""
     samples = _sample_count(task, settings)
     return samples * (1 + len(_sizes(samples)))
 
 
 def compare(network: nn.Module, task: Task, settings: Settings, tick: Tick) -> dict[str, Any]:
-    """Measures Ω of the same images exactly and by batches of every size.
+    """Measures Ω of the same images exactly, and from batches of every size.
 
     Returns:
-        What ``results.json`` holds under ``"estimators"``: the number of samples, and of
-        parameters whose exact Ω is above 0, and for each batch size what :data:`DEFINITIONS` says.
+        The content of ``results.json`` under ``"estimators"``: the number of samples, the number
+        of parameters whose exact Ω is above 0, and for each batch size the quantities that
+        :data:`DEFINITIONS` defines.
     """
     images = _samples(task, settings)
 
@@ -57,7 +58,7 @@ def compare(network: nn.Module, task: Task, settings: Settings, tick: Tick) -> d
         return torch.cat([values.flatten() for values in omega.values()]).double().numpy()
 
     exact = measure("per_sample", settings.batch_size)
-    # What no sample moves (the weights of a black pixel) all estimates agree on.
+    # All estimates agree on Ω = 0, as for the weights of a pixel that is always black.
     counted = exact > 0
     sizes = _sizes(len(images))
     return {
@@ -73,7 +74,7 @@ def compare(network: nn.Module, task: Task, settings: Settings, tick: Tick) -> d
 
 
 def agreement(exact: np.ndarray, other: np.ndarray) -> dict[str, float]:
-    """How like the exact Ω another one is; see :data:`DEFINITIONS`."""
+    """How similar an estimate is to the exact Ω; see :data:`DEFINITIONS`."""
     top = max(1, round(TOP * len(exact)))
     common = np.intersect1d(np.argsort(exact)[-top:], np.argsort(other)[-top:])
     return {
@@ -84,13 +85,13 @@ def agreement(exact: np.ndarray, other: np.ndarray) -> dict[str, float]:
 
 
 def ranks(values: np.ndarray) -> np.ndarray:
-    """The position of each value in ascending order; equal ones share the mean of theirs."""
+    """The rank of each value in ascending order; equal values share the mean of their ranks."""
     _, position, count = np.unique(values, return_inverse=True, return_counts=True)
     return (np.cumsum(count) - (count - 1) / 2)[position]
 
 
 def _samples(task: Task, settings: Settings) -> Tensor:
-    # In random order: the bundled digits come sorted, and a batch of one class is no usual batch.
+    # In random order: the bundled digits are sorted, and batches of one class would not be typical.
     random = torch.Generator().manual_seed(settings.seed)
     order = torch.randperm(len(task.train), generator=random)
     return task.train.images[order[: _sample_count(task, settings)]]

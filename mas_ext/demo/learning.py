@@ -1,4 +1,4 @@
-"""The network, the methods, and the loop in which each of them learns the tasks in turn."""
+"""The network, the methods, and the loop in which each method learns the tasks in turn."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from mas_ext.demo.settings import Settings
 
 HIDDEN = 256
 Batches = list[tuple[Tensor, Tensor]]
-# Called with a word for what is being done and the number of images done since the last call.
+# Called with a word for the current work, and the number of images done since the last call.
 Tick = Callable[[str, int], None]
 
 
 class FineTuning:
-    """Nothing is held in place: what every other method is compared with."""
+    """Fine-tuning without protection: the baseline of the comparison, and base of all methods."""
 
     label = "Fine-tuning"
-    measures = False  # whether there is an Ω
+    measures = False  # whether the method has an Ω
 
     def __init__(self, model: nn.Module, settings: Settings) -> None:
         self.model = model
@@ -38,19 +38,19 @@ class FineTuning:
         """Called before each task with the optimizer that will learn it."""
 
     def end_task(self, task: Task, batches: Batches, tick: Tick) -> None:
-        """Called after each task with the batches that Ω is to be measured on."""
+        """Called after each task with the batches on which to measure Ω."""
 
     def importance(self) -> dict[str, Tensor]:
-        """Ω by parameter name, a copy; empty for a method without."""
+        """A copy of Ω by parameter name; empty for a method without Ω."""
         return {}
 
     def lambda_reg(self) -> float | None:
-        """λ from here on; None for a method without."""
+        """λ for the next task; None for a method without λ."""
         return None
 
 
 class L2(FineTuning):
-    """The same penalty with Ω = 1: every parameter is held equally, where the last task left it."""
+    """The same penalty with Ω = 1: all parameters are protected equally after each task."""
 
     label = "L2"
 
@@ -76,12 +76,12 @@ class L2(FineTuning):
         self._anchors = [p.detach().clone() for p in self._params]
 
     def lambda_reg(self) -> float | None:
-        """The same from task to task."""
+        """λ, which is the same for every task."""
         return self.settings.lambda_l2
 
 
 class Mas(FineTuning):
-    """Memory Aware Synapses: the penalty's gradient joins the loss's before the step."""
+    """Memory Aware Synapses: adds the penalty's gradient to the loss's before the step."""
 
     label = "MAS"
     measures = True
@@ -106,7 +106,7 @@ class Mas(FineTuning):
         return float(self.mas.lambda_reg)  # type: ignore[arg-type]
 
     def end_task(self, task: Task, batches: Batches, tick: Tick) -> None:
-        """Measures Ω on the task's images, sample by sample, and takes θ* ← θ."""
+        """Measures the exact Ω on the task's images, merges it, and takes θ* ← θ."""
         self.mas.consolidate(
             batches,
             objective=measured_objective(task),
@@ -119,7 +119,7 @@ class Mas(FineTuning):
 
 
 class MasProximal(Mas):
-    """MAS by the proximal step after the optimizer's: stable at any strength."""
+    """MAS with a proximal step after the optimizer's step, which is stable for every λ."""
 
     label = "MAS, proximal"
     mode = "proximal"
@@ -143,15 +143,15 @@ METHODS: dict[str, type[FineTuning]] = {
 
 @dataclass
 class Outcome:
-    """What one method did.
+    """The outcome of one method.
 
     Attributes:
         accuracy_matrix: see :mod:`mas_ext.demo.metrics`.
-        seconds: of learning and measuring Ω, without testing.
-        importance_seconds: the part of it that measured Ω.
-        lambdas: λ after each task; None for a method without.
-        importance: for each task, Ω after it by parameter name; empty without Ω.
-        first_network: a copy of the network as it was after the first task.
+        seconds: the time to learn and to measure Ω, without tests.
+        importance_seconds: the time to measure Ω.
+        lambdas: λ after each task; None for a method without λ.
+        importance: for each task, Ω by parameter name after it; empty for a method without Ω.
+        first_network: a copy of the network after the first task.
     """
 
     accuracy_matrix: list[list[float]] = field(default_factory=list)
@@ -163,13 +163,13 @@ class Outcome:
 
 
 def learn(method: str, tasks: list[Task], settings: Settings, tick: Tick) -> Outcome:
-    """Learns the tasks in turn, and tests on all of them after each."""
+    """Learns the tasks in turn with one method, and tests on all tasks after each."""
     model = make_model(settings.seed)
     learner = METHODS[method](model, settings)
     outcome = Outcome()
     for number, task in enumerate(tasks):
         start = time.perf_counter()
-        # A new one a task: the moments of the last task say nothing about this one.
+        # A new optimizer for each task: moments of the last task mean nothing for this one.
         optimizer = Adam(model.parameters(), lr=settings.lr or 0.0)
         learner.begin_task(optimizer)
         train(model, optimizer, task, number, settings, tick)
@@ -206,8 +206,8 @@ def train(
     settings: Settings,
     tick: Tick,
 ) -> None:
-    """An ordinary training loop: what protects older tasks is attached to the optimizer."""
-    # Of the seed and the task alone, so that every method sees the same batches.
+    """An ordinary training loop; the penalty is attached to the optimizer."""
+    # Depends only on the seed and the task, so that every method sees the same batches.
     random = torch.Generator().manual_seed(1_000_003 * settings.seed + number + 1)
     classes = list(task.classes)
     for _ in range(settings.epochs or 0):
@@ -222,7 +222,7 @@ def train(
 def batches_of(
     task: Task, batch_size: int, order: Tensor | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Training images with labels that count within the task's classes."""
+    """The task's training images, with labels that are positions among its classes."""
     images, labels = task.train.images, within(task, task.train.labels)
     if order is not None:
         images, labels = images[order], labels[order]
@@ -230,10 +230,10 @@ def batches_of(
 
 
 def measured_batches(task: Task, settings: Settings) -> Batches:
-    """The training images, or as many of them as asked for, evenly from all of them."""
+    """The training images to measure Ω on: all, or ``importance_samples`` at equal distances."""
     total = len(task.train)
     count = min(settings.importance_samples or total, total)
-    # Not the first ones: the bundled digits come sorted by class.
+    # Not the first ones, since the bundled digits are sorted by class.
     chosen = torch.arange(count) * total // count
     return list(batches_of(task, settings.batch_size, chosen))
 
@@ -245,13 +245,13 @@ def within(task: Task, labels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, task: Task) -> float:
-    """The fraction of the task's test images that get the right one of its classes."""
+    """The fraction of the task's test images that are classified correctly among its classes."""
     predicted = model(task.test.images)[:, list(task.classes)].argmax(dim=1)
     return float((predicted == within(task, task.test.labels)).double().mean())
 
 
 def measured_objective(task: Task) -> str | Callable[[Tensor], Tensor]:
-    """‖F‖² of the outputs that a task reads: the others were never taught to say anything."""
+    """‖F‖² of the outputs that a task reads; the other outputs were not trained on it."""
     if len(task.classes) == CLASSES:
         return "squared_l2"
     columns = list(task.classes)
@@ -259,7 +259,7 @@ def measured_objective(task: Task) -> str | Callable[[Tensor], Tensor]:
 
 
 def steps(tick: Tick, doing: str) -> Callable[[int], None]:
-    """A progress callable for totals, from one for steps."""
+    """Makes a progress callable that takes totals out of one that takes increments."""
     done = 0
 
     def show(total: int) -> None:

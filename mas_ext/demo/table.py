@@ -1,4 +1,4 @@
-"""The table at the end of a run in a terminal."""
+"""The table of results that a run prints in a terminal."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mas_ext.demo.run import Run
 
 
 def show(run: Run, out: Path) -> None:
-    """Prints the numbers of every method, and where the report is."""
+    """Prints the results of every method, and where the report is."""
     settings = run.settings
     table = Table(
         title=f"{settings.scenario}, {settings.tasks} tasks, seed {settings.seed}",

@@ -1,4 +1,4 @@
-"""From a batch of whatever form to a model's output, dimension 0 of which is the sample."""
+"""Turns batches of any form into the model's output, whose dimension 0 is the sample."""
 
 from __future__ import annotations
 
@@ -18,35 +18,39 @@ _LABELS = ("labels", "label")
 
 
 class Batch(Protocol):
-    """Some samples, ready for the model."""
+    """Some samples in a form that the model can be run on."""
 
     def forward(self, model: nn.Module) -> Any:
-        """What the model returns for them."""
+        """Runs the model on the samples and returns its output."""
 
     def check_rows(self, output: Tensor) -> Tensor:
-        """The output, if it has one row a sample."""
+        """Returns the output if it has one row per sample; raises otherwise."""
 
     def take(self, indices: Sequence[int], size: int) -> Batch:
-        """Some of the ``size`` samples; CannotSplit if it is not known how."""
+        """The samples ``indices`` of this batch, which has ``size`` samples.
+
+        Raises:
+            CannotSplit: the batch cannot be divided into samples.
+        """
 
 
 class CannotSplit(Exception):
-    """A batch that cannot be cut into samples; the message says why."""
+    """A batch cannot be divided into samples; the message says why."""
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """A batch as the arguments of ``model(*args, **kwargs)``; labels are never among them."""
+    """A batch as the arguments of ``model(*args, **kwargs)``, without labels."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
     @classmethod
     def of(cls, batch: Any) -> Inputs:
-        """Reads a batch: a tensor, a tuple or list (its first item), or a mapping.
+        """Makes inputs of a batch: a tensor, a tuple or list (its first item), or a mapping.
 
         Raises:
-            TypeError: it is none of these, or it is empty.
+            TypeError: the batch is none of these, or it is empty.
         """
         if isinstance(batch, Tensor):
             return cls((batch,), {})
@@ -60,7 +64,7 @@ class Inputs:
         )
 
     def placed(self, device: torch.device) -> Inputs:
-        """On the model's device, and usable by autograd when made in inference mode."""
+        """The inputs on a device, in tensors that autograd can use (not inference tensors)."""
 
         def place(tensor: Tensor) -> Tensor:
             moved = tensor.to(device, non_blocking=True)
@@ -69,7 +73,11 @@ class Inputs:
         return self._map(place)
 
     def size(self) -> int:
-        """The number of samples: the first tensor's dimension 0."""
+        """The number of samples: the size of dimension 0 of the first tensor that has one.
+
+        Raises:
+            TypeError: no tensor has a dimension.
+        """
         sized = [tensor for tensor in tensors_in((self.args, self.kwargs)) if tensor.dim() > 0]
         if not sized:
             raise TypeError(
@@ -79,12 +87,12 @@ class Inputs:
         return len(sized[0])
 
     def forward(self, model: nn.Module) -> Any:
-        """``model(*args, **kwargs)``, of copies: what the model writes to stays as it was."""
+        """Calls the model with copies of the inputs, so that it cannot change them in place."""
         fresh = self._map(_fresh)
         return model(*fresh.args, **fresh.kwargs)
 
     def check_rows(self, output: Tensor) -> Tensor:
-        """The output, if it has one row a sample."""
+        """Returns the output if it has one row per sample; raises ValueError otherwise."""
         if len(output) != self.size():
             raise ValueError(
                 f"the model's output has no sample dimension: {self.size()} samples gave an output "
@@ -93,7 +101,7 @@ class Inputs:
         return output
 
     def take(self, indices: Sequence[int], size: int) -> Inputs:
-        """Some samples; what has no sample dimension is shared."""
+        """The chosen samples; tensors without a sample dimension are passed on whole."""
         chosen = self._map(lambda tensor: _rows(tensor, indices, size))
         listed = {name: _items(v, indices, size) for name, v in chosen.kwargs.items()}
         return Inputs(chosen.args, listed)
@@ -105,10 +113,12 @@ class Inputs:
 
 @dataclass(frozen=True)
 class CustomBatch:
-    """A batch that only the user's ``forward`` understands.
+    """A batch that only the user's ``forward`` can read.
 
     Attributes:
-        rows: how many samples it has, if it was cut out of a larger one.
+        batch: the batch, as the data yielded it.
+        function: the user's ``forward``.
+        rows: the number of samples, if this is a part of a larger batch; otherwise None.
     """
 
     batch: Any
@@ -116,7 +126,11 @@ class CustomBatch:
     rows: int | None = None
 
     def forward(self, model: nn.Module) -> Any:
-        """``forward(model, batch)``; CannotSplit if that does not work on a part of a batch."""
+        """Calls the user's ``forward`` with a copy of the batch.
+
+        Raises:
+            CannotSplit: ``forward`` raised an error for a part of a batch.
+        """
         fresh = _map_tensors(_fresh, self.batch)
         if self.rows is None:
             return self.function(model, fresh)
@@ -126,13 +140,21 @@ class CustomBatch:
             raise CannotSplit(f"forward fails for a part of it ({problem})") from problem
 
     def check_rows(self, output: Tensor) -> Tensor:
-        """How many samples a whole batch has is what the output says."""
+        """Returns the output. The number of samples in a whole batch is that of its output's rows.
+
+        Raises:
+            CannotSplit: the output for a part of a batch has another number of rows.
+        """
         if self.rows is not None and len(output) != self.rows:
             raise CannotSplit(f"{self.rows} samples of it give {len(output)} rows")
         return output
 
     def take(self, indices: Sequence[int], size: int) -> CustomBatch:
-        """Some samples, of every tensor in it that has as many rows as the output."""
+        """The chosen rows of every tensor that has ``size`` rows; all else is passed on whole.
+
+        Raises:
+            CannotSplit: no tensor has ``size`` rows.
+        """
         if not any(t.dim() > 0 and len(t) == size for t in tensors_in(self.batch)):
             raise CannotSplit("no tensor in it has as many rows as the output")
         chosen = _map_tensors(lambda tensor: _rows(tensor, indices, size), self.batch)
@@ -140,7 +162,7 @@ class CustomBatch:
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
-    """The tensors of nested lists, tuples and dicts."""
+    """All tensors in nested lists, tuples and dicts."""
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
@@ -162,12 +184,12 @@ def _fresh(tensor: Tensor) -> Tensor:
 
 
 def _leaf(tensor: Tensor, like: Tensor) -> Tensor:
-    """Without a history, so that nothing before the model is differentiated."""
+    """The tensor detached, so that autograd stops at the model's inputs."""
     return tensor.detach().requires_grad_(like.requires_grad)
 
 
 def _items(value: Any, indices: Sequence[int], size: int) -> Any:
-    """Of a plain list with a value a sample (lengths, say) the chosen ones."""
+    """The chosen items of a plain list with one value per sample (such as lengths)."""
     is_listed = isinstance(value, (list, tuple)) and len(value) == size
     if is_listed and not tensors_in(value):
         return type(value)([value[k] for k in indices])
@@ -180,10 +202,10 @@ def _describe(batch: Any) -> str:
 
 
 def output_tensor(output: Any) -> Tensor:
-    """The tensor in what a model returned: itself, its ``logits``, or a tuple's first item.
+    """The tensor in a model's output: the output itself, its ``logits``, or its first item.
 
     Raises:
-        TypeError: there is none, or it is not of a floating dtype.
+        TypeError: there is no such tensor, or it is not floating point.
         ValueError: it has no sample dimension.
     """
     is_mapping = isinstance(output, Mapping)
@@ -199,7 +221,7 @@ def output_tensor(output: Any) -> Tensor:
         raise TypeError(f"the model's output has dtype {found.dtype}; it must be floating point")
     if found.dim() == 0:
         raise ValueError(
-            "the model's output has no sample dimension (it is 0-dim); return one row a sample, "
+            "the model's output has no sample dimension (it is 0-dim); return one row per sample, "
             "or pass forward= that does"
         )
     return full_tensor(found)

@@ -20,7 +20,7 @@ _SMALL = 4096  # elements for which the call of an operator costs more than a te
 
 
 class Contribution(Protocol):
-    """M_k for every sample of a batch, in the shape of the tensor that was used."""
+    """M_k of every sample of a batch, in the shape of the tensor that the operation used."""
 
     def add_magnitudes_(self, omega: Tensor) -> None:
         """Ω += Σ_k |M_k|; Ω may be any view."""
@@ -30,10 +30,10 @@ class Contribution(Protocol):
 
 
 def magnitude(gradient: Tensor) -> Tensor:
-    """|g|: how one sample's gradient counts. Another criterion would square it.
+    """|g|: how one sample's gradient counts towards Ω. Another criterion would square it.
 
-    Whatever goes through here or through :func:`accumulate_magnitudes_` and
-    :func:`accumulate_matmul_magnitudes_` is a sum over samples of this function; it has to satisfy
+    Together with :func:`accumulate_magnitudes_` and :func:`accumulate_matmul_magnitudes_`, this is
+    the only place where a gradient's magnitude is taken. The function must be multiplicative:
     magnitude(a·b) = magnitude(a)·magnitude(b).
     """
     return gradient.abs()
@@ -50,7 +50,7 @@ def accumulate_matmul_magnitudes_(omega: Tensor, left: Tensor, right: Tensor) ->
 
 
 def upcast(tensor: Tensor) -> Tensor:
-    """In the dtype that sums are formed in; complex numbers stay what they are."""
+    """The tensor in the accumulation dtype; complex tensors stay as they are."""
     return tensor if tensor.is_complex() else tensor.to(accumulation_dtype(tensor.dtype))
 
 
@@ -95,7 +95,7 @@ class MatrixProduct:
     shape: tuple[int, ...] | None = None
 
     def add_magnitudes_(self, omega: Tensor) -> None:
-        """The kernel's: Σ_k |Σ_t …| in tiles of Ω."""
+        """Ω += Σ_k |Σ_t …|, by the kernel that works in tiles of Ω."""
         if self.shape is None:
             _add_product_(omega, self.left, self.right)
         elif omega.is_contiguous():
@@ -107,13 +107,13 @@ class MatrixProduct:
             omega += matrix.view(self.shape)
 
     def samples(self) -> Iterator[Tensor]:
-        """One matrix product each."""
+        """M_k of each sample, by one matrix product per sample."""
         for left, right in zip(self.left, self.right, strict=True):
             product = upcast(left).t() @ upcast(right)
             yield product if self.shape is None else product.view(self.shape)
 
     def transposed(self) -> MatrixProduct:
-        """The same of the matrix's transpose."""
+        """The contribution to the transposed matrix."""
         return MatrixProduct(self.right, self.left)
 
     @staticmethod
@@ -150,7 +150,7 @@ class StackedMatrixProducts:
     parts: list[MatrixProduct]
 
     def add_magnitudes_(self, omega: Tensor) -> None:
-        """Matrix by matrix."""
+        """Ω += Σ_k |M_k|, matrix by matrix."""
         for block, part in zip(omega, self.parts, strict=True):
             part.add_magnitudes_(block)
 
@@ -174,7 +174,7 @@ class EmbeddingRows:
     shape: tuple[int, ...]
 
     def add_magnitudes_(self, omega: Tensor) -> None:
-        """Summed within each sample, then by row."""
+        """Ω += Σ_k |M_k|: sums the values of equal rows within each sample, then adds by row."""
         _, rows, sums = self.summed()
         omega.index_add_(0, rows, magnitude(sums).to(omega.dtype))
 
@@ -189,7 +189,7 @@ class EmbeddingRows:
         return keys // self.shape[0], keys % self.shape[0], sums
 
     def samples(self) -> Iterator[Tensor]:
-        """Tables of zeros but for the rows looked up."""
+        """M_k of each sample: a table that is zero except in the rows that were looked up."""
         for index, values in zip(self.index, upcast(self.values), strict=True):
             used = index >= 0
             yield values.new_zeros(self.shape).index_add_(0, index[used], values[used])
@@ -205,10 +205,10 @@ class EmbeddingRows:
 
 @dataclass
 class TiedEmbedding:
-    """A matrix that is also looked up row by row: an embedding that is the last layer, too.
+    """A matrix that is used in a product and also looked up row by row, as a tied embedding.
 
-    Few rows are looked up in a sample, so Σ_k |H_k + E_k| is Σ_k |H_k| for the matrix, set right
-    in those rows.
+    A sample looks up few rows. Σ_k |H_k + E_k|, for the product's H and the look-up's E, is
+    therefore computed as Σ_k |H_k|, and then corrected in the rows that were looked up.
     """
 
     matrix: MatrixProduct

@@ -1,8 +1,9 @@
-"""The weight's gradient of a convolution, sample by sample.
+"""The per-sample gradients of a convolution's weight.
 
-A convolution is a matrix product with patches of its input: M_k = Σ_t g_kt · patch_ktᵀ over the
-output's pixels t. A transposed one is the same with input and output exchanged. Patches are laid
-out for a few samples at a time, so the buffer stays in cache and does not grow with the batch.
+A convolution is a matrix product with patches of its input, so sample k's gradient is
+M_k = Σ_t g_kt · patch_ktᵀ, summed over the output's pixels t. For a transposed convolution, input
+and output change places. Patches are laid out for a few samples at a time, so that the buffer stays
+in the cache and does not grow with the batch.
 """
 
 from __future__ import annotations
@@ -24,15 +25,21 @@ from mas_ext.importance.contributions import (
     upcast,
 )
 
-_PATCHES = 1 << 20  # elements of the patches laid out at a time
-_GRADIENTS = 1 << 19  # elements of the gradients formed at a time
-# With so many pixels, so many channels and so small a weight, its gradients cost less than patches.
+_PATCHES = 1 << 20  # elements of the patches that are laid out at a time
+_GRADIENTS = 1 << 19  # elements of the gradients that are formed at a time
+# From this many pixels and channels on, and up to this size of the weight, forming every sample's
+# gradient is faster than laying out patches.
 _MANY_PIXELS, _MANY_CHANNELS, _SMALL_WEIGHT = 256, 16, 1 << 17
 
 
 @dataclass
 class Geometry:
-    """How a convolution walks over its input."""
+    """How a convolution moves over its input: one number per dimension of space.
+
+    Attributes:
+        kernel: the size of the kernel.
+        stride, padding, dilation: as for :class:`torch.nn.Conv2d`.
+    """
 
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
@@ -55,13 +62,14 @@ class Geometry:
 
 @dataclass
 class ConvolutionWeight:
-    """M_k of a convolution's weight [P, C / groups, *kernel].
+    """M_k of a convolution's weight [P, C / groups, *kernel]; m counts the rows of a sample.
 
     Attributes:
-        pixels: [B, m, P, *out], what the weight's first dimension belongs to.
-        inputs: [B, m, C, *space], what patches are taken from.
-        geometry: how.
-        groups: P and C fall into so many groups.
+        pixels: [B, m, P, *out]: the tensor whose channels are the weight's first dimension (the
+            output's gradient, or for a transposed convolution the input).
+        inputs: [B, m, C, *space]: the tensor that patches are taken from.
+        geometry: how patches are taken.
+        groups: the number of groups that P and C are divided into.
     """
 
     pixels: Tensor
@@ -70,17 +78,17 @@ class ConvolutionWeight:
     groups: int
 
     def is_depthwise(self) -> bool:
-        """Whether every channel is convolved by itself."""
+        """Whether every channel is a group of its own."""
         return self.groups > 1 and self.pixels.shape[2] == self.groups == self.inputs.shape[2]
 
     def _chunks(self) -> Iterator[Contribution]:
-        """The same, a few samples at a time."""
+        """The contributions of a few samples at a time."""
         part, step = self._way()
         for start in range(0, len(self.pixels), step):
             yield part(slice(start, start + step))
 
     def _way(self) -> tuple[Callable[[slice], Contribution], int]:
-        """How, and for how many samples at a time."""
+        """The fastest method for this shape, and the number of samples to use it for at a time."""
         kernel, pixels = prod(self.geometry.kernel), self.pixels.shape[3:].numel()
         m, channels = self.inputs.shape[1:3]
         weight = self.pixels.shape[2] * (channels // self.groups) * kernel
@@ -92,7 +100,10 @@ class ConvolutionWeight:
         return self._blocks, _at_a_time(_PATCHES, m * channels * kernel * pixels)
 
     def _gradients(self, chosen: slice) -> Materialized:
-        """Every sample a group of its own: the backend's gradient of [n·P, C / groups, *kernel]."""
+        """Makes every sample a group: one call of the backend's backward forms all gradients.
+
+        The backend sees a weight of shape [n·m·P, C / groups, *kernel] for n samples.
+        """
         pixels, inputs = self.pixels[chosen], self.inputs[chosen]
         samples, m = pixels.shape[:2]
         geometry, space = self.geometry, len(self.geometry.kernel)
@@ -114,7 +125,7 @@ class ConvolutionWeight:
         return Materialized(values[:, 0] if m == 1 else values.sum(1))
 
     def _depthwise(self, chosen: slice) -> Materialized:
-        """[n, C, 1, *kernel]: so few numbers that they are formed as they are."""
+        """Forms the gradients [n, C, 1, *kernel] directly, since they are small."""
         pixels, inputs = upcast(self.pixels[chosen]), upcast(self.inputs[chosen])
         samples, m, kernel = len(pixels), pixels.shape[1], self.geometry.kernel
         flat = pixels.flatten(0, 1)
@@ -141,26 +152,26 @@ class ConvolutionWeight:
         return parts[0] if self.groups == 1 else GroupedMatrixProducts(parts)
 
     def add_magnitudes_(self, omega: Tensor) -> None:
-        """A few samples at a time."""
+        """Ω += Σ_k |M_k|, for a few samples at a time."""
         for chunk in self._chunks():
             chunk.add_magnitudes_(omega)
 
     def samples(self) -> Iterator[Tensor]:
-        """A few samples at a time."""
+        """M_k of each sample, formed for a few samples at a time."""
         for chunk in self._chunks():
             yield from chunk.samples()
 
 
 @dataclass
 class GroupedMatrixProducts(StackedMatrixProducts):
-    """Blocks that follow each other along the weight's first dimension."""
+    """One matrix product per group; groups follow each other along the weight's first dimension."""
 
     def add_magnitudes_(self, omega: Tensor) -> None:
-        """Group by group."""
+        """Ω += Σ_k |M_k|, group by group."""
         super().add_magnitudes_(omega.unflatten(0, (len(self.parts), -1)))
 
     def samples(self) -> Iterator[Tensor]:
-        """Joined again."""
+        """M_k of each sample, with the groups joined."""
         return (stacked.flatten(0, 1) for stacked in super().samples())
 
 
@@ -169,5 +180,5 @@ def _at_a_time(budget: int, elements: int) -> int:
 
 
 def _positions(values: Tensor) -> Tensor:
-    """[B, m, n, pixels] → [B, m·pixels, n], a view where m = 1."""
+    """[B, m, n, pixels] → [B, m·pixels, n]; a view if m = 1."""
     return values.transpose(2, 3).flatten(1, 2)

@@ -1,6 +1,6 @@
 """A data-parallel measurement: every process measures its own samples, and sums are reduced once.
 
-Until the end ranks do not communicate, so each may have any number of batches, or none.
+Ranks do not communicate before the end, so each may have any number of batches, or none.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ def add_importance_(
         measurement: the options.
         counted: called with statistics once the samples are in ``sums``: after every batch on a
             single process, once at the end on several.
-        checkpoint: where each rank saves its progress. None: nowhere.
+        checkpoint: the measurement checkpoint of each rank. None: progress is not saved.
 
     Returns:
-        The statistics, and which path served each parameter.
+        The statistics, and the path that served each parameter.
     """
     checkpoint = checkpoint or MeasurementCheckpoint()
     if measurement.is_sharded and (whole := fsdp.find_sharded_model(model)) is not None:

@@ -1,4 +1,4 @@
-"""The importance of a model's parameters, by name."""
+"""Measures the importance of a model's parameters and returns it by parameter name."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ from mas_ext.reference import accumulation_dtype
 
 
 class Importance(Mapping[str, Tensor]):
-    """Ω by parameter name, in float32 (float64 for float64 parameters).
+    """A mapping from parameter name to Ω, in float32 (float64 for float64 parameters).
 
-    Of a parameter that is a DTensor, Ω is one that is placed as it is.
+    Each Ω has the shape of its parameter. For a DTensor parameter, Ω is a DTensor with the same
+    placements.
 
     Attributes:
-        num_samples: N, how many samples it is the mean of.
-        energy: E‖F(x)‖², the objective's mean over them.
-        coverage: parameter name → which path computed it; ``"none"`` where none could, and Ω is 0.
+        num_samples: N, the number of samples that Ω is the mean over.
+        energy: E‖F(x)‖², the mean of the objective over these samples.
+        coverage: parameter name → the path that computed its Ω; ``"none"`` if no path could, in
+            which case Ω is 0.
     """
 
     def __init__(
@@ -63,51 +65,62 @@ def estimate_importance(
     .. math:: \Omega_i = \frac{1}{N} \sum_{k=1}^{N}
         \left| \frac{\partial\, \|F(x_k; \theta)\|_2^2}{\partial \theta_i} \right|
 
-    Runs in evaluation mode (in training mode if told to), and leaves modes, gradients,
-    ``requires_grad``, buffers and random number generators as they were, also when it fails
-    half-way.
+    The measurement runs in evaluation mode (or in training mode, with ``training=True``). Module
+    modes, gradients, ``requires_grad``, buffers and random number generators are restored at the
+    end, and also after an error.
 
     Args:
         model: the network F, which is not changed.
-        data: an iterable of batches. A tensor is passed to the model; of a tuple or list the first
-            item (labels are never needed); a mapping as keyword arguments, without ``labels`` or
-            ``label``. Tensors are moved to the model's device (not with ``forward``). Since random
-            numbers are put back, a shuffling DataLoader draws the same order each time, unless it
-            has a ``generator`` of its own.
-        estimator: ``"per_sample"``, exact, or ``"batch"``, the absolute value of each batch's mean
-            gradient weighted by batch size, which loses what cancels within a batch; or
-            ``"local"``, the paper's Hebbian variant, one forward pass a batch: of a Linear or Conv
-            layer followed by ReLU it takes ‖·‖² of that layer's own output instead of the network's
-            (without ReLU, of its linear output). Other parameters get 0, coverage ``"none"``, and
-            a warning. Or ``"per_sample_sharded"``, ``"per_sample"`` for a model that
-            ``fully_shard`` has cut up and that would not fit one process: one sample a rank and
-            pass; with ``forward``, batches of one sample.
-        objective: ``"squared_l2"`` ‖F‖², ``"l2"`` ‖F‖, ``"l1"`` Σ|F|, each over all but
-            dimension 0, or a callable from the output [B, …] to scalars [B].
-        forward: ``callable(model, batch) -> Tensor`` for batches of another form; its output has
-            one row a sample. It is given the module inside ``DistributedDataParallel``.
-        params: which parameters, of those that require gradients: None for all, names or globs,
-            or ``callable(name, parameter) -> bool``.
-        max_samples: stop after so many samples, the first ones: shuffle data that is sorted. Of
-            several processes each has as many.
-        progress: True for a bar (of the first process), or a callable given the number of samples
-            done (by this process).
-        weighting: of ``"batch"``, what counts the same: ``"samples"``, each batch by its size, or
-            ``"batches"``, also a short last one,
+        data: an iterable of batches. A batch may be a tensor, which is passed to the model; a tuple
+            or list, whose first item is passed (labels are never needed); or a mapping, which is
+            passed as keyword arguments without ``labels`` and ``label``. Tensors are moved to the
+            model's device, unless you pass ``forward``. Because random states are restored, a
+            shuffling DataLoader draws the same order in every measurement, unless it has a
+            ``generator`` of its own.
+        estimator: how Ω is computed.
+
+            - ``"per_sample"`` (default) is exact.
+            - ``"batch"`` takes the absolute value of each batch's mean gradient, weighted by batch
+              size. Gradients of opposite sign cancel within a batch, so Ω is too small.
+            - ``"local"`` is the paper's Hebbian variant and needs only one forward pass per batch.
+              For a Linear or Conv layer followed by ReLU, it uses ‖·‖² of that layer's own output
+              in place of the network's (of the linear output, if no ReLU follows). All other
+              parameters get Ω = 0, coverage ``"none"``, and a warning.
+            - ``"per_sample_sharded"`` is ``"per_sample"`` for a model that was sharded by
+              ``fully_shard`` and does not fit in one process. Each pass measures one sample per
+              rank. With ``forward``, yield batches of one sample.
+        objective: the scalar per sample that is differentiated: ``"squared_l2"`` (‖F‖², default),
+            ``"l2"`` (‖F‖) or ``"l1"`` (Σ|F|), each over all dimensions but the first; or a callable
+            from the output [B, …] to scalars [B].
+        forward: ``callable(model, batch) -> Tensor``, for batches that the model cannot take as
+            they are. It gets the model (the inner module, if the model is wrapped in
+            ``DistributedDataParallel``) and a batch as ``data`` yielded it, and must return the
+            floating-point output tensor [B, …] with one row per sample, connected to the
+            parameters by autograd.
+        params: the parameters to measure, among those that require gradients: None for all, names
+            or globs, or ``callable(name, parameter) -> bool``.
+        max_samples: stop after this many samples. The first ones are used, so shuffle data that is
+            sorted. With several processes, the limit holds for each of them.
+        progress: True for a progress bar (on the first process), or a callable that is given the
+            number of samples that this process has measured.
+        weighting: for ``"batch"``, what counts equally: ``"samples"`` (each batch counts by its
+            size) or ``"batches"`` (a short last batch counts as much as the others),
             :math:`\Omega_i = \frac1K\sum_{b=1}^K |\frac{1}{B_b}\sum_{k\in b} g_{ki}|`.
-        training: measure ``"batch"`` with every module in training mode, as several
-            implementations do: of dropout's random networks, and with the batch's own statistics.
-            Running statistics are put back. For comparisons (:func:`mas_ext.preset`).
-        process_group: the processes that share the data out; None: as the model says. See
-            :class:`mas_ext.MAS`.
+        training: for ``"batch"``, whether to measure with every module in training mode, as several
+            other implementations do. Dropout is then active, and batch normalisation uses the
+            batch's statistics; running statistics are restored. Meant for comparisons
+            (:func:`mas_ext.preset`).
+        process_group: the processes among which the data is divided. None: the group that the
+            model was wrapped or sharded with. See :class:`mas_ext.MAS`.
 
     Returns:
-        Ω, with the number of samples and the path that served each parameter.
+        Ω by parameter name, with the number of samples and the path that computed each parameter.
 
     Raises:
-        ValueError: no data, no parameters, an output without a sample dimension, or a NaN or Inf,
-            naming the parameter.
-        TypeError: a batch, output or argument of a kind that cannot be used.
+        ValueError: there is no data or no parameter to measure, the output has no sample dimension,
+            importance per sample is not defined for the model, or a value is NaN or Inf (the
+            message names the parameter).
+        TypeError: a batch, the model's output or an argument has an unsupported type.
 
     Source: Aljundi et al., ECCV 2018, equations 1 and 2.
     """

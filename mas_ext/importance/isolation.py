@@ -1,4 +1,4 @@
-"""Running a model for a measurement that must leave no trace."""
+"""Context managers that run a model for a measurement and restore everything afterwards."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_HIDDEN = "None of the inputs have requires_grad=True"  # what torch's checkpointing warns of
+_HIDDEN = (
+    "None of the inputs have requires_grad=True"  # the start of a warning of torch.utils.checkpoint
+)
 
 
 @contextmanager
 def undisturbed(model: nn.Module, training: bool = False) -> Iterator[None]:
-    """Evaluation or training mode, after which everything is as it was, also after an error.
+    """Sets evaluation or training mode, and restores the model's state at the end or on an error.
 
-    Put back: every module's mode, every ``requires_grad`` and ``.grad`` (the same tensor with the
-    same content), every buffer, and PyTorch's random number generators.
+    Restored are every module's mode, every ``requires_grad`` and ``.grad`` (the same tensor with
+    the same content), every buffer, and PyTorch's random number generators.
     """
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with ExitStack() as stack:
@@ -27,12 +29,12 @@ def undisturbed(model: nn.Module, training: bool = False) -> Iterator[None]:
         stack.enter_context(_modes(model, training))
         stack.enter_context(_gradients(model))
         stack.enter_context(_buffers(model))
-        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and it takes long to load
-            # Compiled code is one operation whose inside cannot be seen.
+        if "torch._dynamo" in sys.modules:  # otherwise nothing is compiled; loading it is slow
+            # Compiled code is a single operation, whose parts the graph does not show.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
-            # cuDNN cannot differentiate a recurrent layer in evaluation mode, and a recurrent layer
-            # that oneDNN runs is one operation.
+            # cuDNN cannot differentiate a recurrent layer in evaluation mode, and oneDNN runs a
+            # whole recurrent layer as a single operation.
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
             stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
         yield
@@ -40,8 +42,10 @@ def undisturbed(model: nn.Module, training: bool = False) -> Iterator[None]:
 
 @contextmanager
 def differentiable() -> Iterator[None]:
-    """Gradients, wherever the caller is. Around each batch, not around the loop over the data: a
-    generator can leave its own modes switched on.
+    """Enables gradients, whatever mode the caller is in.
+
+    Use it around each batch rather than around the loop over the data, since a generator of batches
+    may change these modes between two batches.
     """
     with torch.inference_mode(False), torch.enable_grad():
         yield
@@ -49,17 +53,17 @@ def differentiable() -> Iterator[None]:
 
 @contextmanager
 def no_hidden_parameters() -> Iterator[None]:
-    """Refuses what PyTorch only warns of: checkpointing that drops gradients of parameters.
+    """Raises an error where PyTorch only warns that checkpointing drops parameters' gradients.
 
     Raises:
-        ValueError: reentrant checkpointing of a part whose input needs no gradient.
+        ValueError: the model uses reentrant checkpointing on a part whose inputs need no gradient.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=_HIDDEN)
         try:
             yield
         except UserWarning as warning:
-            if not str(warning).startswith(_HIDDEN):  # one that the user turned into an error
+            if not str(warning).startswith(_HIDDEN):  # the user turned another one into an error
                 raise
             raise ValueError(
                 "the model uses activation checkpointing with use_reentrant=True, which hides the "
@@ -71,7 +75,7 @@ def no_hidden_parameters() -> Iterator[None]:
 def _modes(model: nn.Module, training: bool) -> Iterator[None]:
     before = [(module, module.training) for module in model.modules()]
     try:
-        # Not model.eval() or train(): a module may do more in it, such as merge weights.
+        # model.eval() and train() are not called: a module may override them, to merge weights say.
         for module, _ in before:
             module.training = training
         yield
@@ -84,7 +88,7 @@ def _modes(model: nn.Module, training: bool) -> Iterator[None]:
 def _gradients(model: nn.Module) -> Iterator[None]:
     before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     for p, _, _ in before:
-        p.grad = None  # a forward that calls backward itself then writes to a tensor of its own
+        p.grad = None  # a forward that calls backward then writes to a new tensor
     try:
         yield
     finally:
@@ -123,8 +127,8 @@ def _restore(buffer: torch.Tensor | None, content: torch.Tensor | None) -> None:
 
 
 class OperatorObserver(TorchDispatchMode):
-    """A mode that sees every operation, below autograd and autocast, and changes none."""
+    """A dispatch mode that sees every operation, below autograd and autocast, and changes none."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # else the first of all modes loads torch._dynamo, which takes two seconds
+        return False  # otherwise the first mode entered loads torch._dynamo, which takes seconds

@@ -1,4 +1,4 @@
-"""A forward pass, watched: what went into each layer and what came out."""
+"""Records the inputs and outputs of layers during a forward pass."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ class LayerCall:
     """One call of a layer.
 
     Attributes:
-        inputs, outputs: x [rows, …, in] and y [rows, …, out]; channels second for convolutions.
+        layer: the Linear or Conv module.
+        inputs, outputs: x [rows, …, in] and y [rows, …, out]; channels are second for convolutions.
         rectified: whether a ReLU was applied to y.
     """
 
@@ -36,17 +37,17 @@ class LayerCall:
 
     @property
     def rows(self) -> int | None:
-        """The size of dimension 0 where the shape leaves room for a sample dimension."""
+        """The size of dimension 0; None if the input has no sample dimension."""
         smallest = 2 if isinstance(self.layer, nn.Linear) else self.layer.weight.dim()
         return len(self.inputs) if self.inputs.dim() >= smallest else None
 
     def gradient(self, size: int) -> Tensor:
-        """∂‖y‖²/∂(Wx + b) = 2y by sample and position: [B, T, out]."""
+        """∂‖y‖²/∂(Wx + b) = 2y by sample and position, [B, T, out], for B = ``size``."""
         y = self._doubled() if isinstance(self.layer, nn.Linear) else self._pixels().movedim(1, -1)
         return y.reshape(size, -1, y.shape[-1])
 
     def product(self, size: int) -> Contribution:
-        """What it adds to ∂‖y‖²/∂W of every sample."""
+        """This call's contribution to ∂‖y‖²/∂W of each of ``size`` samples."""
         if isinstance(self.layer, nn.Linear):
             x = upcast(self.inputs)
             return MatrixProduct(self.gradient(size), x.reshape(size, -1, x.shape[-1]))
@@ -64,7 +65,7 @@ class LayerCall:
         return 2 * (y.clamp(min=0) if self.rectified else y)
 
     def _pixels(self) -> Tensor:
-        """Of a convolution: 2y [rows, out, …]."""
+        """2y of a convolution, [rows, out, …]."""
         return self._with_rows(self._doubled())
 
     def _with_rows(self, tensor: Tensor) -> Tensor:
@@ -72,10 +73,11 @@ class LayerCall:
 
 
 class LayerCallRecorder(OperatorObserver):
-    """Keeps every call of the layers as it was, and sees which outputs a ReLU is applied to.
+    """Records every call of the layers, and which of their outputs a ReLU is applied to.
 
-    Whichever way an operation was called, it is met here. A tensor that is about to be overwritten
-    is copied first; from then on it is not a layer's output.
+    It sees every operation, no matter how the model called it. If an operation overwrites a
+    recorded tensor, the recorder copies the tensor first; a later ReLU on the overwritten tensor no
+    longer counts as one on the layer's output.
     """
 
     def __init__(self) -> None:
@@ -85,7 +87,7 @@ class LayerCallRecorder(OperatorObserver):
         self._by_storage: dict[int, list[LayerCall]] = {}
 
     def record(self, layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-        """A forward hook."""
+        """The forward hook that records a call."""
         call = LayerCall(layer, args[0] if args else kwargs["input"], output)
         self.calls.append(call)
         self._by_output[id(output)] = call

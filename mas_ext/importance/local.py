@@ -1,14 +1,15 @@
-r"""The paper's local variant: Ω of a layer from what goes in and what comes out, no gradients.
+r"""The paper's local variant: Ω of a layer from its inputs and outputs, without gradients.
 
-Each layer is measured by the length of its own output, not of the network's. For a linear layer
-followed by ReLU, :math:`y = \mathrm{ReLU}(Wx + b)`, and a single position,
+The objective of each layer is the squared length of its own output rather than the network's. For
+a linear layer followed by ReLU, :math:`y = \mathrm{ReLU}(Wx + b)`, applied at a single position,
 
 .. math:: \Omega_{ji} = \frac{1}{N} \sum_k \left|\frac{\partial \|y_k\|_2^2}{\partial W_{ji}}\right|
     = \frac{1}{N} \sum_k 2\, y_{kj}\, |x_{ki}|, \qquad \Omega_j = \frac{1}{N} \sum_k 2\, y_{kj}
 
-(the bias): neurons that fire together are wired together, Hebb's rule. With more positions in a
-sample (sequences, convolutions) the sum over positions comes before the absolute value,
-:math:`|\sum_t 2\, y_t x_t^\top|`, and so does the sum over several calls of the same weights.
+for the weight and the bias. This is Hebb's rule: the weight between neurons that are active
+together is important. If a sample has several positions (sequences, convolutions), the sum over
+positions is taken before the absolute value, :math:`|\sum_t 2\, y_t x_t^\top|`, and so is the sum
+over several calls of the same layer.
 
 Source: Aljundi et al., ECCV 2018, section 4.3.
 """
@@ -37,15 +38,19 @@ LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class Local:
-    r"""Adds :math:`\sum_k |\partial \|y_k\|^2 / \partial\theta|`, y the parameter's layer's output.
+    r"""Adds :math:`\sum_k |\partial \|y_k\|^2 / \partial\theta|`, with y the output of θ's layer.
 
-    y is after the ReLU where one follows directly (``nn.ReLU``, ``relu``, ``clamp(min=0)``, in
-    place or not), else the layer's own linear output: before a normalisation, GELU or the end.
-    One forward pass a batch, no graph. It holds the inputs and outputs of all layers until the
-    pass has ended, as training would.
+    If a ReLU directly follows the layer (``nn.ReLU``, ``relu``, ``clamp(min=0)``, in place or not),
+    y is the output of the ReLU. Otherwise, for instance before a normalisation or GELU, y is the
+    layer's linear output. Each batch takes one forward pass without an autograd graph. The inputs
+    and outputs of all layers stay in memory until the pass has ended, as in training.
 
-    What is neither weight nor bias of a Linear or Conv layer that was called adds nothing; nor
-    does the use of such a weight elsewhere, as in an embedding tied to the last layer.
+    Only the weight and bias of Linear and Conv layers that are called as modules are measured. Any
+    other use of such a weight, as in an embedding tied to the last layer, adds nothing.
+
+    Raises:
+        ValueError: an objective was chosen, the model is tensor-parallel, or no measured parameter
+            belongs to a Linear or Conv layer.
     """
 
     def __init__(self, estimation: Estimation) -> None:
@@ -62,7 +67,7 @@ class Local:
             for module in estimation.model.modules()
             if _is_layer(module) and any(id(p) in self._names for p in _own(module))
         ]
-        # Whether dimension 0 of every layer's input is the sample; None: not known.
+        # Whether dimension 0 of every layer's input is the sample; None if not yet known.
         self._samples_first: bool | None = None
         if not self._layers:
             raise ValueError(
@@ -71,14 +76,14 @@ class Local:
             )
 
     def add_batch(self, batch: Batch, limit: int) -> Tensor:
-        """One forward pass; one a sample where a layer's rows are not the samples."""
+        """One forward pass, or one per sample if a layer's rows are not the samples."""
         with torch.no_grad(), _not_fused():
             if isinstance(batch, Inputs):
                 return self._add_inputs(batch)
             return self._add_custom_batch(batch, limit)
 
     def finish(self) -> None:
-        """Says which parameters no pass has measured, and warns."""
+        """Records the parameters that no pass has measured, and warns about them."""
         estimation = self._estimation
         left_out = [name for name in estimation.params if name not in estimation.coverage]
         if len(left_out) == len(estimation.params):
@@ -96,13 +101,14 @@ class Local:
                 "estimator='per_sample' measures them"
             )
 
-    # -- which rows are a sample's ---------------------------------------------------------------
+    # -- which rows belong to a sample -----------------------------------------------------------
 
     def _add_inputs(self, inputs: Inputs) -> Tensor:
         size = inputs.size()
         if size > 1 and self._samples_first is None:
-            # One sample alone must be one row everywhere: not time first, not positions among the
-            # rows. With as many positions as samples, shapes of the whole batch would not tell.
+            # A single sample must be one row in every layer; it is not if time comes first or if
+            # positions are among the rows. The shapes of the whole batch would not show this if
+            # there are as many positions as samples.
             alone, _ = self._recorded(inputs.take([0], size))
             self._samples_first = all(call.rows == 1 for call in alone)
         if size == 1 or self._samples_first:
@@ -119,7 +125,7 @@ class Local:
         return scalars
 
     def _add_custom_batch(self, batch: Batch, limit: int) -> Tensor:
-        """How to cut such a batch into samples is only a guess: its dimension 0 has to be that."""
+        """Requires dimension 0 to be the sample: how to split a custom batch is not known."""
         calls, scalars = self._recorded(batch)
         size = len(scalars)
         wrong = [call for call in calls if size > 1 and call.rows != size]
@@ -137,11 +143,11 @@ class Local:
         return scalars[:limit]
 
     def _recorded(self, batch: Batch) -> tuple[list[LayerCall], Tensor]:
-        """What the layers did in a forward pass, and ‖F‖² of each sample that came out."""
+        """Runs a forward pass; returns the layers' calls, and ‖F‖² of each sample."""
         with ExitStack() as stack:
             recorder = stack.enter_context(LayerCallRecorder())
             for layer in self._layers:
-                # First of the hooks: a user's may replace the output.
+                # Before all other hooks, since a user's hook may replace the output.
                 handle = layer.register_forward_hook(
                     recorder.record, prepend=True, with_kwargs=True
                 )
@@ -151,7 +157,7 @@ class Local:
     # -- from inputs and outputs to Ω ------------------------------------------------------------
 
     def _add(self, calls: list[LayerCall], size: int) -> None:
-        """Adds ``size`` samples; of one, all rows are its own."""
+        """Adds ``size`` samples. If there is only one, all rows belong to it."""
         weights: dict[str, list[LayerCall]] = {}
         biases: dict[str, list[LayerCall]] = {}
         for call in calls if size else []:
@@ -168,7 +174,7 @@ class Local:
 
 
 def _check_objective(objective: Any) -> None:
-    """There is nothing to choose: each layer's ‖y‖² is what the variant is."""
+    """Raises ValueError if an objective was chosen, since each layer's ‖y‖² is used instead."""
     if objective != "squared_l2":
         raise ValueError(
             f"objective is {objective!r}, but estimator='local' has one of its own, the squared "
@@ -177,18 +183,18 @@ def _check_objective(objective: Any) -> None:
 
 
 def _is_layer(module: nn.Module) -> bool:
-    """Not a subclass that computes something else: its output is not Wx + b."""
+    """Whether a module computes Wx + b. A subclass with its own ``forward`` may not."""
     return any(isinstance(module, k) and type(module).forward is k.forward for k in LAYERS)
 
 
 def _own(module: nn.Module) -> Iterator[nn.Parameter | None]:
-    """Not those of a parametrization."""
+    """The parameters that the module itself holds, without those of a parametrization."""
     return iter(module._parameters.values())
 
 
 @contextmanager
 def _not_fused() -> Iterator[None]:
-    """A fused transformer layer calls no hooks."""
+    """Disables the fused transformer layer, which calls no hooks."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -198,7 +204,7 @@ def _not_fused() -> Iterator[None]:
 
 
 def _add_magnitudes(omega: Tensor, parts: list[Contribution]) -> None:
-    """Ω += Σ_k |Σ M_k|, over the calls of one weight."""
+    """Ω += Σ_k |Σ_c M_kc|, where c runs over the calls of one weight."""
     products = [part for part in parts if isinstance(part, MatrixProduct)]
     if len(products) == len(parts):
         MatrixProduct.joined(products).add_magnitudes_(omega)

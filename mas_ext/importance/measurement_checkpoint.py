@@ -1,8 +1,9 @@
-"""What a measurement has added up so far, in a file: killed, it goes on where it was.
+"""Saves a measurement while it runs, so that it can be resumed after the process is killed.
 
-The sums of a measurement depend on nothing but the batches before, so sums, counts and random
-numbers are all there is to keep. The file is written between two batches, never after the last, so
-that a measurement which is taken up always has something left to do.
+The sums of a measurement depend only on the batches measured so far. It is therefore enough to save
+the sums, the number of samples and batches, and the states of the random number generators. The
+file is written between two batches and never after the last one, so a restored measurement always
+has at least one batch left to measure.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from mas_ext.importance.estimation import SampleStatistics, check_finite
 from mas_ext.importance.options import Measurement
 
 _FORMAT = "mas_ext measurement"
-_VERSION = 2  # with the energy
+_VERSION = 2  # version 2 added the energy
 _END = object()
 
 Path_ = str | os.PathLike[str]
@@ -33,11 +34,11 @@ Tensors = Mapping[str, Tensor]
 
 
 class MeasurementCheckpoint:
-    """Of a measurement that is not kept.
+    """The checkpoint of a measurement that is not saved; base class of :class:`FileCheckpoint`.
 
     Attributes:
-        seen: what has been measured.
-        batches_before: how many batches were measured before and will be passed over.
+        statistics: the statistics of the samples measured so far, restored ones included.
+        batches_before: the number of batches that a restored file covers; they are skipped.
     """
 
     def __init__(self) -> None:
@@ -45,43 +46,46 @@ class MeasurementCheckpoint:
         self.batches_before = 0
 
     def open(self, params: Tensors) -> None:
-        """Looks for what was kept before; ``params`` is θ, of which it has to be."""
+        """Reads the saved measurement, if there is one, and checks that it is of ``params``, θ."""
 
     def reset(self) -> None:
-        """Forgets what was kept before: others that go the same way have kept another part of it.
+        """Discards the saved measurement, to start from the first batch.
 
-        Ranks that hold one model together go through the same batches, and write one after another.
+        Ranks that share one model go through the same batches but write their files one after
+        another. If they were killed in between, their files cover different numbers of batches.
         """
 
     def restore(self, sums: Tensors) -> None:
-        """Puts into ``sums`` what was measured before, if anything."""
+        """Copies the saved sums into ``sums``, if there are any."""
 
     def batches(self, data: Iterable[Any]) -> Iterable[Any]:
-        """Those that are still to be measured."""
+        """The batches that remain to be measured."""
         return data
 
     def count(self, more: SampleStatistics) -> None:
-        """After every batch, once all of it is in the sums."""
+        """Adds a batch's statistics; called once the whole batch has been added to the sums."""
         self.statistics += more
 
     def refuse(self, what: str) -> None:
-        """Raises a ValueError if it is kept: ``what`` cannot be taken up in the middle."""
+        """Raises ValueError if this measurement is saved, since ``what`` cannot be resumed."""
 
     def remove(self) -> None:
-        """After the measurement: there is nothing to take up any more."""
+        """Deletes the saved measurement; called after the last batch."""
 
 
 class FileCheckpoint(MeasurementCheckpoint):
-    """Of one that is kept in a file.
+    """The checkpoint of a measurement that is saved to a file.
 
     Args:
-        path: where; each process of several has its own, with its rank in the name.
-        save_every: after how many samples, or a few more, it is written again.
-        about: what tells this measurement from others, of what JSON can say; ``tasks`` and
-            ``samples before`` are what is in the state that it adds to.
+        path: the file. With several processes, each adds ``.rank<r>`` to the name.
+        save_every: the number of samples after which the file is written again, at the next end of
+            a batch.
+        about: what identifies this measurement, as values that JSON can represent. Its items
+            ``tasks`` and ``samples before`` describe the state that the measurement adds to.
 
     Raises:
-        TypeError, ValueError: ``path`` or ``save_every`` cannot be used.
+        TypeError: ``path`` is not a path.
+        ValueError: ``save_every`` is not a positive integer.
     """
 
     def __init__(self, path: Path_, save_every: int, about: Mapping[str, Any]) -> None:
@@ -92,16 +96,16 @@ class FileCheckpoint(MeasurementCheckpoint):
             raise TypeError(f"checkpoint is {path!r}; pass the path of a file, or None")
         self._path, self._about = _own(path, about)
         self._every = save_every
-        self._before: dict[str, Tensor] = {}  # what was read
-        self._began: dict[str, Tensor] = {}  # random numbers before the first batch
+        self._before: dict[str, Tensor] = {}  # the tensors read from the file
+        self._began: dict[str, Tensor] = {}  # random states before the first batch
         self._batches = 0
-        self._kept = 0  # samples, when it was last written
+        self._kept = 0  # the number of samples when the file was last written
 
     def open(self, params: Tensors) -> None:
         """Reads the file, if there is one.
 
         Raises:
-            ValueError: it is corrupted, or of another measurement.
+            ValueError: the file is corrupted, or belongs to another measurement.
         """
         self._devices = {p.device for p in params.values() if p.device.type == "cuda"}
         self._about["parameters"] = _fingerprint(params)
@@ -109,7 +113,7 @@ class FileCheckpoint(MeasurementCheckpoint):
             return
         try:
             settings, self._before = tensor_file.read(self._path, self._check_settings)
-        except _Ended:  # of several ranks that ended one was killed before it removed its file
+        except _Ended:  # this rank was killed after the measurement, before it removed its file
             return
         self.batches_before = settings["batches"]
         self.statistics = SampleStatistics(
@@ -117,24 +121,24 @@ class FileCheckpoint(MeasurementCheckpoint):
         )
 
     def reset(self) -> None:
-        """The file stays until it is written again."""
+        """Starts from the first batch. The file stays until it is next written."""
         self._before = {}
         self.batches_before, self.statistics = 0, SampleStatistics()
 
     def restore(self, sums: Tensors) -> None:
-        """From what was read."""
+        """Copies the sums that :meth:`open` read into ``sums``, which later writes will save."""
         self._sums = sums
         self._batches, self._kept = self.batches_before, self.statistics.samples
         for name, value in tensor_file.under("sums", self._before).items():
             sums[name].copy_(value)
 
     def batches(self, data: Iterable[Any]) -> Iterator[Any]:
-        """Passes over those that were measured before, and writes the file when it is due.
+        """Skips the batches that were measured before, and writes the file whenever it is due.
 
         Raises:
-            ValueError: the data has no more batches than were measured before.
+            ValueError: the data does not have more batches than were measured before.
         """
-        # What is shuffled is so as before.
+        # With the random state of the first run, a shuffling loader draws the same order again.
         _set_random_states(tensor_file.under("began", self._before))
         self._began = _random_states(self._devices)
         iterator = iter(data)
@@ -147,7 +151,7 @@ class FileCheckpoint(MeasurementCheckpoint):
             batch = next(iterator, _END)
 
     def refuse(self, what: str) -> None:
-        """It goes through the data sample by sample, all ranks at once."""
+        """Raises ValueError: ``what`` cannot be resumed in the middle."""
         raise ValueError(
             f"checkpoint: a measurement with {what} cannot be taken up in the middle; leave "
             "checkpoint out, and call update_importance() and save() for a part of the data at a "
@@ -155,11 +159,11 @@ class FileCheckpoint(MeasurementCheckpoint):
         )
 
     def remove(self) -> None:
-        """The file, and what killed processes left of it."""
+        """Deletes the file, and temporary files that killed processes left behind."""
         atomic_write.remove(self._path)
 
     def _passed(self, iterator: Iterator[Any]) -> Any:
-        """The first batch that was not measured before."""
+        """Skips the batches measured before and returns the next one."""
         batch = next(iterator, _END)
         for k in range(self.batches_before):
             batch = next(iterator, _END)
@@ -171,9 +175,9 @@ class FileCheckpoint(MeasurementCheckpoint):
 
     def _too_few(self, batches: int) -> str:
         return (
-            f"data: it has at most {batches} batches, and {self.batches_before} were measured "
-            f"before this run took them up from {str(self._path)!r}, with more to come; pass the "
-            "same batches in the same order, or delete the file to begin anew"
+            f"data: it has at most {batches} batches, but the checkpoint {str(self._path)!r} was "
+            f"saved after {self.batches_before} batches with more to come; pass the same batches "
+            "in the same order, or delete the file to begin anew"
         )
 
     def _write(self) -> None:
@@ -195,8 +199,8 @@ class FileCheckpoint(MeasurementCheckpoint):
         source = f"checkpoint: {str(self._path)!r}"
         if settings.get("format") != _FORMAT or settings.get("version") != _VERSION:
             raise ValueError(
-                f"{source} is no measurement that this mas_ext began; name another file (what "
-                "save() made is another kind)"
+                f"{source} is no measurement that this version of mas_ext saved; name another file "
+                "(what save() made is another kind of file)"
             )
         before = settings["about"]
         if _age(before) < _age(self._about):
@@ -205,7 +209,7 @@ class FileCheckpoint(MeasurementCheckpoint):
             if before.get(key) != now:
                 raise ValueError(
                     f"{source} is of another measurement: its {key} is {before.get(key)!r}, here "
-                    f"it is {now!r}. Finish that one, or delete the file to begin anew"
+                    f"it is {now!r}. Finish that measurement, or delete the file to begin anew"
                 )
 
 
@@ -228,17 +232,17 @@ def make_checkpoint(
 
 
 class _Ended(Exception):
-    """A measurement that is part of the state already."""
+    """The file belongs to a measurement that has ended and is already part of the state."""
 
 
 def _age(about: Mapping[str, Any]) -> tuple[int, int]:
-    """Grows with every measurement that ends."""
+    """A pair that grows with every measurement that ends."""
     return about["tasks"], sum(about["samples before"].values())
 
 
 def _own(path: Path_, about: Mapping[str, Any]) -> tuple[Path, dict[str, Any]]:
-    """The file of this process, and what there is to say about it."""
-    said = json.loads(json.dumps(about))  # as it will be read
+    """This process's file, and the description that is stored in it."""
+    said = json.loads(json.dumps(about))  # in the form in which it will be read back
     if not is_running():
         return Path(path), {**said, "processes": 1}
     own = f"{os.fspath(path)}.rank{torch.distributed.get_rank()}"
@@ -246,7 +250,7 @@ def _own(path: Path_, about: Mapping[str, Any]) -> tuple[Path, dict[str, Any]]:
 
 
 def _random_states(devices: Iterable[torch.device]) -> dict[str, Tensor]:
-    """Of PyTorch's generators, by device."""
+    """The states of PyTorch's random number generators, by device."""
     cuda = {str(device): torch.cuda.get_rng_state(device) for device in devices}
     return {"cpu": torch.get_rng_state(), **cuda}
 
@@ -263,7 +267,10 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _fingerprint(params: Tensors) -> str:
-    """Tells θ from another: names, shapes, and sums of bits, the same in whatever order."""
+    """A hash that identifies θ: names, shapes, dtypes, and a sum over the bits of each tensor.
+
+    The sum of integers does not depend on the order in which the elements are added.
+    """
     digest = hashlib.sha256()
     for name, p in params.items():
         bits = local(p).detach().contiguous().view(_INTEGERS[p.dtype.itemsize])

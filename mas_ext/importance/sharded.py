@@ -1,12 +1,13 @@
-r"""The exact importance of a model that is too large to be whole on one process.
+r"""Measures the exact importance of a sharded model that does not fit in one process.
 
-Every rank takes one sample a pass, through the sharded model as in training. Where a gradient
-arrives it is the rank's own sample's: its magnitude is taken there, before ranks are summed,
+In every pass, each rank runs one sample through the sharded model, as in training. The gradient
+that arrives on a rank is that of the rank's own sample. Its magnitude is taken there, before the
+sum over ranks,
 
 .. math:: \Omega_\text{part} \mathrel{+}= \mathrm{reduce\_scatter}\,(|\partial s_r/\partial\theta|)
 
-so that no rank ever holds more than one parameter's gradient. All ranks make the same passes: one
-whose data has ended goes through its last sample again, and adds nothing.
+so that no rank ever holds more than one parameter's gradient. All ranks make the same number of
+passes: a rank whose data has ended runs its last sample again, and adds nothing.
 """
 
 from __future__ import annotations
@@ -95,10 +96,10 @@ def _scalar(estimation: Estimation, sample: Batch) -> Tensor:
 
 
 class _SampleSource:
-    """One sample a pass, on every rank, until no rank has any left.
+    """Gives every rank one sample per pass, until no rank has any left.
 
     Attributes:
-        is_own: whether this rank's is one that counts.
+        is_own: whether this rank's current sample counts.
     """
 
     def __init__(self, ranks: Ranks, data: Iterable[Any], measurement: Measurement) -> None:
@@ -110,7 +111,7 @@ class _SampleSource:
         self._all_have_one = False
 
     def advance(self) -> int:
-        """To the next sample; returns on how many data ranks there is one."""
+        """Moves to the next sample; returns the number of data ranks that have one."""
         found = self._ranks.attempt(self._take)
         active = sum(found)
         if active and not all(found) and not self._all_have_one:
@@ -126,14 +127,14 @@ class _SampleSource:
         return self.is_own
 
     def _share_a_spare(self) -> None:
-        """In the first pass: ranks without a sample get one of another's to take part with."""
+        """In the first pass, gives ranks without a sample that of another rank."""
         spares = self._ranks.attempt(
             lambda: None if self._sample is None else pickle.dumps(self._sample)
         )
         self._sample = self._sample or pickle.loads(next(s for s in spares if s is not None))
 
     def placed(self, device: torch.device) -> Batch:
-        """The sample that this rank goes through, which may be one that does not count."""
+        """The sample that this rank runs in this pass, whether or not it counts."""
         sample = self._sample
         assert sample is not None
         return sample.placed(device) if isinstance(sample, Inputs) else sample
@@ -151,7 +152,7 @@ def _samples(data: Iterable[Any], forward: Forward | None) -> Iterator[Batch]:
 
 
 class _GradientCollector:
-    """Takes every gradient as it arrives in a backward pass, and leaves none behind.
+    """Takes every gradient as it arrives in a backward pass, so that none is stored in ``.grad``.
 
     Attributes:
         counts: whether this rank's sample counts.
@@ -169,7 +170,7 @@ class _GradientCollector:
 
     @contextmanager
     def collected(self) -> Iterator[_GradientCollector]:
-        """While the model is in training: of the parameters that are measured, and no others."""
+        """While active, collects the gradients of the measured parameters, and of no others."""
         ours = {id(p) for p in self._named.values()}
         for p in self._sharded.model.parameters():
             p.requires_grad_(id(p) in ours)

@@ -1,1 +1,1 @@
-"""MAS inside other libraries; each module needs the library it is named after."""
+"""MAS inside other libraries. Each module needs the library that it is named after."""

@@ -1,4 +1,4 @@
-"""A MAS inside another library's training runs: what the callbacks have in common."""
+"""What the callbacks for other libraries share: a MAS that lives through several training runs."""
 
 from __future__ import annotations
 
@@ -25,20 +25,21 @@ _MEASUREMENT_OPTIONS = frozenset(CheckpointedMeasurementOptions.__annotations__)
 
 
 class ManagedMAS:
-    """A :class:`MAS` that is made once there is a model, and attached while it trains.
+    """Creates a :class:`MAS` when the model is known, and attaches it while the model trains.
 
     Args:
         lambda_reg: λ, or None for the default of :class:`MAS`.
-        mas: an existing one, instead of one that is made here.
+        mas: an existing MAS to use instead of creating one, or None.
         mode: as for :meth:`MAS.attach`.
-        options: keyword arguments of :class:`MAS` and of :meth:`MAS.consolidate`, in any order.
+        options: keyword arguments of :class:`MAS` and of :meth:`MAS.consolidate`, mixed.
 
     Attributes:
-        mas: None before :meth:`bind`, unless it was given.
+        mas: the MAS; None before :meth:`bind`, unless one was passed.
 
     Raises:
-        TypeError: an option that neither of the two has.
-        ValueError: an option that is out of range, or one of :class:`MAS` together with ``mas``.
+        TypeError: neither :class:`MAS` nor :meth:`MAS.consolidate` has such an option.
+        ValueError: an option is out of range, or an option of :class:`MAS` was passed along with
+            ``mas``.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class ManagedMAS:
     # -- a run -----------------------------------------------------------------------------------
 
     def bind(self, model: nn.Module) -> MAS:
-        """The MAS of this model; if the model was made anew, its MAS takes over the state."""
+        """Returns the MAS of this model. If the model object is new, its MAS gets the old state."""
         if self._made_here and (self.mas is None or self._model is not model):
             mas = MAS(model, **{**_processes(model), **self._regularizer})
             if self.mas is not None:
@@ -71,9 +72,13 @@ class ManagedMAS:
         return self.mas
 
     def attach(self, optimizers: Iterable[Optimizer]) -> None:
-        """Includes the penalty in their steps, and no longer in those of an interrupted run.
+        """Attaches the penalty to the optimizers, after detaching it from those of an earlier run.
 
-        An optimizer of :mod:`mas_ext.optim` that was made with this MAS includes it already.
+        An optimizer of :mod:`mas_ext.optim` that was created with this MAS includes the penalty
+        already and is left as it is.
+
+        Raises:
+            ValueError: no optimizer has a parameter that this MAS protects.
         """
         self.detach()
         assert self.mas is not None
@@ -85,19 +90,19 @@ class ManagedMAS:
             raise
 
     def _attached(self, mas: MAS, optimizer: Optimizer) -> Any:
-        """An attachment; or the optimizer, if its step includes this penalty already."""
+        """An attachment, or the optimizer itself if its step already includes this penalty."""
         has_it = getattr(optimizer, "mas", None) is mas
         return optimizer if has_it else mas.attach(optimizer, self._mode)
 
     def _ours(self, optimizers: Iterable[Optimizer]) -> list[Optimizer]:
-        """Those that hold parameters of the model; all if none does, so that attach() raises."""
+        """The optimizers with protected parameters; if there are none, all (attach() raises)."""
         assert self.mas is not None
         unwrapped_ones = [unwrapped(optimizer) for optimizer in optimizers]
         ours = [one for one in unwrapped_ones if self.mas.protected.are_in(one)]
         return ours or unwrapped_ones
 
     def detach(self) -> None:
-        """Leaves the optimizers as they were before; a second call does nothing."""
+        """Detaches the penalty from all optimizers. A second call does nothing."""
         for step in self._steps:
             if isinstance(step, Attachment):
                 step.remove()
@@ -112,14 +117,14 @@ class ManagedMAS:
         return sum(values[1:], values[0]) if values else None
 
     def save(self, path: Path, writes: bool) -> None:
-        """:meth:`MAS.save` by the process that ``writes``; of a sharded state all take part."""
+        """Calls :meth:`MAS.save` on the process that ``writes``; on all for a sharded state."""
         if self.mas is not None and (writes or any(map(is_sharded, self.mas.anchor.values()))):
             self.mas.save(path)
 
     # -- the end of a task -----------------------------------------------------------------------
 
     def check_ends(self, has_length: bool) -> None:
-        """Raises ValueError, before a run, if its data could not be measured after it."""
+        """Raises ValueError before a run if the importance of its data could not be measured."""
         if not has_length and self._importance.get("max_samples") is None:
             raise ValueError(
                 "the training data has no length, and measuring importance at the end of training "
@@ -132,7 +137,11 @@ class ManagedMAS:
         return self._importance.get("forward") is not None
 
     def consolidate(self, data: Iterable[Any], *, shows_progress: bool = False, **how: Any) -> None:
-        """:meth:`MAS.consolidate`; ``how`` wins over the options, which win over its defaults."""
+        """Calls :meth:`MAS.consolidate`; ``how`` overrides the options that were given before.
+
+        Raises:
+            RuntimeError: there is no model yet.
+        """
         if self.mas is None:
             raise RuntimeError(
                 "consolidate() before the first training: there is no model yet; train first, or "
@@ -156,18 +165,19 @@ class HasMAS:
 
         Args:
             data: as for :func:`mas_ext.estimate_importance`.
-            options: arguments of :meth:`mas_ext.MAS.consolidate` that win over this callback's.
+            options: arguments of :meth:`mas_ext.MAS.consolidate`; they override this callback's.
 
         Raises:
-            RuntimeError: before the first training, when there is no model yet.
+            RuntimeError: no model was trained yet.
         """
         self._managed.consolidate(data, **options)
 
 
 def _processes(model: nn.Module) -> dict[str, Any]:
-    """The ``process_group`` option, where the model does not tell it.
+    """The ``process_group`` option, for models that do not show which processes share the data.
 
-    Trainers pass the model without its DistributedDataParallel wrapper; a sharded model has a mesh.
+    Trainers pass the model without its DistributedDataParallel wrapper. A sharded model shows the
+    processes by its mesh.
     """
     if not is_running() or any(map(is_sharded, model.parameters())):
         return {}
@@ -177,7 +187,7 @@ def _processes(model: nn.Module) -> dict[str, Any]:
 def _split_options(
     lambda_reg: Any, options: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The options of :class:`MAS`, with λ, and those of :meth:`MAS.consolidate`."""
+    """Divides the options into those of :class:`MAS`, with λ, and of :meth:`MAS.consolidate`."""
     for name in options:
         if name not in _MAS_OPTIONS | _MEASUREMENT_OPTIONS:
             known = ", ".join(sorted(_MAS_OPTIONS | _MEASUREMENT_OPTIONS))
@@ -188,11 +198,11 @@ def _split_options(
 
 
 def _check_options(regularizer: Mapping[str, Any], importance: Mapping[str, Any]) -> None:
-    """Raises now what would otherwise be raised when training begins or when it has ended."""
+    """Checks the options now, rather than when training begins or has ended."""
     RegularizationStrength(
         regularizer.get("lambda_reg", 1.0), regularizer.get("drift", DEFAULT_DRIFT)
     )
-    # Tried on a model of one parameter, except for options that name the real model's parameters.
+    # A small model serves to check all options but those that name the real model's parameters.
     named = ("lambda_reg", "drift", "params")
     MAS(nn.Linear(1, 1), **{n: value for n, value in regularizer.items() if n not in named})
     Measurement.from_options(importance, CheckpointedMeasurementOptions).check()

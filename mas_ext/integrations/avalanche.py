@@ -1,6 +1,6 @@
 """Avalanche's MAS plugin, with exact importance and the fused penalty.
 
-Change the import, and an Avalanche strategy uses this package::
+To use it in an Avalanche strategy, change the import::
 
     from mas_ext.integrations.avalanche import MASPlugin
 
@@ -36,41 +36,46 @@ except ImportError as error:
 
 
 class MASPlugin(SupervisedPlugin):
-    r"""A drop-in for ``avalanche.training.plugins.MASPlugin``.
+    r"""A drop-in replacement for ``avalanche.training.plugins.MASPlugin``.
 
     .. math:: L(\theta) = L_\text{new}(\theta) + \lambda\sum_i\Omega_i(\theta_i-\theta^*_i)^2
         \qquad \Omega \leftarrow \alpha\,\Omega + (1-\alpha)\,\Omega_\text{experience}
 
-    The first three arguments mean what they mean there: λ without the ½ of :class:`mas_ext.MAS`,
-    and an average that starts with the first experience's Ω. Importance is exact by default, in
-    evaluation mode. Avalanche's own numbers, to rounding::
+    The first three arguments mean the same as in Avalanche: λ is without the factor ½ of
+    :class:`mas_ext.MAS`, and the average over experiences starts with the first one's Ω. By
+    default, importance is exact and measured in evaluation mode. To reproduce Avalanche's own
+    numbers up to rounding, use::
 
         MASPlugin(lambda_reg, alpha, **mas_ext.preset("avalanche").importance)
 
-    Different all the same: measuring leaves the gradients, the running statistics of batch
-    normalisation and the random numbers as they were, so with the same seed later experiences are
-    shuffled otherwise (seed before each to compare); a parameter that is frozen keeps its Ω,
-    where Avalanche's fades; a loss of exactly zero is no error.
+    Three differences remain:
+
+    - A measurement restores the gradients, the running statistics of batch normalisation, and the
+      states of random number generators. With the same seed, later experiences are therefore
+      shuffled differently (to compare, set the seed before each experience).
+    - The Ω of a frozen parameter stays the same, whereas Avalanche's fades.
+    - A loss of exactly zero is not an error.
 
     Args:
         lambda_reg: λ ≥ 0, or ``"auto"``.
-        alpha: what is kept of the old Ω, in [0, 1).
-        verbose: shows a progress bar while importance is measured.
-        mode: ``"gradient"``, the penalty is part of ``strategy.loss``, and so of whatever other
-            plugins do with the loss or the gradients, in any order; or ``"proximal"``, the step
-            that is stable at any strength, after the optimizer's, and ``strategy.loss`` is the
-            new experience's alone.
-        merge: instead of the average with ``alpha``; see :class:`mas_ext.MAS`.
+        alpha: the weight of the old Ω in the average, in [0, 1).
+        verbose: whether to show a progress bar while importance is measured.
+        mode: ``"gradient"`` adds the penalty to ``strategy.loss``, so that other plugins that use
+            the loss or the gradients see it, in any order. ``"proximal"`` takes a proximal step
+            after the optimizer's step, which is stable for every λ; ``strategy.loss`` is then the
+            loss of the new experience alone.
+        merge: how to merge the Ω of experiences, in place of the average with ``alpha``; see
+            :class:`mas_ext.MAS`.
         params: see :class:`mas_ext.MAS`.
         estimator, objective, max_samples, weighting, training: see
             :func:`mas_ext.estimate_importance`.
 
     Attributes:
-        mas: the :class:`mas_ext.MAS` of the strategy's model; None before it first trains. Its
+        mas: the :class:`mas_ext.MAS` of the strategy's model; None before the first training. Its
             ``lambda_reg`` is twice the plugin's.
 
     Raises:
-        ValueError: an argument that is out of range or unknown.
+        ValueError: an argument is out of range or unknown.
     """
 
     def __init__(
@@ -122,17 +127,17 @@ class MASPlugin(SupervisedPlugin):
     # -- what Avalanche calls ------------------------------------------------------------------
 
     def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
-        """Finds the model, which exists since the strategy does, and its optimizer."""
+        """Creates the MAS of the strategy's model, and in proximal mode attaches it."""
         mas = self._bound(strategy.model)
-        self._detach()  # of an experience that was broken off
+        self._detach()  # from an experience that was interrupted
         if self._mode == "proximal":
             self._attached = mas.attach(strategy.optimizer, self._mode)
 
     def before_backward(self, strategy: Any, **kwargs: Any) -> None:
         """Adds the penalty to the loss.
 
-        Not to the gradients afterwards: other plugins clip or project them, or differentiate the
-        loss themselves, and would do so without it.
+        It is not added to the gradients afterwards, because other plugins clip or project the
+        gradients or differentiate the loss themselves, and must include the penalty.
         """
         if self.mas is not None and self.mas.num_tasks and self._mode == "gradient":
             strategy.loss = strategy.loss + self.mas.penalty()
@@ -145,7 +150,7 @@ class MASPlugin(SupervisedPlugin):
         )
 
     def _bound(self, model: nn.Module) -> MAS:
-        """The regularizer of this model; what is known follows when it has been wrapped anew."""
+        """The MAS of this model. If the model object is new, its MAS gets the old state."""
         if self.mas is None or self._model is not model:
             mas = MAS(model, **self._regularizer)
             if self.mas is not None:
@@ -160,7 +165,7 @@ class MASPlugin(SupervisedPlugin):
 
 
 def _batches(strategy: Any) -> DataLoader[Any]:
-    """The experience in order, in batches of the size it was trained in."""
+    """The experience in order, in batches of the training batch size."""
     dataset = strategy.experience.dataset
     return DataLoader(
         dataset,
@@ -170,7 +175,7 @@ def _batches(strategy: Any) -> DataLoader[Any]:
 
 
 def _forward(strategy: Any) -> Forward | None:
-    """How a model that is told the task is called; the inputs come first, the tasks last."""
+    """The ``forward`` of a model that takes task labels: a batch has inputs first, tasks last."""
     if not is_multi_task_module(strategy.model):
         return None
     device = strategy.device

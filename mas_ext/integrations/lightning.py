@@ -25,46 +25,48 @@ except ImportError as error:
 
 
 class MASCallback(HasMAS, Callback):
-    r"""Every optimizer step includes MAS, and the end of ``fit`` is the end of a task.
+    r"""Includes MAS in every optimizer step, and ends a task at the end of ``fit``.
 
     .. math:: L(\theta) = L_\text{new}(\theta)
         + \frac{\lambda}{2}\sum_i \Omega_i (\theta_i - \theta^*_i)^2
 
-    The same callback goes from Trainer to Trainer, a task each::
+    Pass the same callback to one Trainer per task::
 
         callback = MASCallback(lambda_reg=0.1)
         for task in tasks:
             L.Trainer(max_epochs=3, callbacks=[callback]).fit(module, task)
 
-    The penalty is added to the gradients once an optimizer step, whatever
-    ``accumulate_grad_batches`` is, after clipping, in automatic and in manual optimization, and for
-    each optimizer that holds parameters of the model; what the module logs as its loss is the new
-    task's alone. The penalty is logged as ``mas_penalty``.
+    The penalty's gradient is added once per optimizer step, for any ``accumulate_grad_batches`` and
+    after clipping, in automatic and manual optimization, and to every optimizer with parameters of
+    the model. The loss that the module logs is therefore that of the new task alone. The penalty is
+    logged as ``mas_penalty``.
 
-    Every checkpoint of the Trainer has the state in it, and ``fit(ckpt_path=…)`` takes it up from
-    there, λ and ``merge`` included, to the same bits. ``trainer.save_checkpoint(path)`` after
-    ``fit``, or ``callback.mas.save(path)``, keeps what the last task's end has added.
+    Every checkpoint of the Trainer contains the state of MAS. ``fit(ckpt_path=…)`` restores it,
+    including λ and ``merge``, and the resumed training is bitwise identical. To save the
+    consolidated state after the last task, call ``trainer.save_checkpoint(path)`` after ``fit``, or
+    ``callback.mas.save(path)``.
 
     Args:
         lambda_reg: λ, as for :class:`mas_ext.MAS`; 1 by default.
-        mas: a :class:`mas_ext.MAS` of the module or of a part of it, instead of one made with these
-            options.
+        mas: a :class:`mas_ext.MAS` of the module, or of a part of it, to use instead of creating
+            one with these options.
         mode: ``"gradient"`` or ``"proximal"``, as for :meth:`mas_ext.MAS.attach`.
-        consolidate: at the end of ``fit``, if it has trained, measure importance with the Trainer's
-            own data and take θ* ← θ. The data are those of one epoch, moved as the Trainer moves
-            them, ``limit_train_batches`` included; ``max_samples`` bounds them. Otherwise it is up
-            to :meth:`consolidate`.
+        consolidate: whether ``fit``, if it has trained, ends by measuring importance on the
+            Trainer's training data and taking θ* ← θ. The data are one epoch, with
+            ``limit_train_batches`` and the Trainer's transfer to the device, up to
+            ``max_samples``. If False, call :meth:`consolidate` yourself.
         options: further arguments of :class:`mas_ext.MAS` (``merge``, ``params``,
             ``state_dtype``, …) and of :meth:`mas_ext.MAS.consolidate` (``estimator``,
-            ``objective``, ``forward``, ``max_samples``, …). Without ``forward`` the module's own
-            ``forward`` gets a batch as :func:`mas_ext.estimate_importance` says.
+            ``objective``, ``forward``, ``max_samples``, …). Without ``forward``, batches are passed
+            to the module as :func:`mas_ext.estimate_importance` describes.
 
     Attributes:
-        mas: the :class:`mas_ext.MAS` of the module; None before it is first trained.
+        mas: the :class:`mas_ext.MAS` of the module; None before the first training.
 
     Raises:
-        ValueError, TypeError: an argument that is out of range or unknown; when training begins,
-            several dataloaders or data without an end.
+        TypeError: an option is unknown.
+        ValueError: an argument is out of range; or, when training begins, there are several
+            dataloaders, or data without an end.
     """
 
     def __init__(
@@ -82,14 +84,14 @@ class MASCallback(HasMAS, Callback):
         self._restored: Mapping[str, Any] | None = None
 
     def consolidate(self, data: Iterable[Any], **options: Any) -> None:
-        """As every callback's of ours; nothing is then left for the end of ``fit`` to do."""
+        """Ends a task by hand, so that the end of ``fit`` does not; see :class:`HasMAS`."""
         super().consolidate(data, **options)
         self._has_trained = False
 
     # -- what Lightning calls --------------------------------------------------------------------
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Finds the module and its optimizers, and takes up what a checkpoint knows."""
+        """Attaches MAS to the module's optimizers, and restores the state from a checkpoint."""
         self._bind(pl_module)
         if self._consolidates:
             _check_single(trainer.train_dataloader)
@@ -97,11 +99,11 @@ class MASCallback(HasMAS, Callback):
         self._managed.attach(trainer.optimizers)
 
     def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
-        """There is something to consolidate."""
+        """Records that there is something to consolidate."""
         self._has_trained = True
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Logs the penalty; Lightning waits for its value when it writes the logs."""
+        """Logs the penalty. Lightning waits for the device only when it writes the logs."""
         if (penalty := self._managed.penalty) is not None:
             pl_module.log("mas_penalty", penalty, on_step=True, on_epoch=False)
 
@@ -111,22 +113,22 @@ class MASCallback(HasMAS, Callback):
         self._end_task(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The same where a checkpoint had nothing left to train, and no other hook is called."""
+        """Ends the task if a checkpoint left nothing to train, when only this hook is called."""
         self._bind(pl_module)
         self._end_task(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Leaves the optimizers as they were."""
+        """Detaches the penalty from the optimizers."""
         self._managed.detach()
 
     def state_dict(self) -> dict[str, Any]:
-        """For the Trainer's checkpoint: what :meth:`mas_ext.MAS.state_dict` returns, and more."""
+        """The callback's state for the Trainer's checkpoint; empty before the first training."""
         if self.mas is None:
             return {}
         return {"mas": self.mas.state_dict(), "has_trained": self._has_trained}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keeps what a checkpoint knows until there is a module with its parameters."""
+        """Holds a checkpoint's state until the module is known, and is then restored."""
         self._restored = state_dict
 
     def _bind(self, module: LightningModule) -> None:
@@ -153,7 +155,7 @@ def _check_single(loader: Any) -> None:
 
 
 def _batches(trainer: Trainer, module: LightningModule) -> Iterator[Any]:
-    """An epoch's batches, in the dtype and on the device of the module."""
+    """The batches of one epoch, in the Trainer's precision and on the module's device."""
     loader: Any = trainer.train_dataloader
     count = trainer.num_training_batches
     for batch in islice(loader, int(count) if math.isfinite(count) else None):

@@ -33,51 +33,54 @@ FILE = "mas_ext.safetensors"
 
 
 class MASCallback(HasMAS, TrainerCallback):
-    r"""Every optimizer step includes MAS, and the end of training is the end of a task.
+    r"""Includes MAS in every optimizer step, and ends a task at the end of training.
 
     .. math:: L(\theta) = L_\text{new}(\theta)
         + \frac{\lambda}{2}\sum_i \Omega_i (\theta_i - \theta^*_i)^2
 
-    The same callback goes from Trainer to Trainer, a task each::
+    Pass the same callback to one Trainer per task::
 
         callback = MASCallback(lambda_reg=0.1)
         for task in tasks:
             Trainer(model, args, train_dataset=task, callbacks=[callback]).train()
 
-    The penalty is added to the gradients once an optimizer step, whatever
-    ``gradient_accumulation_steps`` is, after clipping, and beside whatever ``compute_loss`` does;
-    the loss that is logged is the new task's alone. The penalty is logged with it as
-    ``mas_penalty``, in ``state.log_history`` and for callbacks that come after this one; those of
-    ``report_to`` come before: to have it there, pass ``report_to="none"`` and, after this
-    one, the callback itself (``TensorBoardCallback()``).
+    The penalty's gradient is added once per optimizer step, for any
+    ``gradient_accumulation_steps`` and after clipping; ``compute_loss`` is not changed. The loss
+    that the Trainer logs is therefore that of the new task alone. The penalty is logged along with
+    it as ``mas_penalty``, in ``state.log_history`` and for callbacks that come after this one.
+    Callbacks of ``report_to`` come before it. To report the penalty to them, pass
+    ``report_to="none"`` and add the callback itself (such as ``TensorBoardCallback()``) after this
+    one.
 
-    Every ``checkpoint-N`` gets the state too, and ``train(resume_from_checkpoint=…)`` takes it up
-    from there, λ and ``merge`` included, to the same bits. After the last task keep it with
-    ``callback.mas.save(path)``: the Trainer's last checkpoint is from before the task's end.
+    Every ``checkpoint-N`` contains the state of MAS. ``train(resume_from_checkpoint=…)`` restores
+    it, including λ and ``merge``, and the resumed training is bitwise identical. The Trainer's last
+    checkpoint is from before the end of the task; to save the consolidated state, call
+    ``callback.mas.save(path)``.
 
     Args:
         lambda_reg: λ, as for :class:`mas_ext.MAS`; 1 by default.
-        mas: a :class:`mas_ext.MAS` of the model, instead of one made with these options.
+        mas: a :class:`mas_ext.MAS` of the model to use instead of creating one with these options.
         mode: ``"gradient"`` or ``"proximal"``, as for :meth:`mas_ext.MAS.attach`.
-        consolidate: at the end of training, measure importance with the Trainer's own data and take
-            θ* ← θ. The data are those of one epoch, in that order; ``max_samples`` bounds them.
-            Otherwise it is up to :meth:`consolidate`. Not in a hyperparameter search, of which
-            nothing is saved either.
-        resume_from_checkpoint: the folder, if the ``train()`` that resumes gets one that is not in
-            its ``output_dir``, and the training arguments do not have it.
+        consolidate: whether training ends by measuring importance on the Trainer's training data
+            and taking θ* ← θ. The data are one epoch, in the order of the first, up to
+            ``max_samples``. If False, call :meth:`consolidate` yourself. A hyperparameter search
+            neither consolidates nor saves anything.
+        resume_from_checkpoint: the checkpoint's folder. Pass it if you resume with
+            ``train(resume_from_checkpoint=folder)`` from a folder outside ``output_dir`` that the
+            training arguments do not name.
         options: further arguments of :class:`mas_ext.MAS` (``merge``, ``params``,
             ``state_dtype``, …) and of :meth:`mas_ext.MAS.consolidate` (``estimator``,
-            ``objective``, ``forward``, ``max_samples``, …). Without ``forward`` the model gets of
-            each batch what its ``forward`` names, but no labels, and padding counts as the model
-            makes it count.
+            ``objective``, ``forward``, ``max_samples``, …). Without ``forward``, the model gets the
+            items of each batch that its ``forward`` names, except labels. Padding is included as
+            far as the model's output includes it.
 
     Attributes:
-        mas: the :class:`mas_ext.MAS` of the Trainer's model; None before it first trains.
+        mas: the :class:`mas_ext.MAS` of the Trainer's model; None before the first training.
 
     Raises:
-        ValueError, TypeError: an argument that is out of range or unknown; when training begins,
-            a checkpoint without a state, data without an end, or DeepSpeed, which steps copies of
-            the parameters.
+        TypeError: an option is unknown.
+        ValueError: an argument is out of range; or, when training begins, a checkpoint has no
+            state, the data has no end, or DeepSpeed is used, which steps copies of the parameters.
     """
 
     def __init__(
@@ -99,7 +102,7 @@ class MASCallback(HasMAS, TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Finds the model and its optimizer, and what a checkpoint knows."""
+        """Attaches MAS to the model's optimizer, and restores the state from a checkpoint."""
         if args.deepspeed:
             raise ValueError(
                 "args.deepspeed: DeepSpeed steps copies of its own of the parameters, where no "
@@ -120,7 +123,7 @@ class MASCallback(HasMAS, TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Adds the penalty where the loss is logged: only there is the device waited for."""
+        """Adds the penalty to the logged loss. Only here does training wait for the device."""
         if logs is None or "loss" not in logs or self._managed.penalty is None:
             return
         # The history already has its own copy of the entry.
@@ -129,7 +132,7 @@ class MASCallback(HasMAS, TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Puts the state into the checkpoint that has just been written."""
+        """Saves the state into the checkpoint that was just written."""
         if not state.is_hyper_param_search:
             self._managed.save(_folder(args, state) / FILE, writes=args.should_save)
 
@@ -150,7 +153,11 @@ class MASCallback(HasMAS, TrainerCallback):
         return self._consolidates and not state.is_hyper_param_search
 
     def _checkpoint(self, args: TrainingArguments, state: TrainerState) -> Path:
-        """The folder that training resumes from, which the Trainer does not tell its callbacks."""
+        """The folder that training resumes from, which the Trainer does not pass to callbacks.
+
+        Raises:
+            ValueError: the folder is not known, or has no state of MAS.
+        """
         named = self._resume_from or args.resume_from_checkpoint
         folders = [Path(named)] if isinstance(named, str) else []
         folders.append(_folder(args, state))
@@ -170,32 +177,32 @@ class MASCallback(HasMAS, TrainerCallback):
 
 
 def _folder(args: TrainingArguments, state: TrainerState) -> Path:
-    """Where the Trainer puts, or has put, the checkpoint of this step."""
+    """The Trainer's folder for the checkpoint of this step."""
     assert args.output_dir is not None
     return Path(args.output_dir) / f"checkpoint-{state.global_step}"
 
 
 def _is_of(folder: Path, state: TrainerState) -> bool:
-    """Whether a checkpoint is where this state was read from, and not one of another run."""
+    """Whether this state was read from the checkpoint in ``folder``, not from another run's."""
     try:
         kept = TrainerState.load_from_json(str(folder / "trainer_state.json"))
     except OSError:
         return False
-    # As text, in which a loss that is NaN equals itself.
+    # Compared as text, since a loss that is NaN does not equal itself.
     mine, its = (json.dumps([s.global_step, s.log_history]) for s in (state, kept))
     return mine == its
 
 
 def _from_the_start(data: Any) -> Iterable[Any]:
-    """In the order of the first epoch, so that a resumed training measures the same samples."""
+    """The data in the order of the first epoch, so that resumed training measures the same."""
     if callable(set_epoch := getattr(data, "set_epoch", None)):
         set_epoch(0)
     return data
 
 
 def _columns(model: nn.Module, args: TrainingArguments) -> frozenset[str]:
-    """What the model's ``forward`` names, without the labels; none if it names nothing."""
-    # PEFT's forward passes on what it gets.
+    """The names of the parameters of the model's ``forward``, except labels."""
+    # PEFT's own forward takes any argument and passes it on.
     inner: Any = getattr(model, "get_base_model", None)
     base = model if inner is None else inner()
     parameters = inspect.signature(type(base).forward).parameters.values()

@@ -1,4 +1,4 @@
-"""One backward pass: gradients are used where they pass by, and no weight's gradient is formed."""
+"""Accumulates a batch's importance in one backward pass, without forming any weight's gradient."""
 
 from __future__ import annotations
 
@@ -27,8 +27,12 @@ class BatchAccumulator:
     """Adds Σ_k |M_k| of one batch to the raw sums.
 
     Args:
-        learn: on the first pass of a plan, to sums of its own: an operation that turns out to have
-            no rule is put down as generic, and what raises an error is not served.
+        plan: the plan for the graph.
+        graph: the graph of the batch's forward pass.
+        sums: parameter name → the sum to add to.
+        learn: True for the first pass of a plan, which adds to separate sums. An operation without
+            a rule is then recorded in the plan as generic, and an error makes the parameters
+            unserved instead of being raised.
     """
 
     def __init__(
@@ -42,9 +46,17 @@ class BatchAccumulator:
         self._later: list[tuple[ParameterUse, Generic]] = []
 
     def run(self, weights: Tensor) -> dict[str, str]:
-        """Returns the parameters that could not be served, to which nothing was added, and why."""
+        """Runs the backward pass of Σ_k weights_k·s_k and adds what every sample contributes.
+
+        Args:
+            weights: [B], 1 for the samples to add and 0 for the others.
+
+        Returns:
+            The parameters to which nothing was added, because they could not be served → the
+            reason.
+        """
         unserved: dict[str, str] = {}
-        # The caller's autocast is for the forward pass: sums are formed in Ω's dtype.
+        # The caller's autocast is meant for the forward pass; sums are formed in Ω's dtype.
         with torch.autocast(weights.device.type, enabled=False), torch.no_grad():
             visit_gradients(
                 self._graph,
@@ -64,11 +76,14 @@ class BatchAccumulator:
     def _finished(self, accumulator: GroupAccumulator) -> dict[str, str]:
         with self._failing(accumulator):
             return accumulator.finish()
-        return accumulator.finish()  # now it says what failed
+        return accumulator.finish()  # an error was caught: this now returns the reason
 
     @contextmanager
     def _failing(self, accumulator: GroupAccumulator) -> Iterator[None]:
-        """While learning, an error is the end of one way only, and a warning will tell of it."""
+        """While learning, turns an error into a failure of this group, which falls back.
+
+        The warning about the fallback then gives the reason.
+        """
         try:
             yield
         except Exception as problem:
@@ -122,7 +137,11 @@ class BatchAccumulator:
 
 
 def _as_contribution(result: Contribution | Tensor, op: VisitedOperation) -> Contribution:
-    """What a rule returned; a tensor is per-sample gradients as they are."""
+    """A rule's result as a contribution; a tensor [B, *shape] is the per-sample gradients.
+
+    Raises:
+        ValueError: the tensor has another shape.
+    """
     if not isinstance(result, Tensor):
         return result
     expected = (len(op.split(op.grad)), *op.shape)
@@ -135,7 +154,11 @@ def _as_contribution(result: Contribution | Tensor, op: VisitedOperation) -> Con
 
 
 def _rule(op: VisitedOperation) -> Rule:
-    """The rule for an operation; those of several outputs use the gradient of the first."""
+    """The rule for an operation.
+
+    Raises:
+        NoRule: none is registered, or the first output has no gradient, or a complex one.
+    """
     first = op.grads[0]
     if op.node.operation not in RULES or first is None or first.is_complex():
         raise NoRule("none is registered")
@@ -143,7 +166,7 @@ def _rule(op: VisitedOperation) -> Rule:
 
 
 class GroupAccumulator:
-    """Takes a group's contributions as they come, and adds Σ_k |Σ_uses M_k| to the raw sums."""
+    """Collects a group's contributions as they arrive, and adds Σ_k |Σ_uses M_k| to the sums."""
 
     def __init__(self, group: UseGroup, graph: Graph, sums: Mapping[str, Tensor]) -> None:
         self._group, self._graph = group, graph
@@ -152,18 +175,22 @@ class GroupAccumulator:
         self._failure: str | None = None
 
     def fail(self, reason: str) -> None:
-        """A use could not be served: nothing is added."""
+        """Records that a use could not be served; nothing is added for the whole group."""
         self._failure = reason
 
     def put(self, use: ParameterUse, contribution: Contribution) -> None:
-        """What one use contributes; added at once where it is the only one."""
+        """Takes the contribution of one use; it is added at once if the group has no other use."""
         if self._group.is_direct:
             self._add(use, contribution)
         else:
             self._waiting[use] = contribution
 
     def _add(self, use: ParameterUse, contribution: Contribution) -> None:
-        """Where no view of Ω lies as what is used does, it is summed there and then put back."""
+        """Adds Σ_k |M_k| to the elements of Ω that the use consists of.
+
+        If these elements are not a view of Ω, the sum is formed in a new tensor, and then
+        backpropagated to the places that the elements come from.
+        """
         (omega,) = self._sums.values()
         if use.view is not None:
             contribution.add_magnitudes_(use.view(omega))
@@ -174,10 +201,12 @@ class GroupAccumulator:
             omega += places
 
     def finish(self) -> dict[str, str]:
-        """Adds what had to wait for the other uses; one without a gradient contributes nothing.
+        """Adds the contributions that had to wait for each other.
+
+        A use that received no gradient contributes nothing.
 
         Returns:
-            The parameters to which nothing was added, and why.
+            The parameters to which nothing was added → the reason.
         """
         if self._failure is not None:
             return dict.fromkeys(self._group.names, self._failure)
@@ -195,7 +224,11 @@ class GroupAccumulator:
         return {}
 
     def _as_one(self) -> Contribution | None:
-        """Products with one matrix are one product at more positions, and so are look-ups."""
+        """Joins all contributions into one, if they are matrix products or look-ups.
+
+        The sum of two products is one product over the positions of both; the same holds for
+        look-ups in one table. Returns None for other contributions.
+        """
         if len(self._sums) != 1:
             return None
         (omega,) = self._sums.values()

@@ -1,4 +1,4 @@
-"""The exact estimator for a batch: make a plan once, check it, then one backward pass a batch."""
+"""The exact estimator: makes and verifies a plan once, then takes one backward pass per batch."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ from mas_ext.importance.per_sample.graph import Graph, NoPlan
 from mas_ext.importance.per_sample.plan import LARGE, SMALL, Plan, make_plan
 from mas_ext.importance.per_sample.sample_assignment import assign_layouts, find_moved_rows
 
-_KEPT = 64  # plans a model; one for every shape of input it was shown
+_KEPT = 64  # plans stored per model; every shape of the inputs has its own
 
 
 class Plans:
-    """The plans of one model, the last used one last."""
+    """The plans of one model; the most recently used one is last."""
 
     def __init__(self) -> None:
         self._plans: list[Plan] = []
 
     def find(self, graph: Graph) -> Plan | None:
-        """The plan for a graph, if it was made before."""
+        """The stored plan for a graph, or None."""
         plan = next((p for p in reversed(self._plans) if p.matches(graph, len(graph.root))), None)
         if plan is not None:
             self.keep(plan)
         return plan
 
     def know(self, graph: Graph) -> bool:
-        """Whether there is a plan for such a graph, of other shapes maybe."""
+        """Whether there is a plan for a graph with this signature, possibly with other shapes."""
         return any(plan.signature == graph.signature for plan in self._plans)
 
     def keep(self, plan: Plan) -> None:
-        """Remembers a plan."""
+        """Stores a plan as the most recently used one."""
         self.forget(plan)
         self._plans = [*self._plans, plan][-_KEPT:]
 
     def forget(self, plan: Plan) -> None:
-        """For a plan that no longer says all."""
+        """Removes a plan, so that the next batch makes a new one."""
         self._plans = [kept for kept in self._plans if kept is not plan]
 
 
@@ -50,7 +50,11 @@ _plans: WeakKeyDictionary[nn.Module, Plans] = WeakKeyDictionary()
 
 
 def add_batch(estimation: Estimation, batch: Batch, limit: int) -> Tensor:
-    """Adds Σ_k |∂s_k/∂θ| of a batch, of at most ``limit`` samples, and returns their s_k."""
+    """Adds Σ_k |∂s_k/∂θ| of the batch's first samples, at most ``limit``, and returns their s_k.
+
+    Raises:
+        ValueError: importance per sample is not defined for the model, or a value is NaN or Inf.
+    """
     scalars = _deterministic_scalars(estimation, batch)
     count = min(len(scalars), limit)
     if len(scalars) == 1:
@@ -84,7 +88,7 @@ def _add_several(estimation: Estimation, batch: Batch, scalars: Tensor, count: i
 
 
 def _plan_for(estimation: Estimation, batch: Batch, graph: Graph) -> Plan:
-    """A plan for this batch, made if need be, and found to hold for it."""
+    """A plan that is valid for this batch: a stored one, or a new one that was verified."""
     plans = _plans.setdefault(estimation.model, Plans())
     plan = plans.find(graph)
     if plan is None:
@@ -98,7 +102,7 @@ def _plan_for(estimation: Estimation, batch: Batch, graph: Graph) -> Plan:
 def _add_one_by_one(
     estimation: Estimation, batch: Batch, reasons: Mapping[str, str], scalars: Tensor, count: int
 ) -> None:
-    """One sample at a time, for the parameters that nothing faster is right for."""
+    """Measures the parameters in ``reasons`` one sample at a time, and warns about them."""
     if not reasons:
         return
     estimation.warn_one_at_a_time(reasons)
@@ -108,14 +112,18 @@ def _add_one_by_one(
             alone = estimation.scalars(batch.take([k], len(scalars)))
             estimation.add_gradient(alone[0], reasons, keep_graph=True)
         return
-    # How to cut a custom batch is only a guess: one backward pass a sample over all of it.
+    # How to divide a custom batch is not known: one backward pass per sample over the whole batch.
     scalars = estimation.scalars(batch)
     for k in range(count):
         estimation.add_gradient(scalars[k], reasons, keep_graph=True)
 
 
 def _deterministic_scalars(estimation: Estimation, batch: Batch) -> Tensor:
-    """The batch's scalars, if they do not depend on random numbers."""
+    """The batch's scalars s_k.
+
+    Raises:
+        ValueError: they depend on random numbers.
+    """
     before = torch.get_rng_state()
     scalars = estimation.scalars(batch)
     drawn = not torch.equal(before, torch.get_rng_state())
@@ -126,20 +134,20 @@ def _deterministic_scalars(estimation: Estimation, batch: Batch) -> Tensor:
             raise ValueError(
                 "the model's output depends on random numbers, also in evaluation mode: the "
                 "importance for a sample is not defined. Look for dropout and noise that do not "
-                "ask whether the module is training"
+                "check whether the module is training"
             )
     return scalars
 
 
 def _checked_plan(estimation: Estimation, batch: Batch, graph: Graph, is_known: bool) -> Plan:
-    """A plan for the graph of a batch that has stood the comparison with ordinary autograd.
+    """Makes a plan for the graph of a batch, and verifies it against ordinary autograd.
 
     Args:
-        is_known: a graph like this was planned before, with other shapes.
+        is_known: whether there is a plan for a graph with this signature and other shapes.
 
     Raises:
-        NoPlan: there is none for graphs like this.
-        ValueError: importance per sample is not defined.
+        NoPlan: no plan can be made for such graphs.
+        ValueError: importance per sample is not defined for the model.
     """
     size = len(graph.root)
     chosen = [0, size - 1, size // 2]
@@ -168,7 +176,11 @@ def _checked_plan(estimation: Estimation, batch: Batch, graph: Graph, is_known: 
 
 
 def _check_sums(estimation: Estimation, plan: Plan, pair: Graph, alone: list[Tensor]) -> None:
-    """Takes out of the plan what does not come out as ordinary autograd has it."""
+    """Compares the plan's sums for two samples with ordinary autograd's.
+
+    Parameters for which they disagree, or which the plan could not serve, fall back to one sample
+    at a time.
+    """
     if not plan.groups:
         return
     ours = {name: torch.zeros_like(total) for name, total in estimation.sums.items()}
@@ -186,7 +198,12 @@ def _check_sums(estimation: Estimation, plan: Plan, pair: Graph, alone: list[Ten
 def _check_samples_are_independent(
     batch: Batch, graph: Graph, chosen: Sequence[int], part: Tensor
 ) -> None:
-    """Those samples of the batch must give by themselves what they give in it."""
+    """Checks that the chosen samples give the same scalars alone as in the batch.
+
+    Raises:
+        ValueError: they do not.
+        NoPlan: they do not, and the batch is a custom one, which may have been divided wrongly.
+    """
     if self_check.agree(graph.root.detach()[list(chosen)], part.detach(), graph.dtype):
         return
     if isinstance(batch, Inputs):
@@ -195,7 +212,10 @@ def _check_samples_are_independent(
 
 
 def _check_decisions(estimation: Estimation, batch: Batch, graph: Graph, plan: Plan) -> None:
-    """Later batches: every sample where values decide, one of them where only masks do."""
+    """Checks a later batch if the model's forward pass reads its data.
+
+    All samples are checked if it reads computed values, and one if it reads only masks and lengths.
+    """
     if plan.decides is None:
         return
     size = len(graph.root)
@@ -206,7 +226,10 @@ def _check_decisions(estimation: Estimation, batch: Batch, graph: Graph, plan: P
 def _check_samples(
     estimation: Estimation, batch: Batch, graph: Graph, chosen: Sequence[int], decision: str
 ) -> None:
-    """Where the forward pass reads data, it may take another course for a sample by itself."""
+    """Raises ValueError if a chosen sample gives another scalar alone than in the batch.
+
+    A forward pass that reads its data may take another branch for a sample that is alone.
+    """
     size = len(graph.root)
     with torch.no_grad():
         alone = torch.cat([estimation.scalars(batch.take([k], size)) for k in chosen])

@@ -1,4 +1,4 @@
-"""Operations without a rule: their own backward, which is linear in the gradient they are given."""
+"""The generic path for operations without a rule: it calls the operation's own backward."""
 
 from __future__ import annotations
 
@@ -15,27 +15,28 @@ from mas_ext.importance.per_sample.rules import NoRule, VisitedOperation
 
 @dataclass
 class Generic:
-    """M_k is the operation's backward of g with the rows of all other samples set to zero.
+    """Forms M_k with the operation's backward of g, where other samples' rows are set to zero.
 
-    Exact for any operation, and as slow as one call of its backward for every sample. An operation
-    that works element by element shows itself: the gradient it returns still has the shape of its
-    output, since what broadcasting repeated is left for the engine to sum. One call is enough then.
+    This is exact for every operation, since backward is linear in g, but it takes one call of the
+    backward per sample. One call is enough for an elementwise operation. Such an operation is
+    recognized by the gradient it returns, which has the shape of its output: autograd's engine, not
+    the operation, sums over what broadcasting repeated.
 
     Attributes:
-        visit: the operation, whose saved tensors must still be there.
-        input: which of its inputs is the parameter.
+        visit: the operation, whose saved tensors must not have been freed.
+        input: the index of the parameter among the operation's inputs.
     """
 
     visit: VisitedOperation
     input: int
 
     def add_magnitudes_(self, omega: Tensor) -> None:
-        """A call a sample."""
+        """Ω += Σ_k |M_k|, one sample at a time."""
         for sample in self.samples():
             omega += magnitude(sample)
 
     def samples(self) -> Iterator[Tensor]:
-        """A call each, or one for all."""
+        """M_k of each sample, from one call of the backward per sample, or one for all."""
         by_element = self._by_element()
         if by_element is not None:
             yield from by_element.samples()
@@ -68,7 +69,7 @@ class Generic:
         return grad.real if grad.is_complex() and not self.visit.dtype.is_complex else grad
 
     def _count(self) -> int:
-        """B."""
+        """B, the number of samples."""
         pairs = zip(self.visit.grads, self.visit.layouts, strict=True)
         return next(len(layout.split(g)) for g, layout in pairs if g is not None and layout)
 

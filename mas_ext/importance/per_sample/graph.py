@@ -1,7 +1,8 @@
-"""The autograd graph of a forward pass, as a list that two passes can be compared by.
+"""The autograd graph of a forward pass as a list of nodes, so that two passes can be compared.
 
-After a forward pass the graph says exactly which operation used which parameter, and holds what
-that operation saved: all that per-sample gradients need, whatever the modules look like.
+After a forward pass, the graph shows exactly which operation used which parameter, and holds the
+tensors that the operation saved. Per-sample gradients need nothing else, however the modules are
+written.
 """
 
 from __future__ import annotations
@@ -34,9 +35,10 @@ class Node:
 
     Attributes:
         fn: autograd's node.
-        position: its place in the graph's depth-first order.
-        edges: for each of the operation's inputs, the node that made it; None where no gradient
-            is needed.
+        position: its position in the graph's depth-first order.
+        name: autograd's name for it, such as ``"AddmmBackward0"``.
+        edges: for each of the operation's inputs, the node and output that made it; None if the
+            input needs no gradient.
         leaf: for a leaf that is a measured parameter, its name.
     """
 
@@ -49,7 +51,11 @@ class Node:
 
     @cached_property
     def shapes(self) -> tuple[Shape, ...]:
-        """The shapes of the operation's outputs, which are those of the gradients it receives."""
+        """The shapes of the operation's outputs, and so of the gradients that arrive there.
+
+        Raises:
+            NoPlan: an output has no plain shape (a nested tensor).
+        """
         try:
             return tuple(tuple(m.shape) if m is not None else () for m in self.fn._input_metadata)
         except RuntimeError as problem:
@@ -57,20 +63,20 @@ class Node:
 
     @property
     def is_leaf(self) -> bool:
-        """Whether it is where a gradient would be accumulated: a parameter or an input."""
+        """Whether the node accumulates a gradient: it belongs to a parameter or an input."""
         return self.name == _LEAF
 
     @property
     def operation(self) -> str:
-        """Its name without the number of the overload: AddBackward0 → AddBackward."""
+        """The name without the overload's number: AddBackward0 → AddBackward."""
         return self.name.rstrip("0123456789")
 
     def output(self, index: int) -> GradientEdge:
-        """Where the gradient of an output arrives."""
+        """The edge at which the gradient of output ``index`` arrives."""
         return GradientEdge(self.fn, index)
 
     def saved(self, name: str) -> Any:
-        """What the operation saved for its backward, read at most once."""
+        """A value that the operation saved for its backward; it is read only once."""
         if name not in self._saved:
             with _beside_the_backward_pass():
                 self._saved[name] = _signed(getattr(self.fn, f"_saved_{name}"))
@@ -85,7 +91,7 @@ class Node:
         return self._saved["tensors"]
 
     def constants(self) -> dict[str, Any]:
-        """All that it saved but floating-point tensors: dimensions, sizes, indices."""
+        """All saved values except floating-point tensors: dimensions, sizes, indices."""
         names = [
             name.removeprefix("_saved_") for name in dir(self.fn) if name.startswith("_saved_")
         ]
@@ -93,14 +99,14 @@ class Node:
         return {name: value for name, value in found.items() if not _is_values(value)}
 
     def forget(self) -> None:
-        """Lets go of what was read."""
+        """Releases the saved values that were read."""
         self._saved.clear()
 
     def backward(self, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        """The operation's own backward, called outside of a backward pass."""
+        """Calls the operation's own backward outside a backward pass."""
         if callable(self.fn):
             result = self.fn(*grads)
-        else:  # written in Python: it is never given None, as the engine sees to
+        else:  # a backward written in Python never gets None: the engine passes zeros instead
             filled = [
                 torch.zeros(m.shape, dtype=m.dtype, device=m.device) if grad is None else grad
                 for grad, m in zip(grads, self.fn._input_metadata, strict=True)
@@ -113,11 +119,11 @@ class Graph:
     """The nodes that lead from an output back to the measured parameters and other leaves.
 
     Args:
-        root: the output, which has a history.
-        names: the measured parameters' names, by identity of the tensor.
+        root: the output [B], which requires a gradient.
+        names: ``id(parameter)`` → name, of the measured parameters.
 
     Raises:
-        ValueError: part of the graph is hidden.
+        ValueError: reentrant activation checkpointing hides a part of the graph.
     """
 
     def __init__(self, root: Tensor, names: Mapping[int, str]) -> None:
@@ -150,7 +156,7 @@ class Graph:
 
     @cached_property
     def signature(self) -> tuple[Any, ...]:
-        """What two passes of one program have in common, whatever their number of samples."""
+        """A value that is equal for two passes of one program with any numbers of samples."""
         return tuple((node.name, node.edges, node.leaf) for node in self.nodes)
 
     @cached_property
@@ -160,7 +166,7 @@ class Graph:
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        """The coarsest of the floating-point dtypes that the pass computed in."""
+        """The least precise of the floating-point dtypes that the pass computed in."""
         dtypes = {m.dtype for node in self.nodes for m in node.fn._input_metadata if m is not None}
         return max((d for d in dtypes if d.is_floating_point), key=lambda d: torch.finfo(d).eps)
 
@@ -170,11 +176,11 @@ class Graph:
         return self.nodes[position].fn._input_metadata[output].dtype
 
     def children(self, node: Node) -> list[Node]:
-        """The nodes that made the inputs of one."""
+        """The nodes that made the inputs of ``node``."""
         return [self.nodes[edge[0]] for edge in node.edges if edge is not None]
 
     def reaching(self, targets: Iterable[Node]) -> set[int]:
-        """Positions of the nodes whose gradient flows into any of the targets, themselves too."""
+        """Positions of the targets and of all nodes whose gradient flows into one of them."""
         parents: dict[int, list[int]] = {}
         for node in self.nodes:
             for child in self.children(node):
@@ -197,17 +203,19 @@ def visit_gradients(
     visitor: Callable[[int, Grads], None],
     keep_graph: bool = False,
 ) -> None:
-    """Runs the backward pass of Σ_k weights_k·s_k and shows the visitor the gradients at nodes.
+    """Runs the backward pass of Σ_k weights_k·s_k and calls the visitor with gradients at nodes.
 
-    The engine computes what leads to these nodes and nothing else: no gradient of a weight is
-    formed, and nothing is accumulated anywhere.
+    Autograd's engine computes only the gradients that lead to these nodes: no gradient of a weight
+    is formed, and nothing is accumulated into ``.grad``.
 
     Args:
+        graph: the graph, whose root is s [B].
+        weights: [B].
         positions: the nodes to visit.
-        frontier: those of them behind which no other lies. There the pass ends; at the others a
-            hook sees the gradients as they pass.
+        frontier: the nodes to visit whose inputs do not depend on another one. The pass ends at
+            these; at the others, a hook gets the gradients during the pass.
         visitor: called with a node's position and the gradients of its outputs.
-        keep_graph: whether the graph is needed again.
+        keep_graph: whether to keep the graph for another pass.
     """
     hooks = [
         graph.nodes[p].fn.register_prehook(partial(visitor, p))
@@ -237,7 +245,7 @@ def _backward(
 
 
 def _signed(value: Any) -> Any:
-    """Saved integers are shown unsigned: −1 as 2⁶⁴ − 1."""
+    """Undoes the unsigned form in which autograd shows saved integers: −1 as 2⁶⁴ − 1."""
     if isinstance(value, (tuple, list)):
         return tuple(_signed(item) for item in value)
     is_wrapped = isinstance(value, int) and value >= 2**63
@@ -250,10 +258,10 @@ def _is_values(value: Any) -> bool:
 
 
 def _beside_the_backward_pass() -> AbstractContextManager[Any]:
-    """Lets a checkpointed activation be read in a hook and again by the pass the hook is in.
+    """Allows a hook to read a checkpointed activation that the surrounding pass reads as well.
 
-    Activation checkpointing recomputes once for each pass, and gives each tensor once: reading is
-    declared to be a pass of its own.
+    Activation checkpointing recomputes once per backward pass and returns each tensor once. Inside
+    this context, reading counts as a separate pass.
     """
     group = getattr(torch.utils.checkpoint, "GraphExecGroup", nullcontext)
     return group()

@@ -1,8 +1,8 @@
-"""Which rows of a gradient belong to which sample.
+"""Describes which rows of a gradient belong to which sample.
 
-A linear layer on [B, T, d] sees B·T rows: row // T is the sample where the batch comes first, and
-row % B where time does (recurrent layers, attention). Nothing in the graph says which, so it is
-found out from the gradients themselves (:mod:`.assignment`) and put in this form.
+A linear layer on [B, T, d] sees B·T rows. Row r belongs to sample r // T if the batch comes first,
+and to sample r % B if time comes first (recurrent layers, attention). The graph does not say which
+is the case, so :mod:`.sample_assignment` finds out from the gradients themselves.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from torch import Tensor
 
 from mas_ext.importance.per_sample.graph import Shape
 
-NO_GRADIENT, MIXED = -1, -2  # instead of a sample: no gradient arrived, or that of several samples
+# In place of a sample's number: no gradient arrived, or the gradient is of several samples.
+NO_GRADIENT, MIXED = -1, -2
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Dimension ``dim`` has outer × B × inner entries, the sample's index in the middle."""
+    """Dimension ``dim`` has outer × B × inner entries, with the sample's index in the middle."""
 
     dim: int
     outer: int
@@ -38,16 +39,16 @@ class Layout:
         return self.split(matrix, 0).flatten(1, 2)
 
     def positions(self, tensor: Tensor) -> Tensor:
-        """[…, outer·B·inner, …, n] → [B, T, n], all but the last dimension being positions."""
+        """[…, outer·B·inner, …, n] → [B, T, n]: all dimensions but the last are positions."""
         return self.split(tensor).flatten(1, -2)
 
     def sample_indices(self, samples: int) -> Tensor:
-        """Whose each entry is: [outer·B·inner]."""
+        """The sample that each entry belongs to: [outer·B·inner], for B = ``samples``."""
         sample = torch.arange(samples).view(1, samples, 1)
         return sample.expand(self.outer, samples, self.inner).flatten()
 
     def agrees_with(self, assignment: Tensor) -> bool:
-        """Whether every entry with a known owner is that owner's."""
+        """Whether this layout gives every entry with a gradient to the sample it is assigned to."""
         known = assignment != NO_GRADIENT
         samples = len(assignment) // (self.outer * self.inner)
         return torch.equal(self.sample_indices(samples)[known], assignment[known])
@@ -67,12 +68,12 @@ class Extent:
     per_sample: int
 
     def shape(self, like: Shape, samples: int) -> Shape:
-        """``like`` for another number of samples."""
+        """The shape ``like``, with the size that this dimension has for ``samples`` samples."""
         return (*like[: self.dim], self.per_sample * samples, *like[self.dim + 1 :])
 
 
 def extent(small: Shape, small_size: int, large: Shape, large_size: int) -> Extent | None:
-    """The one dimension that grows in proportion to the batch, if that is all that changes."""
+    """The dimension that grows in proportion to the batch; None if anything else changes, too."""
     if len(small) != len(large):
         return None
     changed = [d for d in range(len(small)) if small[d] != large[d]]
@@ -85,14 +86,14 @@ def extent(small: Shape, small_size: int, large: Shape, large_size: int) -> Exte
 
 
 def find_layout(extent: Extent, assignment: Tensor) -> Layout | None:
-    """The layout that gives every entry with a known owner to that owner, if there is just one.
+    """The layout that agrees with an assignment; None if there is none, or if it is ambiguous.
+
+    Batch-first is tried first and batch-last last. If at least three samples have a gradient, the
+    first layout that agrees is the right one; with fewer, it must be the only one that agrees.
 
     Args:
         extent: the dimension that grows with the batch.
-        assignment: for each entry of that dimension whose it is, or NO_GRADIENT.
-
-    Batch-first is tried first and batch-last last. With three samples or more alive, no other order
-    of the data can pass for an earlier one; with fewer, only what nothing else fits is accepted.
+        assignment: the sample that each entry of that dimension belongs to, or NO_GRADIENT.
     """
     layouts = (Layout(extent.dim, *sizes) for sizes in _factorings(extent.per_sample))
     fitting = [layout for layout in layouts if layout.agrees_with(assignment)]
@@ -101,7 +102,7 @@ def find_layout(extent: Extent, assignment: Tensor) -> Layout | None:
 
 
 def has_enough_samples(assignment: Tensor) -> bool:
-    """Whether so many samples have a gradient somewhere that their order shows."""
+    """Whether enough samples have a gradient to determine their order."""
     return len(assignment[assignment != NO_GRADIENT].unique()) >= 3
 
 

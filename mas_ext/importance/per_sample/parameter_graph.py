@@ -1,7 +1,7 @@
-"""Views of a parameter: what the graph says an operation looks at, found again in Ω.
+"""Finds how an operation's input is made from parameters, and takes the same view of Ω.
 
-The importance of a transposed, sliced, split or cast parameter lies at the same places, so a rule
-can add to the same view of Ω.
+If an operation uses a transposed, sliced, split or cast parameter, the importance belongs to the
+same elements, so that a rule can add to the same view of Ω.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _unbind(node: Node, output: int) -> View:
     return lambda tensor: tensor.unbind(dim)[output]
 
 
-# For each operation, what its output looks at, given the tensor it was applied to.
+# For each operation, the function that takes the view that its output is of its input.
 VIEWS: dict[str, Callable[[Node, int], View]] = {
     "AliasBackward": _same,
     "CloneBackward": _same,
@@ -88,9 +88,9 @@ VIEWS: dict[str, Callable[[Node, int], View]] = {
 
 
 def is_placement(graph: Graph, node: Node) -> bool:
-    """Whether a node's output is a parameter's elements, each at most once, in any order.
+    """Whether a node's output consists of a parameter's elements, each at most once, in any order.
 
-    Then magnitudes may be summed over samples before they are put back where they come from.
+    If so, magnitudes may be summed over samples first and backpropagated to the parameter after.
     """
     while not node.is_leaf:
         edges = [edge for edge in node.edges if edge is not None]
@@ -136,9 +136,9 @@ def _chain(steps: list[View]) -> View:
 
 
 def parameters_behind(graph: Graph, positions: Collection[int]) -> dict[int, frozenset[str]]:
-    """For nodes that depend on parameters only: which measured ones."""
+    """For nodes that depend on parameters only, the measured parameters that they depend on."""
     result: dict[int, frozenset[str]] = {}
-    # Reversed, the depth-first order has most nodes after those they are made from.
+    # In reversed depth-first order, most nodes come after the nodes that they are made from.
     for position in sorted(positions, reverse=True):
         stack = [graph.nodes[position]]
         while stack:
@@ -157,7 +157,16 @@ def parameters_behind(graph: Graph, positions: Collection[int]) -> dict[int, fro
 def backpropagated(
     graph: Graph, sources: Sequence[Edge], values: Sequence[Tensor], names: Collection[str]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Gradients at what is used, backpropagated through to the parameters it is computed from."""
+    """Backpropagates gradients from ``sources`` to the parameters that these are computed from.
+
+    Args:
+        sources: nodes' outputs, as (position, output).
+        values: the gradient of each of them.
+        names: the parameters to backpropagate to.
+
+    Yields:
+        The name of each parameter that is reached, and its gradient.
+    """
     if not sources:
         return
     leaves = {node.leaf: node.fn.variable for node in graph.nodes if node.leaf in names}

@@ -1,8 +1,9 @@
-"""What a graph has to say about per-sample gradients, found out once with a few samples.
+"""Plans how to compute per-sample gradients for a graph, from two small forward passes.
 
 Two forward passes with different numbers of samples show which operations carry samples: those
-whose output grows with the batch. Everything else depends on parameters only. Where the one meets
-the other, a parameter is *used*: that is where its per-sample gradients are.
+whose output grows with the batch. All other operations depend on parameters only. An operation on
+samples that takes an input made from parameters *uses* these parameters; its backward is where
+their per-sample gradients can be formed.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from mas_ext.importance.per_sample.parameter_graph import (
 )
 from mas_ext.importance.per_sample.rules import RULES, Rule
 
-LARGE, SMALL = 3, 2  # samples in the two passes
-# Operations that put rows where their data says: whose is whose may change from batch to batch.
+LARGE, SMALL = 3, 2  # numbers of samples in the two passes
+# Operations whose data decides where rows go: the sample of a row may change from batch to batch.
 ROW_MOVING_OPERATIONS = {
     f"{name}Backward"
     for name in (
@@ -39,15 +40,17 @@ ROW_MOVING_OPERATIONS = {
 
 @dataclass(frozen=True, eq=False)
 class ParameterUse:
-    """A parameter, or something made from parameters only, that an operation on samples takes in.
+    """An input of an operation on samples that is a parameter, or is made from parameters only.
 
     Attributes:
-        position: the operation, and ``input`` which of its inputs.
-        shape: what it takes in has.
-        source: the node and output that what it takes in comes from.
-        names: the measured parameters that it is made from.
-        view: of the one parameter that it is a view of, if it is one.
-        is_placement: it is elements of one parameter, each at most once.
+        position: the operation's position in the graph.
+        input: the index of the input among the operation's inputs.
+        shape: the shape of the input.
+        source: the node and output that produce the input.
+        names: the measured parameters that the input is made from.
+        view: if the input is a view of a parameter, the function that takes this view of Ω;
+            otherwise None.
+        is_placement: whether the input consists of elements of one parameter, each at most once.
     """
 
     position: int
@@ -61,11 +64,13 @@ class ParameterUse:
 
 @dataclass
 class Boundary:
-    """An operation on samples with uses among its inputs.
+    """An operation on samples that uses parameters.
 
     Attributes:
-        extents: for each output, how it grows; None for one that has no gradient or is irregular.
-        layouts: for each output, which entries are whose; None where that is not known.
+        uses: the inputs that are made from parameters.
+        extents: for each output, how it grows with the batch; None if it has no gradient or does
+            not grow in proportion.
+        layouts: for each output, which entries belong to which sample; None if that is not known.
     """
 
     uses: list[ParameterUse]
@@ -80,10 +85,13 @@ class Boundary:
 
 @dataclass(eq=False)
 class UseGroup:
-    """Uses that have to be added up before the absolute value, and the parameters they share.
+    """Uses whose gradients must be summed before the absolute value, because they share parameters.
 
     Attributes:
-        may_fail: nothing may be added to Ω before the pass is over, since a use has no layout yet.
+        names: the parameters that they share.
+        uses: the uses.
+        may_fail: whether the layout of some use is unknown, so that nothing may be added to Ω
+            before the backward pass has ended.
     """
 
     names: list[str]
@@ -92,25 +100,30 @@ class UseGroup:
 
     @property
     def is_direct(self) -> bool:
-        """Whether what arrives can be added to Ω at once."""
+        """Whether a contribution can be added to Ω as soon as it arrives."""
         return len(self.uses) == 1 and self.uses[0].is_placement and not self.may_fail
 
 
 @dataclass
 class Plan:
-    """How the importance of a graph like this is computed in one backward pass.
+    """How to compute the importance for graphs like this one in one backward pass.
 
     Attributes:
-        boundaries: by position in the graph.
-        frontier: those of them that no other lies behind.
-        groups: every served parameter is in one group, or in several that do not overlap.
-        fallbacks: parameters that need another way, and why.
-        generic: uses whose operation has no rule.
-        constants: what the way from parameters to their uses depends on: (position, name, value).
-        rules: those that the plan was checked with.
-        may_move_rows: the data may decide which rows belong to which sample.
-        decides: the operation by which the forward pass reads its data, if it does.
-        decides_on_values: whether that data is made from floating-point numbers.
+        signature: the :attr:`Graph.signature` of the graphs that the plan is for.
+        extents: for each node and output, how it grows with the batch; None if it does not.
+        shapes: for each node, the shapes of its outputs in the pass that the plan was made from.
+        boundaries: the operations that use parameters, by position in the graph.
+        frontier: the boundaries whose inputs do not depend on another boundary.
+        groups: the uses to sum. Every parameter that the plan serves is in one group, or in several
+            groups whose uses are different elements of it.
+        fallbacks: parameters that are measured one sample at a time → the reason.
+        generic: the uses whose operation has no rule.
+        constants: the non-floating-point values, such as dimensions and indices, by which uses are
+            made from parameters: (position, name, value).
+        may_move_rows: whether the data may decide which rows belong to which sample.
+        rules: the rules that were registered when the plan was made and checked.
+        decides: an operation by which the forward pass reads its data into Python, if there is one.
+        decides_on_values: whether that data was computed from floating-point numbers.
     """
 
     signature: object
@@ -128,7 +141,7 @@ class Plan:
     decides_on_values: bool = False
 
     def matches(self, graph: Graph, samples: int) -> bool:
-        """Whether a graph is this one at that number of samples, in every shape."""
+        """Whether the plan is valid for a graph with ``samples`` samples: all shapes must agree."""
         if (
             self.rules != RULES
             or graph.signature != self.signature
@@ -150,18 +163,18 @@ class Plan:
 
     @property
     def keeps_graph(self) -> bool:
-        """Whether something is left to compute when the backward pass is over."""
+        """Whether the graph is still needed after the backward pass."""
         return bool(self.generic)
 
     def without(self, reasons: Mapping[str, str]) -> Plan:
-        """The same for one batch in which some parameters need another way."""
+        """A copy for one batch, with these parameters measured one sample at a time instead."""
         copy = replace(self, groups=list(self.groups), fallbacks=dict(self.fallbacks))
         for name, reason in reasons.items():
             copy.fall_back([name], reason)
         return copy
 
     def defer_unassigned(self, graph: Graph) -> None:
-        """Where whose rows are whose is not known yet: nothing is added before the pass is over."""
+        """Marks groups with a use of unknown layout: they add to Ω only after the backward pass."""
         arriving = {edge for node in graph.nodes for edge in node.edges if edge is not None}
         arriving.add((0, 0))
         unknown = {
@@ -182,7 +195,7 @@ class Plan:
                 self.groups = [*others, UseGroup(names, uses, may_fail=True)]
 
     def fall_back(self, names: Iterable[str], reason: str) -> None:
-        """Serves these parameters, and those that share a group with them, in another way."""
+        """Measures these parameters, and all that share a group with them, one sample at a time."""
         wanted = set(names)
         while lost := [g for g in self.groups if wanted & set(g.names)]:
             self.groups = [g for g in self.groups if g not in lost]
@@ -191,9 +204,9 @@ class Plan:
             self.fallbacks.setdefault(name, reason)
 
     def coverage(self) -> dict[str, str]:
-        """Parameter name → which path computes it, for all that the graph reaches."""
+        """Parameter name → the path that computes it, for all parameters that the graph reaches."""
         result: dict[str, str] = {}
-        for path in ("direct", "generic", "subgraph"):  # the slower one counts
+        for path in ("direct", "generic", "subgraph"):  # the slowest path of a parameter wins
             for group in self.groups:
                 if path == self._path(group):
                     result |= dict.fromkeys(group.names, path)
@@ -206,7 +219,11 @@ class Plan:
 
 
 def make_plan(large: Graph, small: Graph, params: Mapping[str, Tensor]) -> Plan:
-    """The plan for graphs like these, which came from LARGE and SMALL samples."""
+    """The plan for graphs like these, which come from LARGE and from SMALL samples.
+
+    Raises:
+        NoPlan: the graphs differ by more than shapes, or some operation mixes samples.
+    """
     if large.signature != small.signature:
         raise NoPlan(f"the forward pass takes another course for {SMALL} samples than for {LARGE}")
     sample_nodes = _sample_nodes(large, small)
@@ -230,13 +247,13 @@ def make_plan(large: Graph, small: Graph, params: Mapping[str, Tensor]) -> Plan:
 
 
 def _sample_nodes(large: Graph, small: Graph) -> set[int]:
-    """Positions of the operations that carry samples: some output's shape follows the batch."""
+    """Positions of the operations that carry samples: an output's shape changes with the batch."""
     pairs = zip(large.nodes, small.nodes, strict=True)
     return {a.position for a, b in pairs if a.shapes != b.shapes}
 
 
 def _check_nothing_mixes(graph: Graph, sample_nodes: set[int]) -> None:
-    """What is made from samples but has no sample dimension is made from several of them."""
+    """Raises NoPlan if something computed from samples has no sample dimension: it mixes them."""
     made_from_samples = graph.reaching(graph.nodes[p] for p in sample_nodes)
     for position in made_from_samples - sample_nodes:
         raise NoPlan(
@@ -273,7 +290,7 @@ def _use(
 
 
 def _applies(view: View | None, param: Tensor, shape: Shape) -> bool:
-    """Whether the view can be taken of Ω, which lies in memory as the parameter does."""
+    """Whether the view can be taken of Ω, which has the parameter's strides."""
     assert view is not None
     try:
         return tuple(view(torch.empty_like(param, device="meta")).shape) == shape
@@ -290,7 +307,7 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _constants(graph: Graph, uses: list[ParameterUse]) -> list[tuple[int, str, Any]]:
-    """Which slice, which rows: what the same operations may do otherwise in the next batch."""
+    """Saved slices, indices and the like, which may differ in the next batch for an equal graph."""
     behind, stack = set(), [use.source[0] for use in uses]
     while stack:
         position = stack.pop()
@@ -319,7 +336,7 @@ def _frontier(graph: Graph, boundaries: Mapping[int, Boundary]) -> set[int]:
 def _grouped(
     graph: Graph, uses: list[ParameterUse], params: Mapping[str, Tensor]
 ) -> Iterable[UseGroup]:
-    """Uses that share a parameter, unless they look at different parts of it."""
+    """Groups the uses that share a parameter, unless they use different elements of it."""
     for group in _connected(uses):
         if len(group.names) == 1 and _disjoint(graph, group, params[group.names[0]]):
             yield from (UseGroup(group.names, [use]) for use in group.uses)
@@ -338,7 +355,7 @@ def _connected(uses: list[ParameterUse]) -> list[UseGroup]:
 
 
 def _disjoint(graph: Graph, group: UseGroup, param: Tensor) -> bool:
-    """Whether the uses are different elements of the parameter."""
+    """Whether no element of the parameter is in more than one use."""
     if not all(use.is_placement for use in group.uses):
         return False
     if len(group.uses) == 1:

@@ -1,8 +1,8 @@
-"""Whose is a row? The gradient says so itself.
+"""Finds out which sample each row of a gradient belongs to, from two backward passes.
 
-Two backward passes: one of Σ s_k and one of Σ 2^k·s_k. Powers of two commute with rounding, so a
-row of sample k is in the second exactly 2^k times what it is in the first. A row in which several
-samples meet is not a power of two times what it was.
+The first pass differentiates Σ s_k, the second Σ 2^k·s_k. Multiplying by a power of two commutes
+with rounding, so a row that belongs to sample k is exactly 2^k times as large in the second pass.
+For a row that mixes several samples, the ratio is not a power of two.
 """
 
 from __future__ import annotations
@@ -18,14 +18,18 @@ Place = tuple[int, int]  # (position of an operation, which of its outputs)
 
 
 def assign_samples(plan: Plan, graph: Graph) -> dict[Place, Tensor]:
-    """For each output that grows with the batch, the owner of each entry of that dimension."""
+    """For each output that grows with the batch, the sample of each entry of that dimension.
+
+    An entry is NO_GRADIENT if no gradient arrives there, and MIXED if it belongs to several
+    samples.
+    """
     samples = len(graph.root)
-    base = 8 if graph.dtype == torch.float16 else 32  # as far as its exponents reach
+    base = 8 if graph.dtype == torch.float16 else 32  # 2^base must be within the dtype's range
     numbers = torch.arange(samples, device=graph.root.device)
     plain = _row_sums(plan, graph, torch.ones_like(graph.root))
     assignment = {place: torch.zeros_like(sums, dtype=torch.int64) for place, sums in plain.items()}
     unit = 1
-    while unit < samples or unit == 1:  # digit by digit of the sample's number
+    while unit < samples or unit == 1:  # one digit of the sample's number per pass
         weights = torch.exp2((numbers // unit % base).to(graph.root.dtype))
         scaled = _row_sums(plan, graph, weights)
         for place, sums in plain.items():
@@ -39,7 +43,7 @@ def assign_samples(plan: Plan, graph: Graph) -> dict[Place, Tensor]:
 
 
 def _row_sums(plan: Plan, graph: Graph, weights: Tensor) -> dict[Place, Tensor]:
-    """Σ |g| over everything but the dimension that grows with the batch."""
+    """Σ |g| over all dimensions except the one that grows with the batch."""
     sums: dict[Place, Tensor] = {}
 
     def look(position: int, grads: Grads) -> None:
@@ -50,7 +54,7 @@ def _row_sums(plan: Plan, graph: Graph, weights: Tensor) -> dict[Place, Tensor]:
                 rows = grad.movedim(extent.dim, 0)
                 rows = rows.flatten(1) if rows.dim() > 1 else rows[:, None]
                 total = rows.abs().sum(1, dtype=torch.float64)
-                # What is so small has lost digits, and tells nothing; nor does it matter.
+                # A smaller sum may have lost digits, so its ratio means nothing; it counts as zero.
                 sums[position, j] = torch.where(total < _smallest(grad.dtype), 0.0, total)
 
     with torch.autocast(weights.device.type, enabled=False), torch.no_grad():
@@ -59,13 +63,13 @@ def _row_sums(plan: Plan, graph: Graph, weights: Tensor) -> dict[Place, Tensor]:
 
 
 def _smallest(dtype: torch.dtype) -> float:
-    """From here on numbers have all their digits, and a few orders to spare where they can."""
+    """The smallest sum that surely has all its digits, with a margin except in float16."""
     limits = torch.finfo(dtype)
     return limits.tiny if dtype == torch.float16 else limits.tiny / limits.eps
 
 
 def _digits(plain: Tensor, scaled: Tensor) -> Tensor:
-    """log₂ of the ratio where it is a whole number, else MIXED."""
+    """log₂ of the ratio where that is a whole number, otherwise MIXED."""
     ratio = (scaled / plain).nan_to_num(0.0, 0.0, 0.0)
     digits = ratio.clamp_min(0.5).log2().round()
     exact = (ratio - digits.exp2()).abs() <= 1e-6 * ratio
@@ -73,7 +77,7 @@ def _digits(plain: Tensor, scaled: Tensor) -> Tensor:
 
 
 def assign_layouts(plan: Plan, graph: Graph) -> None:
-    """Finds the layout of every boundary's outputs, and gives up on those that have none."""
+    """Finds the layout of every boundary's outputs; parameters of those without one fall back."""
     assignment = assign_samples(plan, graph)
     for position, boundary in plan.boundaries.items():
         name = graph.nodes[position].name
@@ -92,12 +96,12 @@ def assign_layouts(plan: Plan, graph: Graph) -> None:
 
 
 def _has_no_layout(assignment: Tensor) -> bool:
-    """Whether it is no lack of rows that are alive which leaves the layout open."""
+    """Whether no layout exists, rather than too few samples having a gradient to find it."""
     return bool((assignment == MIXED).any()) or has_enough_samples(assignment)
 
 
 def find_moved_rows(plan: Plan, graph: Graph) -> dict[str, str]:
-    """The parameters whose operations see rows, in this batch, where the plan has not put them."""
+    """The parameters for which this batch's rows contradict the plan's layouts → the reason."""
     reasons: dict[str, str] = {}
     assignment = assign_samples(plan, graph)
     for (position, j), found in assignment.items():

@@ -1,8 +1,8 @@
-"""Is it so? What a plan assumes is held against ordinary autograd before it is used.
+"""Verifies a plan against ordinary autograd before it is used.
 
-A plan assumes that samples do not meet, that the forward pass is a function, and that the graph
-tells all. None of that is taken on trust: a few samples of the batch are run alone, and outputs
-and importances have to be the same.
+A plan assumes that samples do not interact, that the forward pass is deterministic, and that the
+graph shows every use of a parameter. To verify this, a few samples of the batch are run one at a
+time; outputs and importance must agree with those of the batch.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from torch.utils.weak import WeakIdKeyDictionary
 from mas_ext.importance.batches import tensors_in
 from mas_ext.importance.isolation import OperatorObserver
 
-# How far two computations of one thing may be apart, by dtype: rounding stays well below, a wrong
-# assumption well above.
+# By how much two computations of the same value may differ, by dtype. Rounding stays well below
+# this, and a wrong assumption well above.
 _TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-2}
 _LOOSE = 0.25  # half precision
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """Relative, for the sum over a tensor."""
+    """The relative tolerance for the sum over a tensor."""
     return _TOLERANCE.get(dtype, _LOOSE)
 
 
 def agree(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
-    """Whether two vectors of per-sample scalars, computed in ``dtype``, are the same."""
+    """Whether two vectors of per-sample scalars, computed in ``dtype``, agree up to rounding."""
     scale = torch.maximum(a.abs(), b.abs()).max()
     return bool((a - b).abs().max() <= tolerance(dtype) * scale)
 
@@ -41,9 +41,9 @@ def find_disagreements(
 ) -> list[str]:
     """The parameters whose sums Σ_k |M_k| differ by more than rounding.
 
-    A gradient that is truly zero (the key's bias in softmax attention, what a normalisation takes
-    away again) is only noise, so there is a floor: the rounding of the largest one, as a few layers
-    amplify it.
+    Where the true gradient is zero, as for the key's bias in softmax attention or a shift that a
+    normalisation removes, both sums are rounding noise. The tolerance therefore has a floor: the
+    rounding error of the largest sum, amplified as by a few layers.
     """
     largest = max((float(t.max()) for t in exact.values() if t.numel()), default=0.0)
     noise = 256 * torch.finfo(dtype).eps * largest
@@ -57,12 +57,12 @@ def find_disagreements(
 
 @dataclass
 class Decisions:
-    """What a forward pass reads from its data into the program, which may then branch on it.
+    """The operations by which a forward pass reads tensor data into Python, and may branch on it.
 
     Attributes:
-        names: the operations that read.
-        on_values: whether one of them read something computed from floating-point numbers; else
-            it was only masks, lengths and the like.
+        names: the operations' names.
+        on_values: whether one of them read something computed from floating-point numbers, rather
+            than only masks, lengths and the like.
     """
 
     names: list[str] = field(default_factory=list)
@@ -71,7 +71,7 @@ class Decisions:
 
 @contextmanager
 def recorded_decisions() -> Iterator[Decisions]:
-    """Collects the decisions of a forward pass."""
+    """Records the decisions of the forward passes that run inside."""
     found = Decisions()
     with _DecisionRecorder(found):
         yield found
@@ -103,6 +103,6 @@ def _reads(func: Any, inputs: list[Tensor]) -> bool:
         return True
     if torch.Tag.dynamic_output_shape not in func.tags:
         return False
-    # Indexing has a shape of its own making only with masks.
+    # The shape of an indexing operation's output depends on data only if it indexes with a mask.
     is_index = func.name().startswith("aten::index")
     return not is_index or any(t.dtype in (torch.bool, torch.uint8) for t in inputs[1:])
