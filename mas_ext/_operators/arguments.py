@@ -87,13 +87,8 @@ def optional_scalar(name: str, check: NumberCheck | None = None) -> Argument:
     return Argument(name, "Tensor?", Role.SCALAR, default=None, check=check)
 
 
-<<<<<<< HEAD
 def number(name: str, default: Any, check: NumberCheck) -> Argument:
     """A float; ``default=REQUIRED`` if every call has to pass it."""
-=======
-def number(name: str, default: float, check: NumberCheck) -> Argument:
-    """A float that every call must pass."""
->>>>>>> eng
     return Argument(name, "float", Role.OPTION, default=default, check=check)
 
 
