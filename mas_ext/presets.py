@@ -14,7 +14,7 @@ from mas_ext.regularizer import MAS
 
 
 @dataclass(frozen=True)
-class Quirk:
+class Deviation:
     """One way in which an implementation differs from the paper's equations.
 
     Attributes:
@@ -38,7 +38,7 @@ class Preset:
             if it has the ½ too.
         merge: see :class:`mas_ext.MAS`.
         estimator, objective, weighting, training: see :func:`mas_ext.estimate_importance`.
-        quirks: the differences from the paper.
+        deviations: the differences from the paper.
         notes: what you have to pass yourself, and what remains different.
     """
 
@@ -50,7 +50,7 @@ class Preset:
     objective: Objective = "squared_l2"
     weighting: str = "samples"
     training: bool = False
-    quirks: tuple[Quirk, ...] = ()
+    deviations: tuple[Deviation, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -93,39 +93,39 @@ class Preset:
         lines = [f"{self.name} ({self.source})"]
         lines += [f"  lambda_reg = {self.lambda_scale:g} × theirs, merge = {self.merge!r}"]
         lines += [f"  {key} = {value!r}" for key, value in self.importance.items()]
-        lines += [f"  - {quirk.what}: {quirk.cost}" for quirk in self.quirks]
+        lines += [f"  - {deviation.what}: {deviation.cost}" for deviation in self.deviations]
         lines += [f"  - note: {note}" for note in self.notes]
         return "\n".join(lines)
 
 
-_BATCH = Quirk(
+_BATCH = Deviation(
     "the absolute value is taken of a batch's mean gradient",
     "samples of opposite sign cancel, so Ω is too small and depends on the batch size",
 )
-_EQUAL = Quirk(
+_EQUAL = Deviation(
     "every batch counts the same",
     "samples in a short last batch count for more than the others",
 )
-_TRAINING = Quirk(
+_TRAINING = Deviation(
     "importance is measured in training mode",
     "with dropout Ω is random; batch normalisation uses statistics that the network is not used "
     "with, and mixes the samples; theirs lets the running statistics drift, which is not repeated",
 )
-_FADING = Quirk(
+_FADING = Deviation(
     "Ω ← αΩ + (1−α)Ω_task",
     "every new task multiplies what holds the old ones by α, by default ½",
 )
-_FROM_ZERO = Quirk(
+_FROM_ZERO = Deviation(
     "the average starts from Ω = 0",
     "the first task is held by 1−α of its Ω, by default half, from the start",
 )
-_OUTPUT = Quirk(
+_OUTPUT = Deviation(
     "‖F‖ is differentiated instead of ‖F‖²",
     "a sample's gradient is divided by 2‖F(x)‖, so those with large outputs count for less",
 )
-_HEADS = Quirk("heads are left out", "they move freely, also where they are shared by tasks")
-_LAST = Quirk("a short last batch is left out", "its samples are not measured")
-_SUMS = Quirk(
+_HEADS = Deviation("heads are left out", "they move freely, also where they are shared by tasks")
+_LAST = Deviation("a short last batch is left out", "its samples are not measured")
+_SUMS = Deviation(
     "each task's Ω is added to all earlier merged Ω",
     "what holds an old task doubles with every new one: after five tasks they weigh 8, 4, 2, 1, 1",
 )
@@ -144,7 +144,7 @@ _PRESETS = (
         lambda_scale=2.0,
         merge="sum",
         weighting="batches",
-        quirks=(_BATCH, _EQUAL),
+        deviations=(_BATCH, _EQUAL),
         notes=("the gradient 2λΩ(θ−θ*) is added in the optimizer, as mas.attach(optimizer) does",),
     ),
     Preset(
@@ -154,7 +154,7 @@ _PRESETS = (
         merge=("ema", 0.5),
         weighting="batches",
         training=True,
-        quirks=(_BATCH, _EQUAL, _TRAINING, _FADING),
+        deviations=(_BATCH, _EQUAL, _TRAINING, _FADING),
         notes=("see mas_ext.integrations.avalanche.MASPlugin",),
     ),
     Preset(
@@ -164,7 +164,7 @@ _PRESETS = (
         merge=("ema_from_zero", 0.5),
         objective="l2",
         training=True,
-        quirks=(_BATCH, _OUTPUT, _TRAINING, _FADING, _FROM_ZERO, _HEADS, _LAST),
+        deviations=(_BATCH, _OUTPUT, _TRAINING, _FADING, _FROM_ZERO, _HEADS, _LAST),
         notes=(
             "leave the heads out with params=, and the short last batch with drop_last=True",
             "of several heads, join the outputs: forward=lambda model, batch: torch.cat(…, 1)",
@@ -177,7 +177,7 @@ _PRESETS = (
         merge=("ema_from_zero", 0.5),
         weighting="batches",
         training=True,
-        quirks=(_BATCH, _EQUAL, _TRAINING, _FADING, _FROM_ZERO),
+        deviations=(_BATCH, _EQUAL, _TRAINING, _FADING, _FROM_ZERO),
         notes=("its data are the last samples of the stream, by default 256 in batches of 32",),
     ),
     Preset(
@@ -186,7 +186,7 @@ _PRESETS = (
         lambda_scale=1.0,
         merge="sum_of_sums",
         weighting="batches",
-        quirks=(_BATCH, _EQUAL, _SUMS),
+        deviations=(_BATCH, _EQUAL, _SUMS),
     ),
 )
 PRESETS = {known.name: known for known in _PRESETS}

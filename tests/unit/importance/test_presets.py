@@ -192,7 +192,7 @@ def test_options_win_over_the_presets():
 def test_a_preset_is_a_value_that_says_what_it_is(name):
     chosen = mas_ext.preset(name)
     assert pickle.loads(pickle.dumps(chosen)) == chosen
-    assert bool(chosen.quirks) == (name != "paper")
-    for quirk in chosen.quirks:
-        assert f"{quirk.what}: {quirk.cost}" in str(chosen)
+    assert bool(chosen.deviations) == (name != "paper")
+    for deviation in chosen.deviations:
+        assert f"{deviation.what}: {deviation.cost}" in str(chosen)
     assert chosen.importance is not chosen.importance, "a copy, which may be changed"
