@@ -154,7 +154,6 @@ OPS = [op for op in ALL if op not in STEPS and OPERATORS[op].takes_lists]  # ste
 PENALTY_OPS = [op for op in OPS if OPERATORS[op].has_penalty]
 WRITING = [op for op in ALL if OPERATORS[op].written]
 DIFFERENTIABLE = [op for op in ALL if OPERATORS[op].differentiable]
-ARGUMENTS = {op: OPERATORS[op].arguments for op in OPS}
 
 
 def samples(op: str) -> list[tensors.Sample] | list[abs_matmul.Sample]:

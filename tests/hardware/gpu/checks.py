@@ -31,10 +31,6 @@ class NeedsGpu(Verdict):
     status = NEEDS_GPU
 
 
-class NotHere(Verdict):
-    status = NOT_HERE
-
-
 @dataclass
 class Check:
     name: str

@@ -111,7 +111,6 @@ PRODUCTS = {
 
 
 # How an Ω that is only read may be kept, by the dtype beside it.
-ABS = "mas_ext::MagnitudeAbs"
 READ_ONLY = [
     (dtype, kept)
     for dtype, known in DTYPES.items()
