@@ -30,7 +30,7 @@ from mas_ext._state.regularizer_state import RegularizerState
 from mas_ext._strength.auto import DEFAULT_DRIFT
 from mas_ext._strength.strength import Drift, Lambda, RegularizationStrength
 from mas_ext.importance import add_importance_
-from mas_ext.importance.estimation import SampleStatistics
+from mas_ext.importance.estimation import UNREACHED, SampleStatistics
 from mas_ext.importance.measurement_checkpoint import MeasurementCheckpoint, make_checkpoint
 from mas_ext.importance.options import (
     CheckpointedMeasurementOptions,
@@ -242,8 +242,10 @@ class MAS:
         measurement = Measurement.from_options(options, CheckpointedMeasurementOptions)
         with self._state.unchanged_after_an_error():
             saved = MeasurementCheckpoint() if data is None else self._measure(data, measurement)
+            unreached = self._state.task.unreached
             self._state.end_task(self._named(), self._selected())
         saved.remove()
+        self.protected.warn_of_no_importance(unreached)
 
     def _measure(self, data: Iterable[Any], measurement: Measurement) -> MeasurementCheckpoint:
         """Adds to the task's sums batch by batch, so a state saved between two is complete.
@@ -259,7 +261,7 @@ class MAS:
             task.count(named, more)
             state.task = task
 
-        add_importance_(
+        measured = add_importance_(
             {name: task.sums[name] for name in named},
             self.protected.index.model,
             data,
@@ -269,6 +271,7 @@ class MAS:
             process_group=self._process_group,
             checkpoint=saved,
         )
+        state.task.unreached = [n for n, path in measured.coverage.items() if path == UNREACHED]
         return saved
 
     # -- protecting --------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ class ProtectedParameters:
         self.index = index
         self.state = state
         self.optimizers: WeakSet[Optimizer] = WeakSet()
-        self._warned_of: set[str] = set()  # measured once, and gone from the model since
+        self._warned_of: set[str] = set()  # names that the user has been warned about
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "optimizers": None}  # a copy is attached to nothing
@@ -135,6 +135,23 @@ class ProtectedParameters:
                 f"parameter {new[0]!r} ({len(new)} in all) was measured and is no longer in the "
                 "model under that name, so it is not protected; if it was renamed, by a "
                 "parametrization for example, measure it again with consolidate()"
+            )
+
+    def warn_of_no_importance(self, unreached: list[str]) -> None:
+        """Warns once per name of parameters that no measured output has ever depended on.
+
+        Args:
+            unreached: those that the last measurement's output did not depend on.
+        """
+        names = self.state.consolidated.without_importance(unreached)
+        new = [name for name in names if name not in self._warned_of]
+        if new:
+            self._warned_of.update(new)
+            warn(
+                f"the importance of {new[0]!r} ({len(new)} parameters in all) is 0, because nothing "
+                "that was measured depends on it: it is not protected. If it belongs to another of "
+                "the model's outputs, measure that one too, with forward=; if it belongs to a "
+                "later task, nothing is missing; params= leaves it out"
             )
 
     # -- which optimizers --------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -79,6 +79,10 @@ class ImportanceState:
             name: GroupStatistics(p.numel(), totals[name].item() / weights[name])
             for name, p in params.items()
         }
+
+    def without_importance(self, names: Iterable[str]) -> list[str]:
+        """Those of the parameters whose Ω is 0 everywhere. Waits for the device."""
+        return [n for n in names if n in self.importance and not self.importance.stored(n)[0].any()]
 
     def _total(self, name: str) -> Tensor:
         """Σ Ω in float64. Codes are dequantized a piece at a time."""

@@ -22,6 +22,7 @@ class TaskAccumulator:
         counts: name → how many samples, or batches. A parameter that was frozen at first has fewer.
         weighting: which of the two, ``"samples"`` or ``"batches"``.
         statistics: of all samples, whichever parameters they were measured for.
+        unreached: the parameters that the last measurement's output did not depend on.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class TaskAccumulator:
         self.counts = dict(counts or {})
         self.weighting = weighting
         self.statistics = statistics or SampleStatistics()
+        self.unreached: list[str] = []
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of everything, by parameter name."""

@@ -1,18 +1,19 @@
-"""Turns batches of any form into the model's output, whose dimension 0 is the sample."""
+"""Batches of any form: how the model is run on them, and how they are divided into samples."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from mas_ext._distributed.shards import full_tensor
-
 Forward = Callable[[nn.Module, Any], Tensor]
+# How arguments are divided into samples, by position or keyword: see :meth:`Inputs.take`.
+Division = Mapping[int | str, str]
 
 _LABELS = ("labels", "label")
 
@@ -26,7 +27,7 @@ class Batch(Protocol):
     def check_rows(self, output: Tensor) -> Tensor:
         """Returns the output if it has one row per sample; raises otherwise."""
 
-    def take(self, indices: Sequence[int], size: int) -> Batch:
+    def take(self, indices: Sequence[int], size: int, division: Division | None = None) -> Batch:
         """The samples ``indices`` of this batch, which has ``size`` samples.
 
         Raises:
@@ -34,16 +35,24 @@ class Batch(Protocol):
         """
 
 
-class CannotSplit(Exception):
+class CannotSplit(ValueError):
     """A batch cannot be divided into samples; the message says why."""
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """A batch as the arguments of ``model(*args, **kwargs)``, without labels."""
+    """A batch as the arguments of ``model(*args, **kwargs)``, without labels.
+
+    Attributes:
+        args, kwargs: the arguments.
+        rows: the number of samples, if this is a part of a larger batch; otherwise None.
+        taken: what was taken of the larger batch, in words.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    rows: int | None = None
+    taken: str = ""
 
     @classmethod
     def of(cls, batch: Any) -> Inputs:
@@ -62,6 +71,25 @@ class Inputs:
             f"data: a batch is {_describe(batch)}; yield a tensor, a non-empty tuple or list whose "
             "first item is the input, a mapping of keyword arguments, or pass forward="
         )
+
+    @staticmethod
+    def ignored(batch: Any, model: nn.Module) -> str:
+        """The model's first argument that a batch has a value for and does not get, if any.
+
+        Of a tuple or list only the first item is passed, since the last one is usually the labels.
+        What stands between them, and a mask (zeros and ones in the shape of the input), is input.
+        """
+        if not isinstance(batch, (tuple, list)) or len(batch) < 2:
+            return ""
+        if len(batch) == 2 and not _is_mask(batch[1], batch[0]):
+            return ""
+        try:
+            parameters = list(inspect.signature(model.forward).parameters.values())
+        except (TypeError, ValueError):
+            return ""
+        positional = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+        second = positional[1] if len(positional) > 1 else None
+        return second.name if second is not None and second.default in (None, second.empty) else ""
 
     def placed(self, device: torch.device) -> Inputs:
         """The inputs on a device, in tensors that autograd can use (not inference tensors)."""
@@ -87,28 +115,96 @@ class Inputs:
         return len(sized[0])
 
     def forward(self, model: nn.Module) -> Any:
-        """Calls the model with copies of the inputs, so that it cannot change them in place."""
+        """Calls the model with copies of the inputs, so that it cannot change them in place.
+
+        Raises:
+            CannotSplit: the model raised an error for a part of a batch.
+        """
         fresh = self._map(_fresh)
-        return model(*fresh.args, **fresh.kwargs)
+        if self.rows is None:
+            return model(*fresh.args, **fresh.kwargs)
+        try:
+            return model(*fresh.args, **fresh.kwargs)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as problem:
+            raise CannotSplit(
+                f"the model raised {type(problem).__name__} ({problem}) on {self.taken}, which is "
+                "how it was run to find each sample's own gradient. If one of these inputs belongs "
+                "to all samples, give it a leading dimension of 1, or pass forward=; if the model "
+                "keeps state from one call to the next, reset it at the beginning of its forward"
+            ) from problem
 
     def check_rows(self, output: Tensor) -> Tensor:
-        """Returns the output if it has one row per sample; raises ValueError otherwise."""
-        if len(output) != self.size():
+        """Returns the output if it has one row per sample.
+
+        Raises:
+            ValueError: it has not.
+            CannotSplit: it has not, and this is a part of a batch.
+        """
+        if self.rows is not None and len(output) != self.rows:
+            raise CannotSplit(
+                f"the model's output has no sample dimension: {len(output)} rows for {self.taken}; "
+                "dimension 0 of inputs and output must be the sample, or pass forward="
+            )
+        if self.rows is None and len(output) not in (self.size(), *self._lengths_of_lists()):
             raise ValueError(
                 f"the model's output has no sample dimension: {self.size()} samples gave an output "
                 f"of shape {list(output.shape)}; dimension 0 must be the sample, or pass forward="
             )
         return output
 
-    def take(self, indices: Sequence[int], size: int) -> Inputs:
-        """The chosen samples; tensors without a sample dimension are passed on whole."""
-        chosen = self._map(lambda tensor: _rows(tensor, indices, size))
-        listed = {name: _items(v, indices, size) for name, v in chosen.kwargs.items()}
-        return Inputs(chosen.args, listed)
+    def take(self, indices: Sequence[int], size: int, division: Division | None = None) -> Inputs:
+        """The chosen samples.
+
+        Args:
+            indices: which samples; one may be taken several times.
+            size: the number of samples in this batch.
+            division: the arguments that are passed on ``"whole"`` because all samples share them,
+                and the lists of one tensor per sample, of which ``"items"`` are taken. Of all other
+                arguments, rows are taken of the tensors that have ``size`` of them.
+        """
+        division = division or {}
+        args = tuple(
+            _divided(value, division.get(i), indices, size) for i, value in enumerate(self.args)
+        )
+        kwargs = {
+            name: _items(_divided(value, division.get(name), indices, size), indices, size)
+            for name, value in self.kwargs.items()
+        }
+        return Inputs(args, kwargs, len(indices), self._described(len(indices), size, division))
+
+    def divisions(self, size: int) -> Iterator[Division]:
+        """Other ways to divide the arguments into ``size`` samples, the likelier ones first."""
+        arguments = [
+            (key, value)
+            for key, value in (*enumerate(self.args), *self.kwargs.items())
+            if _has_rows(value, size) or _is_list_of_tensors(value, size)
+        ]
+        shared: list[Division] = [{key: "whole"} for key, _ in arguments[1:]]
+        yield from shared
+        yield from ({k: "items"} for k, v in arguments if _is_list_of_tensors(v, size))
+        if len(shared) > 1:
+            yield {key: "whole" for key, _ in arguments[1:]}
+
+    def _lengths_of_lists(self) -> list[int]:
+        arguments = (*self.args, *self.kwargs.values())
+        return [len(v) for v in arguments if isinstance(v, (tuple, list)) and tensors_in(v)]
+
+    def _described(self, count: int, size: int, division: Division) -> str:
+        taken = []
+        for key, value in (*enumerate(self.args), *self.kwargs.items()):
+            name = f"input {key}" if isinstance(key, int) else repr(key)
+            shapes = [list(t.shape) for t in tensors_in(value) if t.dim() > 0 and len(t) == size]
+            if shapes and key not in division:
+                taken.append(f"{count} rows of {name}, {', '.join(map(str, shapes))}")
+            elif division.get(key) == "items":
+                taken.append(f"{count} items of {name}")
+        return f"{count} of a batch's {size} samples ({'; '.join(taken)})"
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Inputs:
         args, kwargs = _map_tensors(function, (self.args, self.kwargs))
-        return Inputs(args, kwargs)
+        return replace(self, args=args, kwargs=kwargs)
 
 
 @dataclass(frozen=True)
@@ -149,13 +245,15 @@ class CustomBatch:
             raise CannotSplit(f"{self.rows} samples of it give {len(output)} rows")
         return output
 
-    def take(self, indices: Sequence[int], size: int) -> CustomBatch:
+    def take(
+        self, indices: Sequence[int], size: int, division: Division | None = None
+    ) -> CustomBatch:
         """The chosen rows of every tensor that has ``size`` rows; all else is passed on whole.
 
         Raises:
             CannotSplit: no tensor has ``size`` rows.
         """
-        if not any(t.dim() > 0 and len(t) == size for t in tensors_in(self.batch)):
+        if not _has_rows(self.batch, size):
             raise CannotSplit("no tensor in it has as many rows as the output")
         chosen = _map_tensors(lambda tensor: _rows(tensor, indices, size), self.batch)
         return CustomBatch(chosen, self.function, len(indices))
@@ -179,6 +277,23 @@ def _rows(tensor: Tensor, indices: Sequence[int], size: int) -> Tensor:
     return _leaf(tensor[torch.tensor(indices, device=tensor.device)], tensor)
 
 
+def _has_rows(value: Any, size: int) -> bool:
+    return any(t.dim() > 0 and len(t) == size for t in tensors_in(value))
+
+
+def _is_list_of_tensors(value: Any, size: int) -> bool:
+    return isinstance(value, (tuple, list)) and len(value) == size and bool(tensors_in(value))
+
+
+def _divided(value: Any, how: str | None, indices: Sequence[int], size: int) -> Any:
+    """The chosen samples of one argument; see :meth:`Inputs.take`."""
+    if how == "whole":
+        return value
+    if how == "items":
+        return type(value)([value[k] for k in indices])
+    return _map_tensors(lambda tensor: _rows(tensor, indices, size), value)
+
+
 def _fresh(tensor: Tensor) -> Tensor:
     return _leaf(tensor.clone(), tensor)
 
@@ -196,32 +311,12 @@ def _items(value: Any, indices: Sequence[int], size: int) -> Any:
     return value
 
 
+def _is_mask(item: Any, like: Any) -> bool:
+    if not isinstance(item, Tensor) or not isinstance(like, Tensor) or item.shape != like.shape:
+        return False
+    return item.dtype == torch.bool or bool(((item == 0) | (item == 1)).all())
+
+
 def _describe(batch: Any) -> str:
     empty = isinstance(batch, (tuple, list, Mapping)) and not batch
     return f"an empty {type(batch).__name__}" if empty else f"a {type(batch).__name__}"
-
-
-def output_tensor(output: Any) -> Tensor:
-    """The tensor in a model's output: the output itself, its ``logits``, or its first item.
-
-    Raises:
-        TypeError: there is no such tensor, or it is not floating point.
-        ValueError: it has no sample dimension.
-    """
-    is_mapping = isinstance(output, Mapping)
-    found = output.get("logits", output) if is_mapping else getattr(output, "logits", output)
-    if isinstance(found, (tuple, list)) and found:
-        found = found[0]
-    if not isinstance(found, Tensor):
-        raise TypeError(
-            f"the model returned a {type(output).__name__}; pass forward=callable(model, batch) "
-            "that returns the output tensor"
-        )
-    if not found.is_floating_point():
-        raise TypeError(f"the model's output has dtype {found.dtype}; it must be floating point")
-    if found.dim() == 0:
-        raise ValueError(
-            "the model's output has no sample dimension (it is 0-dim); return one row per sample, "
-            "or pass forward= that does"
-        )
-    return full_tensor(found)

@@ -5,7 +5,7 @@ Ranks do not communicate before the end, so each may have any number of batches,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -38,7 +38,7 @@ def add_importance_(
     process_group: ProcessGroup = None,
     counted: Callable[[SampleStatistics], None],
     checkpoint: MeasurementCheckpoint | None = None,
-) -> tuple[SampleStatistics, dict[str, str]]:
+) -> Measured:
     """Adds the sum over the samples of all ranks, which is importance before division by N.
 
     Args:
@@ -51,15 +51,13 @@ def add_importance_(
         checkpoint: the measurement checkpoint of each rank. None: progress is not saved.
 
     Returns:
-        The statistics, and the path that served each parameter.
+        The statistics, the path that served each of ``named``, and the outputs that were measured.
     """
     checkpoint = checkpoint or MeasurementCheckpoint()
     if measurement.is_sharded and (whole := fsdp.find_sharded_model(model)) is not None:
         checkpoint.refuse(f"estimator={measurement.estimator!r}")
-        done, coverage = sharded.add_samples_(
-            sums, whole, data, named, measurement, counted=counted
-        )
-        return done, _complete(coverage, named)
+        measured = sharded.add_samples_(sums, whole, data, named, measurement, counted=counted)
+        return _joined([measured], named)
     placement = _placement_of(model, process_group)
     count = counted if placement.adds_at_once else _count_later
     with placement.ready(named, sums) as (params, own_sums):
@@ -77,29 +75,27 @@ def add_importance_(
                 checkpoint=checkpoint,
             )
         )
-    total = sum((part.statistics for part in parts), SampleStatistics())
-    if total.samples == 0:
+    joined = _joined(parts, named)
+    if joined.statistics.samples == 0:
         raise ValueError(NO_SAMPLES)
     placement.collect(named, sums, own_sums)
     if not placement.adds_at_once:
-        counted(total)
-    return total, _complete(_slowest(parts), named)
+        counted(joined.statistics)
+    return joined
 
 
 def _count_later(more: SampleStatistics) -> None:
     """On several ranks, samples count once all ranks have finished."""
 
 
-def _slowest(parts: Iterable[Measured]) -> dict[str, str]:
-    coverage: dict[str, str] = {}
+def _joined(parts: Sequence[Measured], names: Iterable[str]) -> Measured:
+    """What all ranks have measured, with the slowest path that served each parameter."""
+    coverage = dict.fromkeys(names, PATHS[0])
     for part in parts:
         for name, path in part.coverage.items():
-            coverage[name] = max(coverage.get(name, PATHS[0]), path, key=PATHS.index)
-    return coverage
-
-
-def _complete(coverage: Mapping[str, str], named: Iterable[str]) -> dict[str, str]:
-    return {name: coverage.get(name, PATHS[0]) for name in named}
+            coverage[name] = max(coverage[name], path, key=PATHS.index)
+    statistics = sum((part.statistics for part in parts), SampleStatistics())
+    return Measured(statistics, coverage, max((part.outputs for part in parts), key=len))
 
 
 class _Placement(Protocol):

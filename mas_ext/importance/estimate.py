@@ -13,7 +13,7 @@ from mas_ext._distributed.shards import Shardings, local_parts
 from mas_ext._parameters import ParameterIndex, Selection, select_measurable
 from mas_ext._storage.flat_tensors import FlatTensors
 from mas_ext.importance.data_parallel import add_importance_
-from mas_ext.importance.estimation import SampleStatistics
+from mas_ext.importance.loop import Measured
 from mas_ext.importance.options import Measurement, MeasurementOptions
 from mas_ext.reference import accumulation_dtype
 
@@ -29,15 +29,17 @@ class Importance(Mapping[str, Tensor]):
         energy: E‖F(x)‖², the mean of the objective over these samples.
         coverage: parameter name → the path that computed its Ω; ``"none"`` if no path could, in
             which case Ω is 0.
+        outputs: which of the model's outputs were measured: ``("output",)`` for a model that
+            returns a tensor, otherwise ``("output.logits",)``, ``("output[0]", "output[1]")`` and
+            the like.
     """
 
-    def __init__(
-        self, tensors: Mapping[str, Tensor], statistics: SampleStatistics, coverage: dict[str, str]
-    ) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], measured: Measured) -> None:
         self._tensors = tensors
-        self.num_samples = statistics.samples
-        self.energy = statistics.mean_energy
-        self.coverage = coverage
+        self.num_samples = measured.statistics.samples
+        self.energy = measured.statistics.mean_energy
+        self.coverage = measured.coverage
+        self.outputs = measured.outputs
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
@@ -69,6 +71,11 @@ def estimate_importance(
     modes, gradients, ``requires_grad``, buffers and random number generators are restored at the
     end, and also after an error.
 
+    F(x) is what the model returns: a tensor; of an output with ``logits`` (or
+    ``last_hidden_state``), that field alone; of a tuple, list or mapping, all floating-point
+    tensors with one row per sample, side by side. ``Importance.outputs`` says which were measured,
+    and ``forward`` chooses others.
+
     Args:
         model: the network F, which is not changed.
         data: an iterable of batches. A batch may be a tensor, which is passed to the model; a tuple
@@ -91,7 +98,7 @@ def estimate_importance(
               rank. With ``forward``, yield batches of one sample.
         objective: the scalar per sample that is differentiated: ``"squared_l2"`` (‖F‖², default),
             ``"l2"`` (‖F‖) or ``"l1"`` (Σ|F|), each over all dimensions but the first; or a callable
-            from the output [B, …] to scalars [B].
+            from the output [B, …] to scalars [B]. Of several outputs it gets the rows side by side.
         forward: ``callable(model, batch) -> Tensor``, for batches that the model cannot take as
             they are. It gets the model (the inner module, if the model is wrapped in
             ``DistributedDataParallel``) and a batch as ``data`` yielded it, and must return the
@@ -127,7 +134,7 @@ def estimate_importance(
     measurement = Measurement.from_options(options)
     named = select_measurable(ParameterIndex(model).named(), params)
     sums = FlatTensors(local_parts(named), accumulation_dtype)
-    statistics, coverage = add_importance_(
+    measured = add_importance_(
         sums,
         model,
         data,
@@ -137,5 +144,5 @@ def estimate_importance(
         counted=lambda more: None,
     )
     for total in sums.values():
-        total.div_(statistics.weight)
-    return Importance(Shardings().joined_by(named).placed(sums), statistics, coverage)
+        total.div_(measured.statistics.weight)
+    return Importance(Shardings().joined_by(named).placed(sums), measured)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +13,15 @@ from torch import Tensor, nn
 from mas_ext._distributed.shards import is_sharded, local, local_grad
 from mas_ext._warnings import warn
 from mas_ext.importance import objectives
-from mas_ext.importance.batches import Batch, output_tensor
+from mas_ext.importance.batches import Batch, Division
 from mas_ext.importance.contributions import accumulate_magnitudes_
 from mas_ext.importance.options import Measurement
+from mas_ext.importance.outputs import Outputs, find_outputs
 
 # The paths that can serve a parameter, the slowest last. Of several, coverage shows the slowest.
+UNREACHED = "unused"  # the objective does not depend on the parameter
 PATHS = (
-    "unused",
+    UNREACHED,
     "none",
     "local",
     "batch",
@@ -72,6 +75,8 @@ class Estimation:
         measurement: the options.
         coverage: parameter name → the path that served it, so far.
         samples: how many have been measured so far.
+        outputs: which of the model's outputs are measured; None before the first batch.
+        division: how batches are divided into samples, where it is not by the rows of all inputs.
     """
 
     model: nn.Module
@@ -80,19 +85,22 @@ class Estimation:
     measurement: Measurement
     coverage: dict[str, str] = field(default_factory=dict)
     samples: int = 0
+    outputs: Outputs | None = None
+    division: Division = field(default_factory=dict)
     _warned: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self._objective = objectives.resolve(self.measurement.objective)
 
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """Which of the model's outputs are measured; empty before the first batch."""
+        return self.outputs.names if self.outputs else ()
+
     @cached_property
     def is_tensor_parallel(self) -> bool:
         """Whether other processes hold parts of the tensors that each operation works on."""
         return any(is_sharded(p) for p in self.model.parameters())
-
-    def output(self, batch: Batch) -> Tensor:
-        """F's output, with one row per sample."""
-        return batch.check_rows(output_tensor(batch.forward(self.model)))
 
     def scalars(self, batch: Batch) -> Tensor:
         """s_k for every sample of a batch.
@@ -103,8 +111,14 @@ class Estimation:
         return self._finite(self.objective_values(batch))
 
     def objective_values(self, batch: Batch) -> Tensor:
-        """s_k for every sample of a batch, finite or not. Nothing else calls the objective."""
-        return self._objective(self.output(batch), batch)
+        """s_k for every sample of a batch, finite or not."""
+        return self.objective_of(batch.forward(self.model), batch)
+
+    def objective_of(self, returned: Any, batch: Batch) -> Tensor:
+        """s_k from what the model returned for a batch. Nothing else calls the objective."""
+        if self.outputs is None:
+            self.outputs = find_outputs(returned, batch, lambda part: part.forward(self.model))
+        return self._objective(batch.check_rows(self.outputs.tensor(returned)), batch)
 
     def _finite(self, scalars: Tensor) -> Tensor:
         finite = torch.isfinite(scalars)

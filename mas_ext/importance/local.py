@@ -152,7 +152,8 @@ class Local:
                     recorder.record, prepend=True, with_kwargs=True
                 )
                 stack.callback(handle.remove)
-            return recorder.calls, self._estimation.objective_values(batch)
+            returned = batch.forward(self._estimation.model)
+        return recorder.calls, self._estimation.objective_of(returned, batch)
 
     # -- from inputs and outputs to Ω ------------------------------------------------------------
 

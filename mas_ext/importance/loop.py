@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mas_ext._warnings import warn
 from mas_ext.importance import estimators
 from mas_ext.importance.batches import Batch, CustomBatch, Forward, Inputs
 from mas_ext.importance.estimation import Estimation, SampleStatistics, check_finite
@@ -22,15 +23,17 @@ NO_SAMPLES = "data: it gave no samples; an exhausted iterator or an empty set?"
 
 @dataclass(frozen=True)
 class Measured:
-    """What a process has added to its sums.
+    """What was added to the sums, by one process or by all.
 
     Attributes:
         statistics: of the samples.
         coverage: parameter name → the path that served it; parameters that none served are missing.
+        outputs: which of the model's outputs were measured; empty if there was no data.
     """
 
     statistics: SampleStatistics
     coverage: dict[str, str]
+    outputs: tuple[str, ...]
 
 
 @torch.no_grad()
@@ -76,6 +79,8 @@ def add_samples_(
         closing(ProgressReporter(measurement.progress)) as reporter,
     ):
         for raw in checkpoint.batches(data):
+            if measurement.forward is None and not estimation.samples:
+                _warn_of_ignored_items(raw, model)
             with differentiable():
                 left = measurement.sample_limit - done
                 batch = _read(model, raw, measurement.forward, left)
@@ -90,7 +95,7 @@ def add_samples_(
     if done > 0:
         check_finite(sums)
         estimator.finish()
-    return Measured(checkpoint.statistics, estimation.coverage)
+    return Measured(checkpoint.statistics, estimation.coverage, estimation.output_names)
 
 
 def _read(model: nn.Module, raw: Any, forward: Forward | None, limit: int) -> Batch:
@@ -100,6 +105,16 @@ def _read(model: nn.Module, raw: Any, forward: Forward | None, limit: int) -> Ba
     inputs = Inputs.of(raw).placed(next(model.parameters()).device)
     size = inputs.size()
     return inputs.take(range(limit), size) if size > limit else inputs
+
+
+def _warn_of_ignored_items(raw: Any, model: nn.Module) -> None:
+    """Warns if the model's forward takes more of a batch than it is given, such as a mask."""
+    if name := Inputs.ignored(raw, model):
+        warn(
+            f"data: a batch is a {type(raw).__name__} of {len(raw)} items, of which the model gets "
+            f"only the first, although its forward also takes {name!r}; yield mappings of keyword "
+            "arguments, or pass forward=lambda model, batch: model(*batch[:-1]) or the like"
+        )
 
 
 def check_data(data: Iterable[Any]) -> None:

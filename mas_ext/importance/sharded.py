@@ -42,7 +42,7 @@ def add_samples_(
     measurement: Measurement,
     *,
     counted: Callable[[SampleStatistics], None],
-) -> tuple[SampleStatistics, dict[str, str]]:
+) -> loop.Measured:
     """Adds the sum over the samples of all ranks to the local parts of the sums, pass by pass.
 
     See :func:`.add_importance_`. If the forward pass of one rank raises an error, the others wait
@@ -82,7 +82,7 @@ def add_samples_(
         raise ValueError(loop.NO_SAMPLES)
     if not collector.arrived:
         raise ValueError(estimators.DEPENDS_ON_NOTHING)
-    return done, dict.fromkeys(collector.arrived, PATH)
+    return loop.Measured(done, dict.fromkeys(collector.arrived, PATH), estimation.output_names)
 
 
 def _scalar(estimation: Estimation, sample: Batch) -> Tensor:

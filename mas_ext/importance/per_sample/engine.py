@@ -13,6 +13,7 @@ from mas_ext.importance.estimation import Estimation
 from mas_ext.importance.per_sample import self_check
 from mas_ext.importance.per_sample.accumulation import BatchAccumulator
 from mas_ext.importance.per_sample.graph import Graph, NoPlan
+from mas_ext.importance.per_sample.parts import scalars_of_part
 from mas_ext.importance.per_sample.plan import LARGE, SMALL, Plan, make_plan
 from mas_ext.importance.per_sample.sample_assignment import assign_layouts, find_moved_rows
 
@@ -109,7 +110,7 @@ def _add_one_by_one(
     estimation.record_paths(dict.fromkeys(reasons, "one sample at a time"))
     if isinstance(batch, Inputs):
         for k in range(count):
-            alone = estimation.scalars(batch.take([k], len(scalars)))
+            alone = scalars_of_part(estimation, batch, [k], scalars, None)
             estimation.add_gradient(alone[0], reasons, keep_graph=True)
         return
     # How to divide a custom batch is not known: one backward pass per sample over the whole batch.
@@ -152,13 +153,18 @@ def _checked_plan(estimation: Estimation, batch: Batch, graph: Graph, is_known: 
     size = len(graph.root)
     chosen = [0, size - 1, size // 2]
     try:
-        large = estimation.scalars(batch.take(chosen, size))
-        small = estimation.scalars(batch.take(chosen[:SMALL], size))
+        large = scalars_of_part(estimation, batch, chosen, graph.root, graph.dtype)
+        small = scalars_of_part(estimation, batch, chosen[:SMALL], graph.root, graph.dtype)
         with self_check.recorded_decisions() as decisions:
-            first = estimation.objective_values(batch.take(chosen[:1], size))
-        second = estimation.scalars(batch.take(chosen[1:2], size))
+            first = estimation.objective_values(batch.take(chosen[:1], size, estimation.division))
+        second = scalars_of_part(estimation, batch, chosen[1:2], graph.root, graph.dtype)
     except CannotSplit as problem:
-        raise NoPlan(f"the batch cannot be cut into samples: {problem}") from problem
+        if isinstance(batch, Inputs):  # then one sample at a time is not possible either
+            raise
+        raise NoPlan(
+            f"the batch cannot be divided into samples: {problem}; yield batches whose tensors "
+            "have the sample as dimension 0, or of one sample"
+        ) from problem
     _check_samples_are_independent(batch, graph, chosen, large)
     _check_samples_are_independent(batch, graph, chosen[:SMALL], torch.cat([first, second]))
     if decisions.names:
@@ -232,7 +238,8 @@ def _check_samples(
     """
     size = len(graph.root)
     with torch.no_grad():
-        alone = torch.cat([estimation.scalars(batch.take([k], size)) for k in chosen])
+        parts = [scalars_of_part(estimation, batch, [k], graph.root, graph.dtype) for k in chosen]
+        alone = torch.cat(parts)
     if not self_check.agree(graph.root.detach()[list(chosen)], alone, graph.dtype):
         raise ValueError(f"{_NOT_A_FUNCTION} (It looks at the batch with {decision}.)")
 

@@ -290,7 +290,7 @@ def attention(batch_first: bool, kdim: int = 6, vdim: int = 4, **options: Any) -
     layer = nn.MultiheadAttention(8, 2, kdim=kdim, vdim=vdim, batch_first=batch_first, **options)
     q, k, v = noise(3, 8), noise(7, kdim), noise(7, vdim)
     if batch_first:
-        return layer, {"query": q, "key": k, "value": v}
+        return layer, {"query": q, "key": k, "value": v, "need_weights": False}
     turned = time_first(layer)
     return Net(lambda m, q, k, v: m.turned(q, k, v), turned=turned), {"q": q, "k": k, "v": v}
 
