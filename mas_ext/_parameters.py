@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 from torch.nn import Parameter
+from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel
 
 from mas_ext._distributed.fsdp import sharded_by_current_id
@@ -81,8 +82,8 @@ def select(named: Mapping[str, Parameter], params: Selection) -> dict[str, Param
 
     Args:
         named: parameters by canonical name.
-        params: None for all; names or globs, each of which must match a parameter; or a
-            ``callable(name, parameter) -> bool``.
+        params: None for all; a name or glob, or several, each of which must match a parameter; or
+            a ``callable(name, parameter) -> bool``.
 
     Raises:
         ValueError: a pattern matches nothing.
@@ -95,11 +96,16 @@ def select(named: Mapping[str, Parameter], params: Selection) -> dict[str, Param
         return {name: p for name, p in trainable.items() if params(name, p)}
     patterns = _patterns(params)
     for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in named):
+        if not any(matches(name, pattern) for name in named):
             raise ValueError(
                 f"params: {pattern!r} matches no parameter; the model has {_some(named)}"
             )
-    return {n: p for n, p in trainable.items() if any(fnmatchcase(n, g) for g in patterns)}
+    return {n: p for n, p in trainable.items() if any(matches(n, g) for g in patterns)}
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a name is a pattern or matches it: a name such as ``d.w[0]`` looks like a glob."""
+    return name == pattern or fnmatchcase(name, pattern)
 
 
 def reusable(params: Selection) -> Selection:
@@ -108,18 +114,28 @@ def reusable(params: Selection) -> Selection:
 
 
 def _patterns(params: Iterable[str]) -> list[str]:
-    patterns = None if isinstance(params, str) else list(params)
-    if patterns is None or not all(isinstance(pattern, str) for pattern in patterns):
+    patterns = [params] if isinstance(params, str) else list(params)
+    if not all(isinstance(pattern, str) for pattern in patterns):
         raise TypeError(
-            "params must be None, a list of names or globs, or a callable(name, parameter); "
-            f"got {params!r}"
+            f"params must be None, names or globs, or a callable(name, parameter); got {params!r}"
         )
     return patterns
 
 
 def select_some(named: Mapping[str, Parameter], params: Selection) -> dict[str, Parameter]:
-    """Like :func:`select`; raises ValueError if nothing is selected."""
+    """Like :func:`select`; raises ValueError if nothing, or what has no Ω, is selected."""
     selected = select(named, params)
+    for name, p in selected.items():
+        if is_lazy(p):
+            raise ValueError(
+                f"parameter {name!r} has no shape yet (a lazy module); run the model on one batch "
+                "first"
+            )
+        if p.is_complex():
+            raise ValueError(
+                f"parameter {name!r} is complex, and importance is defined for real parameters; "
+                "make its torch.view_as_real() the parameter, or leave it out with params="
+            )
     if not selected:
         raise ValueError(
             "params: no parameter is selected that requires gradients; set requires_grad on "

@@ -13,6 +13,11 @@ memory, shares a float32 scale. The code is linear in √Ω, since Ω spans many
 within a layer: small Ω get finer steps than large ones. Zero stays zero, a block's largest Ω stays
 exact, and quantizing a dequantized Ω again gives the same bits. Float64 parameters keep a float64 Ω
 for every ``state_dtype``.
+
+Rounding to the nearest would lose every merge that changes Ω by less than half a step. So the Ω of
+a first task is rounded to the nearest, and what later tasks are merged into is rounded up or down
+at random, so that its expectation is exact (:func:`rounding_thresholds`). The errors then average
+out over elements and tasks instead of adding up.
 """
 
 from __future__ import annotations
@@ -26,6 +31,8 @@ STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "uint8": t
 
 BLOCK = 256  # codes that share a scale
 _LARGEST_CODE = 255
+_WORD = 2**32 - 1
+_GOLDEN_RATIO = 0x9E3779B9  # its fractional part, of 2^32
 
 
 def check_state_dtype(name: object) -> str:
@@ -58,7 +65,47 @@ def in_memory_order(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def quantize_(codes: Tensor, scales: Tensor, omega: Tensor) -> None:
+def rounding_thresholds(omega: Tensor, counter: int) -> Tensor:
+    r"""Thresholds for stochastic rounding: a value is rounded up with probability 1 − threshold.
+
+    .. math:: u_i = \operatorname{frac}\bigl(\operatorname{hash}(\Omega_i) + n\varphi\bigr)
+
+    Counter-based: they depend on n and on the element's own Ω, and on nothing else, so the result
+    is the same in every process and however a tensor is sharded. Over n they are spread evenly
+    (Weyl's sequence, with the golden ratio φ), so that the same Ω merged again and again is right
+    to about one step, where independent random numbers would add up to many.
+
+    Args:
+        omega: Ω of the task that is merged, float32.
+        counter: n, how many tasks were merged before.
+
+    Returns:
+        u, float32 in [0, 1), in the shape of ``omega``.
+    """
+    bits = omega.contiguous().view(torch.int32).to(torch.int64) & _WORD
+    for _ in range(2):
+        bits = ((bits ^ (bits >> 16)) * 0x45D9F3B) & _WORD
+    bits = ((bits ^ (bits >> 16)) + (counter * _GOLDEN_RATIO & _WORD)) & _WORD
+    return (bits >> 8).to(torch.float32) * 2.0**-24
+
+
+@torch.no_grad()
+def round_to_bfloat16(omega: Tensor, thresholds: Tensor) -> Tensor:
+    """Ω ≥ 0 in bfloat16, rounded to either neighbour so that the expectation is Ω.
+
+    Args:
+        omega: Ω, float32.
+        thresholds: u in the shape of ``omega``; see :func:`rounding_thresholds`.
+    """
+    dropped = 2**16  # bfloat16 is the upper half of a float32
+    bits = omega.contiguous().view(torch.int32) + (thresholds * dropped).to(torch.int32)
+    return (bits & -dropped).view(torch.float32).to(torch.bfloat16)
+
+
+@torch.no_grad()
+def quantize_(
+    codes: Tensor, scales: Tensor, omega: Tensor, thresholds: Tensor | None = None
+) -> None:
     r"""Writes the codes and scales of an Ω: those whose :func:`dequantize` is nearest to it.
 
     .. math:: s_b = \max_{i \in b} \Omega_i
@@ -68,9 +115,11 @@ def quantize_(codes: Tensor, scales: Tensor, omega: Tensor) -> None:
         codes: q, uint8, dense; written.
         scales: s, float32 [:func:`num_scales`]; written.
         omega: Ω ≥ 0, float32, in the shape of ``codes``.
+        thresholds: u in the shape of ``codes``. If given, a code is rounded to either neighbour so
+            that the expectation of the dequantized value is Ω.
     """
-    ordered = torch.empty_like(codes, dtype=torch.float32).copy_(omega)
-    flat, flat_codes = in_memory_order(ordered), in_memory_order(codes)
+    flat, flat_codes = _ordered(omega, codes), in_memory_order(codes)
+    flat_thresholds = None if thresholds is None else _ordered(thresholds, codes)
     whole = flat.numel() // BLOCK * BLOCK
     for part in (slice(0, whole), slice(whole, None)):  # the whole blocks, then the rest
         if flat[part].numel() == 0:
@@ -79,7 +128,24 @@ def quantize_(codes: Tensor, scales: Tensor, omega: Tensor) -> None:
         largest = scales[part.start // BLOCK :][: len(rows)]
         torch.amax(rows, 1, out=largest)
         divisor = torch.where(largest > 0, largest, 1).unsqueeze(1)
-        flat_codes[part].copy_(rows.div_(divisor).sqrt_().mul_(_LARGEST_CODE).round_().view(-1))
+        rows.div_(divisor)
+        if flat_thresholds is None:
+            rows = rows.sqrt_().mul_(_LARGEST_CODE).round_()
+        else:
+            rows = _rounded(rows, flat_thresholds[part].view_as(rows))
+        flat_codes[part].copy_(rows.view(-1))
+
+
+def _ordered(values: Tensor, like: Tensor) -> Tensor:
+    """A flat float32 copy in the memory order of ``like``."""
+    return in_memory_order(torch.empty_like(like, dtype=torch.float32).copy_(values))
+
+
+def _rounded(shares: Tensor, thresholds: Tensor) -> Tensor:
+    """Codes of Ω/s; between q and q + 1, which stand for q² and (q + 1)², by the thresholds."""
+    below = shares.sqrt().mul_(_LARGEST_CODE).floor_().clamp_(max=_LARGEST_CODE - 1)
+    part = (shares * _LARGEST_CODE**2 - below * below) / (2 * below + 1)
+    return below + (thresholds < part)
 
 
 def dequantize(codes: Tensor, scales: Tensor) -> Tensor:

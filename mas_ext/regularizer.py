@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import Unpack
@@ -63,9 +64,10 @@ class MAS:
         lambda_reg: λ ≥ 0, with the ½ of the equation: twice the paper's λ. ``"auto"``: found from
             ``drift`` when a task ends. Or a mapping from name or glob to either; the first pattern
             that matches a parameter counts: ``{"head.*": 0, "*": 1.0}``.
-        params: which of the parameters that require gradients: None for all; names or globs; or
-            ``callable(name, parameter) -> bool``. Names have no ``module.``, ``_orig_mod.`` or
-            ``_checkpoint_wrapped_module.``; tied parameters appear once, under their first name.
+        params: which of the parameters that require gradients: None for all; a name or glob, or
+            several; or ``callable(name, parameter) -> bool``. Names have no ``module.``,
+            ``_orig_mod.`` or ``_checkpoint_wrapped_module.``; tied parameters appear once, under
+            their first name.
         merge: how a task's Ω is merged with that of the tasks before: ``"sum"`` (the paper's),
             ``"mean"``, ``"max"``, or ``("ema", alpha)``, Ω ← αΩ + (1−α)Ω_task, starting from the
             first task's Ω. Two more exist to reproduce other implementations (see
@@ -107,6 +109,11 @@ class MAS:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is a {type(model).__name__}; pass a torch.nn.Module")
+        if isinstance(model, torch.jit.ScriptModule):
+            raise TypeError(
+                "model is a ScriptModule, whose inside autograd does not show; pass "
+                "the module that it was made from"
+            )
         self._params = reusable(params)
         consolidated = ImportanceState(check_state_dtype(state_dtype))
         strength = RegularizationStrength(lambda_reg, drift)
@@ -148,7 +155,11 @@ class MAS:
 
     @lambda_reg.setter
     def lambda_reg(self, value: Lambda) -> None:
-        drift = self.drift if isinstance(self.drift, float) else DEFAULT_DRIFT
+        drift = self.drift
+        if isinstance(drift, dict):
+            automatic = value if isinstance(value, Mapping) else {}
+            kept = drift.keys() == {name for name, one in automatic.items() if one == "auto"}
+            drift = drift if kept else DEFAULT_DRIFT
         self._use_strength(RegularizationStrength(value, drift))
 
     @property
@@ -238,14 +249,19 @@ class MAS:
 
         Raises:
             RuntimeError: there is no data, and nothing was measured since the last task.
+
+        Warns if no step has included the penalty since the last task although :meth:`attach` was
+        called and protected parameters moved, and once for each parameter that nothing measured
+        depends on.
         """
         measurement = Measurement.from_options(options, CheckpointedMeasurementOptions)
+        self.protected.warn_if_never_applied()
         with self._state.unchanged_after_an_error():
             saved = MeasurementCheckpoint() if data is None else self._measure(data, measurement)
-            unreached = self._state.task.unreached
+            self.protected.warn_of_no_importance()
             self._state.end_task(self._named(), self._selected())
+        self.protected.has_acted = False
         saved.remove()
-        self.protected.warn_of_no_importance(unreached)
 
     def _measure(self, data: Iterable[Any], measurement: Measurement) -> MeasurementCheckpoint:
         """Adds to the task's sums batch by batch, so a state saved between two is complete.
@@ -316,13 +332,15 @@ class MAS:
         """
         return self.protected.proximal_step_(lr)
 
-    def attach(self, optimizer: Optimizer, mode: str = "gradient") -> Attachment:
+    def attach(self, optimizer: Optimizer | None = None, mode: str = "gradient") -> Attachment:
         """Includes the penalty in every ``optimizer.step()``; the training loop stays as it is.
 
         Args:
             optimizer: any torch optimizer that minimises, with or without a closure; also one of
                 several per model, ``ZeroRedundancyOptimizer``, one that keeps its state in 8 bits,
-                or one inside Accelerate's or Lightning's wrapper. Only its own parameters are
+                or one inside a wrapper (Accelerate's, Lightning's, SAM, Lookahead), of which the
+                inner one is attached. None: all optimizers that hold parameters of the model, also
+                those that are made later, until ``remove()``. Only its own parameters are
                 touched; in gradient mode only those that have a gradient, so that parameters the
                 optimizer leaves alone (the head of another task) stay as they are.
             mode: ``"gradient"`` adds the penalty's gradient before the step, once per step however
@@ -339,10 +357,12 @@ class MAS:
 
         Raises:
             ValueError: an unknown mode, or an optimizer that maximizes, that steps in
-                ``backward()`` instead of ``step()``, that holds none of the model's parameters, or
-                whose step includes this penalty already.
+                ``backward()`` instead of ``step()``, that takes only sparse gradients, that holds
+                none of the model's parameters, or whose step includes this penalty already.
+            TypeError: not a torch optimizer, nor a wrapper that has one as an attribute.
         """
-        return Attachment(self.protected, unwrapped(optimizer), mode)
+        chosen = None if optimizer is None else unwrapped(optimizer)
+        return Attachment(self.protected, chosen, mode)
 
     # -- saving ------------------------------------------------------------------------------------
 
@@ -381,6 +401,7 @@ class MAS:
         self.protected.state = RegularizerState.from_dict(
             state, self._named(), self._selected(), self.state_dtype, strict
         )
+        self.protected.has_acted = True  # perhaps, before the state was saved
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the state atomically to a safetensors file with a checksum.

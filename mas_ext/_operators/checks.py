@@ -198,9 +198,10 @@ def _is_nested(tensor: Tensor) -> bool:
 
 def _addresses(tensor: Tensor) -> Tensor:
     """The address of every element, sorted. Only for the rare tensor that is not dense."""
-    result = torch.tensor(tensor.data_ptr())
+    result = torch.tensor(tensor.data_ptr(), device="cpu")
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        result = result.unsqueeze(-1) + torch.arange(size) * stride * tensor.element_size()
+        steps = torch.arange(size, device="cpu") * (stride * tensor.element_size())
+        result = result.unsqueeze(-1) + steps
     return result.flatten().sort().values
 
 

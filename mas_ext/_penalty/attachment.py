@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
+from weakref import WeakMethod
 
+import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import Optimizer, SparseAdam
+from torch.optim.optimizer import register_optimizer_step_post_hook as _everywhere_after
+from torch.optim.optimizer import register_optimizer_step_pre_hook as _everywhere_before
 
 from mas_ext._distributed.shards import full_tensor
 from mas_ext._penalty.grad_scaling import scaled_step
@@ -14,47 +19,95 @@ from mas_ext._penalty.protected_parameters import ProtectedParameters
 from mas_ext._strength.auto import update_kind
 from mas_ext.functional import check_mode
 
+_STEP = Optimizer.profile_hook_step(lambda optimizer: None).__code__  # around every step
+
 
 class Attachment:
     """What :meth:`mas_ext.MAS.attach` returns.
+
+    Args:
+        protected: the penalty.
+        optimizer: whose steps include it. None: every optimizer's that holds protected parameters.
+        mode: ``"gradient"`` or ``"proximal"``.
 
     Attributes:
         last_penalty: the penalty of the last step, a 0-dim tensor; None before the first.
     """
 
-    def __init__(self, protected: ProtectedParameters, optimizer: Optimizer, mode: str) -> None:
+    def __init__(
+        self, protected: ProtectedParameters, optimizer: Optimizer | None, mode: str
+    ) -> None:
         check_mode(mode)
-        _check_optimizer(optimizer, protected)
         self.last_penalty: Tensor | None = None
         self._protected = protected
         self._optimizer = optimizer
-        self._update = update_kind(optimizer, mode)
+        self._mode = mode
         self._withheld: list[tuple[Tensor, Tensor]] = []
-        if mode == "gradient":
-            self._hooks = [
-                optimizer.register_step_pre_hook(self._before_step),
-                optimizer.register_step_post_hook(self._restore_gradients),
-            ]
+        if optimizer is None:
+            _check_nothing_is_attached(protected)
+            self._hooks = self._registered(_everywhere_before, _everywhere_after, _weakly)
+            protected.attached_everywhere = self
         else:
-            self._hooks = [optimizer.register_step_post_hook(self._take_proximal_step)]
-        protected.optimizers.add(optimizer)
+            _check_optimizer(optimizer, protected)
+            _check_suits(optimizer, mode)
+            before, after = optimizer.register_step_pre_hook, optimizer.register_step_post_hook
+            self._hooks = self._registered(before, after, lambda hook: hook)
+            protected.optimizers.add(optimizer)
+        protected.attachments += 1
+
+    def _registered(
+        self, before: Callable[[Any], Any], after: Callable[[Any], Any], wrap: Callable[[Any], Any]
+    ) -> list[Any]:
+        """The handles of the hooks that this mode needs."""
+        if self._mode == "proximal":
+            return [after(wrap(self._take_proximal_step))]
+        return [before(wrap(self._before_step)), after(wrap(self._restore_gradients))]
 
     def remove(self) -> None:
-        """Leaves the optimizer as it was before attach(); a second call does nothing."""
+        """Leaves optimizers as they were before attach(); a second call does nothing."""
         for hook in self._hooks:
             hook.remove()
-        self._protected.optimizers.discard(self._optimizer)
+        if self._hooks:
+            self._protected.attachments -= 1
+        self._hooks = []
+        if self._optimizer is not None:
+            self._protected.optimizers.discard(self._optimizer)
+        elif self._protected.attached_everywhere is self:
+            self._protected.attached_everywhere = None
+
+    def _is_left_alone(self, optimizer: Optimizer) -> bool:
+        """Whether an optimizer's step does not take the penalty from here.
+
+        Of wrappers the inner optimizer acts, and :mod:`mas_ext.optim` includes the penalty itself.
+        """
+        if _is_nested(optimizer):
+            return True
+        if self._optimizer is not None:
+            _check_suits(optimizer, self._mode)  # a group may have been added
+            return False
+        if _inner(optimizer) is not None or hasattr(optimizer, "_overlap_with_ddp"):
+            return True
+        if not self._protected.are_in(optimizer) or _includes(optimizer, self._protected):
+            return True
+        _check_suits(optimizer, self._mode)
+        return False
 
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if self._is_left_alone(optimizer):
+            return None
         # After clipping and unscaling, which both come before step().
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        if closure is None:
+        is_keyword = "closure" in kwargs
+        closure = kwargs["closure"] if is_keyword else args[1] if len(args) > 1 else None
+        if not callable(closure):
             self._add_gradient(optimizer)
             return None
         # The closure computes the gradients, maybe several times a step: each needs the penalty's.
-        return args[:1], {**kwargs, "closure": self._with_penalty(optimizer, closure)}
+        closure = self._with_penalty(optimizer, closure)
+        if is_keyword:
+            return args, {**kwargs, "closure": closure}
+        return (args[0], closure, *args[2:]), kwargs
 
     def _with_penalty(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
         def closure_with_penalty() -> Any:
@@ -91,46 +144,123 @@ class Attachment:
         self._withheld = []
 
     def _take_proximal_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self._is_left_alone(optimizer):
+            return
+        update = update_kind(optimizer, self._mode)
         # A fused optimizer under a GradScaler skips the step itself where this is 1.
         found_inf = getattr(optimizer, "found_inf", None)
         taken = 1.0 if found_inf is None else 1.0 - full_tensor(found_inf).reshape(())
         values = [
-            self._protected.proximal_step_(lr * taken, {id(p) for p in params}, self._update)
+            self._protected.proximal_step_(lr * taken, {id(p) for p in params}, update)
             for lr, params in _groups(optimizer)
         ]
         self.last_penalty = self._protected.sum(values)
 
 
+def _weakly(hook: Any) -> Callable[..., Any]:
+    """A hook that does not keep its object alive, as torch keeps all global hooks."""
+    reference = WeakMethod(hook)
+
+    def call(*args: Any) -> Any:
+        alive = reference()
+        return None if alive is None else alive(*args)
+
+    return call
+
+
 def _check_optimizer(optimizer: Optimizer, protected: ProtectedParameters) -> None:
     """Raises ValueError if the penalty cannot be part of this optimizer's step, or already is."""
     protected.check_are_in(optimizer)
-    if any(group.get("maximize") for group in optimizer.param_groups):
-        raise ValueError(
-            "optimizer: it maximizes, and would maximize the penalty; minimise the negative"
-        )
     if getattr(optimizer, "_overlap_with_ddp", False):
         raise ValueError(
             "optimizer: ZeroRedundancyOptimizer(overlap_with_ddp=True) steps in backward(), "
             "where nothing can be attached; leave overlap_with_ddp out"
         )
-    inner = getattr(optimizer, "optim", optimizer)  # the optimizer that ZeroRedundancy shards
-    if getattr(getattr(inner, "mas", None), "protected", None) is protected:
+    if _includes(optimizer, protected):
         raise ValueError(
             "this optimizer's step includes the penalty already, and it would count twice; "
             "leave attach() out"
         )
-    if optimizer in protected.optimizers:
+    if optimizer in protected.optimizers or protected.attached_everywhere is not None:
         raise ValueError("this optimizer is attached already; remove() the first handle")
 
 
-def unwrapped(optimizer: Optimizer) -> Optimizer:
-    """The optimizer inside Accelerate's or Lightning's wrapper."""
-    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+def _check_suits(optimizer: Optimizer, mode: str) -> None:
+    """Raises ValueError if an optimizer's step cannot include a penalty in this mode."""
+    if any(group.get("maximize") for group in optimizer.param_groups):
+        raise ValueError(
+            "optimizer: it maximizes, and would maximize the penalty; minimise the negative"
+        )
+    if mode == "gradient" and isinstance(optimizer, SparseAdam):
+        raise ValueError(
+            "optimizer: SparseAdam takes sparse gradients only, and the penalty's is dense; use "
+            'mode="proximal"'
+        )
+    if mode == "proximal" and any(group.get("lr") is None for group in optimizer.param_groups):
+        raise ValueError(
+            "optimizer: the proximal step needs the learning rate, and a group's lr is missing or "
+            "None; pass lr= to the optimizer (Adafactor: relative_step=False, too), or use "
+            'mode="gradient"'
+        )
+
+
+def _is_nested(optimizer: Optimizer) -> bool:
+    """Whether this is a step inside the same optimizer's step: one that calls ``super().step()``.
+
+    torch runs the hooks of both. The calls in progress tell, also after an error in a step.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    frame, steps = sys._getframe(1), 0
+    while frame is not None and steps < 2:
+        steps += frame.f_code is _STEP and frame.f_locals["args"][0] is optimizer
+        frame = frame.f_back  # type: ignore[assignment]
+    return steps > 1
+
+
+def _check_nothing_is_attached(protected: ProtectedParameters) -> None:
+    if protected.attached_everywhere is not None or protected.optimizers:
+        raise ValueError(
+            "attach() without an optimizer: one is attached already, and its penalty would count "
+            "twice; remove() the first handle"
+        )
+
+
+def _includes(optimizer: Optimizer, protected: ProtectedParameters) -> bool:
+    """Whether an optimizer of :mod:`mas_ext.optim` takes this penalty."""
+    inner = getattr(optimizer, "optim", optimizer)  # the optimizer that ZeroRedundancy shards
+    return getattr(getattr(inner, "mas", None), "protected", None) is protected
+
+
+def unwrapped(optimizer: Any) -> Optimizer:
+    """The optimizer that takes the steps: the one inside wrappers, however many there are.
+
+    Accelerate and Lightning wrap an optimizer, and so do SAM, Lookahead and schedule-free ones,
+    whose own ``step()`` need not be what is called.
+
+    Raises:
+        TypeError: it is no torch optimizer, and holds none.
+    """
+    while (inner := _inner(optimizer)) is not None:
         optimizer = inner
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"optimizer is a {type(optimizer).__name__}, which neither is a torch.optim.Optimizer "
+            "nor has one as an attribute; call add_penalty_grad_() before each of its steps"
+        )
     return optimizer
+
+
+def _inner(optimizer: Any) -> Optimizer | None:
+    """The one optimizer that a wrapper holds. ZeroRedundancyOptimizer counts as no wrapper."""
+    if hasattr(optimizer, "_overlap_with_ddp"):
+        return None
+    found = {id(v): v for v in getattr(optimizer, "__dict__", {}).values() if v is not optimizer}
+    inner = [value for value in found.values() if isinstance(value, Optimizer)]
+    return inner[0] if len(inner) == 1 else None
 
 
 def _groups(optimizer: Optimizer) -> Iterator[tuple[Any, list[Tensor]]]:
     """Learning rate and parameters of each group."""
     for group in optimizer.param_groups:
-        yield group["lr"], group["params"]
+        yield group.get("lr"), group["params"]

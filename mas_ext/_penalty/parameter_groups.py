@@ -80,7 +80,7 @@ class ParameterGroup(NamedTuple):
         """Adds the penalty's gradient; a gradient that is None is set only if the call succeeds."""
         with torch.inference_mode(False), torch.no_grad():
             grads = [
-                torch.zeros_like(p) if p.grad is None else redistribute_like(p.grad, p)
+                torch.zeros_like(p) if p.grad is None else redistribute_like(_dense(p.grad), p)
                 for p in self.params
             ]
         with self.naming_parameters():
@@ -155,6 +155,11 @@ def largest_penalty_grads(protected: Iterable[ProtectedParameter]) -> Iterator[T
         (grad,) = group.penalty_grads()
         if grad.numel():
             yield torch.linalg.vector_norm(grad, torch.inf)
+
+
+def _dense(grad: Tensor) -> Tensor:
+    """The penalty's gradient is dense, and so is its sum with an embedding's sparse one."""
+    return grad.to_dense() if grad.layout == torch.sparse_coo else grad
 
 
 def to_device_of(tensor: Tensor, scalar: Any) -> Any:

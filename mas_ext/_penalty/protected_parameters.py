@@ -34,16 +34,23 @@ class ProtectedParameters:
         index: the model's parameters by name.
         state: what is remembered of them.
         optimizers: those that are attached.
+        attachments: how many have not been removed, also of optimizers that no longer exist.
+        attached_everywhere: the one that all optimizers share, if there is one.
+        has_acted: whether a step has included the penalty since the last task ended.
     """
 
     def __init__(self, index: ParameterIndex, state: RegularizerState) -> None:
         self.index = index
         self.state = state
         self.optimizers: WeakSet[Optimizer] = WeakSet()
+        self.attachments = 0
+        self.attached_everywhere: Any = None
+        self.has_acted = False
         self._warned_of: set[str] = set()  # names that the user has been warned about
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "optimizers": None}  # a copy is attached to nothing
+        # A copy is attached to nothing. That its original was is enough to warn about it.
+        return {**self.__dict__, "optimizers": None, "attached_everywhere": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, optimizers=WeakSet())
@@ -59,13 +66,17 @@ class ProtectedParameters:
         self, grad_scale: Scalar | None = None, only: Set[int] | None = None
     ) -> Tensor:
         """See :meth:`mas_ext.MAS.add_penalty_grad_`."""
-        return self.sum([group.add_penalty_grad_(grad_scale) for group in self._groups(only)])
+        groups = self._groups(only)
+        self.has_acted |= bool(groups)
+        return self.sum([group.add_penalty_grad_(grad_scale) for group in groups])
 
     def proximal_step_(
         self, lr: Scalar, only: Set[int] | None = None, update: UpdateKind = "normalized"
     ) -> Tensor:
         """See :meth:`mas_ext.MAS.proximal_step_`."""
-        return self.sum([group.proximal_step_(lr) for group in self._groups(only, update)])
+        groups = self._groups(only, update)
+        self.has_acted |= bool(groups)
+        return self.sum([group.proximal_step_(lr) for group in groups])
 
     def sum(self, values: list[Tensor]) -> Tensor:
         """The sum of 0-dim values, which may be on several devices; zero for none."""
@@ -137,21 +148,16 @@ class ProtectedParameters:
                 "parametrization for example, measure it again with consolidate()"
             )
 
-    def warn_of_no_importance(self, unreached: list[str]) -> None:
-        """Warns once per name of parameters that no measured output has ever depended on.
-
-        Args:
-            unreached: those that the last measurement's output did not depend on.
-        """
-        names = self.state.consolidated.without_importance(unreached)
-        new = [name for name in names if name not in self._warned_of]
+    def warn_of_no_importance(self) -> None:
+        """Warns once per name of parameters that nothing measured in any task depends on."""
+        new = [name for name in self.state.without_importance() if name not in self._warned_of]
         if new:
             self._warned_of.update(new)
             warn(
-                f"the importance of {new[0]!r} ({len(new)} parameters in all) is 0, because nothing "
-                "that was measured depends on it: it is not protected. If it belongs to another of "
-                "the model's outputs, measure that one too, with forward=; if it belongs to a "
-                "later task, nothing is missing; params= leaves it out"
+                f"the importance of {new[0]!r} ({len(new)} parameters in all) is 0, because "
+                "nothing that was measured depends on it: it is not protected. If it belongs to "
+                "another of the model's outputs, measure that one too, with forward=; if it "
+                "belongs to a later task, nothing is missing; params= leaves it out"
             )
 
     # -- which optimizers --------------------------------------------------------------------------
@@ -160,6 +166,23 @@ class ProtectedParameters:
         """Whether an optimizer holds any parameter of the model."""
         ours = {id(p) for p in self.index.named().values()}
         return any(id(p) in ours for group in optimizer.param_groups for p in group["params"])
+
+    def warn_if_never_applied(self) -> None:
+        """Warns if something was attached, and parameters moved without it since the last task."""
+        if self.has_acted or not self.attachments or not self._have_moved():
+            return
+        warn(
+            "attach() was called, but no step has included the penalty since the last task ended, "
+            "and protected parameters have moved: nothing was held in place. If the training made "
+            "a new optimizer, attach that one too, or call mas.attach() without an optimizer once, "
+            "which holds for all; if it steps through a wrapper, attach what it wraps; if "
+            "mas.penalty() is in the loss instead, remove() the handle"
+        )
+
+    @torch.no_grad()
+    def _have_moved(self) -> bool:
+        """Whether a protected parameter is not at its anchor. Waits for the device."""
+        return any(not torch.equal(local(one.param), one.anchor) for one in self.find())
 
     def check_are_in(self, optimizer: Optimizer) -> None:
         """Raises ValueError if an optimizer holds no parameter of the model."""

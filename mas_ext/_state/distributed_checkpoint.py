@@ -94,7 +94,7 @@ def _zeros(p: Tensor, state_dtype: str) -> Tensor:
 def _counts(state: StateDict, names: Iterable[str]) -> Tensor:
     """One row per parameter: how many tasks it was measured in, how many samples in this one."""
     rows = [[state[key].get(name, -1) for key in _COUNTED] for name in names]
-    return torch.tensor(rows, dtype=torch.int64).view(-1, len(_COUNTED))
+    return torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, len(_COUNTED))
 
 
 def _bytes(settings: StateDict) -> Tensor:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mas_ext._distributed.shards import Placement
-from mas_ext._state.merging import Merge, merge_, needs_earlier, total_weight
-from mas_ext._state.stored_importance import StoredImportance
+from mas_ext._state.merging import Merge, accumulates, merge_, needs_earlier, total_weight
+from mas_ext._state.stored_importance import StoredImportance, Thresholds
 from mas_ext._state.task_accumulator import TaskAccumulator
 from mas_ext._storage.flat_tensors import FlatTensors, check_growth, copies, leading
 from mas_ext._strength.auto import GroupStatistics
-from mas_ext.precision import in_memory_order
+from mas_ext.precision import in_memory_order, rounding_thresholds
 
 _PIECE = 2**20  # elements of Ω that are merged at a time; a multiple of precision.BLOCK
 
@@ -79,10 +80,6 @@ class ImportanceState:
             name: GroupStatistics(p.numel(), totals[name].item() / weights[name])
             for name, p in params.items()
         }
-
-    def without_importance(self, names: Iterable[str]) -> list[str]:
-        """Those of the parameters whose Ω is 0 everywhere. Waits for the device."""
-        return [n for n in names if n in self.importance and not self.importance.stored(n)[0].any()]
 
     def _total(self, name: str) -> Tensor:
         """Σ Ω in float64. Codes are dequantized a piece at a time."""
@@ -156,19 +153,30 @@ class ImportanceState:
             piece = slice(start, start + _PIECE)
             old = self.importance.read(name, piece)
             earlier = self.earlier.read(name, piece) if self.earlier else None
-            merge_(old, flat[piece].to(old) / count, self.tasks[name], merge, earlier)
-            self.importance.write(name, piece, old)
+            new = flat[piece].to(old) / count
+            thresholds = self._thresholds(name, new, merge)
+            merge_(old, new, self.tasks[name], merge, earlier)
+            self.importance.write(name, piece, old, thresholds)
             if earlier is not None:
-                self.earlier.write(name, piece, earlier)
+                self.earlier.write(name, piece, earlier, thresholds)
 
     def _merge_grown(self, name: str, total: Tensor, count: int, merge: Merge) -> None:
         old, earlier = self.importance[name], self.earlier.get(name)
         part = leading(old, total.shape)
         part_earlier = None if earlier is None else leading(earlier, total.shape)
-        merge_(part, total.to(old) / count, self.tasks[name], merge, part_earlier)
-        self.importance.put(name, old)
+        new = torch.zeros_like(old)
+        leading(new, total.shape).copy_(total / count)
+        thresholds = self._thresholds(name, new, merge)
+        merge_(part, leading(new, total.shape), self.tasks[name], merge, part_earlier)
+        self.importance.put(name, old, thresholds=thresholds)
         if earlier is not None:
-            self.earlier.put(name, earlier)
+            self.earlier.put(name, earlier, thresholds=thresholds)
+
+    def _thresholds(self, name: str, new: Tensor, merge: Merge) -> Thresholds | None:
+        """For stochastic rounding of a merged Ω; None where rounding to the nearest is right."""
+        if self.tasks[name] == 0 or not accumulates(merge):
+            return None
+        return partial(rounding_thresholds, new, self.tasks[name])
 
 
 def _grown(stored: StoredImportance, like: Mapping[str, Tensor]) -> StoredImportance:

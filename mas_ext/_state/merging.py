@@ -41,12 +41,15 @@ class MergePolicy:
         total_weight: ``(tasks, alpha)`` → the sum of the weights that the merged Ω gives its tasks.
         has_alpha: whether the policy is written ``(name, alpha)``.
         needs_earlier: whether ``earlier`` is kept for it.
+        accumulates: whether Ω moves in steps that add up, so that rounding all of them to the
+            nearest would lose the small ones.
     """
 
     merge_: Callable[[_Merging], Any]
     total_weight: Callable[[int, float], float] = lambda tasks, alpha: 1.0
     has_alpha: bool = False
     needs_earlier: bool = False
+    accumulates: bool = True
 
 
 def _ema_(m: _Merging) -> None:
@@ -66,7 +69,7 @@ POLICIES: dict[str, MergePolicy] = {
     # Σ Ω_t: the paper's.
     "sum": MergePolicy(lambda m: m.old.add_(m.new), lambda tasks, alpha: float(tasks)),
     "mean": MergePolicy(lambda m: m.old.lerp_(m.new, 1 / (m.tasks + 1))),
-    "max": MergePolicy(lambda m: torch.maximum(m.old, m.new, out=m.old)),
+    "max": MergePolicy(lambda m: torch.maximum(m.old, m.new, out=m.old), accumulates=False),
     # αΩ + (1−α)Ω_t, which starts with the first task's Ω.
     "ema": MergePolicy(_ema_, has_alpha=True),
     # The same from Ω = 0, so that the first task's Ω too is multiplied by 1−α.
@@ -131,3 +134,8 @@ def total_weight(merge: Merge, tasks: int) -> float:
 def needs_earlier(merge: Merge) -> bool:
     """Whether the policy needs the sum of all former merged Ω."""
     return _split(merge)[0].needs_earlier
+
+
+def accumulates(merge: Merge) -> bool:
+    """Whether the policy's Ω moves in steps that add up."""
+    return _split(merge)[0].accumulates

@@ -111,6 +111,19 @@ class RegularizerState:
         self.task = TaskAccumulator()
         self.num_tasks += 1
 
+    def without_importance(self) -> list[str]:
+        """The parameters that the last measurement did not reach and whose Ω is 0 everywhere.
+
+        Waits for the device.
+        """
+        remembered = self.consolidated.importance
+        return [
+            name
+            for name in self.task.unreached
+            if not self.task.sums[name].any()
+            and not (name in remembered and remembered.stored(name)[0].any())
+        ]
+
     # -- state dictionaries ------------------------------------------------------------------------
 
     def to_dict(self) -> checkpoint.StateDict:
@@ -187,7 +200,13 @@ def _checked(
     state = checkpoint.upgraded(state)
     checkpoint.check_contents(state)
     if not strict:
+        had_parameters = bool(state["anchor"] or state["open"])
         state = checkpoint.known_parameters(state, named)
+        if had_parameters and not (state["anchor"] or state["open"]):
+            raise ValueError(
+                "the state has no parameter of this model, also with strict=False: was the model "
+                "wrapped or renamed? Load into one whose parameters have the names in the state"
+            )
     checkpoint.check_parameters(state, named, selected, strict)
     check_materialised({name: named[name] for name in {**state["anchor"], **state["open"]}})
     check_weighting(state["weighting"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 import torch
@@ -16,8 +16,11 @@ from mas_ext.precision import (
     in_memory_order,
     num_scales,
     quantize_,
+    round_to_bfloat16,
     stored_dtype,
 )
+
+Thresholds = Callable[[], Tensor]  # called only if something is rounded
 
 
 class StoredImportance(Mapping[str, Tensor]):
@@ -62,22 +65,27 @@ class StoredImportance(Mapping[str, Tensor]):
         return self._stored[name]
 
     @torch.no_grad()
-    def put(self, name: str, omega: Tensor, scales: Tensor | None = None) -> None:
+    def put(
+        self,
+        name: str,
+        omega: Tensor,
+        scales: Tensor | None = None,
+        thresholds: Thresholds | None = None,
+    ) -> None:
         """Stores an Ω. One that is already in the stored form is copied bit for bit.
 
         Args:
             name: the parameter's name.
             omega: Ω in its shape, in float32, float64 or bfloat16, or as codes with ``scales``.
             scales: the scales of the codes.
+            thresholds: for stochastic rounding; None: round to the nearest.
         """
         stored, stored_scales = self.stored(name)
         if scales is not None and (stored_scales is None or omega.stride() != stored.stride()):
             omega, scales = dequantize(omega, scales), None
-        if stored_scales is None:
-            stored.copy_(omega)
-        elif scales is None:
-            quantize_(stored, stored_scales, omega)
-        else:
+        if scales is None:
+            _round_(stored, stored_scales, omega, thresholds)
+        elif stored_scales is not None:
             stored.copy_(omega)
             stored_scales.copy_(scales)
 
@@ -94,13 +102,11 @@ class StoredImportance(Mapping[str, Tensor]):
         return flat.to(accumulation_dtype(flat.dtype))
 
     @torch.no_grad()
-    def write(self, name: str, part: slice, omega: Tensor) -> None:
+    def write(
+        self, name: str, part: slice, omega: Tensor, thresholds: Thresholds | None = None
+    ) -> None:
         """Stores a part of Ω, in the form that :meth:`read` gives."""
-        flat, scales = self._stored_part(name, part)
-        if scales is None:
-            flat.copy_(omega)
-        else:
-            quantize_(flat, scales, omega)
+        _round_(*self._stored_part(name, part), omega, thresholds)
 
     def _stored_part(self, name: str, part: slice) -> tuple[Tensor, Tensor | None]:
         stored, scales = self.stored(name)
@@ -109,3 +115,15 @@ class StoredImportance(Mapping[str, Tensor]):
             first = part.start // BLOCK
             scales = scales[first : first + num_scales(len(flat))]
         return flat, scales
+
+
+def _round_(
+    stored: Tensor, scales: Tensor | None, omega: Tensor, thresholds: Thresholds | None
+) -> None:
+    """Writes an Ω in the form that is stored."""
+    if scales is not None:
+        quantize_(stored, scales, omega, thresholds and thresholds())
+    elif stored.dtype == torch.bfloat16 and omega.dtype == torch.float32 and thresholds:
+        stored.copy_(round_to_bfloat16(omega, thresholds()))
+    else:
+        stored.copy_(omega)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mas_ext._parameters import matches
 from mas_ext._strength.auto import DEFAULT_DRIFT, GroupStatistics, Lambdas, UpdateKind, check_drift
 
 AUTO = "auto"
@@ -108,10 +108,13 @@ class RegularizationStrength:
             self._pattern_of[name] = self._first_match(name)
         return self._pattern_of[name]
 
+    def _match(self, name: str) -> str | None:
+        return next((pattern for pattern in self._patterns if matches(name, pattern)), None)
+
     def _first_match(self, name: str) -> str:
-        for pattern in self._patterns:
-            if fnmatchcase(name, pattern):
-                return pattern
+        pattern = self._match(name)
+        if pattern is not None:
+            return pattern
         raise ValueError(
             f"lambda_reg: nothing in {self._patterns} matches parameter {name!r}; add '*' for "
             "all others, with 0 to leave them free"
@@ -123,11 +126,18 @@ class RegularizationStrength:
             self.pattern_of(name)
 
     def check_patterns(self, names: Iterable[str]) -> None:
-        """Raises ValueError if a pattern matches no parameter of the model."""
+        """Raises ValueError if a pattern decides the λ of no parameter of the model."""
         known = list(names)
-        for pattern in self.value if isinstance(self.value, dict) else ():
-            if not any(fnmatchcase(name, pattern) for name in known):
+        used = {self._match(name) for name in known}
+        for pattern in self._patterns:
+            if pattern in used or not isinstance(self.value, dict):
+                continue
+            if not any(matches(name, pattern) for name in known):
                 raise ValueError(f"lambda_reg: {pattern!r} matches no parameter of the model")
+            raise ValueError(
+                f"lambda_reg: {pattern!r} decides nothing, since the patterns before it match all "
+                "of its parameters and the first that matches counts; put it first"
+            )
 
     def __repr__(self) -> str:
         return f"{self.value:g}" if isinstance(self.value, float) else repr(self.value)

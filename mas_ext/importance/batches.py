@@ -178,7 +178,7 @@ class Inputs:
         """Other ways to divide the arguments into ``size`` samples, the likelier ones first."""
         arguments = [
             (key, value)
-            for key, value in (*enumerate(self.args), *self.kwargs.items())
+            for key, value in self._arguments().items()
             if _has_rows(value, size) or _is_list_of_tensors(value, size)
         ]
         shared: list[Division] = [{key: "whole"} for key, _ in arguments[1:]]
@@ -187,13 +187,16 @@ class Inputs:
         if len(shared) > 1:
             yield {key: "whole" for key, _ in arguments[1:]}
 
+    def _arguments(self) -> dict[int | str, Any]:
+        return {**dict(enumerate(self.args)), **self.kwargs}
+
     def _lengths_of_lists(self) -> list[int]:
-        arguments = (*self.args, *self.kwargs.values())
-        return [len(v) for v in arguments if isinstance(v, (tuple, list)) and tensors_in(v)]
+        values = self._arguments().values()
+        return [len(v) for v in values if isinstance(v, (tuple, list)) and tensors_in(v)]
 
     def _described(self, count: int, size: int, division: Division) -> str:
         taken = []
-        for key, value in (*enumerate(self.args), *self.kwargs.items()):
+        for key, value in self._arguments().items():
             name = f"input {key}" if isinstance(key, int) else repr(key)
             shapes = [list(t.shape) for t in tensors_in(value) if t.dim() > 0 and len(t) == size]
             if shapes and key not in division:

@@ -104,8 +104,8 @@ def estimate_importance(
             ``DistributedDataParallel``) and a batch as ``data`` yielded it, and must return the
             floating-point output tensor [B, …] with one row per sample, connected to the
             parameters by autograd.
-        params: the parameters to measure, among those that require gradients: None for all, names
-            or globs, or ``callable(name, parameter) -> bool``.
+        params: the parameters to measure, among those that require gradients: None for all, a name
+            or glob or several, or ``callable(name, parameter) -> bool``.
         max_samples: stop after this many samples. The first ones are used, so shuffle data that is
             sorted. With several processes, the limit holds for each of them.
         progress: True for a progress bar (on the first process), or a callable that is given the

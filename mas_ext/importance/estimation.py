@@ -74,7 +74,7 @@ class Estimation:
         sums: Σ over samples, which estimators add to; for a DTensor parameter, its local part.
         measurement: the options.
         coverage: parameter name → the path that served it, so far.
-        samples: how many have been measured so far.
+        samples, batches: how many have been measured so far.
         outputs: which of the model's outputs are measured; None before the first batch.
         division: how batches are divided into samples, where it is not by the rows of all inputs.
     """
@@ -85,6 +85,7 @@ class Estimation:
     measurement: Measurement
     coverage: dict[str, str] = field(default_factory=dict)
     samples: int = 0
+    batches: int = 0
     outputs: Outputs | None = None
     division: Division = field(default_factory=dict)
     _warned: set[str] = field(default_factory=set)

@@ -6,6 +6,8 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,11 +34,49 @@ def undisturbed(model: nn.Module, training: bool = False) -> Iterator[None]:
         if "torch._dynamo" in sys.modules:  # otherwise nothing is compiled; loading it is slow
             # Compiled code is a single operation, whose parts the graph does not show.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
-            # cuDNN cannot differentiate a recurrent layer in evaluation mode, and oneDNN runs a
-            # whole recurrent layer as a single operation.
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+        stack.enter_context(_recurrent_backends(model))
+        yield
+
+
+_reads_graph: ContextVar[bool] = ContextVar("reads_graph", default=False)
+
+
+@contextmanager
+def readable_graph() -> Iterator[None]:
+    """For passes whose autograd graph is read: recurrent layers then show each of their steps."""
+    token = _reads_graph.set(True)
+    try:
+        yield
+    finally:
+        _reads_graph.reset(token)
+
+
+@contextmanager
+def _recurrent_backends(model: nn.Module) -> Iterator[None]:
+    """Disables, inside recurrent layers only, the backends that a measurement cannot use.
+
+    cuDNN cannot differentiate a recurrent layer in evaluation mode. oneDNN runs a whole layer as a
+    single operation, which is faster, and in the way only where the graph is read.
+    """
+    cudnn: Any = torch.backends.cudnn
+    mkldnn: Any = torch.backends.mkldnn
+    before: list[tuple[bool, bool]] = []
+
+    def disable(*_: Any) -> None:
+        before.append((cudnn.enabled, mkldnn.enabled))
+        cudnn.enabled = False
+        if _reads_graph.get():
+            mkldnn.enabled = False
+
+    def restore(*_: Any) -> None:
+        cudnn.enabled, mkldnn.enabled = before.pop()
+
+    with ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(module, nn.RNNBase):
+                stack.callback(module.register_forward_pre_hook(disable).remove)
+                handle = module.register_forward_hook(restore, always_call=True)
+                stack.callback(handle.remove)
         yield
 
 
@@ -128,6 +168,8 @@ def _restore(buffer: torch.Tensor | None, content: torch.Tensor | None) -> None:
 
 class OperatorObserver(TorchDispatchMode):
     """A dispatch mode that sees every operation, below autograd and autocast, and changes none."""
+
+    supports_higher_order_operators = True
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:

@@ -117,7 +117,7 @@ class Local:
                 self._add(calls, size)
                 return every
         scalars = [self._add_one_by_one(inputs.take([k], size)) for k in range(size)]
-        return torch.cat(scalars) if scalars else torch.empty(0)
+        return torch.cat(scalars) if scalars else torch.empty(0, device="cpu")
 
     def _add_one_by_one(self, sample: Inputs) -> Tensor:
         calls, scalars = self._recorded(sample)

@@ -87,11 +87,13 @@ def add_samples_(
                 scalars = estimator.add_batch(batch, left)
                 more = SampleStatistics.of_batch(scalars, measurement.weighting)
             done = estimation.samples = done + more.samples
+            estimation.batches += 1
             counted(more)
             checkpoint.count(more)
             reporter.show(done)
             if done >= measurement.sample_limit:
                 break
+        check_no_gradient_was_written(estimation)
     if done > 0:
         check_finite(sums)
         estimator.finish()
@@ -115,6 +117,17 @@ def _warn_of_ignored_items(raw: Any, model: nn.Module) -> None:
             f"only the first, although its forward also takes {name!r}; yield mappings of keyword "
             "arguments, or pass forward=lambda model, batch: model(*batch[:-1]) or the like"
         )
+
+
+def check_no_gradient_was_written(estimation: Estimation) -> None:
+    """Refuses a model whose backward pass runs another one that writes to ``.grad``."""
+    for name, p in estimation.params.items():
+        if p.grad is not None and name not in estimation.coverage:
+            raise ValueError(
+                f"the gradient of {name!r} is written to .grad by a backward() inside the model's "
+                "own backward pass, as reversible blocks do; use torch.autograd.grad there, or "
+                "activation checkpointing"
+            )
 
 
 def check_data(data: Iterable[Any]) -> None:

@@ -17,9 +17,9 @@ from torch import Tensor
 from mas_ext._distributed.shards import full_tensor
 from mas_ext.importance.batches import Batch, CannotSplit, Inputs, tensors_in
 
-Path = tuple[Any, ...]  # indices, keys and attribute names, from what the model returned to a tensor
+Path = tuple[Any, ...]  # indices, keys and field names that lead to a tensor
 
-# If the model's output has one of these fields, it is what the model is for, and the others are not.
+# Where an output has one of these fields, that is what the model is for, and no other is.
 NAMED = ("logits", "last_hidden_state")
 REMEDY = (
     "pass forward=callable(model, batch) that returns the output tensor, with one row per sample"
@@ -181,15 +181,14 @@ def _checked(found: Any, name: str) -> Tensor:
     if found.dim() == 0:
         raise ValueError(
             "the model's output has no sample dimension (it is 0-dim); return one row per sample, "
-            "or pass forward= that does"
+            "also for a batch of one (squeeze() without a dimension does not), or pass forward= "
+            "that does"
         )
     return full_tensor(found)
 
 
 def _described(value: Any) -> str:
-    items = [
-        f"{_name((key,)).removeprefix('output')}: {_kind(value[key])}" for key in _keys(value)
-    ]
+    items = [f"{_name((key,)).removeprefix('output')}: {_kind(value[key])}" for key in _keys(value)]
     return f"a {type(value).__name__} ({', '.join(items)})" if items else "nothing"
 
 

@@ -121,6 +121,7 @@ class PenaltyOptimizer(torch.optim.Optimizer):
                 for one_call in grouped(protected[id(p)] for p in part):
                     value = self._take_step({**group, "params": one_call.params}, one_call)
                     values.append(one_call.sum_over_shards(value))
+        self.mas.protected.has_acted |= bool(values)
         self.last_penalty = self.mas.protected.sum(values)
         return loss
 

@@ -290,14 +290,52 @@ def shrunk(measure):
     return call
 
 
-def with_sparse_gradient(model, mas):
-    model(X).sum().backward()
-    model[2].weight.grad = model[2].weight.grad.to_sparse()
-    before = [p.grad.to_dense() for p in model.parameters()]
-    try:
-        mas.add_penalty_grad_()
-    finally:
-        assert_states_equal([p.grad.to_dense() for p in model.parameters()], before)
+UNMEASURABLE = {
+    "complex": (lambda: complex_linear(), "'weight'", "view_as_real"),
+    "lazy": (lambda: nn.LazyLinear(3), "'weight'", "one batch"),
+}
+
+
+def complex_linear():
+    return nn.Linear(6, 2, dtype=torch.complex64)
+
+
+@pytest.mark.parametrize("case", UNMEASURABLE)
+@pytest.mark.parametrize("call", [MAS, lambda m: mas_ext.estimate_importance(m, [X])])
+def test_parameters_without_importance_are_refused_by_name(case, call):
+    make, *words = UNMEASURABLE[case]
+    with pytest.raises(ValueError, match=words[0]) as raised:
+        call(make())
+    assert words[1] in str(raised.value)
+    if case == "complex":
+        model = nn.ModuleDict({"complex": make(), "real": nn.Linear(6, 2)})
+        assert MAS(model, params="real.*").lambda_reg == 1
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "SparseAdam"])
+def test_sparse_gradients_and_the_dense_one_of_the_penalty(optimizer):
+    """As (loss + penalty).backward() has it: their sum is dense."""
+    torch.manual_seed(0)
+    model, plain = (nn.Embedding(7, 3, sparse=True).double() for _ in range(2))
+    plain.load_state_dict(model.state_dict())
+    ids = torch.tensor([[1, 2], [2, 5]])
+    trained = []
+    for m in (model, plain):
+        mas = MAS(m, 2.0)
+        mas.consolidate([ids + 1])
+        sgd = getattr(torch.optim, optimizer)(m.parameters(), 0.1)
+        mode = "gradient" if optimizer == "SGD" else "proximal"
+        if m is model:
+            mas.attach(sgd, mode)
+        for _ in range(3):
+            sgd.zero_grad()
+            loss = (m(ids) - 1).square().sum()
+            (loss + mas.penalty() if m is plain and mode == "gradient" else loss).backward()
+            sgd.step()
+            if m is plain and mode == "proximal":
+                mas.proximal_step_(0.1)
+        trained.append(m.weight.detach())
+    torch.testing.assert_close(*trained)
 
 
 def by_batches(mas, measure, weighting="batches"):
@@ -344,7 +382,6 @@ REFUSALS = {
         "weighting",
         "'batches'",
     ),
-    "sparse gradient": (with_sparse_gradient, RuntimeError, "'2.weight'", "to_dense"),
     **{
         f"lr {lr}": (lambda m, mas, lr=lr: mas.proximal_step_(lr), ValueError, "lr")
         for lr in (-0.1, float("nan"), float("inf"))

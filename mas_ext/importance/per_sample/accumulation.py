@@ -89,7 +89,10 @@ class BatchAccumulator:
         except Exception as problem:
             if not self._learn:
                 raise
-            accumulator.fail(f"its gradient cannot be formed here ({problem})")
+            accumulator.fail(
+                f"its gradient cannot be formed in one pass ({problem}); register a rule for the "
+                "operation with mas_ext.importance.register_rule"
+            )
 
     @property
     def _keeps_graph(self) -> bool:
@@ -115,7 +118,10 @@ class BatchAccumulator:
         accumulator = self._accumulators[use]
         pairs = zip(op.grads, op.layouts, strict=True)
         if any(grad is not None and layout is None for grad, layout in pairs):
-            accumulator.fail("no gradient arrived there when its plan was made")
+            accumulator.fail(
+                "no gradient arrived there when its plan was made; the next batch makes another "
+                "plan, so there is nothing to change"
+            )
             return
         with self._failing(accumulator):
             contribution = self._contribution(use, op)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from weakref import WeakKeyDictionary
 
 import torch
@@ -10,11 +11,12 @@ from torch import Tensor, nn
 
 from mas_ext.importance.batches import Batch, CannotSplit, Inputs
 from mas_ext.importance.estimation import Estimation
+from mas_ext.importance.isolation import readable_graph
 from mas_ext.importance.per_sample import self_check
 from mas_ext.importance.per_sample.accumulation import BatchAccumulator
 from mas_ext.importance.per_sample.graph import Graph, NoPlan
 from mas_ext.importance.per_sample.parts import scalars_of_part
-from mas_ext.importance.per_sample.plan import LARGE, SMALL, Plan, make_plan
+from mas_ext.importance.per_sample.plan import LARGE, SMALL, Plan, another_course, make_plan
 from mas_ext.importance.per_sample.sample_assignment import assign_layouts, find_moved_rows
 
 _KEPT = 64  # plans stored per model; every shape of the inputs has its own
@@ -56,7 +58,9 @@ def add_batch(estimation: Estimation, batch: Batch, limit: int) -> Tensor:
     Raises:
         ValueError: importance per sample is not defined for the model, or a value is NaN or Inf.
     """
-    scalars = _deterministic_scalars(estimation, batch)
+    is_one = isinstance(batch, Inputs) and batch.size() == 1
+    with nullcontext() if is_one else readable_graph():
+        scalars = _deterministic_scalars(estimation, batch)
     count = min(len(scalars), limit)
     if len(scalars) == 1:
         estimation.add_gradient(scalars[0])
@@ -66,15 +70,18 @@ def add_batch(estimation: Estimation, batch: Batch, limit: int) -> Tensor:
 
 
 def _add_several(estimation: Estimation, batch: Batch, scalars: Tensor, count: int) -> None:
+    dtype = torch.float16  # of no graph it is not known: the loosest tolerance
     if estimation.is_tensor_parallel:
         reasons = dict.fromkeys(estimation.params, _TENSOR_PARALLEL)
-        _add_one_by_one(estimation, batch, reasons, scalars, count)
+        _add_one_by_one(estimation, batch, reasons, scalars, count, dtype)
         return
     weights = torch.ones_like(scalars)
     weights[count:] = 0
     try:
         graph = Graph(scalars, {id(p): name for name, p in estimation.params.items()})
-        plan = _plan_for(estimation, batch, graph)
+        dtype = graph.dtype
+        with readable_graph():
+            plan = _plan_for(estimation, batch, graph)
     except NoPlan as problem:
         reasons = dict.fromkeys(estimation.params, str(problem))
     else:
@@ -85,7 +92,7 @@ def _add_several(estimation: Estimation, batch: Batch, scalars: Tensor, count: i
         if unserved:
             _plans[estimation.model].forget(plan)
         reasons = plan.fallbacks | unserved
-    _add_one_by_one(estimation, batch, reasons, scalars, count)
+    _add_one_by_one(estimation, batch, reasons, scalars, count, dtype)
 
 
 def _plan_for(estimation: Estimation, batch: Batch, graph: Graph) -> Plan:
@@ -101,17 +108,30 @@ def _plan_for(estimation: Estimation, batch: Batch, graph: Graph) -> Plan:
 
 
 def _add_one_by_one(
-    estimation: Estimation, batch: Batch, reasons: Mapping[str, str], scalars: Tensor, count: int
+    estimation: Estimation,
+    batch: Batch,
+    reasons: Mapping[str, str],
+    scalars: Tensor,
+    count: int,
+    dtype: torch.dtype,
 ) -> None:
-    """Measures the parameters in ``reasons`` one sample at a time, and warns about them."""
+    """Measures the parameters in ``reasons`` one sample at a time, and warns about them.
+
+    Raises:
+        ValueError: a sample gives another scalar alone than in the batch.
+    """
     if not reasons:
         return
     estimation.warn_one_at_a_time(reasons)
     estimation.record_paths(dict.fromkeys(reasons, "one sample at a time"))
     if isinstance(batch, Inputs):
+        alone = []
         for k in range(count):
-            alone = scalars_of_part(estimation, batch, [k], scalars, None)
-            estimation.add_gradient(alone[0], reasons, keep_graph=True)
+            (scalar,) = scalars_of_part(estimation, batch, [k], scalars, None)
+            estimation.add_gradient(scalar, reasons, keep_graph=True)
+            alone.append(scalar.detach())
+        if not self_check.agree(scalars.detach()[:count], torch.stack(alone), dtype):
+            raise ValueError(_NOT_A_FUNCTION)
         return
     # How to divide a custom batch is not known: one backward pass per sample over the whole batch.
     scalars = estimation.scalars(batch)
@@ -128,7 +148,8 @@ def _deterministic_scalars(estimation: Estimation, batch: Batch) -> Tensor:
     before = torch.get_rng_state()
     scalars = estimation.scalars(batch)
     drawn = not torch.equal(before, torch.get_rng_state())
-    if drawn:
+    # A first batch of one sample is not run again anywhere else, and may have its own generator.
+    if drawn or (len(scalars) == 1 and estimation.batches == 0):
         with torch.no_grad():
             again = estimation.scalars(batch)
         if not torch.equal(scalars, again):
@@ -152,9 +173,16 @@ def _checked_plan(estimation: Estimation, batch: Batch, graph: Graph, is_known: 
     """
     size = len(graph.root)
     chosen = [0, size - 1, size // 2]
+    names = {id(p): name for name, p in estimation.params.items()}
     try:
         large = scalars_of_part(estimation, batch, chosen, graph.root, graph.dtype)
         small = scalars_of_part(estimation, batch, chosen[:SMALL], graph.root, graph.dtype)
+        _check_samples_are_independent(batch, graph, chosen, large)
+        # Before the passes with one sample, which are in vain where there is no plan.
+        pair, three = Graph(small, names), Graph(large, names)
+        plan = make_plan(three, pair, estimation.params)
+        if not plan.matches(graph, size):
+            raise NoPlan(another_course(size, LARGE))
         with self_check.recorded_decisions() as decisions:
             first = estimation.objective_values(batch.take(chosen[:1], size, estimation.division))
         second = scalars_of_part(estimation, batch, chosen[1:2], graph.root, graph.dtype)
@@ -165,15 +193,9 @@ def _checked_plan(estimation: Estimation, batch: Batch, graph: Graph, is_known: 
             f"the batch cannot be divided into samples: {problem}; yield batches whose tensors "
             "have the sample as dimension 0, or of one sample"
         ) from problem
-    _check_samples_are_independent(batch, graph, chosen, large)
     _check_samples_are_independent(batch, graph, chosen[:SMALL], torch.cat([first, second]))
     if decisions.names:
         _check_samples(estimation, batch, graph, range(size), decisions.names[0])
-    names = {id(p): name for name, p in estimation.params.items()}
-    pair, three = Graph(small, names), Graph(large, names)
-    plan = make_plan(three, pair, estimation.params)
-    if not plan.matches(graph, size):
-        raise NoPlan(f"the forward pass takes another course for {size} samples than for {LARGE}")
     assign_layouts(plan, three if is_known or size < LARGE else graph)
     _check_sums(estimation, plan, pair, [first, second])
     plan.decides = decisions.names[0] if decisions.names else None
@@ -196,7 +218,7 @@ def _check_sums(estimation: Estimation, plan: Plan, pair: Graph, alone: list[Ten
     for scalars in alone:
         estimation.add_gradient(scalars[0], names=served, sums=exact, keep_graph=True)
     wrong = self_check.find_disagreements(ours, exact, pair.dtype)
-    plan.fall_back(wrong, "the result in a batch differs from that of a sample by itself")
+    plan.fall_back(wrong, _DISAGREES)
     for name, reason in failed.items():
         plan.fall_back([name], reason)
 
@@ -214,38 +236,52 @@ def _check_samples_are_independent(
         return
     if isinstance(batch, Inputs):
         raise ValueError(_NOT_A_FUNCTION)
-    raise NoPlan("a part of the batch gives other outputs than the whole")
+    raise NoPlan(
+        "forward gives other outputs for a part of the batch than for all of it; make it treat "
+        "every row of its tensors alike, or yield batches of one sample"
+    )
 
 
 def _check_decisions(estimation: Estimation, batch: Batch, graph: Graph, plan: Plan) -> None:
-    """Checks a later batch if the model's forward pass reads its data.
+    """Checks samples of a later batch, for whose values the plan was not verified.
 
-    All samples are checked if it reads computed values, and one if it reads only masks and lengths.
+    All are checked if the forward pass reads computed values into Python. One is checked if it
+    reads only masks and lengths, and, in the first batches and then ever more rarely, always: a
+    maximum over the batch may matter in some batches only.
     """
-    if plan.decides is None:
+    size, number = len(graph.root), estimation.batches
+    if plan.decides_on_values:
+        chosen: Sequence[int] = range(size)
+    elif plan.decides or number & (number - 1) == 0:
+        chosen = [int(number * 0.618034 % 1 * size)]  # spread over the positions in a batch
+    else:
         return
-    size = len(graph.root)
-    chosen = range(size) if plan.decides_on_values else [estimation.samples % size]
     _check_samples(estimation, batch, graph, chosen, plan.decides)
 
 
 def _check_samples(
-    estimation: Estimation, batch: Batch, graph: Graph, chosen: Sequence[int], decision: str
+    estimation: Estimation, batch: Batch, graph: Graph, chosen: Sequence[int], decision: str | None
 ) -> None:
     """Raises ValueError if a chosen sample gives another scalar alone than in the batch.
 
     A forward pass that reads its data may take another branch for a sample that is alone.
     """
-    size = len(graph.root)
     with torch.no_grad():
         parts = [scalars_of_part(estimation, batch, [k], graph.root, graph.dtype) for k in chosen]
         alone = torch.cat(parts)
     if not self_check.agree(graph.root.detach()[list(chosen)], alone, graph.dtype):
-        raise ValueError(f"{_NOT_A_FUNCTION} (It looks at the batch with {decision}.)")
+        hint = f" (It looks at the batch with {decision}.)" if decision else ""
+        raise ValueError(_NOT_A_FUNCTION + hint)
 
 
 _TENSOR_PARALLEL = (
-    "the model is tensor-parallel, and this process sees only a part of each operation"
+    "the model is tensor-parallel, and this process sees only a part of each operation; measure "
+    "fewer samples (max_samples=) if it takes too long"
+)
+
+_DISAGREES = (
+    "in a batch it comes out otherwise than for single samples; check the custom autograd "
+    "functions and the rules (register_rule) that its gradient passes through"
 )
 
 _NOT_A_FUNCTION = (

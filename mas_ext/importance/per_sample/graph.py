@@ -59,12 +59,20 @@ class Node:
         try:
             return tuple(tuple(m.shape) if m is not None else () for m in self.fn._input_metadata)
         except RuntimeError as problem:
-            raise NoPlan(f"{self.name} has an output without a plain shape") from problem
+            raise NoPlan(
+                f"{self.name} has an output without a plain shape, as nested tensors have; use "
+                "padded tensors and a mask"
+            ) from problem
 
     @property
     def is_leaf(self) -> bool:
         """Whether the node accumulates a gradient: it belongs to a parameter or an input."""
         return self.name == _LEAF
+
+    @property
+    def has_hooks(self) -> bool:
+        """Whether it is a leaf whose gradient goes through the user's hooks."""
+        return self.is_leaf and bool(self.fn.variable._backward_hooks)
 
     @property
     def operation(self) -> str:
@@ -157,7 +165,7 @@ class Graph:
     @cached_property
     def signature(self) -> tuple[Any, ...]:
         """A value that is equal for two passes of one program with any numbers of samples."""
-        return tuple((node.name, node.edges, node.leaf) for node in self.nodes)
+        return tuple((n.name, n.edges, n.leaf, n.has_hooks) for n in self.nodes)
 
     @cached_property
     def shapes(self) -> tuple[tuple[Shape, ...], ...]:

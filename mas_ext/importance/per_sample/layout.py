@@ -44,7 +44,7 @@ class Layout:
 
     def sample_indices(self, samples: int) -> Tensor:
         """The sample that each entry belongs to: [outer·B·inner], for B = ``samples``."""
-        sample = torch.arange(samples).view(1, samples, 1)
+        sample = torch.arange(samples, device="cpu").view(1, samples, 1)
         return sample.expand(self.outer, samples, self.inner).flatten()
 
     def agrees_with(self, assignment: Tensor) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -22,9 +23,10 @@ def scalars_of_part(
     """s_k of the chosen samples, from a pass without the others.
 
     A tensor with as many rows as the batch has samples may still belong to all samples: positions
-    of shape [T] where T is the batch size. So if the model fails on the part, or gives other values
-    than for the whole batch, other ways to divide the inputs are tried, and the one that gives the
-    same values is kept for the rest of the measurement.
+    of shape [T] where T is the batch size. So if the model fails on the part, other ways to divide
+    the inputs are tried, and the one that gives the values of the whole batch is kept for the rest
+    of the measurement. (If it does not fail and gives other values, samples depend on each other.
+    Passing lengths on whole, say, would hide that.)
 
     Args:
         estimation: the measurement.
@@ -36,32 +38,17 @@ def scalars_of_part(
     Raises:
         CannotSplit: the model cannot be run on a part of the batch, however it is divided.
     """
-    expected = whole.detach()[list(chosen)]
-
-    def is_right(scalars: Tensor | None) -> bool:
-        return scalars is not None and (
-            dtype is None or self_check.agree(expected, scalars.detach(), dtype)
-        )
-
-    scalars, failure = _attempt(estimation, batch, chosen, len(whole))
-    if isinstance(batch, Inputs) and not is_right(scalars):
-        before = estimation.division
-        for division in batch.divisions(len(whole)):
-            estimation.division = division
-            other, _ = _attempt(estimation, batch, chosen, len(whole))
-            if other is not None and is_right(other):
-                return other
-        estimation.division = before
-    if scalars is None:
-        assert failure is not None
-        raise failure
-    return scalars  # where they differ, samples depend on each other: the caller checks that
-
-
-def _attempt(
-    estimation: Estimation, batch: Batch, chosen: Sequence[int], size: int
-) -> tuple[Tensor | None, CannotSplit | None]:
+    size = len(whole)
     try:
-        return estimation.scalars(batch.take(chosen, size, estimation.division)), None
-    except CannotSplit as problem:
-        return None, problem
+        return estimation.scalars(batch.take(chosen, size, estimation.division))
+    except CannotSplit:
+        if not isinstance(batch, Inputs):
+            raise
+        expected = whole.detach()[list(chosen)]
+        for division in batch.divisions(size):
+            with suppress(CannotSplit):
+                scalars = estimation.scalars(batch.take(chosen, size, division))
+                if dtype is None or self_check.agree(expected, scalars.detach(), dtype):
+                    estimation.division = division
+                    return scalars
+        raise

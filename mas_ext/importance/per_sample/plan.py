@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mas_ext.importance.per_sample.graph import Graph, NoPlan, Shape
+from mas_ext.importance.per_sample.graph import Graph, Node, NoPlan, Shape
 from mas_ext.importance.per_sample.layout import Extent, Layout, extent
 from mas_ext.importance.per_sample.parameter_graph import (
     View,
@@ -218,6 +218,15 @@ class Plan:
         return "generic" if any(use in self.generic for use in group.uses) else "direct"
 
 
+def another_course(some: int, others: int) -> str:
+    """The reason where the operations are not the same for some samples as for others."""
+    return (
+        f"forward runs other operations for {some} samples of the batch than for {others}, as a "
+        "loop over samples or packed sequences do; use operations on the whole batch, with padding "
+        "and a mask, to measure it in one pass"
+    )
+
+
 def make_plan(large: Graph, small: Graph, params: Mapping[str, Tensor]) -> Plan:
     """The plan for graphs like these, which come from LARGE and from SMALL samples.
 
@@ -225,7 +234,7 @@ def make_plan(large: Graph, small: Graph, params: Mapping[str, Tensor]) -> Plan:
         NoPlan: the graphs differ by more than shapes, or some operation mixes samples.
     """
     if large.signature != small.signature:
-        raise NoPlan(f"the forward pass takes another course for {SMALL} samples than for {LARGE}")
+        raise NoPlan(another_course(SMALL, LARGE))
     sample_nodes = _sample_nodes(large, small)
     extents = [
         tuple(extent(few, SMALL, more, LARGE) for few, more in zip(a.shapes, b.shapes, strict=True))
@@ -240,10 +249,18 @@ def make_plan(large: Graph, small: Graph, params: Mapping[str, Tensor]) -> Plan:
     uses = [use for boundary in plan.boundaries.values() for use in boundary.uses]
     plan.groups = list(_grouped(large, uses, params))
     plan.constants = _constants(large, uses)
-    plan.may_move_rows = any(
-        large.nodes[p].operation in ROW_MOVING_OPERATIONS for p in sample_nodes
-    )
+    plan.may_move_rows = any(_may_move_rows(large.nodes[p], sample_nodes) for p in sample_nodes)
     return plan
+
+
+def _may_move_rows(node: Node, sample_nodes: set[int]) -> bool:
+    """Whether the data may decide in which rows of its output a sample is."""
+    if node.operation in ROW_MOVING_OPERATIONS:
+        return True
+    # A table, or the second factor of a product, whose rows are samples.
+    rows = {"EmbeddingBackward": 0, "MmBackward": 1, "AddmmBackward": 2}.get(node.operation)
+    edge = None if rows is None or rows >= len(node.edges) else node.edges[rows]
+    return edge is not None and edge[0] in sample_nodes
 
 
 def _sample_nodes(large: Graph, small: Graph) -> set[int]:
@@ -257,8 +274,9 @@ def _check_nothing_mixes(graph: Graph, sample_nodes: set[int]) -> None:
     made_from_samples = graph.reaching(graph.nodes[p] for p in sample_nodes)
     for position in made_from_samples - sample_nodes:
         raise NoPlan(
-            f"an operation ({graph.nodes[position].name}) on the way to the output has lost the "
-            "sample dimension: it mixes the samples of a batch"
+            f"an operation ({graph.nodes[position].name}) on the way to the output has no "
+            "dimension that grows with the batch; keep the sample as dimension 0 of what forward "
+            "computes, and do not loop over samples or time steps of different batch sizes"
         )
 
 

@@ -14,6 +14,10 @@ from mas_ext.importance.per_sample.graph import Grads, Graph, visit_gradients
 from mas_ext.importance.per_sample.layout import MIXED, NO_GRADIENT, find_layout, has_enough_samples
 from mas_ext.importance.per_sample.plan import Plan
 
+_KEEP_TOGETHER = (
+    "are not in the order of the samples; make the sample dimension 0, or keep each sample's rows "
+    "together"
+)
 Place = tuple[int, int]  # (position of an operation, which of its outputs)
 
 
@@ -88,10 +92,13 @@ def assign_layouts(plan: Plan, graph: Graph) -> None:
             if extent is not None and found is not None and arrived:
                 layout = find_layout(extent, found)
                 if layout is None and _has_no_layout(found):
-                    plan.fall_back(boundary.names, f"the rows of {name} are not in order")
+                    plan.fall_back(boundary.names, f"the rows of {name} {_KEEP_TOGETHER}")
             boundary.layouts.append(layout)
         if all(extent is None for extent in boundary.extents):
-            plan.fall_back(boundary.names, f"{name} does not grow in proportion to the batch")
+            plan.fall_back(
+                boundary.names,
+                f"{name} does not grow in proportion to the batch; keep the sample as a dimension",
+            )
     plan.defer_unassigned(graph)
 
 
@@ -108,6 +115,9 @@ def find_moved_rows(plan: Plan, graph: Graph) -> dict[str, str]:
         boundary = plan.boundaries[position]
         layout = boundary.layouts[j]
         if layout is not None and not layout.agrees_with(found):
-            why = f"the data decides where the rows of {graph.nodes[position].name} are"
+            why = (
+                f"the data decides where the rows of {graph.nodes[position].name} are; index, sort "
+                "and select within each sample, not over the whole batch"
+            )
             reasons |= dict.fromkeys(boundary.names, why)
     return reasons

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from mas_ext.importance.batches import tensors_in
@@ -55,6 +56,9 @@ def find_disagreements(
     ]
 
 
+_EXPORTS = {Tensor.tolist, Tensor.numpy, Tensor.__array__}
+
+
 @dataclass
 class Decisions:
     """The operations by which a forward pass reads tensor data into Python, and may branch on it.
@@ -73,8 +77,24 @@ class Decisions:
 def recorded_decisions() -> Iterator[Decisions]:
     """Records the decisions of the forward passes that run inside."""
     found = Decisions()
-    with _DecisionRecorder(found):
+    with _DecisionRecorder(found), _ExportRecorder(found):
         yield found
+
+
+class _ExportRecorder(TorchFunctionMode):
+    """Records what reads a tensor without any operation: ``tolist`` and conversion to NumPy."""
+
+    def __init__(self, found: Decisions) -> None:
+        super().__init__()
+        self._found = found
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func in _EXPORTS:
+            self._found.names.append(func.__name__)
+            self._found.on_values |= args[0].is_floating_point()
+        return func(*args, **(kwargs or {}))
 
 
 class _DecisionRecorder(OperatorObserver):

@@ -137,6 +137,7 @@ def test_training_mode_leaves_no_trace(make, batches):
 # -- params= ---------------------------------------------------------------------------------------
 PARAMS: dict[str, tuple[Any, set[str]]] = {
     "names": (["0.weight"], {"0.weight"}),
+    "a glob": ("0.*", {"0.weight", "0.bias"}),
     "globs": (["*.bias", "6.w*"], {"0.bias", "1.bias", "6.bias", "6.weight"}),
     "of the first layer": (["0.bias"], {"0.bias"}),
     "a callable": (lambda name, p: p.dim() == 2, {"6.weight"}),
@@ -229,7 +230,6 @@ def test_forms_of_data(form):
 
 
 RESULTS: dict[str, Callable[[Tensor], Any]] = {
-    "a tuple": lambda y: (y, "hidden states"),
     "an object": lambda y: type("Output", (), {"logits": y, "loss": None})(),
     "a mapping": lambda y: {"loss": None, "logits": y},
 }

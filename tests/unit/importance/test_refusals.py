@@ -131,7 +131,10 @@ REFUSALS: dict[str, Refusal] = {
     ),
     # arguments
     "params, unknown": Refusal(ValueError, ("params", "head.*"), options={"params": ["head.*"]}),
-    "params, a string": Refusal(TypeError, ("params", "list"), options={"params": "0.weight"}),
+    "params, a number": Refusal(TypeError, ("params", "globs"), options={"params": [3]}),
+    "on meta": Refusal(
+        ValueError, ("'weight'", "to_empty()"), lambda: nn.Linear(6, 3, device="meta")
+    ),
     "estimator": Refusal(
         ValueError, ("estimator", "'per_sample'"), options={"estimator": "fisher"}, estimators=EXACT
     ),

@@ -4,8 +4,11 @@ That training is right is in ``tests/integration/test_loops.py``.
 """
 
 import copy
+import gc
+import weakref
 
 import pytest
+import pytorch_optimizer
 import torch
 from torch import nn
 
@@ -113,6 +116,12 @@ def attached_to_ours(model, mas):
     mas.attach(optimizer)
 
 
+def attached_after_one(model, mas):
+    optimizer = sgd(model)
+    mas.attach(optimizer)
+    mas.attach()
+
+
 REFUSALS = {
     "mode": refusal(
         lambda model, mas: mas.attach(sgd(model), "newton"), ValueError, "mode", "newton"
@@ -123,6 +132,17 @@ REFUSALS = {
     "maximizes": refusal(
         lambda model, mas: mas.attach(sgd(model, maximize=True)), ValueError, "maximize", "negative"
     ),
+    "no optimizer": refusal(
+        lambda model, mas: mas.attach(object()), TypeError, "optimizer", "add_penalty_grad_()"
+    ),
+    "sparse only": refusal(
+        lambda model, mas: mas.attach(torch.optim.SparseAdam(list(model.parameters()))),
+        *(ValueError, "SparseAdam", "proximal"),
+    ),
+    "everywhere, and once more": refusal(
+        lambda model, mas: (mas.attach(), mas.attach(sgd(model))), ValueError, "remove()"
+    ),
+    "everywhere, after one": refusal(attached_after_one, ValueError, "attached", "remove()"),
     "twice": refusal(attached_twice, ValueError, "attached", "remove()"),
     "in the step already": refusal(attached_to_ours, ValueError, "twice", "attach()"),
 }
@@ -132,3 +152,175 @@ REFUSALS = {
 def test_refusals(case):
     model, mas = learned(dtype=torch.float32)
     assert_refused(REFUSALS[case], model, mas, unchanged=(model, mas))
+
+
+# -- optimizers that come and go, and that wrap others ---------------------------------------------
+def twin():
+    """A model with a task behind it, and its copy that nothing is attached to."""
+    (model, mas), (plain, by_hand) = learned(dtype=torch.float32), learned(dtype=torch.float32)
+    return model, mas, plain, by_hand
+
+
+def train_by_hand(model, mas, optimizer, mode, steps=3):
+    for _ in range(steps):
+        optimizer.zero_grad()
+        task_loss(model).backward()
+        if mode == "gradient":
+            mas.add_penalty_grad_()
+        optimizer.step()
+        if mode == "proximal":
+            mas.proximal_step_(optimizer.param_groups[0]["lr"])
+
+
+@pytest.mark.filterwarnings("error::UserWarning:tests")
+@pytest.mark.parametrize("mode", ["gradient", "proximal"])
+def test_attach_without_an_optimizer_holds_for_all_that_come(mode):
+    model, mas, plain, by_hand = twin()
+    handle = mas.attach(mode=mode)
+    other = mlp(torch.float32)
+    untouched = copy.deepcopy(other)
+    for lr in (0.05, 0.02):
+        train(model, torch.optim.SGD(model.parameters(), lr))
+        train_by_hand(plain, by_hand, torch.optim.SGD(plain.parameters(), lr), mode)
+        assert_bits(model, plain)
+        for m in (mas, by_hand):
+            m.consolidate([X])
+    assert handle.last_penalty > 0
+    train(other, sgd(other))
+    train(untouched, sgd(untouched))
+    assert_bits(other, untouched)
+    ours = mas_ext.optim.SGD(model.parameters(), 0.05, mas=mas, mode=mode)
+    train(model, ours)  # includes the penalty itself, and only once
+    train(plain, mas_ext.optim.SGD(plain.parameters(), 0.05, mas=by_hand, mode=mode))
+    assert_bits(model, plain)
+    handle.remove()
+    plain.load_state_dict(model.state_dict())
+    train(model, sgd(model))
+    train(plain, sgd(plain))
+    assert_bits(model, plain)
+
+
+def test_attach_without_an_optimizer_does_not_keep_the_model_alive():
+    model, mas = learned(dtype=torch.float32)
+    mas.attach()
+    gone = weakref.ref(model)
+    del model, mas
+    gc.collect()
+    assert gone() is None
+    other = mlp(torch.float32)
+    train(other, sgd(other))
+
+
+class Calls(torch.optim.SGD):
+    """Its step is torch's, through super(): torch then calls the hooks of both."""
+
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+WRAPPERS = {
+    "SAM": lambda params: pytorch_optimizer.SAM(params, torch.optim.SGD, lr=0.05),
+    "Lookahead": lambda params: pytorch_optimizer.Lookahead(torch.optim.SGD(params, 0.05), k=2),
+    "schedule-free": lambda params: pytorch_optimizer.ScheduleFreeWrapper(
+        torch.optim.SGD(params, 0.05), momentum=0.5
+    ),
+    "super().step()": lambda params: Calls(params, 0.05),
+}
+
+
+def wrapped_step(optimizer, model, extra=lambda: None):
+    """One step; ``extra`` adds the penalty's gradient just before the inner optimizer's."""
+    inner = getattr(optimizer, "base_optimizer", getattr(optimizer, "optimizer", optimizer))
+    inner_step = inner.step
+    optimizer.zero_grad()
+    task_loss(model).backward()
+    if hasattr(optimizer, "first_step"):
+        optimizer.first_step(zero_grad=True)
+        task_loss(model).backward()
+    inner.step = lambda *args: (extra(), inner_step(*args))[1]
+    optimizer.second_step() if hasattr(optimizer, "second_step") else optimizer.step()
+    inner.step = inner_step
+
+
+@pytest.mark.filterwarnings("error::UserWarning:tests")
+@pytest.mark.parametrize("everywhere", [False, True], ids=["attached", "everywhere"])
+@pytest.mark.parametrize("kind", WRAPPERS)
+def test_optimizers_inside_others_take_the_penalty_once(kind, everywhere):
+    torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.1)  # torch puts hooks into its step
+    model, mas, plain, by_hand = twin()
+    optimizer = WRAPPERS[kind](list(model.parameters()))
+    mas.attach(None if everywhere else optimizer)
+    other = WRAPPERS[kind](list(plain.parameters()))
+    for one in (optimizer, other):
+        getattr(one, "train", lambda: None)()
+    for _ in range(4):
+        wrapped_step(optimizer, model)
+        wrapped_step(other, plain, by_hand.add_penalty_grad_)
+        assert_bits(model, plain)
+    mas.consolidate([X])
+
+
+# -- attachments that never act --------------------------------------------------------------------
+def a_new_optimizer(model, mas):
+    mas.attach(sgd(model))
+    return model, mas, sgd(model)
+
+
+def a_copy(model, mas):
+    mas.attach(sgd(model))
+    model, mas = copy.deepcopy((model, mas))
+    return model, mas, sgd(model)
+
+
+def another_group(model, mas):
+    mas.attach(sgd(model[2]))
+    return model, mas, sgd(model[0])
+
+
+IDLE = {"a new optimizer": a_new_optimizer, "a copy": a_copy, "another's parameters": another_group}
+
+
+@pytest.mark.parametrize("case", IDLE)
+def test_an_attachment_that_never_acts_is_reported_when_the_task_ends(case):
+    model, mas, optimizer = IDLE[case](*learned(dtype=torch.float32))
+    train(model, optimizer)
+    tasks = mas.num_tasks
+    with pytest.warns(UserWarning, match=r"attach\(\).*without an optimizer"):
+        mas.consolidate([X])
+    assert mas.num_tasks == tasks + 1
+
+
+def acts(model, mas):
+    optimizer = sgd(model)
+    mas.attach(optimizer)
+    train(model, optimizer)
+
+
+def acts_by_hand(model, mas):
+    mas.attach(sgd(model))
+    train_by_hand(model, mas, sgd(model), "gradient")
+
+
+def is_removed(model, mas):
+    mas.attach(sgd(model)).remove()
+    train(model, sgd(model))
+
+
+def does_not_move(model, mas):
+    mas.consolidate([X])
+    mas.attach(sgd(model))
+
+
+def was_loaded(model, mas):
+    """It may have acted before the state was saved."""
+    mas.attach(sgd(model))
+    train(model, sgd(model))
+    mas.load_state_dict(mas.state_dict())
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("case", [acts, acts_by_hand, is_removed, does_not_move, was_loaded])
+def test_nothing_is_reported_where_nothing_is_amiss(case):
+    model, mas = learned(dtype=torch.float32)
+    case(model, mas)
+    mas.consolidate([X])

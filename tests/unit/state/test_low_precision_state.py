@@ -9,7 +9,14 @@ from mas_ext import MAS, estimate_importance
 from mas_ext._state.importance_state import _PIECE, ImportanceState
 from mas_ext._state.stored_importance import StoredImportance
 from mas_ext._state.task_accumulator import TaskAccumulator
-from mas_ext.precision import BLOCK, num_scales
+from mas_ext.precision import (
+    BLOCK,
+    dequantize,
+    num_scales,
+    quantize_,
+    round_to_bfloat16,
+    rounding_thresholds,
+)
 from tests.support.regularizers import MERGES, assert_states_equal, move
 from tests.support.zoo.small import mlp, vectors
 
@@ -48,6 +55,67 @@ def test_merged_importance_is_that_of_float32_but_for_its_rounding(state_dtype, 
     _, exact = remembered("float32", merge, tasks)
     _, narrow = remembered(state_dtype, merge, tasks)
     assert_close_in_root(narrow.importance, exact.importance, tasks / 250)
+
+
+def merged(state_dtype, merge, stream):
+    """Ω after tasks whose Ω are ``stream``, in the state's dtype and in float64."""
+    narrow, exact = ImportanceState(state_dtype), ImportanceState()
+    for omega in stream:
+        for state, dtype in ((narrow, torch.float32), (exact, torch.float64)):
+            task = TaskAccumulator({"w": omega.to(dtype)}, {"w": 1})
+            state.end_task({"w": torch.zeros_like(omega, dtype=dtype)}, task, merge)
+    return narrow.importance["w"].double(), exact.importance["w"]
+
+
+def spread(rows=64, scale=1.0):
+    """Ω over several orders of magnitude, as in a layer."""
+    generator = torch.Generator().manual_seed(0)
+    return scale * torch.randn(rows, BLOCK, generator=generator).mul(1.5).exp()
+
+
+STREAMS = {
+    "the same again": lambda n: [spread()] * n,
+    "a change": lambda n: [spread(scale=1.0 if t < n / 2 else 3.0) for t in range(n)],
+    "varying": lambda n: [spread() * (1 + t * 0.618 % 1) for t in range(n)],
+}
+
+
+@pytest.mark.parametrize("tasks", [1, 10, 400, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stream", STREAMS)
+@pytest.mark.parametrize("merge", ["sum", "mean", "max", ("ema", 0.999)], ids=str)
+@pytest.mark.parametrize("state_dtype", NARROW)
+def test_merging_stays_right_over_a_long_stream(state_dtype, merge, stream, tasks):
+    kept, exact = merged(state_dtype, merge, STREAMS[stream](tasks))
+    assert abs(float(kept.sum() / exact.sum()) - 1) < 0.005
+    error = (kept - exact).abs()
+    if state_dtype == "bfloat16":
+        assert (error <= (0.2 if stream == "varying" else 0.03) * exact).all()
+    else:
+        largest = exact.amax(1, keepdim=True)
+        assert (error.sqrt() <= 0.1 * largest.sqrt()).all()
+
+
+def test_rounding_is_unbiased_and_the_same_however_a_tensor_is_sharded():
+    omega = spread()
+    thresholds = rounding_thresholds(omega, 7)
+    assert torch.equal(rounding_thresholds(omega[5:9, ::2], 7), thresholds[5:9, ::2])
+    assert float(thresholds.min()) >= 0
+    assert float(thresholds.max()) < 1
+    block_step = omega.amax(1, keepdim=True).sqrt() / 255
+    for rounded, step in (
+        (lambda u: round_to_bfloat16(omega, u), omega * 2**-7),
+        (lambda u: coded(omega, u), (2 * omega.sqrt() + block_step) * block_step),
+    ):
+        counters = range(1, 257)
+        mean = sum(rounded(rounding_thresholds(omega, n)).double() for n in counters) / 256
+        assert ((mean - omega).abs() <= 0.02 * step).all()
+
+
+def coded(omega, thresholds):
+    codes = torch.empty_like(omega, dtype=torch.uint8)
+    scales = torch.empty(num_scales(omega.numel()))
+    quantize_(codes, scales, omega, thresholds)
+    return dequantize(codes, scales)
 
 
 @pytest.mark.parametrize("state_dtype", NARROW)
