@@ -188,7 +188,8 @@ class Inputs:
             yield {key: "whole" for key, _ in arguments[1:]}
 
     def _arguments(self) -> dict[int | str, Any]:
-        return {**dict(enumerate(self.args)), **self.kwargs}
+        arguments: dict[int | str, Any] = dict(enumerate(self.args))
+        return arguments | self.kwargs
 
     def _lengths_of_lists(self) -> list[int]:
         values = self._arguments().values()

@@ -245,15 +245,16 @@ def _check_samples_are_independent(
 def _check_decisions(estimation: Estimation, batch: Batch, graph: Graph, plan: Plan) -> None:
     """Checks samples of a later batch, for whose values the plan was not verified.
 
-    All are checked if the forward pass reads computed values into Python. One is checked if it
+    All are checked if the forward pass reads computed values into Python. Two are checked if it
     reads only masks and lengths, and, in the first batches and then ever more rarely, always: a
-    maximum over the batch may matter in some batches only.
+    maximum over the batch may matter in some batches only, and at most one of two attains it.
     """
     size, number = len(graph.root), estimation.batches
     if plan.decides_on_values:
         chosen: Sequence[int] = range(size)
     elif plan.decides or number & (number - 1) == 0:
-        chosen = [int(number * 0.618034 % 1 * size)]  # spread over the positions in a batch
+        first = int(number * 0.618034 % 1 * size)  # spread over the positions in a batch
+        chosen = [first, (first + size // 2) % size]
     else:
         return
     _check_samples(estimation, batch, graph, chosen, plan.decides)
