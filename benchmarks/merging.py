@@ -1,6 +1,6 @@
 """The error of Ω that is kept in few bytes, after many tasks: ``python -m benchmarks.merging``.
 
-Prints the table of ``docs/low_precision.md``: three streams of tasks are merged in the state's dtype
+Prints the table of ``docs/low_precision.md``: streams of tasks are merged in the state's dtype
 and in float64. Ω spans the orders of magnitude that it spans within a layer.
 """
 

@@ -92,8 +92,7 @@ class _Rows:
         size = batch.size()
         chosen = [0, 1] if size > 2 else [0] * (size + 1)
         try:
-            with torch.no_grad():
-                again = run(batch.take(chosen, size))
+            again = run(batch.take(chosen, size))
         except CannotSplit:  # then the sizes in this batch alone decide
             return cls(returned, size, None, 0)
         return cls(returned, size, again, len(chosen))

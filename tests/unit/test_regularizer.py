@@ -338,6 +338,22 @@ def test_sparse_gradients_and_the_dense_one_of_the_penalty(optimizer):
     torch.testing.assert_close(*trained)
 
 
+def test_drift_by_pattern_outlives_a_new_lambda_with_the_same_patterns():
+    drift = {"0.*": 0.1, "2.*": 0.3}
+    mas = MAS(mlp(), dict.fromkeys(drift, "auto"), drift=drift)
+    mas.lambda_reg = dict.fromkeys(drift, "auto")
+    assert mas.drift == drift
+    mas.lambda_reg = 3.0
+    assert isinstance(mas.drift, float)
+
+
+def test_a_name_may_look_like_a_glob():
+    model = nn.ParameterDict(
+        {"w[0]": nn.Parameter(torch.ones(2)), "b": nn.Parameter(torch.ones(2))}
+    )
+    assert MAS(model, {"w[0]": 2.0, "*": 1.0}, params="w[0]").lambda_reg == {"w[0]": 2.0, "*": 1.0}
+
+
 def by_batches(mas, measure, weighting="batches"):
     getattr(mas, measure)([X], estimator="batch", weighting=weighting)
 

@@ -82,7 +82,7 @@ def indexed(rows: Tensor, table: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("gather", [looked_up, multiplied, indexed])
 def test_rows_that_a_later_batch_sorts_otherwise(gather):
-    """Positions of all samples are sorted together, as experts do it, and the first are in order."""
+    """Positions are sorted over all samples, as experts do it, and the first batch is in order."""
 
     def forward(m: Net, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])

@@ -116,6 +116,19 @@ def attached_to_ours(model, mas):
     mas.attach(optimizer)
 
 
+def without_lr(model):
+    optimizer = sgd(model)
+    optimizer.param_groups[0]["lr"] = None  # Adafactor has none
+    return optimizer
+
+
+def maximizing_later(model, mas):
+    optimizer = sgd(model[0])
+    mas.attach(optimizer)
+    optimizer.add_param_group({"params": list(model[2].parameters()), "maximize": True})
+    optimizer.step()
+
+
 def attached_after_one(model, mas):
     optimizer = sgd(model)
     mas.attach(optimizer)
@@ -143,6 +156,11 @@ REFUSALS = {
         lambda model, mas: (mas.attach(), mas.attach(sgd(model))), ValueError, "remove()"
     ),
     "everywhere, after one": refusal(attached_after_one, ValueError, "attached", "remove()"),
+    "no learning rate": refusal(
+        lambda model, mas: mas.attach(without_lr(model), "proximal"),
+        *(ValueError, "learning rate", "gradient"),
+    ),
+    "a group that maximizes, later": refusal(maximizing_later, ValueError, "maximize"),
     "twice": refusal(attached_twice, ValueError, "attached", "remove()"),
     "in the step already": refusal(attached_to_ours, ValueError, "twice", "attach()"),
 }
@@ -324,3 +342,43 @@ def test_nothing_is_reported_where_nothing_is_amiss(case):
     model, mas = learned(dtype=torch.float32)
     case(model, mas)
     mas.consolidate([X])
+
+
+class WithArguments(torch.optim.Optimizer):
+    """Its step takes more than a closure."""
+
+    def __init__(self, params):
+        super().__init__(params, {})
+
+    @torch.no_grad()
+    def step(self, closure=None, scale=1.0):
+        with torch.enable_grad():
+            loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                p -= scale * p.grad
+        return loss
+
+
+@pytest.mark.parametrize("arguments", [(), (0.1,), {"scale": 0.1}])
+def test_other_arguments_of_step_arrive(arguments):
+    positional, keywords = ((), arguments) if isinstance(arguments, dict) else (arguments, {})
+    model, mas, plain, by_hand = twin()
+    optimizer, other = WithArguments(model.parameters()), WithArguments(plain.parameters())
+    mas.attach(optimizer)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = task_loss(model)
+        loss.backward()
+        return loss
+
+    def closure_by_hand():
+        other.zero_grad()
+        loss = task_loss(plain)
+        loss.backward()
+        return loss.detach() + by_hand.add_penalty_grad_()
+
+    loss = optimizer.step(closure, *positional, **keywords)
+    assert loss == other.step(closure_by_hand, *positional, **keywords)
+    assert_bits(model, plain)
