@@ -18,6 +18,8 @@ pytestmark = pytest.mark.skipif(
     not dist.is_available(), reason="a build of PyTorch without torch.distributed"
 )
 
+PROGRAMS = ["spreads", "fsdp2", "replicas", "failures", "checkpoints"]
+
 
 @pytest.fixture
 def shared(tmp_path: Path) -> Path:
@@ -46,8 +48,7 @@ def load_all_on_one_process(shared: Path) -> int:
 
 @pytest.mark.filterwarnings("ignore")  # that there is no process group
 def test_on_two_ranks(tmp_path: Path, shared: Path) -> None:
-    programs = ["fsdp2", "replicas", "failures", "meshes", "checkpoints"]
-    assert_all_is_well(programs, 2, tmp_path / "ranks2")
+    assert_all_is_well(PROGRAMS, 2, tmp_path / "ranks2")
     assert load_all_on_one_process(shared) == 4 + 2 * 4
 
 
@@ -66,17 +67,11 @@ def test_on_one_rank(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_on_four_ranks(tmp_path: Path, shared: Path) -> None:
-    programs = ["fsdp2", "replicas", "failures", "meshes", "checkpoints"]
     assert_all_is_well(["checkpoints"], 2, tmp_path / "ranks2")
-    assert_all_is_well(programs, 4, tmp_path / "ranks4")
+    assert_all_is_well(PROGRAMS, 4, tmp_path / "ranks4")
     assert load_all_on_one_process(shared) == 4 + 2 * 4 + 3 * 4
     check = "checkpoints:check_loading_what_others_saved"
     assert_all_is_well([check], 2, tmp_path / "again")  # of what four saved
-
-
-@pytest.mark.slow
-def test_loops_and_models_as_people_write_them(tmp_path: Path) -> None:
-    assert_all_is_well(["corners"], 2, tmp_path / "ranks2")
 
 
 @pytest.mark.slow
