@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mas_ext import MAS, Importance, estimate_importance
+from tests.support.oracle import one_by_one, squared_l2
 from tests.support.zoo.layers import Net
 from tests.support.zoo.small import assert_same
 
@@ -31,14 +32,8 @@ def by_autograd(
     layer: nn.Module, x: Tensor, activation: Function = torch.relu, prefix: str = "layer"
 ) -> dict[str, Tensor]:
     """Ω of one layer as it is defined: ∂‖activation(layer(x_k))‖²/∂θ, sample by sample."""
-    params = dict(layer.named_parameters())
-    total = {f"{prefix}.{name}": torch.zeros_like(p) for name, p in params.items()}
-    for sample in x.detach().split(1):
-        scalar = activation(layer(sample)).square().sum()
-        grads = torch.autograd.grad(scalar, list(params.values()))
-        for name, grad in zip(total, grads, strict=True):
-            total[name] += grad.abs() / len(x)
-    return total
+    omega = one_by_one(layer, [x.detach()], lambda y: squared_l2(activation(y)))
+    return {f"{prefix}.{name}": value for name, value in omega.items()}
 
 
 def identity(y: Tensor) -> Tensor:
@@ -226,11 +221,12 @@ def test_tied_convolutions_that_walk_differently():
     first, second = nn.Conv1d(2, 2, 3).double(), nn.Conv1d(2, 2, 3, stride=2, padding=1).double()
     second.weight = first.weight
     x = normal(5, 2, 11)
-    hidden = first(x).detach()
-    expected = torch.zeros_like(first.weight)
-    for k in range(5):
-        scalar = first(x[k : k + 1]).square().sum() + second(hidden[k : k + 1]).square().sum()
-        expected += torch.autograd.grad(scalar, first.weight)[0].abs() / 5
+    both = Net(lambda m, x: (m.first(x), m.second(m.first(x).detach())), first=first, second=second)
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        return torch.cat([y.flatten(1) for y in m(x)], 1)
+
+    expected = one_by_one(both, [x], forward=forward)["first.weight"]
     assert_same({"w": measure(nn.Sequential(first, second), [x])["0.weight"]}, {"w": expected})
 
 
