@@ -125,7 +125,7 @@ RULES: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     "adam": (
         "adamw_step_",
         ("exp_avgs", "exp_avg_sqs"),
-        {"weight_decay": 0.07, "decoupled": False, "maximize": True},
+        {"decoupled": False, "maximize": True},
     ),
 }
 

@@ -61,9 +61,9 @@ def plain_state(mas: MAS) -> dict[str, Any]:
 
 
 def assert_states_equal(a: Any, b: Any, path: str = "") -> None:
-    """Bit for bit, of nested mappings and lists."""
+    """Exactly, of nested mappings and lists; NaN is equal to NaN."""
     if isinstance(a, Tensor):
-        assert torch.equal(a, b), path
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True, msg=path or None)
     elif isinstance(a, Mapping):
         assert a.keys() == b.keys(), path
         for key, value in a.items():

@@ -237,14 +237,6 @@ def test_gradients_are_those_of_autograd(op: str, dtype: str, kept: str | None) 
         torch.testing.assert_close(mine, theirs, rtol=bound, atol=bound * largest)
 
 
-def test_gradient_of_the_gradients_alone() -> None:
-    """Backward where the value takes no part, and where one of the gradients doesn't."""
-    inputs = double_inputs()
-    results = flat("penalty_and_grad")(*inputs)
-    (curvature,) = torch.autograd.grad(results[1].sum(), inputs[0])
-    torch.testing.assert_close(curvature, inputs[-1] * inputs[2 * N], rtol=1e-14, atol=0)
-
-
 @each_differentiable
 def test_a_negative_strength_in_a_tensor(op: str) -> None:
     """A backward pass with a negative incoming gradient calls the operator with one."""
