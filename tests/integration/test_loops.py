@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields
@@ -406,108 +407,82 @@ COMPILED = {
 
 
 # -- The table -------------------------------------------------------------------------------------
-SINGLE = torch.float32
-IN_STEP = [("attached", "plain"), ("attached", "fused"), ("ours", "plain")]
+def loops(*shared: dict[str, Any], **columns: Any) -> list[Loop]:
+    """One for every combination of what is listed; ``shared``: columns that change together."""
+    lists = [value if isinstance(value, list) else [value] for value in columns.values()]
+    combined = [dict(zip(columns, values, strict=True)) for values in itertools.product(*lists)]
+    return [Loop(**{**row, **more}) for more in shared or ({},) for row in combined]
+
+
+IN_STEP = (
+    {"way": "attached"},
+    {"way": "attached", "implementation": "fused"},
+    {"way": "ours"},
+)
+BOTH = ["attached", "ours"]
+FINITE_OR_NOT = [None, "loss", *INFINITE]
+SCALED = {"dtype": torch.float32, "scale": SCALE}
+NARROW = [torch.bfloat16, torch.float16]
 LOOPS = [
     # every optimizer, in every way
-    *[Loop(kind, mode=mode) for kind in KINDS if kind != "tensor lr" for mode in MODES],
-    *[Loop(kind, "ours", mode) for kind in OURS for mode in MODES],
-    *[
-        Loop(kind, mode=mode, implementation=how)
-        for kind in ("momentum", "Adam", "AdamW")
-        for how in ("foreach", "fused")
-        for mode in MODES
-    ],
+    *loops(kind=[kind for kind in KINDS if kind != "tensor lr"], mode=MODES),
+    *loops(kind=OURS, way="ours", mode=MODES),
+    *loops(kind=["momentum", "Adam", "AdamW"], implementation=["foreach", "fused"], mode=MODES),
     Loop(way="in the loss"),
-    *[Loop(kind, "called", mode) for kind in ("momentum", "AdamW") for mode in MODES],
-    *[Loop("AdamW", way="ours", mode=mode, maximize=True) for mode in MODES],
+    *loops(kind=["momentum", "AdamW"], way="called", mode=MODES),
+    *loops(kind="AdamW", way="ours", mode=MODES, maximize=True),
     # two tasks; parameters that are not protected
-    *[Loop(kind, "ours", mode, tasks=True) for kind in OURS for mode in MODES],
-    *[Loop(way=way, tasks=True, params=("0.*",)) for way in ("attached", "ours")],
-    *[Loop(kind, "ours", mode, params=("0.*",)) for kind in OURS for mode in MODES],
+    *loops(kind=OURS, way="ours", mode=MODES, tasks=True),
+    *loops(way=BOTH, tasks=True, params=("0.*",)),
+    *loops(kind=OURS, way="ours", mode=MODES, params=("0.*",)),
     # parameter groups and schedules
-    *[
-        Loop(kind, way, mode, groups=True)
-        for kind in ("dampening", "AdamW")
-        for way in ("attached", "ours")
-        for mode in MODES
-    ],
+    *loops(kind=["dampening", "AdamW"], way=BOTH, mode=MODES, groups=True),
     # clipping, accumulation, closures
-    *[Loop(way=way, clip="loss") for way in ("attached", "ours", "called")],
-    *[Loop(way=way, clip="both") for way in ("called", "in the loss")],
-    *[Loop(way=way, micro=3) for way in ("attached", "ours", "called", "in the loss")],
-    *[Loop(closure=how) for how in ("positional", "keyword")],
+    *loops(way=[*BOTH, "called"], clip="loss"),
+    *loops(way=["called", "in the loss"], clip="both"),
+    *loops(way=[*BOTH, "called", "in the loss"], micro=3),
+    *loops(closure=["positional", "keyword"]),
     Loop(way="ours", closure="positional"),
     # an optimizer for each parameter, a sharded one
-    *[
-        Loop(way=way, mode=mode, around=around)
-        for around in ("backward", "ZeRO")
-        for way in ("attached", "ours")
-        for mode in MODES
-    ],
+    *loops(way=BOTH, mode=MODES, around=["backward", "ZeRO"]),
     Loop("AdamW", around="ZeRO", mode="proximal"),
     # loss scaling
-    *[
-        Loop(kind, way, implementation=how, dtype=SINGLE, scale=SCALE, clip=clip, inf=inf)
-        for kind in ("momentum", "AdamW")
-        for way, how in IN_STEP
-        for clip in (None, "loss")
-        for inf in (None, "loss", *INFINITE)
-    ],
-    *[
-        Loop(kind, way, "proximal", how, dtype=SINGLE, scale=SCALE, inf=inf, params=("0.*",))
-        for kind in ("nesterov", "AdamW")
-        for way, how in IN_STEP
-        for inf in (None, "loss")
-    ],
-    *[
-        Loop(kind, "ours", dtype=SINGLE, scale=SCALE, inf="loss", inf_at=0, params=("0.*",))
-        for kind in ("nesterov", "AdamW")
-    ],
-    *[
-        Loop(kind, "ours", mode, dtype=SINGLE, scale=SCALE, inf="loss", clip=clip)
-        for kind in OURS
-        for mode in MODES
-        for clip in (None, "loss")
-    ],
-    *[
-        Loop(way="called", implementation=how, dtype=SINGLE, scale=SCALE, inf=inf)
-        for how in ("plain", "fused")
-        for inf in (None, "loss", "importance")
-    ],
-    Loop(way="in the loss", dtype=SINGLE, scale=SCALE),
-    *[Loop(way=way, implementation=how, dtype=SINGLE, scale=0.0) for way, how in IN_STEP],
-    *[
-        Loop(way=way, mode=mode, dtype=SINGLE, scale=SCALE, clip="loss", micro=3, inf="loss")
-        for way in ("attached", "ours")
-        for mode in MODES
-    ],
-    *[
-        Loop("AdamW", way, dtype=SINGLE, scale=SCALE, inf="importance", around="ZeRO")
-        for way in ("attached", "ours")
-    ],
+    *loops(*IN_STEP, kind=["momentum", "AdamW"], clip=[None, "loss"], inf=FINITE_OR_NOT, **SCALED),
+    *loops(
+        *IN_STEP,
+        kind=["nesterov", "AdamW"],
+        mode="proximal",
+        inf=[None, "loss"],
+        params=("0.*",),
+        **SCALED,
+    ),
+    *loops(kind=["nesterov", "AdamW"], way="ours", inf="loss", inf_at=0, params=("0.*",), **SCALED),
+    *loops(kind=OURS, way="ours", mode=MODES, inf="loss", clip=[None, "loss"], **SCALED),
+    *loops(
+        way="called",
+        implementation=["plain", "fused"],
+        inf=[None, "loss", "importance"],
+        **SCALED,
+    ),
+    *loops(way="in the loss", **SCALED),
+    *loops(*IN_STEP, dtype=torch.float32, scale=0.0),
+    *loops(way=BOTH, mode=MODES, clip="loss", micro=3, inf="loss", **SCALED),
+    *loops(kind="AdamW", way=BOTH, inf="importance", around="ZeRO", **SCALED),
     # autocast reaches the loss and not the penalty
-    *[
-        Loop("default AdamW", way, mode, dtype=SINGLE, autocast=narrow)
-        for narrow in (torch.bfloat16, torch.float16)
-        for way, mode in [
-            ("attached", "gradient"),
-            ("attached", "proximal"),
-            ("ours", "gradient"),
-            ("called", "gradient"),
-            ("in the loss", "gradient"),
-        ]
-    ],
-    *[
-        Loop(dtype=SINGLE, autocast=narrow, scale=2.0**8, clip="loss")
-        for narrow in (torch.bfloat16, torch.float16)
-    ],
+    *loops(
+        kind="default AdamW",
+        way=[*BOTH, "called", "in the loss"],
+        dtype=torch.float32,
+        autocast=NARROW,
+    ),
+    *loops(kind="default AdamW", mode="proximal", dtype=torch.float32, autocast=NARROW),
+    *loops(dtype=torch.float32, autocast=NARROW, scale=2.0**8, clip="loss"),
     # torch.compile
     Loop(way="in the loss", compiled="loss"),
     Loop(way="called", compiled="addition"),
     Loop(way="called", mode="proximal", compiled="proximal step"),
-    *[Loop(compiled=what) for what in ("optimizer", "all", "model")],
-    *[Loop(way="ours", mode=mode, compiled="optimizer") for mode in MODES],
+    *loops(compiled=["optimizer", "all", "model"]),
+    *loops(way="ours", mode=MODES, compiled="optimizer"),
 ]
 
 
@@ -643,23 +618,6 @@ def test_the_next_task_compiles_nothing() -> None:
             t.take()
             hand.step(losses_of(t.loop))
     assert_trained(t.model, hand.theta, start, 1e-10)
-    torch._dynamo.reset()
-
-
-@pytest.mark.parametrize("function", ["penalty", "proximal_step_"])
-def test_a_number_that_changes_is_taken_in_a_whole_graph(function) -> None:
-    """It becomes symbolic at the second, and checks must hold for that."""
-    model, mas = learned()
-    state = list(mas.anchor.values()), list(mas.importance.values())
-    more = (0.1,) if function == "proximal_step_" else ()
-
-    def call(strength):
-        params = [p.detach().clone() for p in model.parameters()]
-        return getattr(mas_ext.functional, function)(params, *state, strength, *more)
-
-    compiled = compile_(call, fullgraph=True)
-    for strength in STRENGTHS:
-        torch.testing.assert_close(compiled(strength), call(strength))
     torch._dynamo.reset()
 
 

@@ -15,10 +15,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import mas_ext
 from mas_ext import MAS
 from tests.support import zoo
-from tests.support.hand_loop import Protection, assert_trained, sgd, train_by_hand
+from tests.support.hand_loop import HandLoop, Protection, assert_trained, sgd
 from tests.support.oracle import one_by_one
 from tests.support.regularizers import (
-    assert_bits,
     assert_refused,
     assert_states_equal,
     learned,
@@ -53,7 +52,9 @@ def assert_trains_as_by_hand(
     """``plain``: the same network, under the names that the loop by hand knows."""
     assert mas.penalty() > 0
     start = copy.deepcopy(model if plain is None else plain)
-    hand = train_by_hand(start, Protection.of(mas), sgd(lr), [[loss]] * 5)
+    hand = HandLoop(start, Protection.of(mas), sgd(lr))
+    for _ in range(5):
+        hand.step([loss])
     train(model, mas, loss, lr)
     trained = copy.deepcopy(start)
     with torch.no_grad():
@@ -76,20 +77,6 @@ def test_an_average_is_measured_and_protects_the_model_that_it_is_of(options):
     mas = MAS(model)
     mas.load_state_dict(measured.state_dict())
     assert_trains_as_by_hand(model, mas)
-
-
-def test_averaging_beside_an_attached_optimizer_changes_neither():
-    (alone, mas), (averaged, other) = learned(5.0, moved=False), learned(5.0, moved=False)
-    mean = [torch.zeros_like(p) for p in alone.parameters()]
-    train(
-        alone,
-        mas,
-        after_step=lambda: torch._foreach_add_(mean, [p.detach() / 5 for p in alone.parameters()]),
-    )
-    average = AveragedModel(averaged)
-    train(averaged, other, after_step=lambda: average.update_parameters(averaged))
-    assert_bits(averaged, alone)
-    torch.testing.assert_close([*average.parameters()], mean, check_dtype=False)
 
 
 def test_a_copy_of_model_and_mas_goes_its_own_way():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -451,9 +452,13 @@ def compile_and_count(
 
 
 def check_compiled(
-    op: str, make: Callable[[], State], scalars: list[Scalars], backend: str = "aot_eager"
+    op: str,
+    make: Callable[[], State],
+    scalars: list[Scalars],
+    backend: str = "aot_eager",
+    compilations: int = 1,
 ) -> None:
-    """Compiled equals eager, writes only where it should, and isn't compiled again."""
+    """Compiled equals eager, writes only where it should, and is compiled no more than that."""
     step = training_step(op)
     compiled, counter = compile_and_count(step, backend)
     counts = set()
@@ -463,7 +468,7 @@ def check_compiled(
         torch.testing.assert_close(results, expected)
         assert_states_close(mine, theirs)
         counts.add(counter.frame_count)
-    assert len(counts) == 1
+    assert len(counts) <= compilations
 
 
 STRENGTHS = [Scalars(lambda_reg=strength, lr=strength / 3) for strength in (0.5, 2.0, 7.0)]
@@ -477,22 +482,16 @@ INDUCTOR = ["penalty_and_grad", "add_penalty_grad_", "accumulate_abs_matmul_"]
 )
 def test_compiled_equals_eager_and_new_strengths_do_not_recompile(op: str, backend: str) -> None:
     check_compiled(op, lambda: small(op), [s.as_tensors() for s in STRENGTHS], backend)
-
-
-@pytest.mark.parametrize("op", [op for op in ALL if "nesterov" not in op])
-def test_compiled_with_numbers(op: str) -> None:
-    check_compiled(op, lambda: small(op, torch.bfloat16), STRENGTHS[:1])
+    if backend != "inductor" and "nesterov" not in op:  # a number becomes symbolic at the second
+        numbers = STRENGTHS if op in ("penalty", "proximal_step_") else STRENGTHS[:1]
+        check_compiled(op, lambda: small(op, torch.bfloat16), numbers, compilations=len(numbers))
 
 
 @pytest.mark.parametrize("kept", KEPT)
 @pytest.mark.parametrize("op", [*PENALTY_OPS, "momentum gradient", "adamw proximal"])
 def test_compiled_with_a_kept_omega(op: str, kept: str) -> None:
-    dtypes = [torch.bfloat16] * 2
-    shapes = [(4, 5), (300,)]
-
-    def make() -> State:
-        return make_state(dtypes, shapes, kept=kept, moments=OPERATORS[op].moments)
-
+    sample = Sample("bfloat16", "255_256_257", kept=kept)
+    make = partial(sample.make, OPERATORS[op].moments)
     check_compiled(op, make, [s.as_tensors() for s in STRENGTHS[:2]])
 
 
