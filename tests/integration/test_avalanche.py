@@ -295,18 +295,6 @@ def test_a_model_that_is_wrapped_anew_is_followed():
     assert plugin.mas.penalty().item() == pytest.approx(1.5 * before["4.bias"].sum().item())
 
 
-def test_measuring_disturbs_nothing():
-    model, plugin = network(), MASPlugin(**THEIRS)
-    strategy = naive(model, [plugin])
-    strategy.experience = permuted()[0]
-    state = copy.deepcopy(model.state_dict())
-    generator = torch.get_rng_state()
-    plugin.after_training_exp(strategy)
-    assert_same(model.state_dict(), state, 0, 0)
-    assert torch.equal(torch.get_rng_state(), generator)
-    assert plugin.mas.num_tasks == 1
-
-
 # -- Arguments -------------------------------------------------------------------------------------
 
 

@@ -9,9 +9,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from mas_ext import MAS
-from tests.support import killed
-from tests.support.regularizers import assert_refused, assert_states_equal, move, refusal
-from tests.support.zoo.small import convnet, images, mlp, vectors
+from tests.support import killed, regularizers
+from tests.support.regularizers import assert_refused, assert_states_equal, refusal
+from tests.support.zoo.small import convnet, images, vectors
 
 X = vectors(dtype=torch.float32)
 
@@ -29,11 +29,7 @@ def stopping_at(samples):
 
 
 def learned(moved=True):
-    model = mlp(torch.float32)
-    mas = MAS(model)
-    mas.consolidate([X])
-    if moved:
-        move(model)
+    _, mas = regularizers.learned(dtype=torch.float32, moved=moved)
     mas.update_importance([X[:3]])
     return mas
 

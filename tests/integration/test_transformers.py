@@ -7,7 +7,6 @@ import torch
 
 pytest.importorskip("accelerate", reason="needs mas_ext[transformers]")
 pytest.importorskip("transformers", reason="needs mas_ext[transformers]")
-import transformers
 from accelerate import Accelerator
 from transformers import Trainer, TrainerCallback
 
@@ -17,6 +16,7 @@ from tests.support.hand_loop import HandLoop, Protection, sgd
 from tests.support.oracle import assert_exact, one_by_one
 from tests.support.regularizers import assert_refused, assert_states_equal, refusal
 from tests.support.trainers import Transformers, batches, loss_of, vectors
+from tests.support.zoo import models as zoo
 from tests.support.zoo.small import assert_same
 
 X = vectors(1)[0]
@@ -27,22 +27,13 @@ def library():
     return Transformers()
 
 
-def llama(seed=0):
-    torch.manual_seed(seed)
-    config = transformers.LlamaConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=16,
-        attention_dropout=0.1,
-    )
-    return transformers.LlamaForCausalLM(config)
+def llama():
+    torch.manual_seed(0)
+    return zoo.transformer("LlamaForCausalLM", "LlamaConfig", zoo.GROUPED, attention_dropout=0.1)
 
 
 def texts(seed, count=12):
-    tokens = torch.randint(32, (count, 12), generator=torch.Generator().manual_seed(seed))
+    tokens = torch.randint(19, (count, 12), generator=torch.Generator().manual_seed(seed))
     return [{"input_ids": row, "labels": row} for row in tokens]
 
 

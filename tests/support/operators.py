@@ -190,9 +190,7 @@ def list_arguments(op: str) -> list[str]:
     return OPERATORS[op].lists
 
 
-# ================================================================================================
-# Calls
-# ================================================================================================
+# -- Calls -----------------------------------------------------------------------------------------
 def _given(op: str, state: State) -> dict[str, Any]:
     """The lists, or the single tensors that the operator takes in their place."""
     singles = ("steps",) if OPERATORS[op].takes_lists else ("omega", "left", "right")
@@ -243,9 +241,7 @@ def call(
     return Outcome(result, [t for name in row.written for t in getattr(state, name)])
 
 
-# ================================================================================================
-# The oracle
-# ================================================================================================
+# -- The oracle ------------------------------------------------------------------------------------
 def exact_tensors(op: str, before: State, scalars: Scalars = Scalars()) -> list[Exact]:  # noqa: B008
     """What is to be written or returned, from the tensors as they are before the call."""
     row = OPERATORS[op]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import mas_ext
 from mas_ext import MAS
 from mas_ext._state.distributed_checkpoint import unpacked
 from mas_ext._state.merging import POLICIES
@@ -36,6 +37,21 @@ def move(model: nn.Module, by: float = 0.1) -> None:
         for i, p in enumerate(model.parameters()):
             generator = torch.Generator().manual_seed(i)
             p.add_((by * torch.randn(p.shape, generator=generator)).to(p.dtype))
+
+
+def train(model: nn.Module, mas: MAS, kind: str, mode: str, is_ours: bool) -> Tensor:
+    """Three steps of torch's optimizer or of ours, with the penalty in it; the last penalty."""
+    if is_ours:
+        ours = getattr(mas_ext.optim, kind)
+        optimizer = handle = ours(model.parameters(), lr=0.01, mas=mas, mode=mode)
+    else:
+        optimizer = getattr(torch.optim, kind)(model.parameters(), lr=0.01)
+        handle = mas.attach(optimizer, mode)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(vectors()).square().mean().backward()
+        optimizer.step()
+    return handle.last_penalty
 
 
 def penalty_by_hand(mas: MAS, model: nn.Module, strength: Any = None) -> Tensor:

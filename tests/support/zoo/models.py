@@ -87,7 +87,7 @@ def small_video_swin() -> tuple:
 # -- transformers and peft -------------------------------------------------------------------------
 _BODY = {"hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 24}
 _TINY = {**_BODY, "vocab_size": 19, "num_attention_heads": 4}
-_GROUPED = {**_TINY, "num_key_value_heads": 2, "use_cache": False}
+GROUPED = {**_TINY, "num_key_value_heads": 2, "use_cache": False}
 _SHORT = {**_TINY, "max_position_embeddings": 8}
 # The positions of special tokens in a vocabulary of 19.
 _SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -132,7 +132,7 @@ def peft_llama(kind: str, **options: Any) -> Callable[[], tuple]:
     def make() -> tuple:
         import peft
 
-        model = transformer("LlamaForCausalLM", "LlamaConfig", _GROUPED, _SPECIAL)
+        model = transformer("LlamaForCausalLM", "LlamaConfig", GROUPED, _SPECIAL)
         return peft.get_peft_model(model, getattr(peft, kind)(**options)), text()
 
     return make
@@ -194,10 +194,10 @@ MODELS: dict[str, Callable[[], tuple]] = {
     "vit, small": small_vit,
     "gpt2": lambda: (gpt2(), text()),
     "gpt2, eager attention": lambda: (gpt2(attn_implementation="eager"), text()),
-    "llama": hugging_face("LlamaForCausalLM", "LlamaConfig", _GROUPED),
-    "mistral": hugging_face("MistralForCausalLM", "MistralConfig", _GROUPED, sliding_window=3),
+    "llama": hugging_face("LlamaForCausalLM", "LlamaConfig", GROUPED),
+    "mistral": hugging_face("MistralForCausalLM", "MistralConfig", GROUPED, sliding_window=3),
     "mixtral": hugging_face(
-        *("MixtralForCausalLM", "MixtralConfig", _GROUPED, _SPECIAL),
+        *("MixtralForCausalLM", "MixtralConfig", GROUPED, _SPECIAL),
         **{"num_local_experts": 4, "num_experts_per_tok": 2},
         experts_implementation="eager",  # the grouped matrix products know no float64
     ),
@@ -261,7 +261,7 @@ MODELS: dict[str, Callable[[], tuple]] = {
         batch=lambda: {"pixel_values": noise(3, 64, 64)},
     ),
     "gemma3": hugging_face(
-        "Gemma3ForCausalLM", "Gemma3TextConfig", _GROUPED, head_dim=4, sliding_window=3
+        "Gemma3ForCausalLM", "Gemma3TextConfig", GROUPED, head_dim=4, sliding_window=3
     ),
     "neox": hugging_face("GPTNeoXForCausalLM", "GPTNeoXConfig", _TINY),
     "peft lora": peft_gpt2,

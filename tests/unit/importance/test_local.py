@@ -268,15 +268,6 @@ def test_custom_batches_of_one_sample_may_have_rows_anywhere():
     assert_same(omega, by_autograd(model.layer, x))
 
 
-@pytest.mark.parametrize("max_samples", [1, 4, 5, 10, 99])
-@pytest.mark.parametrize("forward", [None, lambda model, batch: model(batch)])
-def test_max_samples_cuts_a_batch(max_samples, forward):
-    model, x = followed_by(torch.relu), normal(10, 6)
-    omega = measure(model, x.split(4), max_samples=max_samples, forward=forward)
-    assert omega.num_samples == min(max_samples, 10)
-    assert_same(omega, by_autograd(model.layer, x[:max_samples]))
-
-
 # -- What is covered -------------------------------------------------------------------------------
 class Scaled(nn.Linear):
     def forward(self, x):
@@ -382,11 +373,3 @@ def test_a_compiled_model():
     with torch.no_grad():
         compiled.eval()(x)  # as it will be called, so that nothing is compiled anew
     assert_same(measure(compiled, [x]), by_autograd(model.layer, x))
-
-
-def test_mas_takes_it():
-    model, x = followed_by(torch.relu), normal(5, 6)
-    mas = MAS(model)
-    mas.update_importance(x[:3].split(2), estimator="local")
-    mas.consolidate([x[3:]], estimator="local")
-    assert_same(mas.importance, by_autograd(model.layer, x))

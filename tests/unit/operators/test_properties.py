@@ -36,9 +36,7 @@ from tests.support.tensors import DTYPES, KEPT, Sample, State, accumulation_dtyp
 PROFILE = settings(deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
 WRITING_OPS = [op for op in OPS if op in WRITING]
 
-# ================================================================================================
-# Strategies
-# ================================================================================================
+# -- Strategies ------------------------------------------------------------------------------------
 LAYOUTS = {
     name: getattr(tensors, name)
     for name in ("contiguous", "transposed", "channels_last", "sliced", "unaligned")
@@ -106,9 +104,7 @@ scalars = st.builds(
 )
 
 
-# ================================================================================================
-# What is asserted: float64's result, less what underflow may take
-# ================================================================================================
+# -- What is asserted: float64's result, less what underflow may take ------------------------------
 def dust(param: Tensor, anchor: Tensor) -> Tensor:
     """A product that underflows loses up to a smallest step, which δ then multiplies."""
     delta = (param.double() - anchor.double()).abs()
@@ -125,9 +121,7 @@ def check(op: str, make: Callable[[], State], given: Scalars = Scalars()) -> Non
     assert_right(op, before, outcome, given, uses_dust, value_lost)
 
 
-# ================================================================================================
-# The operators on lists
-# ================================================================================================
+# -- The operators on lists ------------------------------------------------------------------------
 @pytest.mark.parametrize("op", OPS)
 @settings(PROFILE, max_examples=100)
 @given(data=st.data(), given=scalars, kind=st.sampled_from([None, torch.float32, torch.float64]))
@@ -252,9 +246,7 @@ def test_shared_memory_is_refused_exactly_where_there_is_some(
             call(functional, op, make_windows())
 
 
-# ================================================================================================
-# The optimizer steps with any options
-# ================================================================================================
+# -- The optimizer steps with any options ----------------------------------------------------------
 OPTIONS = {
     "momentum": st.fixed_dictionaries(
         {
@@ -308,9 +300,7 @@ def test_any_options(
         del OPERATORS[op]
 
 
-# ================================================================================================
-# accumulate_abs_matmul_ and the codec
-# ================================================================================================
+# -- accumulate_abs_matmul_ and the codec ----------------------------------------------------------
 sizes = st.builds(
     abs_matmul.Size, st.integers(0, 9), st.integers(0, 40), st.integers(0, 50), st.integers(0, 80)
 )

@@ -80,9 +80,7 @@ def assert_states_close(mine: State, theirs: State) -> None:
     torch.testing.assert_close(vars(mine), vars(theirs))
 
 
-# ================================================================================================
-# opcheck: schema, autograd registration, fake kernel, and tracing with dynamic shapes
-# ================================================================================================
+# -- opcheck: schema, autograd registration, fake kernel, and tracing with dynamic shapes ----------
 # Tracing doesn't depend on the values, so large tensors would only take time.
 OPCHECK = [
     Sample("float32", "empty_list"),
@@ -126,9 +124,7 @@ def test_arguments_with_defaults_may_be_left_out(op: str) -> None:
     opcheck(raw(op), tuple(raw_arguments(op, small(op))[:needed]))
 
 
-# ================================================================================================
-# Without memory: fake tensors of a GPU that needn't be there, and meta tensors
-# ================================================================================================
+# -- Without memory: fake tensors of a GPU that needn't be there, and meta tensors -----------------
 def on_device(op: str, device: torch.device) -> State:
     """Lists of both accumulation dtypes, so that a value has to be float64."""
     if not OPERATORS[op].takes_lists:
@@ -162,9 +158,7 @@ def test_fake_results_of_an_empty_list_are_where_the_strength_is() -> None:
     assert (value.device.type, value.dtype, value.shape) == ("cuda", torch.float32, ())
 
 
-# ================================================================================================
-# Gradients
-# ================================================================================================
+# -- Gradients -------------------------------------------------------------------------------------
 SHAPES = [(3,), (2, 2), (), (0,)]
 N = len(SHAPES)
 
@@ -265,9 +259,8 @@ def test_writing_operators_record_nothing(op: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(written(op, state), written(op, plain)))  # noqa: B905
 
 
-# ================================================================================================
-# Version counters. Functions that write skip the dispatcher's upper half where nobody is in it
-# ================================================================================================
+# -- Version counters ---------------------------------------------------------------------------
+# Functions that write skip the dispatcher's upper half where nobody is in it.
 @each_op
 @each_caller
 def test_versions_rise_where_written_and_nowhere_else(op: str, caller: Callable) -> None:
@@ -421,9 +414,7 @@ def test_transforms_give_what_they_give_of_the_operator(op: str, transformed: Ca
         assert mine == theirs
 
 
-# ================================================================================================
-# torch.compile
-# ================================================================================================
+# -- torch.compile ---------------------------------------------------------------------------------
 Lists = dict[str, list[Tensor]]
 
 
