@@ -29,7 +29,7 @@ def library():
 
 def llama():
     torch.manual_seed(0)
-    return zoo.transformer("LlamaForCausalLM", "LlamaConfig", zoo.GROUPED, attention_dropout=0.1)
+    return zoo.transformer("LlamaForCausalLM", zoo.GROUPED, attention_dropout=0.1)
 
 
 def texts(seed, count=12):
