@@ -182,6 +182,10 @@ def lists_of(op: str, state: State) -> dict[str, list[Tensor]]:
     return {name: getattr(state, name) for name in names if getattr(state, name)}
 
 
+def written(op: str, state: State) -> list[Tensor]:
+    return [t for name in OPERATORS[op].written for t in getattr(state, name)]
+
+
 def written_argument(op: str) -> str | None:
     return next(iter(OPERATORS[op].written), None)
 
@@ -238,7 +242,7 @@ def call(
     result = getattr(module, row.function)(*positional, **{**keywords, **more})
     if op == "penalty_and_grad":
         return Outcome(*result)
-    return Outcome(result, [t for name in row.written for t in getattr(state, name)])
+    return Outcome(result, written(op, state))
 
 
 # -- The oracle ------------------------------------------------------------------------------------

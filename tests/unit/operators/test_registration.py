@@ -38,6 +38,7 @@ from tests.support.operators import (
     raw_arguments,
     samples,
     small,
+    written,
 )
 from tests.support.tensors import (
     DTYPES,
@@ -62,14 +63,10 @@ def call_function(op: str, state: State) -> Outcome:
 def call_operator(op: str, state: State) -> Outcome:
     with torch.no_grad():
         raw(op)(*raw_arguments(op, state))
-    return Outcome(None, [t for name in OPERATORS[op].written for t in getattr(state, name)])
+    return Outcome(None, written(op, state))
 
 
 each_caller = pytest.mark.parametrize("caller", [call_function, call_operator])
-
-
-def written(op: str, state: State) -> list[Tensor]:
-    return [t for name in OPERATORS[op].written for t in getattr(state, name)]
 
 
 def versions(op: str, state: State) -> list[int]:
