@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mas_ext import MAS, Importance, estimate_importance
+from tests.support import zoo
 from tests.support.oracle import one_by_one, squared_l2
 from tests.support.zoo.layers import Net
 from tests.support.zoo.small import assert_same
@@ -73,38 +74,16 @@ def test_the_product_of_the_activities_of_both_ends():
     assert omega.energy == pytest.approx(model(x).square().sum(1).mean().item())
 
 
-LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "vectors": (lambda: nn.Linear(6, 4), (6,)),
-    "one position": (lambda: nn.Linear(6, 4), (1, 6)),
-    "positions": (lambda: nn.Linear(6, 4), (5, 6)),
-    "more positions, no bias": (lambda: nn.Linear(6, 4, bias=False), (3, 4, 6)),
-    "1d": (lambda: nn.Conv1d(4, 6, 3), (4, 9)),
-    "1d same": (lambda: nn.Conv1d(4, 6, 4, padding="same", dilation=2), (4, 9)),
-    "2d": (lambda: nn.Conv2d(4, 6, 3), (4, 7, 8)),
-    "2d pointwise": (lambda: nn.Conv2d(4, 6, 1), (4, 3, 3)),
-    "2d one position": (lambda: nn.Conv2d(4, 6, 3), (4, 3, 3)),
-    "2d without bias": (lambda: nn.Conv2d(4, 6, 3, bias=False), (4, 7, 8)),
-    "2d strides": (lambda: nn.Conv2d(4, 6, (3, 2), (2, 3), (1, 0)), (4, 8, 9)),
-    "2d dilation": (lambda: nn.Conv2d(4, 6, 3, dilation=(1, 2), padding=2), (4, 7, 8)),
-    "2d groups": (lambda: nn.Conv2d(4, 6, 3, groups=2, padding=1), (4, 5, 6)),
-    "2d depthwise": (lambda: nn.Conv2d(4, 8, 3, groups=4, stride=2), (4, 7, 7)),
-    "2d valid": (lambda: nn.Conv2d(4, 6, 3, padding="valid"), (4, 5, 5)),
-    "2d reflect": (lambda: nn.Conv2d(4, 6, 3, 1, (2, 1), padding_mode="reflect"), (4, 5, 6)),
-    "2d circular": (lambda: nn.Conv2d(4, 6, 3, 1, (2, 1), padding_mode="circular"), (4, 5, 6)),
-    "2d replicate": (lambda: nn.Conv2d(4, 6, 3, 1, "same", padding_mode="replicate"), (4, 5, 6)),
-    "2d channels last": (
-        lambda: nn.Conv2d(4, 6, 3).to(memory_format=torch.channels_last),
-        (4, 6, 6),
-    ),
-    "3d": (lambda: nn.Conv3d(4, 6, (2, 3, 2), (1, 2, 1), padding=1, groups=2), (4, 4, 5, 3)),
-}
+# Not a layer, and one that torch warns of.
+OTHERS = ("linear, twice", "conv2d, same, even kernel")
+LAYERS = [n for n in zoo.LAYERS if n.startswith(("linear", "conv")) and n not in OTHERS]
 
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_layers(name):
-    make, shape = LAYERS[name]
-    model, x = followed_by(torch.relu, make()), normal(7, *shape)
-    assert_same(measure(model, x.split(3)), by_autograd(model.layer, x))
+    layer, x, _ = zoo.build(name)
+    model = followed_by(torch.relu, layer)
+    assert_same(measure(model, x.split(3)), by_autograd(layer, x))
 
 
 # -- Followed by ReLU, or not ----------------------------------------------------------------------
