@@ -18,7 +18,6 @@ from tests.support.operators import (
     OPS,
     PENALTY_OPS,
     STEPS,
-    WRITING,
     Outcome,
     Scalars,
     assert_right,
@@ -243,16 +242,6 @@ def test_infinite_gradients_come_through() -> None:
 
 
 # -- Views (see also test_properties.py) -----------------------------------------------------------
-@pytest.mark.parametrize("op", [op for op in OPS if op in WRITING])
-def test_long_interleaved_columns_of_one_base_are_written(op: str) -> None:
-    """Their memory ranges meet although no element is shared, so they mustn't be refused."""
-    state = make_state([torch.float32] * 3, [(20_000,)] * 3)
-    written = lists_of(op, state)[written_argument(op)]
-    base = torch.stack(written, dim=1)
-    written[:] = [base[:, k] for k in range(3)]
-    check(op, state)
-
-
 @pytest.mark.parametrize(("op", "name"), [pair for pair in NAMES if pair[1] != "omega"])
 def test_lazily_negated_tensors_can_be_read(op: str, name: str) -> None:
     """The imaginary part of a conjugate is stored with the other sign than it has."""
