@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -136,23 +137,34 @@ def check_importance(world: World) -> None:
     x, expected = samples(), exact(net(), samples())
     for name, spread in spreads(world).items():
         for options in ({}, IN_STEP):
-            ragged, idle = (batches(x, sizes[spread.size])[spread.rank] for sizes in (RAGGED, IDLE))
-            is_slow = spread.is_slow or (spread.is_sharded and bool(options))
-            with named(f"{name} {options}"), warnings.catch_warnings(record=True) as warned:
-                warnings.simplefilter("always")
-                model = spread.prepared(net())
-                omega = estimate_importance(model, ragged, process_group=spread.group, **options)
-                assert_same(omega, expected)
-                assert omega.num_samples == len(x)
-                assert set(omega.coverage.values()) == {SLOW if is_slow else "direct"}
-                if not options:
-                    is_told = any("tensor-parallel" in str(w.message) for w in warned)
-                    assert is_told == spread.is_slow
-                mas = MAS(spread.prepared(net()), "auto", process_group=spread.group)
-                mas.update_importance(idle[:1], **options)
-                mas.consolidate(idle[1:], **options)
-                assert_same(mas.importance, expected)
-                assert_strength_found(mas, x)
+            with named(f"{name} {options}"):
+                for sizes in (RAGGED, IDLE):
+                    own = batches(x, sizes[spread.size])[spread.rank]
+                    model = spread.prepared(net())
+                    with warnings.catch_warnings(record=True) as warned:
+                        warnings.simplefilter("always")
+                        group = spread.group
+                        omega = estimate_importance(model, own, process_group=group, **options)
+                    assert_same(omega, expected)
+                    assert omega.num_samples == len(x)
+                    is_slow = spread.is_slow or (spread.is_sharded and bool(options))
+                    assert set(omega.coverage.values()) == {SLOW if is_slow else "direct"}
+                    if not options:
+                        is_told = any("tensor-parallel" in str(w.message) for w in warned)
+                        assert is_told == spread.is_slow
+                assert_a_task_in_two_parts(spread, own, options, expected)
+
+
+def assert_a_task_in_two_parts(spread, own, options, expected) -> None:
+    model = spread.prepared(net())
+    mas = MAS(model, "auto", process_group=spread.group)
+    mas.update_importance(own[:1], **options)
+    mas.consolidate(own[1:], **options)
+    assert_same(mas.importance, expected)
+    assert_strength_found(mas, samples())
+    params = {n.removeprefix("module."): p for n, p in model.named_parameters()}
+    for name, omega in mas.importance.items():
+        assert isinstance(omega, DTensor) == isinstance(params[name], DTensor)
 
 
 def check_training(world: World) -> None:
@@ -184,6 +196,8 @@ def check_other_estimators(world: World) -> None:
 
 
 def check_other_estimators_tensor_parallel(world: World) -> None:
+    if world.size == 1:
+        return  # a part is the whole
     x = samples()
     expected = estimate_importance(net(), x.split(8), estimator="batch", process_group=alone())
     model = tensor_parallel(net(), init_device_mesh("cpu", (world.size,)))

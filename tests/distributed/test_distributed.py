@@ -57,7 +57,7 @@ def test_on_one_rank(tmp_path: Path) -> None:
     """Here: a group of one process needs no other."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        for check in checks("fsdp2"):
+        for check in [*checks("spreads"), *checks("fsdp2")]:
             torch.manual_seed(0)
             check(World(0, 1, tmp_path))
     finally:
