@@ -97,7 +97,7 @@ def check_meta_initialisation(world: World) -> None:
     state = dict(start.named_parameters())
     with torch.no_grad():
         for name, p in model.named_parameters():
-            p.copy_(distribute_tensor(state[name], p.device_mesh))
+            p.copy_(distribute_tensor(state[name], p.device_mesh, p.placements))
     x = samples()
     assert_same(estimate_importance(model, [x] if world.rank == 0 else []), exact(start, x))
 

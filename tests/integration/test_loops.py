@@ -662,7 +662,7 @@ def test_states_in_8_bits(package, mode) -> None:
                 mas.add_penalty_grad_()
             optimizer.step()
             if not is_attached and mode == "proximal":
-                mas.proximal_step_(0.01)
+                mas.proximal_step_(optimizer.param_groups[0]["lr"])
         state = optimizer.state[model[0].weight]
         moment = state["state1"] if "state1" in state else state["exp_avg"].codes
         assert moment.dtype == torch.uint8
