@@ -8,38 +8,27 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from mas_ext import MAS, estimate_importance
 from tests.distributed.models import (
-    IDLE,
+    IN_STEP,
     MIXED,
     RAGGED,
+    Net,
     alone,
     assert_same,
-    assert_strength_found,
     batches,
     exact,
     net,
     parameters,
+    protection,
     samples,
     sharded,
     whole,
 )
-from tests.distributed.training import check_every_way, check_scaling_and_clipping, loss
+from tests.distributed.training import check_scaling_and_clipping, loss
 from tests.support.processes import World
-
-
-def check_importance(world: World) -> None:
-    x = samples()
-    expected = exact(net(), x)
-    for sizes in (RAGGED, IDLE):
-        own = batches(x, sizes[world.size])[world.rank]
-        for reshard in (True, False):
-            omega = estimate_importance(sharded(net(), reshard_after_forward=reshard), own)
-            assert_same(omega, expected)
-            assert omega.num_samples == len(x)
-            assert set(omega.coverage.values()) == {"direct"}
 
 
 def check_importance_in_mixed_precision(world: World) -> None:
@@ -53,30 +42,6 @@ def check_importance_in_mixed_precision(world: World) -> None:
         assert_same(omega, expected)
 
 
-IN_STEP = {"estimator": "per_sample_sharded"}
-
-
-def check_importance_one_sample_a_pass(world: World) -> None:
-    x = samples()
-    expected = exact(net(), x)
-    for sizes in (RAGGED, IDLE):
-        own = batches(x, sizes[world.size])[world.rank]
-        for reshard in (True, False):
-            model = sharded(net(), reshard_after_forward=reshard)
-            mas = MAS(model, "auto")
-            mas.update_importance(own[:1], **IN_STEP)
-            mas.consolidate(own[1:], **IN_STEP)
-            assert_same(mas.importance, expected)
-            assert_strength_found(mas, x)
-    omega = estimate_importance(model, own, **IN_STEP)
-    assert omega.num_samples == len(x)
-    assert set(omega.coverage.values()) == {"one sample at a time"}
-    chosen = ["mix", "blocks.0.up.weight"]
-    ours = estimate_importance(model, own, params=chosen, **IN_STEP)
-    assert_same(ours, {name: expected[name] for name in chosen})
-    assert all(p.requires_grad for p in model.parameters())
-
-
 def check_one_sample_a_pass_in_mixed_precision(world: World) -> None:
     """Sums are in float32, whatever gradients are reduced in."""
     x = samples()
@@ -85,37 +50,6 @@ def check_one_sample_a_pass_in_mixed_precision(world: World) -> None:
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.bfloat16)
     own = batches(x, RAGGED[world.size])[world.rank]
     assert_same(estimate_importance(sharded(net(), mp_policy=policy), own, **IN_STEP), expected)
-
-
-def check_faults_one_sample_a_pass(world: World) -> None:
-    mas = MAS(sharded(net()))
-    bad = samples(3)
-    bad[1] = float("nan")
-    for data, kind, text in (
-        ([samples(2), bad], ValueError, "not finite"),
-        ([samples(2), 7], TypeError, "a batch is a int"),
-    ):
-        with pytest.raises(kind, match=text):
-            mas.consolidate(data if world.rank == world.size - 1 else [samples(5)], **IN_STEP)
-        assert not mas.state_dict()["open"]
-    with pytest.raises(ValueError, match="no samples"):
-        mas.consolidate([], **IN_STEP)
-    mas.consolidate([samples(3)], **IN_STEP)
-    plain = estimate_importance(net(), [samples()], process_group=alone(), **IN_STEP)
-    assert set(plain.coverage.values()) == {"direct"}
-
-
-def check_only_the_blocks_are_sharded(world: World) -> None:
-    x = samples()
-    model = net()
-    expected = exact(model, x)
-    for block in model.blocks:
-        fully_shard(block)
-    mas = MAS(model, "auto")
-    mas.consolidate(batches(x, RAGGED[world.size])[world.rank])
-    assert_same(mas.importance, expected)
-    assert_strength_found(mas, x)
-    assert type(mas.importance["mix"]) is Tensor
 
 
 def check_state_is_placed_as_the_parameters(world: World) -> None:
@@ -134,17 +68,38 @@ def check_params_and_frozen(world: World) -> None:
     x = samples()
     expected = exact(net(), x)
     model = sharded(net())
-    model.mix.requires_grad_(False)
     own = batches(x, RAGGED[world.size])[world.rank]
-    assert_same(
-        estimate_importance(model, own, params=["mix", "head.*"]),
-        {name: expected[name] for name in ("head.weight", "head.bias")},
-    )
-    assert not model.mix.requires_grad
-    model.mix.requires_grad_(True)
-    chosen = ["mix", "blocks.0.up.weight"]
-    ours = estimate_importance(model, own, params=chosen)
-    assert_same(ours, {name: expected[name] for name in chosen})
+    for options in ({}, IN_STEP):
+        model.mix.requires_grad_(False)
+        ours = estimate_importance(model, own, params=["mix", "head.*"], **options)
+        assert_same(ours, {name: expected[name] for name in ("head.weight", "head.bias")})
+        assert not model.mix.requires_grad
+        model.mix.requires_grad_(True)
+        chosen = ["mix", "blocks.0.up.weight"]
+        ours = estimate_importance(model, own, params=chosen, **options)
+        assert_same(ours, {name: expected[name] for name in chosen})
+        assert all(p.requires_grad for p in model.parameters())
+
+
+def check_a_forward_of_ones_own(world: World) -> None:
+    """A batch of another form: a dictionary, of which the model takes a part."""
+    x = samples()
+    own = [{"x": batch} for batch in batches(x, RAGGED[world.size])[world.rank]]
+    omega = estimate_importance(sharded(net()), own, forward=lambda model, b: model(b["x"]))
+    assert_same(omega, exact(net(), x))
+
+
+def check_meta_initialisation(world: World) -> None:
+    with torch.device("meta"):
+        model = Net()
+    sharded(model).to_empty(device="cpu")
+    start = net()
+    state = dict(start.named_parameters())
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(distribute_tensor(state[name], p.device_mesh, p.placements))
+    x = samples()
+    assert_same(estimate_importance(model, [x] if world.rank == 0 else []), exact(start, x))
 
 
 def check_tied_parameters(world: World) -> None:
@@ -158,22 +113,6 @@ def check_tied_parameters(world: World) -> None:
     x = samples()[:, 0]
     own = batches(x, RAGGED[world.size])[world.rank]
     assert_same(estimate_importance(fully_shard(tied()), own), exact(tied(), x))
-
-
-def check_other_estimators(world: World) -> None:
-    def layers() -> nn.Module:
-        torch.manual_seed(2)
-        return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
-
-    shares = batches(samples()[:, 0], RAGGED[world.size])
-    for estimator in ("batch", "local"):
-        everything = [batch for share in shares for batch in share]
-        expected = estimate_importance(
-            layers(), everything, estimator=estimator, process_group=alone()
-        )
-        ours = estimate_importance(fully_shard(layers()), shares[world.rank], estimator=estimator)
-        assert_same(ours, expected)
-        assert ours.coverage == expected.coverage
 
 
 def _step(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
@@ -232,18 +171,8 @@ def check_kept_gradients(world: World) -> None:
     assert_same(accumulated(True), accumulated(False), 0.0)
 
 
-def check_training(world: World) -> None:
-    for reshard in (True, False):
-        check_every_way(
-            lambda model: sharded(model, reshard_after_forward=reshard),  # noqa: B023
-            lambda: net(torch.float64),
-            world.rank,
-            world.size,
-        )
-
-
 def check_training_under_a_scaler(world: World) -> None:
-    check_scaling_and_clipping(sharded, net, world.rank, world.size)
+    check_scaling_and_clipping(world.rank, world.size)
 
 
 def check_the_penalty_anywhere_in_a_step(world: World) -> None:
@@ -254,10 +183,8 @@ def check_the_penalty_anywhere_in_a_step(world: World) -> None:
     with torch.no_grad():
         for p in model.parameters():
             p.to_local().add_(0.1)
-    named, anchor, omega = parameters(model), whole(mas.anchor), whole(mas.importance)
-    expected = sum(
-        (o.double() * (named[n].double() - anchor[n].double()) ** 2).sum() for n, o in omega.items()
-    )
+    by_hand = protection(mas).penalty(parameters(model))
+    expected = torch.tensor(by_hand, dtype=torch.float64)
     before = mas.penalty()
     value = loss(model, x)
     between = mas.penalty()
@@ -277,18 +204,12 @@ def check_state_in_fewer_bytes(world: World) -> None:
         with torch.no_grad():
             for p in model.parameters():
                 p.to_local().add_(0.1)
-        named, anchor, omega = parameters(model), whole(mas.anchor), whole(mas.importance)
-        by_hand = sum(
-            (o.double() * (named[n].double() - anchor[n].double()) ** 2).sum()
-            for n, o in omega.items()
-        )
+        right, named = protection(mas), parameters(model)
+        by_hand = torch.tensor(right.penalty(named), dtype=torch.float64)
         value = mas.add_penalty_grad_()
         torch.testing.assert_close(value.double(), by_hand, rtol=1e-6, atol=0)
         ours = {name: p.grad for name, p in model.named_parameters()}
-        gradient = {
-            n: 2.0 * o.double() * (named[n].double() - anchor[n].double()) for n, o in omega.items()
-        }
-        assert_same(ours, gradient)
+        assert_same(ours, {n: right.gradient(n, p.double()) for n, p in named.items()})
 
 
 def check_growth_and_late_sharding_are_refused(world: World) -> None:
@@ -320,10 +241,8 @@ def check_a_state_is_taken_over(world: World) -> None:
     again = MAS(sharded(net()))
     again.load_state_dict(state)
     assert_same(again.importance, whole(mas.importance), 0.0)
-    plain = {
-        **state,
-        **{group: whole(state[group]) for group in ("importance", "anchor", "earlier", "open")},
-    }
+    groups = ("importance", "anchor", "earlier", "open")
+    plain = {**state, **{group: whole(state[group]) for group in groups}}
     again = MAS(sharded(net()))
     again.load_state_dict(plain)
     assert_same(again.importance, whole(mas.importance), 0.0)

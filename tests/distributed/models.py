@@ -23,6 +23,8 @@ from torch.distributed.tensor.parallel import (
 
 from mas_ext import MAS
 from mas_ext._strength.auto import COHERENCE, LASTING
+from tests.support.hand_loop import Protection
+from tests.support.oracle import assert_exact, one_by_one
 
 WIDTH, HIDDEN, OUTPUTS, POSITIONS = 10, 12, 3, 4  # four ranks share WIDTH unevenly, and OUTPUTS not
 
@@ -71,6 +73,7 @@ def sharded(model: Net, **options: Any) -> Net:
     return fully_shard(model, **options)
 
 
+IN_STEP = {"estimator": "per_sample_sharded"}
 MIXED = {"mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32)}
 
 
@@ -112,14 +115,7 @@ def alone() -> dist.ProcessGroup:
 
 def exact(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     """Ω by the definition, of a model that is whole."""
-    model = copy.deepcopy(model).double()
-    named = dict(model.named_parameters())
-    omega = {name: torch.zeros_like(p) for name, p in named.items()}
-    for sample in x.double():
-        grads = torch.autograd.grad(model(sample[None]).square().sum(), list(named.values()))
-        for total, grad in zip(omega.values(), grads, strict=True):
-            total += grad.abs() / len(x)
-    return omega
+    return one_by_one(copy.deepcopy(model).double(), [x.double()])
 
 
 def assert_strength_found(mas: MAS, x: Tensor) -> None:
@@ -141,6 +137,15 @@ def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
+def protection(mas: MAS) -> Protection:
+    """What a MAS of DTensors remembers, whole."""
+    omega, anchor = (
+        {name: t.double() for name, t in whole(group).items()}
+        for group in (mas.importance, mas.anchor)
+    )
+    return Protection(mas.lambda_reg, omega, anchor)
+
+
 def parameters(model: nn.Module) -> dict[str, Tensor]:
     """Whole, by canonical name."""
     return whole({n.removeprefix("module."): p for n, p in model.named_parameters()})
@@ -151,8 +156,4 @@ def assert_same(
 ) -> None:
     """Relative to the largest entry of each."""
     assert list(ours) == list(expected), f"{list(ours)} != {list(expected)}"
-    for name, value in whole(ours).items():
-        right = expected[name].double()
-        assert value.shape == right.shape, f"{name}: {value.shape} != {right.shape}"
-        error = (value.double() - right).abs().max() / right.abs().max().clamp_min(1e-30)
-        assert error <= tolerance, f"{name}: {float(error):.2e}"
+    assert_exact(whole(ours), {n: t.double() for n, t in expected.items()}, rtol=tolerance, floor=0)

@@ -1,67 +1,79 @@
 """One of several processes dies: the others notice in time, and all go on to the same bits."""
 
-import os
-import random
+from datetime import timedelta
 
 import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
 
-from mas_ext._state import checkpoint
-from tests.distributed import deaths
-from tests.support import killed
+from mas_ext import MAS
+from tests.distributed.models import net, samples, sharded
+from tests.support.killed import BETWEEN, MEASURING, SAVING, kill_while_learning
+from tests.support.processes import leave
 
-NEVER = 10**6
-END = deaths.SAMPLES // 2  # of the first task, for most of them: what follows is saving
+TIMEOUT = 30.0  # seconds that a process waits for another, which may share its core with three
+TASKS, SAMPLES = 2, 24
+WAYS = {"ddp": nn.parallel.DistributedDataParallel, "fsdp": sharded}
 
 
-def run_with_deaths(folder, size, way, count, seed):
-    """Kills one process at a time, so often, and compares with processes that nobody killed.
+def share(task, rank, size):
+    """The batches of a rank, of which the last one has the most."""
+    x = samples(SAMPLES * size, seed=task)
+    few = SAMPLES // 2
+    own = x[few * rank : few * (rank + 1)] if rank < size - 1 else x[few * rank :]
+    return list(own.split(2))
 
-    Returns:
-        The phases in which one was killed.
-    """
-    chance, phases, attempt = random.Random(seed), [], 0
-    for name in ("whole", "parts"):
-        (folder / name).mkdir()
-    codes, _, _ = deaths.together(folder / "whole", size, way, 0, 0, NEVER, 0)
-    assert codes == [0] * size
-    whole = (folder / "whole" / "mas").read_bytes()
-    parts = folder / "parts"
-    while len(phases) < count:
-        attempt += 1
-        victim = chance.randrange(size)
-        codes, took, phase = deaths.together(
-            parts,
-            size,
-            way,
-            attempt,
-            victim,
-            moment=chance.choice([chance.randrange(deaths.TASKS * deaths.SAMPLES), END]),
-            delay=chance.uniform(0, 0.05),
-        )
-        assert took < deaths.TIMEOUT + 10, "nobody waits for the dead longer than the timeout"
-        assert set(codes) <= {0, 1, -9}, codes
-        if codes[victim] == -9:
-            phases.append(phase)
-            others = codes[:victim] + codes[victim + 1 :]
-            ended = (parts / "mas").exists() and checkpoint.read(parts / "mas")["num_tasks"] == 2
-            assert set(others) == {1} or ended, "those who are left raise an error"
-        if codes == [0] * size:
-            assert (parts / "mas").read_bytes() == whole
-            (parts / "mas").unlink()
-    codes, _, _ = deaths.together(parts, size, way, attempt + 1, 0, NEVER, 0)
-    assert codes == [0] * size
-    assert (parts / "mas").read_bytes() == whole
-    left = [n for n in os.listdir(parts) if not n.startswith(("error.", "store.", "mas"))]
-    assert left == [], "nothing piles up"
-    return phases
+
+def learn(folder, stage, rank, size, way):
+    """One of the processes; it takes up what was saved before."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{stage.store}",
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=TIMEOUT),
+    )
+    model = WAYS[way](net())
+    mas = MAS(model)
+    start = [p.detach().clone() for p in model.parameters()]
+    if (folder / "mas").exists():
+        mas.load(folder / "mas")
+    for task in range(mas.num_tasks, TASKS):
+        with torch.no_grad():
+            for p, before in zip(model.parameters(), start, strict=True):
+                p.copy_(before * (1 + 0.1 * task))
+
+        def progress(done, before=task * SAMPLES):
+            stage.done = before + done
+
+        stage.phase = MEASURING
+        how = {"checkpoint": folder / "measuring", "save_every": 4, "progress": progress}
+        mas.consolidate(share(task, rank, size), **how)
+        stage.phase = SAVING
+        if way == "fsdp" or rank == 0:
+            mas.save(folder / "mas")
+        dist.barrier()
+        stage.phase = BETWEEN
+    leave()
+
+
+def moment(chance):
+    """Half of the first task's samples is its end for most of them: what follows is saving."""
+    return chance.choice([chance.randrange(TASKS * SAMPLES), SAMPLES // 2])
+
+
+def run_with_deaths(folder, size, way, kills, seed):
+    more = {"moment": moment, "longest": 0.05, "patience": TIMEOUT + 10}
+    return kill_while_learning(learn, folder, size, way, ranks=size, kills=kills, seed=seed, **more)
 
 
 def test_when_a_process_dies_the_others_raise_and_all_go_on_to_the_same_bits(tmp_path):
-    assert killed.MEASURING in run_with_deaths(tmp_path, 2, "fsdp", 2, seed=0)
+    assert MEASURING in run_with_deaths(tmp_path, 2, "fsdp", 2, seed=0)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("size", "way"), [(2, "fsdp"), (2, "ddp"), (4, "fsdp"), (4, "ddp")])
 def test_many_deaths(tmp_path, size, way):
-    phases = run_with_deaths(tmp_path, size, way, 3, seed=1)
-    assert killed.MEASURING in phases
+    assert MEASURING in run_with_deaths(tmp_path, size, way, 3, seed=1)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import mas_ext
 from mas_ext import MAS
-from tests.distributed.models import alone, assert_same, parameters, samples
+from tests.distributed.models import Net, alone, assert_same, net, parameters, samples, sharded
 from tests.support.hand_loop import HandLoop, Protection
 
 LAMBDA, RATE, STEPS = 3.0, 0.05, 3
@@ -85,23 +85,20 @@ def by_hand(plain: nn.Module, measured: list[Tensor], way: str) -> HandLoop:
     )
 
 
-def check_every_way(
-    prepared: Callable[[nn.Module], nn.Module], fresh: Callable[[], nn.Module], rank: int, size: int
-) -> None:
+def check_every_way(prepared: Callable[[Net], nn.Module], rank: int, size: int) -> None:
     """All ways of training, in float64, against the loop by hand.
 
     Args:
         prepared: shards or wraps a model, maybe in place.
-        fresh: makes one; always the same.
         rank: of the data ranks, of which there are ``size``.
     """
     shares = list(samples(3 * size, torch.float64, seed=5).split(3))
     measured = list(samples(4 * size, torch.float64).split(4))
     for way, (_, proximal) in WAYS.items():
-        hand = by_hand(fresh(), measured, way)
+        hand = by_hand(net(torch.float64), measured, way)
         for _ in range(STEPS):
             hand.step([partial(loss, x=x) for x in shares], proximal=proximal)
-        model = prepared(fresh())
+        model = prepared(net(torch.float64))
         mas = MAS(model, LAMBDA)
         mas.consolidate([measured[rank]])
         seen = train(model, mas, way, shares[rank])
@@ -113,9 +110,7 @@ def check_every_way(
             raise AssertionError(f"{way}: {problem}") from None
 
 
-def check_scaling_and_clipping(
-    prepared: Callable[[nn.Module], nn.Module], fresh: Callable[[], nn.Module], rank: int, size: int
-) -> None:
+def check_scaling_and_clipping(rank: int, size: int) -> None:
     """An Inf on one rank, of the loss's or the penalty's, skips the step of all.
 
     What is clipped is the loss's gradient, before what is attached adds its own.
@@ -123,8 +118,8 @@ def check_scaling_and_clipping(
     shares = [samples(6, seed=other + 2) for other in range(size)]
     measured = [samples()]
     for way in ("attached", "attached, proximal", "ours, SGD", "ours, proximal"):
-        proximal, model = WAYS[way][1], prepared(fresh())
-        hand = by_hand(fresh(), measured, way)
+        proximal, model = WAYS[way][1], sharded(net())
+        hand = by_hand(net(), measured, way)
         mas = MAS(model, LAMBDA)
         mas.consolidate(measured if rank == 0 else [])
         clean = mas.state_dict()

@@ -9,14 +9,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from mas_ext import MAS
-from tests.support import killed
-from tests.support.regularizers import (
-    assert_refused,
-    assert_states_equal,
-    move,
-    refusal,
-)
-from tests.support.zoo.small import convnet, images, mlp, vectors
+from tests.support import killed, regularizers
+from tests.support.regularizers import assert_refused, assert_states_equal, refusal
+from tests.support.zoo.small import convnet, images, vectors
 
 X = vectors(dtype=torch.float32)
 
@@ -34,11 +29,7 @@ def stopping_at(samples):
 
 
 def learned(moved=True):
-    model = mlp(torch.float32)
-    mas = MAS(model)
-    mas.consolidate([X])
-    if moved:
-        move(model)
+    _, mas = regularizers.learned(dtype=torch.float32, moved=moved)
     mas.update_importance([X[:3]])
     return mas
 
@@ -179,7 +170,7 @@ def moved_to(model: nn.Module, task: int) -> None:
             p.copy_(torch.randn(p.shape))
 
 
-def learn(folder, stage, how, kept=True):
+def learn(folder, stage, rank, how):
     """Learns the tasks that its file does not have yet."""
     torch.set_num_threads(1)
     model = nn.Sequential(nn.Linear(6, 32), nn.Tanh(), nn.Dropout(0.5), nn.Linear(32, 4))
@@ -196,44 +187,24 @@ def learn(folder, stage, how, kept=True):
 
         data = TensorDataset(vectors(SAMPLES, torch.float32) + task)
         stage.phase = killed.MEASURING
-        more = {"checkpoint": folder / "measuring", "save_every": 8} if kept else {}
+        # Whoever is not to be killed keeps nothing.
+        kept = {} if folder.name == "whole" else {"checkpoint": folder / "measuring"}
         loader = DataLoader(data, 4, shuffle=True)
-        mas.consolidate(loader, progress=progress, **KILLED[how], **more)
+        mas.consolidate(loader, progress=progress, save_every=8, **KILLED[how], **kept)
         stage.phase = killed.SAVING
         mas.save(folder / "mas")
         stage.phase = killed.BETWEEN
 
 
-def kill_while_learning(folder, how, kills, seed):
-    """Kills it so often, restarts it each time, and compares with a process that nobody killed.
-
-    Returns:
-        The phases in which it was killed.
-    """
-    chance, phases = random.Random(seed), []
-    for name in ("whole", "parts"):
-        (folder / name).mkdir()
-    killed.ended(learn, folder / "whole", how, False)
-    whole, parts = (folder / "whole" / "mas").read_bytes(), folder / "parts"
-    while len(phases) < kills:
-        moment = chance.randrange(TASKS * SAMPLES + 1)
-        delay = chance.uniform(0, 0.003)
-        stage = killed.killed(learn, parts, how, moment=moment, delay=delay)
-        if stage is not None:
-            phases.append(stage.phase)
-            continue
-        assert (parts / "mas").read_bytes() == whole
-        (parts / "mas").unlink()  # from the beginning
-    killed.ended(learn, parts, how)
-    assert (parts / "mas").read_bytes() == whole
-    assert os.listdir(parts) == ["mas"], "nothing piles up"
-    return phases
-
-
 @pytest.mark.parametrize("kills", [3, pytest.param(40, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("how", KILLED)
 def test_a_killed_measurement_goes_on_to_the_same_bits(tmp_path, how, kills):
-    phases = kill_while_learning(tmp_path, how, kills, seed=kills)
+    def moment(chance):
+        return chance.randrange(TASKS * SAMPLES + 1)
+
+    phases = killed.kill_while_learning(
+        learn, tmp_path, how, kills=kills, seed=kills, moment=moment, longest=0.003
+    )
     assert phases.count(killed.MEASURING) >= kills // 2
 
 
@@ -248,7 +219,7 @@ def states():
     return both
 
 
-def save(folder, stage):
+def save(folder, stage, rank):
     """Saves the two in turn, for ever."""
     torch.set_num_threads(1)
     both = states()
@@ -267,11 +238,11 @@ def test_a_killed_save_leaves_the_old_file_or_the_new(tmp_path, kills):
     broken_off = 0
     for _ in range(kills):
         moment, delay = chance.randrange(3), chance.uniform(0, 0.02)
-        stage = killed.killed(save, tmp_path, moment=moment, delay=delay)
+        done = killed.run(save, tmp_path, moment=moment, delay=delay).done
         found = (tmp_path / "mas").read_bytes()
         assert found in contents
-        if stage.done:  # the last one that was saved, or the one that was being saved
-            assert found in (contents[(stage.done - 1) % 2], contents[stage.done % 2])
+        if done:  # the last one that was saved, or the one that was being saved
+            assert found in (contents[(done - 1) % 2], contents[done % 2])
         left = [name for name in os.listdir(tmp_path) if name != "mas"]
         assert len(left) <= 1, "the next writer clears away what a killed one left"
         broken_off += len(left)

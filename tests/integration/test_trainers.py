@@ -197,7 +197,8 @@ def test_a_training_resumed_from_its_checkpoint_ends_in_the_same_bits(
             second_task(library, callback, folder, data(), others=stopping)
     # Nothing but a file is left of it: another model, another callback.
     model, callback = library.model(7, library.dropout), library.MASCallback(**options)
-    resume = library.checkpoint(folder, step)
+    is_last = library.name == "transformers" and step == STOP - 1
+    resume = True if is_last else library.checkpoint(folder, step)
     made = library.learn(model, data(), callback, folder, resume=resume, **SAVING)
     assert_states_equal(model.state_dict(), whole.state_dict())
     states = [library.optimizer(t).state_dict()["state"] for t in (made, first)]

@@ -1,18 +1,12 @@
 """What only the Trainer of transformers has: Accelerate, columns and labels, its folders."""
 
 import copy
-import os
-import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("accelerate", reason="needs mas_ext[transformers]")
 pytest.importorskip("transformers", reason="needs mas_ext[transformers]")
-import transformers
 from accelerate import Accelerator
 from transformers import Trainer, TrainerCallback
 
@@ -21,7 +15,8 @@ from mas_ext.integrations.transformers import FILE, MASCallback
 from tests.support.hand_loop import HandLoop, Protection, sgd
 from tests.support.oracle import assert_exact, one_by_one
 from tests.support.regularizers import assert_refused, assert_states_equal, refusal
-from tests.support.trainers import STOP, Transformers, batches, loss_of, vectors
+from tests.support.trainers import Transformers, batches, loss_of, vectors
+from tests.support.zoo import models as zoo
 from tests.support.zoo.small import assert_same
 
 X = vectors(1)[0]
@@ -32,22 +27,13 @@ def library():
     return Transformers()
 
 
-def llama(seed=0):
-    torch.manual_seed(seed)
-    config = transformers.LlamaConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=16,
-        attention_dropout=0.1,
-    )
-    return transformers.LlamaForCausalLM(config)
+def llama():
+    torch.manual_seed(0)
+    return zoo.transformer("LlamaForCausalLM", zoo.GROUPED, attention_dropout=0.1)
 
 
 def texts(seed, count=12):
-    tokens = torch.randint(32, (count, 12), generator=torch.Generator().manual_seed(seed))
+    tokens = torch.randint(19, (count, 12), generator=torch.Generator().manual_seed(seed))
     return [{"input_ids": row, "labels": row} for row in tokens]
 
 
@@ -172,40 +158,3 @@ def test_a_checkpoint_without_a_state_is_refused(library, tmp_path):
         library.learn(library.model(), library.data(1), MASCallback(), tmp_path, **options)
 
     assert_refused(refusal(resume, ValueError, "checkpoint-10", FILE, "mas.save()"))
-
-
-class Kill(TrainerCallback):
-    """The process ends where it stands."""
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == STOP:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
-def in_a_process_of_its_own(folder, kill=False, resume=False):
-    """Both tasks, or what is left of the second; keeps the model and the state."""
-    library, folder = Transformers(), Path(folder)
-    options = {**SAVING, "others": [Kill()] if kill else []}
-    if resume:
-        model, callback = library.model(7, 0.5), MASCallback()
-        options["resume"] = True
-    else:
-        model, callback = library.model(0, 0.5), MASCallback(20.0)
-        library.learn(model, library.data(1), callback, folder / "first", max_steps=4)
-    library.learn(model, library.data(2), callback, folder / "second", **options)
-    torch.save([model.state_dict(), callback.mas.state_dict()], folder / "ended")
-
-
-@pytest.mark.slow
-def test_a_killed_process_resumed_in_another_ends_in_the_same_bits(tmp_path):
-    for folder, how, code in [
-        ("whole", "", 0),
-        ("part", "kill=True", -signal.SIGKILL),
-        ("part", "resume=True", 0),
-    ]:
-        (tmp_path / folder).mkdir(exist_ok=True)
-        call = f"in_a_process_of_its_own({str(tmp_path / folder)!r}, {how})"
-        program = f"from tests.integration.test_transformers import *; {call}"
-        assert subprocess.run([sys.executable, "-c", program], timeout=600).returncode == code
-    ended = [torch.load(tmp_path / name / "ended", weights_only=True) for name in ("whole", "part")]
-    assert_states_equal(*ended)

@@ -37,9 +37,7 @@ Numbers = Mapping[str, Any]  # scalars and options by name
 Formula = Callable[[State, Numbers], list[list[Exact]]]  # one list per list that is written
 
 
-# ================================================================================================
-# Importance
-# ================================================================================================
+# -- Importance ------------------------------------------------------------------------------------
 def importance(s: State, n: Numbers) -> list[list[Exact]]:
     return [[_term(o + n["scale"] * g.abs()) for o, g in zip(s.omega, s.grads, strict=True)]]
 
@@ -52,9 +50,7 @@ def abs_matmul(s: State, n: Numbers) -> list[list[Exact]]:
     return [[Exact(values, omega.abs() + n["scale"] * bound)]]
 
 
-# ================================================================================================
-# The penalty
-# ================================================================================================
+# -- The penalty -----------------------------------------------------------------------------------
 def penalty_value(state: State, lambda_reg: float | Tensor) -> float:
     """λ/2 Σ Ω(θ−θ*)²."""
     s = state.double()
@@ -87,9 +83,7 @@ def proximal(s: State, n: Numbers) -> list[list[Exact]]:
     return [[_pulled(_term(p), a, step * o) for p, a, o in pieces]]
 
 
-# ================================================================================================
-# Optimizer steps
-# ================================================================================================
+# -- Optimizer steps -------------------------------------------------------------------------------
 def _sgd(i: int, p: Exact, g: Exact, s: State, n: Numbers) -> list[Exact]:
     g = g + p.times(n.get("weight_decay", 0.0))
     if not s.momentum_buffers:
@@ -140,9 +134,7 @@ def adam(s: State, n: Numbers) -> list[list[Exact]]:
     return _step(_adam, s, n)
 
 
-# ================================================================================================
-# Tolerances
-# ================================================================================================
+# -- Tolerances ------------------------------------------------------------------------------------
 # Relative errors of a few operations in the accumulation dtype, and of a penalty's sum.
 ARITHMETIC = {torch.float32: 1.3e-6, torch.float64: 4e-15}
 VALUE = {torch.float32: 1e-6, torch.float64: 1e-13}

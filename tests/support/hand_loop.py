@@ -8,7 +8,7 @@ torch's, without foreach and without fused kernels.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -152,20 +152,6 @@ class HandLoop:
     def _rate(self, p: nn.Parameter) -> float:
         groups = self.optimizer.param_groups
         return next(float(g["lr"]) for g in groups if any(p is q for q in g["params"]))
-
-
-def train_by_hand(
-    model: nn.Module,
-    protection: Protection,
-    make_optimizer: Callable[[dict[str, nn.Parameter]], torch.optim.Optimizer],
-    steps: Iterable[Sequence[Loss]],
-    **how: Any,
-) -> HandLoop:
-    """A loop that has taken these steps; ``how`` as for :meth:`HandLoop.step`."""
-    loop = HandLoop(model, protection, make_optimizer)
-    for losses in steps:
-        loop.step(losses, **how)
-    return loop
 
 
 def sgd(lr: float = 0.05, momentum: float = 0.9, **options: Any) -> Callable[[Values], Any]:

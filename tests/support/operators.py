@@ -125,7 +125,7 @@ RULES: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     "adam": (
         "adamw_step_",
         ("exp_avgs", "exp_avg_sqs"),
-        {"weight_decay": 0.07, "decoupled": False, "maximize": True},
+        {"decoupled": False, "maximize": True},
     ),
 }
 
@@ -182,6 +182,10 @@ def lists_of(op: str, state: State) -> dict[str, list[Tensor]]:
     return {name: getattr(state, name) for name in names if getattr(state, name)}
 
 
+def written(op: str, state: State) -> list[Tensor]:
+    return [t for name in OPERATORS[op].written for t in getattr(state, name)]
+
+
 def written_argument(op: str) -> str | None:
     return next(iter(OPERATORS[op].written), None)
 
@@ -190,9 +194,7 @@ def list_arguments(op: str) -> list[str]:
     return OPERATORS[op].lists
 
 
-# ================================================================================================
-# Calls
-# ================================================================================================
+# -- Calls -----------------------------------------------------------------------------------------
 def _given(op: str, state: State) -> dict[str, Any]:
     """The lists, or the single tensors that the operator takes in their place."""
     singles = ("steps",) if OPERATORS[op].takes_lists else ("omega", "left", "right")
@@ -240,12 +242,10 @@ def call(
     result = getattr(module, row.function)(*positional, **{**keywords, **more})
     if op == "penalty_and_grad":
         return Outcome(*result)
-    return Outcome(result, [t for name in row.written for t in getattr(state, name)])
+    return Outcome(result, written(op, state))
 
 
-# ================================================================================================
-# The oracle
-# ================================================================================================
+# -- The oracle ------------------------------------------------------------------------------------
 def exact_tensors(op: str, before: State, scalars: Scalars = Scalars()) -> list[Exact]:  # noqa: B008
     """What is to be written or returned, from the tensors as they are before the call."""
     row = OPERATORS[op]

@@ -1,36 +1,24 @@
-"""Processes that run checks together: what starts them, and what each of them does.
+"""Processes that run checks together.
 
 A program is a module of ``tests/distributed/``; its checks are its functions ``check_…(world)``.
-Starting processes takes longer than what they check, so one start runs many programs. A process
-is ``python -m tests.support.processes PROGRAMS RANK RANKS FOLDER``.
+Starting processes takes longer than what they check, so one start runs many programs.
 """
 
 from __future__ import annotations
 
 import importlib
-import json
 import os
-import subprocess
-import sys
 import time
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-import pytest
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 
-ROOT = Path(__file__).parents[2]
-ENVIRONMENT = {
-    **os.environ,
-    "PYTHONPATH": str(ROOT),
-    "OMP_NUM_THREADS": "1",
-    "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
-}
-STARTING = 300.0  # seconds until the first check is done: mostly imports, on a machine that is busy
+PATIENCE = timedelta(seconds=300)  # after which a rank that waits for another raises
 
 
 @dataclass(frozen=True)
@@ -42,117 +30,37 @@ class World:
     folder: Path
 
 
-# -- What starts them ------------------------------------------------------------------------------
-def run(
-    programs: list[str], ranks: int, folder: Path, silence: float = 300
-) -> dict[str, list[str]]:
-    """Runs programs one after the other, in so many processes.
-
-    Args:
-        programs: their names, or ``PROGRAM:CHECK``.
-        ranks: how many processes.
-        folder: theirs; each writes a line for every check into a file of its own.
-        silence: seconds without a new line after which they are taken for hung, and ended.
-
-    Returns:
-        Check → what went wrong in it, a line for each rank; empty where all went well.
-    """
-    processes = []
-    for rank in range(ranks):
-        command = [sys.executable, "-m", "tests.support.processes", ",".join(programs)]
-        command += [str(rank), str(ranks), str(folder)]
-        with open(folder / f"output.{rank}", "w") as output:
-            processes.append(
-                subprocess.Popen(
-                    command, cwd=ROOT, env=ENVIRONMENT, stdout=output, stderr=subprocess.STDOUT
-                )
-            )
-    try:
-        _wait(processes, folder, silence)
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    return _found(folder, [process.returncode for process in processes])
-
-
-def assert_all_is_well(programs: list[str], ranks: int, folder: Path) -> None:
+def run(programs: list[str], ranks: int, folder: Path) -> None:
+    """Runs programs, or ``PROGRAM:CHECK``; raises the first error of any process, and ends all."""
     folder.mkdir(exist_ok=True)
-    found = run(programs, ranks, folder)
-    wrong = {check: problems for check, problems in found.items() if problems}
-    report = [f"{check}\n{text}" for check, problems in wrong.items() for text in problems]
-    assert not wrong, "\n".join(report)
-    for program in programs:
-        assert any(check.startswith(program.replace(":", ".")) for check in found), program
+    mp.start_processes(_main, (programs, ranks, folder), ranks, start_method="forkserver")
 
 
-def _wait(processes: list[subprocess.Popen[bytes]], folder: Path, silence: float) -> None:
-    """Until all have ended, one has failed, or nothing has been heard of them for too long."""
-    heard, deadline = 0, time.monotonic() + STARTING
-    while time.monotonic() < deadline:
-        codes = [process.poll() for process in processes]
-        if all(code is not None for code in codes) or any(codes):
-            break
-        said = sum(report.stat().st_size for report in folder.glob("report.*"))
-        if said > heard:
-            heard, deadline = said, time.monotonic() + silence
-        time.sleep(0.05)
-
-
-def _found(folder: Path, codes: list[int]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for rank, code in enumerate(codes):
-        file = folder / f"report.{rank}"
-        lines = file.read_text().splitlines() if file.exists() else []
-        reports = [json.loads(line) for line in lines]
-        for report in reports:
-            found.setdefault(report["check"], [])
-            if report["problem"]:
-                found[report["check"]].append(f"rank {rank}: {report['problem']}")
-        if code != 0:
-            tail = (folder / f"output.{rank}").read_text()[-2000:]
-            last = reports[-1]["check"] if reports else "none"
-            found[f"rank {rank} ended with {code} after {last}"] = [tail]
+def checks(program: str) -> list[Callable[[World], None]]:
+    program, _, only = program.partition(":")
+    module = importlib.import_module(f"tests.distributed.{program}")
+    found = [
+        check
+        for name, check in vars(module).items()
+        if name.startswith(only or "check_") and check.__module__ == module.__name__
+    ]
+    assert found, program
     return found
 
 
-# -- What each of them does ------------------------------------------------------------------------
-def checks(program: str) -> Iterator[Callable[[World], None]]:
-    program, _, only = program.partition(":")
-    module = importlib.import_module(f"tests.distributed.{program}")
-    for name, check in list(vars(module).items()):
-        if name.startswith(only or "check_") and check.__module__ == module.__name__:
-            yield check
-
-
-def main(programs: list[str], world: World) -> None:
+def _main(rank: int, programs: list[str], ranks: int, folder: Path) -> None:
     torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    store = f"file://{folder}/store"
     dist.init_process_group(
-        "gloo",
-        init_method=f"file://{world.folder}/store",
-        rank=world.rank,
-        world_size=world.size,
-        timeout=timedelta(seconds=300),
+        "gloo", init_method=store, rank=rank, world_size=ranks, timeout=PATIENCE
     )
-    with open(world.folder / f"report.{world.rank}", "w", buffering=1) as report:
-        for program in programs:
-            for check in checks(program):
-                name = f"{program.partition(':')[0]}.{check.__name__}"
-                report.write(json.dumps({"check": name, "problem": _problem(check, world)}) + "\n")
-                dist.barrier()  # what failed on one rank is not to disturb the next check
+    for program in programs:
+        for check in checks(program):
+            torch.manual_seed(0)
+            check(World(rank, ranks, folder))
+            dist.barrier()
     leave()
-
-
-def _problem(check: Callable[[World], None], world: World) -> str | None:
-    torch.manual_seed(0)
-    started = time.monotonic()
-    try:
-        check(world)
-        return None
-    except (Exception, pytest.fail.Exception):
-        return traceback.format_exc()
-    finally:
-        print(f"{check.__qualname__}: {time.monotonic() - started:.1f} s", flush=True)
 
 
 def leave() -> None:
@@ -163,10 +71,3 @@ def leave() -> None:
     """
     time.sleep(0.5)
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    names, own, size, directory = sys.argv[1:]
-    # Under its own name, which is that of the programs' ``World``.
-    this = importlib.import_module("tests.support.processes")
-    this.main(names.split(","), this.World(int(own), int(size), Path(directory)))

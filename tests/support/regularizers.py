@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import mas_ext
 from mas_ext import MAS
 from mas_ext._state.distributed_checkpoint import unpacked
 from mas_ext._state.merging import POLICIES
@@ -38,6 +39,21 @@ def move(model: nn.Module, by: float = 0.1) -> None:
             p.add_((by * torch.randn(p.shape, generator=generator)).to(p.dtype))
 
 
+def train(model: nn.Module, mas: MAS, kind: str, mode: str, is_ours: bool) -> Tensor:
+    """Three steps of torch's optimizer or of ours, with the penalty in it; the last penalty."""
+    if is_ours:
+        ours = getattr(mas_ext.optim, kind)
+        optimizer = handle = ours(model.parameters(), lr=0.01, mas=mas, mode=mode)
+    else:
+        optimizer = getattr(torch.optim, kind)(model.parameters(), lr=0.01)
+        handle = mas.attach(optimizer, mode)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(vectors()).square().mean().backward()
+        optimizer.step()
+    return handle.last_penalty
+
+
 def penalty_by_hand(mas: MAS, model: nn.Module, strength: Any = None) -> Tensor:
     """λ/2 Σ Ω(θ−θ*)², differentiable; ``strength``: a number, or a function of the name."""
     strength = mas.lambda_reg if strength is None else strength
@@ -61,9 +77,9 @@ def plain_state(mas: MAS) -> dict[str, Any]:
 
 
 def assert_states_equal(a: Any, b: Any, path: str = "") -> None:
-    """Bit for bit, of nested mappings and lists."""
+    """Exactly, of nested mappings and lists; NaN is equal to NaN."""
     if isinstance(a, Tensor):
-        assert torch.equal(a, b), path
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True, msg=path or None)
     elif isinstance(a, Mapping):
         assert a.keys() == b.keys(), path
         for key, value in a.items():

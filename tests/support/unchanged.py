@@ -53,20 +53,3 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
         "fused attention": torch.backends.mha.get_fastpath_enabled(),
         "oneDNN": torch.backends.mkldnn.enabled,
     }
-
-
-def assert_identical(actual: Any, expected: Any) -> None:
-    """Bit for bit, NaN being equal to NaN."""
-    assert type(actual) is type(expected)
-    if isinstance(expected, dict):
-        assert actual.keys() == expected.keys()
-        for key in expected:
-            assert_identical(actual[key], expected[key])
-    elif isinstance(expected, (list, tuple)):
-        assert len(actual) == len(expected)
-        for one, other in zip(actual, expected, strict=True):
-            assert_identical(one, other)
-    elif isinstance(expected, Tensor):
-        torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
-    else:
-        assert actual == expected

@@ -30,17 +30,6 @@ def test_wrappers_leave_no_trace_in_names():
     assert names(wrapped_inside()) == plain
 
 
-def test_ddp_leaves_no_trace_in_names(tmp_path):
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
-    )
-    try:
-        wrapped = nn.parallel.DistributedDataParallel(mlp())
-        assert names(wrapped) == names(mlp())
-    finally:
-        torch.distributed.destroy_process_group()
-
-
 def test_a_module_that_is_really_called_module_keeps_its_name():
     model = nn.Module()
     model.module = nn.Linear(2, 2)

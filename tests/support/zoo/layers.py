@@ -321,6 +321,7 @@ PARAMETRIZATIONS = nn.utils.parametrizations
 LAYERS: dict[str, Callable[[], tuple]] = {
     # matrices
     "linear": lambda: (nn.Linear(6, 4), noise(6)),
+    "linear, one position": lambda: (nn.Linear(6, 4), noise(1, 6)),
     "linear, 3-d": lambda: (nn.Linear(6, 4), noise(3, 6)),
     "linear, 3-d, no bias": lambda: (nn.Linear(6, 4, bias=False), noise(3, 6)),
     "linear, 4-d": lambda: (nn.Linear(6, 4), noise(2, 3, 6)),
@@ -408,12 +409,17 @@ LAYERS: dict[str, Callable[[], tuple]] = {
         noise(4, 8, 7),
     ),
     "conv2d, same, even kernel": lambda: (nn.Conv2d(3, 4, 4, padding="same"), noise(3, 5, 5)),
+    "conv2d, valid": lambda: (nn.Conv2d(3, 4, 3, padding="valid"), noise(3, 5, 5)),
+    "conv2d, replicate": lambda: (
+        nn.Conv2d(3, 4, 3, padding="same", padding_mode="replicate"),
+        noise(3, 5, 5),
+    ),
     "conv2d, reflect": lambda: (
-        nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"),
+        nn.Conv2d(3, 4, 3, padding=(2, 1), padding_mode="reflect"),
         noise(3, 5, 5),
     ),
     "conv2d, circular": lambda: (
-        nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular"),
+        nn.Conv2d(3, 4, 3, padding=(2, 1), padding_mode="circular"),
         noise(3, 5, 5),
     ),
     "conv2d, whole image": lambda: (nn.Conv2d(3, 4, 5), noise(3, 5, 5)),

@@ -87,18 +87,19 @@ def small_video_swin() -> tuple:
 # -- transformers and peft -------------------------------------------------------------------------
 _BODY = {"hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 24}
 _TINY = {**_BODY, "vocab_size": 19, "num_attention_heads": 4}
-_GROUPED = {**_TINY, "num_key_value_heads": 2, "use_cache": False}
+GROUPED = {**_TINY, "num_key_value_heads": 2, "use_cache": False}
 _SHORT = {**_TINY, "max_position_embeddings": 8}
 # The positions of special tokens in a vocabulary of 19.
 _SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _SEQ2SEQ = {**_SPECIAL, "vocab_size": 19, "decoder_start_token_id": 0}
 
 
-def transformer(model: str, config: str, *settings: dict, **more: Any) -> nn.Module:
+def transformer(model: str, *settings: dict, **more: Any) -> nn.Module:
     import transformers
 
+    kind = getattr(transformers, model)
     merged = {key: value for part in settings for key, value in part.items()}
-    return getattr(transformers, model)(getattr(transformers, config)(**{**merged, **more}))
+    return kind(kind.config_class(**{**merged, **more}))
 
 
 def text(t: int = 6, **more: Tensor) -> dict[str, Tensor]:
@@ -107,50 +108,40 @@ def text(t: int = 6, **more: Tensor) -> dict[str, Tensor]:
 
 def gpt2(**options: Any) -> nn.Module:
     sizes = {"vocab_size": 19, "n_positions": 8, "n_embd": 16, "n_layer": 2, "n_head": 2}
-    return transformer("GPT2LMHeadModel", "GPT2Config", sizes, _SPECIAL, options)
+    return transformer("GPT2LMHeadModel", sizes, _SPECIAL, options)
 
 
 def longformer() -> tuple:
     """Windows along the sequence, padding to whole ones, and tokens that see all others."""
     options = {"attention_window": 4, "pad_token_id": 0, "max_position_embeddings": 16}
-    model = transformer("LongformerForMaskedLM", "LongformerConfig", _TINY, options)
+    model = transformer("LongformerForMaskedLM", _TINY, options)
     first = torch.zeros(B, 6, dtype=torch.long).index_fill_(1, torch.tensor([0]), 1)
     return model, text(global_attention_mask=first)
 
 
 def hugging_face(
-    model: str,
-    config: str,
-    *settings: dict,
-    batch: Callable[[], dict[str, Tensor]] = text,
-    **more: Any,
+    model: str, *settings: dict, batch: Callable[[], dict[str, Tensor]] = text, **more: Any
 ) -> Callable[[], tuple]:
-    return lambda: (transformer(model, config, *settings, **more), batch())
+    return lambda: (transformer(model, *settings, **more), batch())
 
 
-def peft_llama(kind: str, **options: Any) -> Callable[[], tuple]:
+def llama() -> tuple:
+    return transformer("LlamaForCausalLM", GROUPED, _SPECIAL), text()
+
+
+def layers() -> tuple:
+    convolutions = nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)
+    return nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(128, 3)), noise(3, 8, 8)
+
+
+def adapted(base: Callable[[], tuple], kind: str, **options: Any) -> Callable[[], tuple]:
     def make() -> tuple:
         import peft
 
-        model = transformer("LlamaForCausalLM", "LlamaConfig", _GROUPED, _SPECIAL)
-        return peft.get_peft_model(model, getattr(peft, kind)(**options)), text()
+        model, batch = base()
+        return peft.get_peft_model(model, getattr(peft, kind)(**options)), batch
 
     return make
-
-
-def peft_cnn(kind: str, **options: Any) -> tuple:
-    import peft
-
-    layers = nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(128, 3)
-    config = getattr(peft, kind)(r=2, target_modules=["0", "2", "4"], **options)
-    return peft.get_peft_model(nn.Sequential(*layers), config), noise(3, 8, 8)
-
-
-def peft_gpt2(**options: Any) -> tuple:
-    import peft
-
-    config = peft.LoraConfig(r=2, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True, **options)
-    return peft.get_peft_model(gpt2(), config), text()
 
 
 # -- torch -----------------------------------------------------------------------------------------
@@ -174,6 +165,8 @@ def standardized_convolutions() -> nn.Sequential:
     return nn.Sequential(StandardizedConv(3, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), last)
 
 
+GPT2_LAYERS = {"r": 2, "target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}
+LAYERS = {"r": 2, "target_modules": ["0", "2", "4"]}
 MODELS: dict[str, Callable[[], tuple]] = {
     "resnet18": lambda: vision("resnet18"),
     "resnet18, partly frozen": partly_frozen,
@@ -194,87 +187,89 @@ MODELS: dict[str, Callable[[], tuple]] = {
     "vit, small": small_vit,
     "gpt2": lambda: (gpt2(), text()),
     "gpt2, eager attention": lambda: (gpt2(attn_implementation="eager"), text()),
-    "llama": hugging_face("LlamaForCausalLM", "LlamaConfig", _GROUPED),
-    "mistral": hugging_face("MistralForCausalLM", "MistralConfig", _GROUPED, sliding_window=3),
+    "llama": hugging_face("LlamaForCausalLM", GROUPED),
+    "mistral": hugging_face("MistralForCausalLM", GROUPED, sliding_window=3),
     "mixtral": hugging_face(
-        *("MixtralForCausalLM", "MixtralConfig", _GROUPED, _SPECIAL),
+        *("MixtralForCausalLM", GROUPED, _SPECIAL),
         **{"num_local_experts": 4, "num_experts_per_tok": 2},
         experts_implementation="eager",  # the grouped matrix products know no float64
     ),
     "bert": hugging_face(
-        *("BertForSequenceClassification", "BertConfig", _SHORT),
+        *("BertForSequenceClassification", _SHORT),
         batch=lambda: text(token_type_ids=ids(6, below=2)),
     ),
     "distilbert": hugging_face(
-        *("DistilBertForSequenceClassification", "DistilBertConfig"),
+        "DistilBertForSequenceClassification",
         **{"vocab_size": 19, "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24},
         max_position_embeddings=8,
     ),
     "t5": hugging_face(
-        *("T5ForConditionalGeneration", "T5Config", _SEQ2SEQ),
+        *("T5ForConditionalGeneration", _SEQ2SEQ),
         **{"d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 4},
         relative_attention_num_buckets=8,
         batch=lambda: text(decoder_input_ids=ids(4, below=19)),
     ),
-    "opt": hugging_face(
-        *("OPTForCausalLM", "OPTConfig", _SHORT, _SPECIAL), ffn_dim=24, word_embed_proj_dim=8
-    ),
+    "opt": hugging_face(*("OPTForCausalLM", _SHORT, _SPECIAL), ffn_dim=24, word_embed_proj_dim=8),
     "hf vit": hugging_face(
-        *("ViTForImageClassification", "ViTConfig", _BODY),
+        *("ViTForImageClassification", _BODY),
         **{"num_attention_heads": 4, "image_size": 16, "patch_size": 8, "num_labels": 3},
         batch=lambda: {"pixel_values": noise(3, 16, 16)},
     ),
     "whisper": hugging_face(
-        *("WhisperForConditionalGeneration", "WhisperConfig", _SEQ2SEQ),
+        *("WhisperForConditionalGeneration", _SEQ2SEQ),
         **{"d_model": 16, "num_mel_bins": 6, "encoder_layers": 1, "decoder_layers": 1},
         **{"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 24},
         **{"decoder_ffn_dim": 24, "max_source_positions": 8, "max_target_positions": 8},
         batch=lambda: {"input_features": noise(6, 16), "decoder_input_ids": ids(4, below=19)},
     ),
-    "albert": hugging_face("AlbertForMaskedLM", "AlbertConfig", _SHORT, embedding_size=8),
+    "albert": hugging_face("AlbertForMaskedLM", _SHORT, embedding_size=8),
     "deberta": hugging_face(  # relative positions go through the same projections as the tokens
-        *("DebertaV2ForSequenceClassification", "DebertaV2Config", _SHORT),
+        *("DebertaV2ForSequenceClassification", _SHORT),
         **{"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_buckets": 4},
         **{"share_att_key": True, "norm_rel_ebd": "layer_norm", "conv_kernel_size": 3},
     ),
     "longformer": longformer,
     "bloom": hugging_face(
-        *("BloomForCausalLM", "BloomConfig", _SPECIAL),
+        *("BloomForCausalLM", _SPECIAL),
         **{"vocab_size": 19, "hidden_size": 16, "n_layer": 2, "n_head": 4},
     ),
     "mamba2": hugging_face(  # a state-space model: depthwise convolutions and scans in chunks
-        *("Mamba2ForCausalLM", "Mamba2Config", _SPECIAL),
+        *("Mamba2ForCausalLM", _SPECIAL),
         **{"vocab_size": 19, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4},
         **{"num_heads": 4, "head_dim": 8, "n_groups": 2, "chunk_size": 4, "use_cache": False},
         batch=lambda: {"input_ids": ids(6, below=19)},
     ),
     "wav2vec2": hugging_face(  # convolutions over sound, one weight-normalized along dimension 2
-        *("Wav2Vec2ForCTC", "Wav2Vec2Config", _TINY),
+        *("Wav2Vec2ForCTC", _TINY),
         **{"conv_dim": (8, 8), "conv_stride": (4, 2), "conv_kernel": (5, 3), "mask_time_prob": 0},
         **{"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2},
         batch=lambda: {"input_values": noise(100)},
     ),
     "segformer": hugging_face(
-        *("SegformerForSemanticSegmentation", "SegformerConfig"),
+        "SegformerForSemanticSegmentation",
         **{"hidden_sizes": [8, 8, 16, 16], "depths": [1] * 4, "decoder_hidden_size": 8},
         **{"num_attention_heads": [1, 2, 2, 2], "mlp_ratios": [2] * 4},
         batch=lambda: {"pixel_values": noise(3, 64, 64)},
     ),
-    "gemma3": hugging_face(
-        "Gemma3ForCausalLM", "Gemma3TextConfig", _GROUPED, head_dim=4, sliding_window=3
+    "gemma3": hugging_face("Gemma3ForCausalLM", GROUPED, head_dim=4, sliding_window=3),
+    "neox": hugging_face("GPTNeoXForCausalLM", _TINY),
+    "peft lora": adapted(lambda: (gpt2(), text()), "LoraConfig", **GPT2_LAYERS),
+    "peft dora": adapted(lambda: (gpt2(), text()), "LoraConfig", use_dora=True, **GPT2_LAYERS),
+    "peft ia3": adapted(
+        *(llama, "IA3Config"),
+        target_modules=["k_proj", "down_proj"],
+        feedforward_modules=["down_proj"],
     ),
-    "neox": hugging_face("GPTNeoXForCausalLM", "GPTNeoXConfig", _TINY),
-    "peft lora": peft_gpt2,
-    "peft dora": lambda: peft_gpt2(use_dora=True),
-    "peft ia3": peft_llama(
-        "IA3Config", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]
+    "peft loha": adapted(llama, "LoHaConfig", target_modules=["q_proj", "down_proj"], r=2),
+    "peft oft": adapted(
+        llama, "OFTConfig", target_modules=["q_proj", "v_proj"], r=0, oft_block_size=4
     ),
-    "peft loha": peft_llama("LoHaConfig", target_modules=["q_proj", "down_proj"], r=2),
-    "peft oft": peft_llama("OFTConfig", target_modules=["q_proj", "v_proj"], r=0, oft_block_size=4),
-    "peft fourier": peft_llama("FourierFTConfig", target_modules=["q_proj"], n_frequency=6),
-    "peft prompt": peft_llama("PromptTuningConfig", task_type="CAUSAL_LM", num_virtual_tokens=3),
-    "peft dora, convolutions": lambda: peft_cnn("LoraConfig", use_dora=True),
-    "peft lokr, convolutions": lambda: peft_cnn("LoKrConfig", decompose_both=True),
+    "peft fourier": adapted(llama, "FourierFTConfig", target_modules=["q_proj"], n_frequency=6),
+    "peft prompt": adapted(
+        llama, "PromptTuningConfig", task_type="CAUSAL_LM", num_virtual_tokens=3
+    ),
+    "peft dora, convolutions": adapted(layers, "LoraConfig", use_dora=True, **LAYERS),
+    "peft lokr, convolutions": adapted(layers, "LoKrConfig", decompose_both=True, **LAYERS),
     "encoder, batch first": lambda: (encoder(True), noise(6, 8)),
     "encoder, time first": lambda: (time_first(encoder(False)), noise(6, 8)),
     "encoder, norm first, gelu, padded": padded_encoder,

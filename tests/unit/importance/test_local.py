@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mas_ext import MAS, Importance, estimate_importance
+from tests.support import zoo
+from tests.support.oracle import one_by_one, squared_l2
 from tests.support.zoo.layers import Net
 from tests.support.zoo.small import assert_same
 
@@ -31,14 +33,8 @@ def by_autograd(
     layer: nn.Module, x: Tensor, activation: Function = torch.relu, prefix: str = "layer"
 ) -> dict[str, Tensor]:
     """Ω of one layer as it is defined: ∂‖activation(layer(x_k))‖²/∂θ, sample by sample."""
-    params = dict(layer.named_parameters())
-    total = {f"{prefix}.{name}": torch.zeros_like(p) for name, p in params.items()}
-    for sample in x.detach().split(1):
-        scalar = activation(layer(sample)).square().sum()
-        grads = torch.autograd.grad(scalar, list(params.values()))
-        for name, grad in zip(total, grads, strict=True):
-            total[name] += grad.abs() / len(x)
-    return total
+    omega = one_by_one(layer, [x.detach()], lambda y: squared_l2(activation(y)))
+    return {f"{prefix}.{name}": value for name, value in omega.items()}
 
 
 def identity(y: Tensor) -> Tensor:
@@ -78,38 +74,16 @@ def test_the_product_of_the_activities_of_both_ends():
     assert omega.energy == pytest.approx(model(x).square().sum(1).mean().item())
 
 
-LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "vectors": (lambda: nn.Linear(6, 4), (6,)),
-    "one position": (lambda: nn.Linear(6, 4), (1, 6)),
-    "positions": (lambda: nn.Linear(6, 4), (5, 6)),
-    "more positions, no bias": (lambda: nn.Linear(6, 4, bias=False), (3, 4, 6)),
-    "1d": (lambda: nn.Conv1d(4, 6, 3), (4, 9)),
-    "1d same": (lambda: nn.Conv1d(4, 6, 4, padding="same", dilation=2), (4, 9)),
-    "2d": (lambda: nn.Conv2d(4, 6, 3), (4, 7, 8)),
-    "2d pointwise": (lambda: nn.Conv2d(4, 6, 1), (4, 3, 3)),
-    "2d one position": (lambda: nn.Conv2d(4, 6, 3), (4, 3, 3)),
-    "2d without bias": (lambda: nn.Conv2d(4, 6, 3, bias=False), (4, 7, 8)),
-    "2d strides": (lambda: nn.Conv2d(4, 6, (3, 2), (2, 3), (1, 0)), (4, 8, 9)),
-    "2d dilation": (lambda: nn.Conv2d(4, 6, 3, dilation=(1, 2), padding=2), (4, 7, 8)),
-    "2d groups": (lambda: nn.Conv2d(4, 6, 3, groups=2, padding=1), (4, 5, 6)),
-    "2d depthwise": (lambda: nn.Conv2d(4, 8, 3, groups=4, stride=2), (4, 7, 7)),
-    "2d valid": (lambda: nn.Conv2d(4, 6, 3, padding="valid"), (4, 5, 5)),
-    "2d reflect": (lambda: nn.Conv2d(4, 6, 3, 1, (2, 1), padding_mode="reflect"), (4, 5, 6)),
-    "2d circular": (lambda: nn.Conv2d(4, 6, 3, 1, (2, 1), padding_mode="circular"), (4, 5, 6)),
-    "2d replicate": (lambda: nn.Conv2d(4, 6, 3, 1, "same", padding_mode="replicate"), (4, 5, 6)),
-    "2d channels last": (
-        lambda: nn.Conv2d(4, 6, 3).to(memory_format=torch.channels_last),
-        (4, 6, 6),
-    ),
-    "3d": (lambda: nn.Conv3d(4, 6, (2, 3, 2), (1, 2, 1), padding=1, groups=2), (4, 4, 5, 3)),
-}
+# Not a layer, and one that torch warns of.
+OTHERS = ("linear, twice", "conv2d, same, even kernel")
+LAYERS = [n for n in zoo.LAYERS if n.startswith(("linear", "conv")) and n not in OTHERS]
 
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_layers(name):
-    make, shape = LAYERS[name]
-    model, x = followed_by(torch.relu, make()), normal(7, *shape)
-    assert_same(measure(model, x.split(3)), by_autograd(model.layer, x))
+    layer, x, _ = zoo.build(name)
+    model = followed_by(torch.relu, layer)
+    assert_same(measure(model, x.split(3)), by_autograd(layer, x))
 
 
 # -- Followed by ReLU, or not ----------------------------------------------------------------------
@@ -226,11 +200,12 @@ def test_tied_convolutions_that_walk_differently():
     first, second = nn.Conv1d(2, 2, 3).double(), nn.Conv1d(2, 2, 3, stride=2, padding=1).double()
     second.weight = first.weight
     x = normal(5, 2, 11)
-    hidden = first(x).detach()
-    expected = torch.zeros_like(first.weight)
-    for k in range(5):
-        scalar = first(x[k : k + 1]).square().sum() + second(hidden[k : k + 1]).square().sum()
-        expected += torch.autograd.grad(scalar, first.weight)[0].abs() / 5
+    both = Net(lambda m, x: (m.first(x), m.second(m.first(x).detach())), first=first, second=second)
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        return torch.cat([y.flatten(1) for y in m(x)], 1)
+
+    expected = one_by_one(both, [x], forward=forward)["first.weight"]
     assert_same({"w": measure(nn.Sequential(first, second), [x])["0.weight"]}, {"w": expected})
 
 
@@ -270,15 +245,6 @@ def test_custom_batches_of_one_sample_may_have_rows_anywhere():
     batches = [{"deep": row} for row in x.split(1)]
     omega = measure(model, batches, forward=lambda model, batch: model(batch["deep"]))
     assert_same(omega, by_autograd(model.layer, x))
-
-
-@pytest.mark.parametrize("max_samples", [1, 4, 5, 10, 99])
-@pytest.mark.parametrize("forward", [None, lambda model, batch: model(batch)])
-def test_max_samples_cuts_a_batch(max_samples, forward):
-    model, x = followed_by(torch.relu), normal(10, 6)
-    omega = measure(model, x.split(4), max_samples=max_samples, forward=forward)
-    assert omega.num_samples == min(max_samples, 10)
-    assert_same(omega, by_autograd(model.layer, x[:max_samples]))
 
 
 # -- What is covered -------------------------------------------------------------------------------
@@ -386,11 +352,3 @@ def test_a_compiled_model():
     with torch.no_grad():
         compiled.eval()(x)  # as it will be called, so that nothing is compiled anew
     assert_same(measure(compiled, [x]), by_autograd(model.layer, x))
-
-
-def test_mas_takes_it():
-    model, x = followed_by(torch.relu), normal(5, 6)
-    mas = MAS(model)
-    mas.update_importance(x[:3].split(2), estimator="local")
-    mas.consolidate([x[3:]], estimator="local")
-    assert_same(mas.importance, by_autograd(model.layer, x))

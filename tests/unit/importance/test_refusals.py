@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
@@ -14,23 +13,35 @@ from torch.utils.checkpoint import checkpoint
 
 import mas_ext
 from mas_ext import MAS, estimate_importance
-from tests.support.unchanged import assert_identical, snapshot
+from tests.support.regularizers import assert_states_equal
+from tests.support.unchanged import snapshot
 from tests.support.zoo.layers import Net
 from tests.support.zoo.small import mlp, vectors
 
 X = vectors()
 ALL = ("per_sample", "batch", "local")
+GRADIENTS, EXACT, LOCAL = ALL[:2], ALL[:1], ALL[2:]
 
 
 class Refusal(NamedTuple):
-    """``words`` are what the message must hold: the name of what is wrong, and the remedy."""
-
     kind: type[Exception]
     words: tuple[str, ...]
-    model: Callable[[], nn.Module] = mlp
-    data: Callable[[], Any] = lambda: [X]
-    options: Mapping[str, Any] = MappingProxyType({})
-    estimators: tuple[str, ...] = ALL
+    model: Callable[[], nn.Module]
+    data: Callable[[], Any]
+    estimators: tuple[str, ...]
+    options: dict[str, Any]
+
+
+def refused(
+    kind: type[Exception],
+    *words: str,
+    model: Callable[[], nn.Module] = mlp,
+    data: Callable[[], Any] = lambda: [X],
+    by: tuple[str, ...] = ALL,
+    **options: Any,
+) -> Refusal:
+    """``words`` are what the message must hold: the name of what is wrong, and the remedy."""
+    return Refusal(kind, words, model, data, by, options)
 
 
 def of_linear(function: Callable[[Net, Tensor], Any]) -> Callable[[], nn.Module]:
@@ -60,147 +71,125 @@ def batch_statistics() -> nn.Module:
 
 def table_too() -> nn.Module:
     """The layer also works on a table that is no sample's."""
-    return Net(lambda m, x: m.layer(x) + m.layer(m.table), layer=nn.Linear(6, 2), table=(6,))
+    parts = {"layer": nn.Linear(6, 2), "table": (6,)}
+    return Net(lambda m, x: m.layer(x) + m.layer(m.table), **parts).double()
 
 
-GRADIENTS = ("per_sample", "batch")
-EXACT = ("per_sample",)
-LOCAL = ("local",)
+def standing(m: Net, x: Tensor) -> Tensor:
+    """The layer's rows are no samples."""
+    return m.layer(x.view(20, 3, 1).expand(20, 3, 2).flatten(1)).view(10, 4)
 
-REFUSALS: dict[str, Refusal] = {
+
+REFUSALS = {
     # data
-    "empty data": Refusal(ValueError, ("data", "no samples"), data=lambda: []),
-    "an exhausted iterator": Refusal(ValueError, ("data", "no samples"), data=lambda: iter([])),
-    "zero samples": Refusal(ValueError, ("data", "no samples"), data=lambda: [X[:0]]),
-    "a tensor": Refusal(TypeError, ("data", "Tensor", "[batch]"), data=lambda: X),
-    "a mapping": Refusal(TypeError, ("data", "dict", "[batch]"), data=lambda: {"x": X}),
-    "a number": Refusal(TypeError, ("data", "int"), data=lambda: 3),
-    "an unusual batch": Refusal(TypeError, ("data", "str", "forward="), data=lambda: ["text"]),
-    "an empty batch": Refusal(TypeError, ("data", "empty tuple", "forward="), data=lambda: [()]),
-    "no tensor": Refusal(TypeError, ("data", "forward="), data=lambda: [{"x": 3}]),
-    "NaN inputs": Refusal(
-        ValueError, ("'0.weight'", "NaN"), data=lambda: [with_nan_input()], estimators=GRADIENTS
-    ),
-    "NaN inputs, local": Refusal(
-        ValueError, ("'0.weight'", "NaN"), data=lambda: [with_nan_input()], estimators=LOCAL
-    ),
+    "empty data": refused(ValueError, "data", "no samples", data=lambda: []),
+    "an exhausted iterator": refused(ValueError, "data", "no samples", data=lambda: iter([])),
+    "zero samples": refused(ValueError, "data", "no samples", data=lambda: [X[:0]]),
+    "a tensor": refused(TypeError, "data", "Tensor", "[batch]", data=lambda: X),
+    "a mapping": refused(TypeError, "data", "dict", "[batch]", data=lambda: {"x": X}),
+    "a number": refused(TypeError, "data", "int", data=lambda: 3),
+    "an unusual batch": refused(TypeError, "data", "str", "forward=", data=lambda: ["text"]),
+    "an empty batch": refused(TypeError, "data", "empty tuple", "forward=", data=lambda: [()]),
+    "no tensor": refused(TypeError, "data", "forward=", data=lambda: [{"x": 3}]),
+    "NaN inputs": refused(ValueError, "'0.weight'", "NaN", data=lambda: [with_nan_input()]),
     # the model and its output
-    "a NaN parameter": Refusal(
-        ValueError, ("'2.weight'", "holds NaN"), with_nan_parameter, estimators=GRADIENTS
+    "a NaN parameter": refused(
+        ValueError, "'2.weight'", "holds NaN", model=with_nan_parameter, by=GRADIENTS
     ),
-    "NaN gradients": Refusal(
-        *(ValueError, ("'0.weight'", "NaN", "objective")),
-        options={"objective": lambda y: (y - y.detach()).sum(1).sqrt()},
-        estimators=GRADIENTS,
+    "NaN gradients": refused(
+        *(ValueError, "'0.weight'", "NaN", "objective"),
+        objective=lambda y: (y - y.detach()).sum(1).sqrt(),
+        by=GRADIENTS,
     ),
-    "NaN of a layer": Refusal(
-        *(ValueError, ("'layer.weight'", "NaN"), of_linear(lambda m, x: m.layer(x))),
-        options={"forward": lambda m, x: m(x / 0)},
-        estimators=LOCAL,
+    "NaN of a layer": refused(
+        *(ValueError, "'layer.weight'", "NaN"),
+        model=of_linear(lambda m, x: m.layer(x)),
+        forward=lambda m, x: m(x / 0),
+        by=LOCAL,
     ),
-    "a scalar": Refusal(
-        ValueError, ("sample dim", "forward="), of_linear(lambda m, x: m.layer(x).sum())
+    "a scalar": refused(
+        ValueError, "sample dim", "forward=", model=of_linear(lambda m, x: m.layer(x).sum())
     ),
-    "averaged samples": Refusal(
-        ValueError, ("sample dim", "forward="), of_linear(lambda m, x: m.layer(x).mean(0))
+    "averaged samples": refused(
+        ValueError, "sample dim", "forward=", model=of_linear(lambda m, x: m.layer(x).mean(0))
     ),
-    "integers": Refusal(
-        TypeError, ("dtype", "floating"), options={"forward": lambda m, b: m(b).long()}
+    "integers": refused(TypeError, "dtype", "floating", forward=lambda m, b: m(b).long()),
+    "no tensor out": refused(TypeError, "str", "forward=", forward=lambda m, b: "y"),
+    "batch statistics": refused(
+        ValueError, "'1'", "track_running_stats=True", model=batch_statistics
     ),
-    "no tensor out": Refusal(TypeError, ("str", "forward="), options={"forward": lambda m, b: "y"}),
-    "batch statistics": Refusal(ValueError, ("'1'", "track_running_stats=True"), batch_statistics),
-    "reentrant checkpointing": Refusal(
-        *(ValueError, ("use_reentrant=False",)),
-        of_linear(lambda m, x: checkpoint(m.layer, x, use_reentrant=True)),
-        estimators=GRADIENTS,
+    "reentrant checkpointing": refused(
+        *(ValueError, "use_reentrant=False"),
+        model=of_linear(lambda m, x: checkpoint(m.layer, x, use_reentrant=True)),
+        by=GRADIENTS,
     ),
-    "random numbers": Refusal(
-        *(ValueError, ("random", "dropout"), of_linear(lambda m, x: F.dropout(m.layer(x), 0.5))),
-        estimators=EXACT,
+    "random numbers": refused(
+        *(ValueError, "random", "dropout"),
+        model=of_linear(lambda m, x: F.dropout(m.layer(x), 0.5)),
+        by=EXACT,
     ),
-    "no parameters": Refusal(ValueError, ("parameter", "requires_grad"), frozen),
-    "detached": Refusal(
-        *(ValueError, ("objective", "detaches")),
-        options={"objective": lambda y: y.detach().sum(1)},
-        estimators=GRADIENTS,
+    "no parameters": refused(ValueError, "parameter", "requires_grad", model=frozen),
+    "detached": refused(
+        ValueError, "objective", "detaches", objective=lambda y: y.detach().sum(1), by=GRADIENTS
     ),
-    "no gradients": Refusal(
-        *(ValueError, ("forward", "no_grad")),
-        options={"forward": torch.no_grad()(lambda m, b: m(b))},
-        estimators=GRADIENTS,
+    "no gradients": refused(
+        ValueError, "forward", "no_grad", forward=torch.no_grad()(lambda m, b: m(b)), by=GRADIENTS
     ),
     # arguments
-    "params, unknown": Refusal(ValueError, ("params", "head.*"), options={"params": ["head.*"]}),
-    "params, a number": Refusal(TypeError, ("params", "globs"), options={"params": [3]}),
-    "on meta": Refusal(
-        ValueError, ("'weight'", "to_empty()"), lambda: nn.Linear(6, 3, device="meta")
+    "params, unknown": refused(ValueError, "params", "head.*", params=["head.*"]),
+    "params, a number": refused(TypeError, "params", "globs", params=[3]),
+    "on meta": refused(
+        ValueError, "'weight'", "to_empty()", model=lambda: nn.Linear(6, 3, device="meta")
     ),
-    "estimator": Refusal(
-        ValueError, ("estimator", "'per_sample'"), options={"estimator": "fisher"}, estimators=EXACT
+    "estimator": refused(ValueError, "estimator", "'per_sample'", by=("fisher",)),
+    "objective": refused(ValueError, "objective", "'squared_l2'", objective="l3", by=GRADIENTS),
+    "objective's shape": refused(
+        ValueError, "objective", "[10]", objective=lambda y: y, by=GRADIENTS
     ),
-    "objective": Refusal(
-        *(ValueError, ("objective", "'squared_l2'")),
-        options={"objective": "l3"},
-        estimators=GRADIENTS,
+    "objective's kind": refused(
+        ValueError, "objective", "float", objective=lambda y: 1.0, by=GRADIENTS
     ),
-    "objective's shape": Refusal(
-        ValueError, ("objective", "[10]"), options={"objective": lambda y: y}, estimators=GRADIENTS
+    "max_samples": refused(ValueError, "max_samples", "positive", max_samples=0),
+    "max_samples, a float": refused(ValueError, "max_samples", max_samples=1.5),
+    "progress": refused(TypeError, "progress", "True", progress=3),
+    "weighting": refused(
+        *(ValueError, "weighting", "estimator='batch'"), weighting="batches", by=EXACT + LOCAL
     ),
-    "objective's kind": Refusal(
-        *(ValueError, ("objective", "float")),
-        options={"objective": lambda y: 1.0},
-        estimators=GRADIENTS,
+    "weighting, unknown": refused(ValueError, "weighting", "'samples'", weighting="tasks"),
+    "training": refused(
+        *(ValueError, "training", "estimator='batch'"), training=True, by=EXACT + LOCAL
     ),
-    "max_samples": Refusal(ValueError, ("max_samples", "positive"), options={"max_samples": 0}),
-    "max_samples, a float": Refusal(ValueError, ("max_samples",), options={"max_samples": 1.5}),
-    "progress": Refusal(TypeError, ("progress", "True"), options={"progress": 3}),
-    "weighting": Refusal(
-        *(ValueError, ("weighting", "estimator='batch'")),
-        options={"weighting": "batches"},
-        estimators=("per_sample", "local"),
-    ),
-    "weighting, unknown": Refusal(
-        ValueError, ("weighting", "'samples'"), options={"weighting": "tasks"}
-    ),
-    "training": Refusal(
-        *(ValueError, ("training", "estimator='batch'")),
-        options={"training": True},
-        estimators=("per_sample", "local"),
-    ),
-    "training, a string": Refusal(TypeError, ("training", "True"), options={"training": "no"}),
+    "training, a string": refused(TypeError, "training", "True", training="no"),
     # the local estimator
-    "objective, local": Refusal(
-        *(ValueError, ("objective", "per_sample")), options={"objective": "l2"}, estimators=LOCAL
+    "objective, local": refused(ValueError, "objective", "per_sample", objective="l2", by=LOCAL),
+    "a callable, local": refused(
+        ValueError, "objective", "per_sample", objective=lambda y: y.sum(1), by=LOCAL
     ),
-    "a callable, local": Refusal(
-        *(ValueError, ("objective", "per_sample")),
-        options={"objective": lambda y: y.sum(1)},
-        estimators=LOCAL,
+    "no layers": refused(
+        ValueError, "Linear", "per_sample", model=lambda: nn.LayerNorm(6).double(), by=LOCAL
     ),
-    "no layers": Refusal(
-        ValueError, ("Linear", "per_sample"), lambda: nn.LayerNorm(6).double(), estimators=LOCAL
+    "no layer measured": refused(
+        *(ValueError, "Linear", "per_sample"),
+        model=lambda: nn.Sequential(nn.Linear(6, 4), nn.LayerNorm(4)).double(),
+        params=["1.*"],
+        by=LOCAL,
     ),
-    "no layer measured": Refusal(
-        *(ValueError, ("Linear", "per_sample")),
-        lambda: nn.Sequential(nn.Linear(6, 4), nn.LayerNorm(4)).double(),
-        options={"params": ["1.*"]},
-        estimators=LOCAL,
+    "a layer not called": refused(
+        *(ValueError, "called", "per_sample"),
+        model=of_linear(lambda m, x: x @ m.layer.weight.T),
+        by=LOCAL,
     ),
-    "a layer not called": Refusal(
-        *(ValueError, ("called", "per_sample")),
-        of_linear(lambda m, x: x @ m.layer.weight.T),
-        estimators=LOCAL,
+    "rows that are not samples": refused(
+        *(ValueError, "'layer.weight'", "one sample"),
+        model=of_linear(standing),
+        forward=lambda m, x: m(x),
+        by=LOCAL,
     ),
-    "rows that are not samples": Refusal(
-        *(ValueError, ("'layer.weight'", "one sample")),
-        of_linear(lambda m, x: m.layer(x.view(20, 3, 1).expand(20, 3, 2).flatten(1)).view(10, 4)),
-        options={"forward": lambda m, x: m(x)},
-        estimators=LOCAL,
-    ),
-    "a use without samples": Refusal(
-        *(ValueError, ("'layer.weight'", "one sample"), lambda: table_too().double()),
-        options={"forward": lambda m, x: m(x)},
-        estimators=LOCAL,
+    "a use without samples": refused(
+        *(ValueError, "'layer.weight'", "one sample"),
+        model=table_too,
+        forward=lambda m, x: m(x),
+        by=LOCAL,
     ),
 }
 
@@ -216,13 +205,13 @@ def test_refusals_name_the_remedy_and_change_nothing(name, estimator):
         estimate_importance(model, row.data(), **options)
     missing = [word for word in row.words if word not in str(raised.value)]
     assert not missing, str(raised.value)
-    assert_identical(snapshot(model), before)
+    assert_states_equal(snapshot(model), before)
     if "params" not in options and any(p.requires_grad for p in model.parameters()):
         mas = MAS(model)
         state = mas.state_dict()
         with pytest.raises(row.kind):
             mas.update_importance(row.data(), **options)
-        assert_identical(mas.state_dict(), state)
+        assert_states_equal(mas.state_dict(), state)
 
 
 # -- Errors half-way -------------------------------------------------------------------------------
@@ -244,7 +233,7 @@ def test_overflow_in_float16_is_an_error_that_changes_nothing(scale, first):
     batches = [torch.full((4, 2), s / 4) for s in (first, scale) if s is not None]
     with torch.autocast("cpu", torch.float16), pytest.raises(ValueError, match=r"'[01]\.weight'"):
         mas.update_importance(batches)
-    assert_identical(mas.state_dict(), before)
+    assert_states_equal(mas.state_dict(), before)
 
 
 PRESETS: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from unittest import mock
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ from torch import Tensor, nn
 from mas_ext import estimate_importance
 from mas_ext.importance import MatrixProduct, register_rule
 from mas_ext.importance.per_sample import rules
+from tests.support.oracle import assert_exact, one_by_one
+from tests.support.zoo.layers import Net
 
 NODE = "ProjectionBackward"
-WEIGHT = "project.weight"
+WEIGHT = "weight"
 
 
 class Projection(torch.autograd.Function):
@@ -31,25 +34,6 @@ class Projection(torch.autograd.Function):
         return grad @ weight.t(), x.flatten(0, -2).t() @ grad.flatten(0, -2)
 
 
-class Project(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(4, 3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return Projection.apply(x, self.weight)
-
-
-class Network(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(5, 4)
-        self.project = Project()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.project(torch.tanh(self.first(x)))
-
-
 def as_tensor(op, input):
     x, _ = op.saved_tensors
     return torch.einsum("bti,bto->bio", x, op.grad)
@@ -61,18 +45,17 @@ def as_product(op, input):
 
 
 @pytest.fixture(autouse=True)
-def _rules_as_they_were(monkeypatch):
+def _rules_as_they_were():
     """What a test registers is gone after it."""
-    before = dict(rules.RULES)
-    yield
-    rules.RULES.clear()
-    rules.RULES.update(before)
+    with mock.patch.dict(rules.RULES):
+        yield
 
 
 @pytest.fixture
-def network() -> Network:
+def network() -> Net:
     torch.manual_seed(0)
-    return Network().double()
+    parts = {"first": nn.Linear(5, 4), "weight": (4, 3)}
+    return Net(lambda m, x: Projection.apply(m.first(x).tanh(), m.weight), **parts).double()
 
 
 @pytest.fixture
@@ -80,30 +63,18 @@ def data() -> Tensor:
     return torch.randn(6, 7, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
-def assert_exact(model: nn.Module, data: Tensor, path: str) -> None:
+def check(model: nn.Module, data: Tensor, path: str) -> None:
     omega = estimate_importance(model, data.split([4, 2]))
     assert omega.coverage[WEIGHT] == path
-    for name, expected in batch_size_one(model, data).items():
-        torch.testing.assert_close(omega[name], expected, rtol=1e-12, atol=1e-12)
-
-
-def batch_size_one(model: nn.Module, data: Tensor) -> dict[str, Tensor]:
-    """Plain autograd, a sample at a time."""
-    sums = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
-    for k in range(len(data)):
-        scalar = model(data[k : k + 1]).square().sum()
-        grads = torch.autograd.grad(scalar, list(model.parameters()))
-        for total, grad in zip(sums.values(), grads, strict=True):
-            total += grad.abs() / len(data)
-    return sums
+    assert_exact(omega, one_by_one(model, [data]))
 
 
 @pytest.mark.parametrize("rule", [as_tensor, as_product])
 def test_a_rule_makes_the_path_direct_and_the_result_stays_exact(network, data, rule):
-    assert_exact(network, data, "generic")
+    check(network, data, "generic")
     assert register_rule(NODE)(rule) is rule
     # The same model: the plan that was made without the rule must not be used again.
-    assert_exact(network, data, "direct")
+    check(network, data, "direct")
 
 
 def test_the_rule_is_called_once_per_batch_with_the_operation(network, data):
@@ -137,7 +108,7 @@ WRONG = {
 def test_a_wrong_rule_is_found_and_the_result_is_exact(network, data, kind):
     register_rule(NODE)(WRONG[kind])
     with pytest.warns(UserWarning, match=WEIGHT):
-        assert_exact(network, data, "one sample at a time")
+        check(network, data, "one sample at a time")
 
 
 def test_a_case_that_the_rule_leaves_out_is_generic(network, data):
@@ -147,15 +118,15 @@ def test_a_case_that_the_rule_leaves_out_is_generic(network, data):
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert_exact(network, data, "generic")
+        check(network, data, "generic")
 
 
 def test_a_rule_that_is_replaced_is_checked_again(network, data):
     register_rule(NODE)(as_tensor)
-    assert_exact(network, data, "direct")
+    check(network, data, "direct")
     register_rule(NODE, override=True)(WRONG["a factor"])
     with pytest.warns(UserWarning, match=WEIGHT):
-        assert_exact(network, data, "one sample at a time")
+        check(network, data, "one sample at a time")
 
 
 def test_a_built_in_rule_is_replaced_only_on_request(network, data):
@@ -170,15 +141,15 @@ def test_a_built_in_rule_is_replaced_only_on_request(network, data):
         calls.append(input)
         return built_in(op, input)
 
-    assert_exact(copy.deepcopy(network), data, "generic")
+    check(copy.deepcopy(network), data, "generic")
     assert set(calls) == {0, 2}
 
 
-@pytest.mark.parametrize(
-    ("name", "error"),
-    [(None, TypeError), (Projection, TypeError), ("", ValueError), ("AddBackward0", ValueError),
-     (" ScaleBackward", ValueError)],
-)  # fmt: skip
+BAD = [(None, TypeError), (Projection, TypeError)]
+BAD += [(name, ValueError) for name in ("", "AddBackward0", " ScaleBackward")]
+
+
+@pytest.mark.parametrize(("name", "error"), BAD)
 def test_bad_names_are_refused(name, error):
     before = dict(rules.RULES)
     with pytest.raises(error, match="node_name"):

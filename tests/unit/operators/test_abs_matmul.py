@@ -62,54 +62,6 @@ def test_omega_and_a_factor_may_interleave(module: Any) -> None:
     check(State(omega=[omega], left=[left[..., :5]], right=[torch.randn(3, 5, 6)]), module)
 
 
-@each_module
-def test_by_hand(module: Any) -> None:
-    """Two positions that cancel within the first sample, and don't across samples."""
-    left = torch.tensor([[[1.0], [1.0]], [[2.0], [0.0]]])
-    right = torch.tensor([[[3.0], [-3.0]], [[-5.0], [7.0]]])
-    omega = torch.tensor([[100.0]])
-    module.accumulate_abs_matmul_(omega, left, right, 0.5)
-    assert omega.item() == 105.0
-
-
-@each_module
-@pytest.mark.parametrize("scale", [0.0, 1.0, 1 / 3, 1e-8, 1e8])
-def test_scale(module: Any, scale: float) -> None:
-    check(make(Size(7, 5, 13, 29)), module, scale)
-
-
-def test_magnitudes_are_taken_after_the_sum_over_positions() -> None:
-    for t, share in ((30, 0.5), (1, 1.0)):  # with one position the bound is attained
-        state = make(Size(6, t, 40, 50))
-        (left,), (right,) = state.left, state.right
-        bound = torch.einsum("btp,btd->pd", left.abs(), right.abs())
-        state.omega[0].zero_()
-        value = result(state)
-        assert bool((value <= bound * (1 + 1e-5)).all())
-        assert float(value.sum()) <= share * float(bound.sum()) * (1 + 1e-5)
-
-
-@pytest.mark.parametrize("t", [1, 4, 40])
-def test_samples_in_one_call_or_in_several(t: int) -> None:
-    state, whole = make(Size(19, t, 20, 70)), make(Size(19, t, 20, 70))
-    for left, right in zip(state.left[0].split(6), state.right[0].split(6), strict=True):
-        result(State(omega=state.omega, left=[left], right=[right]))
-    torch.testing.assert_close(state.omega[0], result(whole))
-
-
-def test_agrees_with_autograd_sample_by_sample() -> None:
-    layer = torch.nn.Conv1d(3, 8, 5)
-    images = torch.randn(4, 3, 20)
-    output = layer(images)
-    columns = images.unfold(2, 5, 1).transpose(2, 3).flatten(1, 2)  # [sample, channel·tap, place]
-    omega, wanted = torch.zeros(8, 15), torch.zeros(8, 15)
-    functional.accumulate_abs_matmul_(omega, 2 * output.detach().mT, columns.mT)
-    for one in output:
-        (grad,) = torch.autograd.grad(one.square().sum(), layer.weight, retain_graph=True)
-        wanted += grad.flatten(1).abs()
-    torch.testing.assert_close(omega, wanted)
-
-
 @each_dtype
 @pytest.mark.parametrize("size", [Size(32, 16, 130, 300), Size(300, 1, 90, 300)], ids=str)
 def test_same_bits_for_any_number_of_threads(size: Size, dtype: torch.dtype) -> None:

@@ -88,9 +88,7 @@ def test_the_sound_state_is_accepted(op: str) -> None:
     default_kernel(op, sound(op), Scalars())
 
 
-# ================================================================================================
-# One bad tensor, which replaces the second of a list
-# ================================================================================================
+# -- One bad tensor, which replaces the second of a list -------------------------------------------
 Spoil = Callable[[Tensor], Tensor]
 SUPPORTED = "pass float32, float64, bfloat16 or float16"
 ANYWHERE: dict[str, tuple[Spoil, str]] = {
@@ -172,9 +170,7 @@ def test_list_lengths(op: str, k: int, change: str) -> None:
         call(functional, op, on_meta)
 
 
-# ================================================================================================
-# Ω in codes, and their scales
-# ================================================================================================
+# -- Ω in codes, and their scales ------------------------------------------------------------------
 def in_codes(op: str) -> State:
     """The first Ω is float32, the second in codes of three blocks."""
     state = make(op, [torch.float32, torch.bfloat16], [(4, 5), (30, 20)])
@@ -232,9 +228,7 @@ def test_codes_and_scales(op: str, kind: str) -> None:
     refused(op, state, *words)
 
 
-# ================================================================================================
-# Shared memory
-# ================================================================================================
+# -- Shared memory ---------------------------------------------------------------------------------
 # Two windows of 6 elements into a base of 16 that have at least one in common.
 OVERLAPS = {
     "same": lambda base: (base[:6], base[:6]),
@@ -315,9 +309,7 @@ def test_written_tensor_overlaps_itself(op: str, name: str, kind: str) -> None:
     refused(op, state, f"{name}[1]", "overlaps itself", "clone()")
 
 
-# ================================================================================================
-# Scalars and options
-# ================================================================================================
+# -- Scalars and options ---------------------------------------------------------------------------
 OUT_OF_RANGE = {"negative": -1.0, "tiny": -1e-30, "nan": math.nan, "inf": math.inf}
 SCALARS = [(op, n) for op in ROWS for n in OPERATORS[op].scalars if n != "found_inf"]
 
@@ -395,9 +387,7 @@ def test_an_unknown_mode(op: str) -> None:
     refused(op, sound(op), "mode", "'gradient' or 'proximal'", error=ValueError, mode="newton")
 
 
-# ================================================================================================
-# accumulate_abs_matmul_
-# ================================================================================================
+# -- accumulate_abs_matmul_ ------------------------------------------------------------------------
 MATMUL: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]], tuple[str, ...]]] = {
     "omega_1d": (lambda o, x, y: {"omega": o[0]}, ("omega", "[p, d]")),
     "left_2d": (lambda o, x, y: {"left": x[0]}, ("left", "[samples, positions, p]")),

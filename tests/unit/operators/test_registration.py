@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -37,6 +38,7 @@ from tests.support.operators import (
     raw_arguments,
     samples,
     small,
+    written,
 )
 from tests.support.tensors import (
     DTYPES,
@@ -61,14 +63,10 @@ def call_function(op: str, state: State) -> Outcome:
 def call_operator(op: str, state: State) -> Outcome:
     with torch.no_grad():
         raw(op)(*raw_arguments(op, state))
-    return Outcome(None, [t for name in OPERATORS[op].written for t in getattr(state, name)])
+    return Outcome(None, written(op, state))
 
 
 each_caller = pytest.mark.parametrize("caller", [call_function, call_operator])
-
-
-def written(op: str, state: State) -> list[Tensor]:
-    return [t for name in OPERATORS[op].written for t in getattr(state, name)]
 
 
 def versions(op: str, state: State) -> list[int]:
@@ -79,9 +77,7 @@ def assert_states_close(mine: State, theirs: State) -> None:
     torch.testing.assert_close(vars(mine), vars(theirs))
 
 
-# ================================================================================================
-# opcheck: schema, autograd registration, fake kernel, and tracing with dynamic shapes
-# ================================================================================================
+# -- opcheck: schema, autograd registration, fake kernel, and tracing with dynamic shapes ----------
 # Tracing doesn't depend on the values, so large tensors would only take time.
 OPCHECK = [
     Sample("float32", "empty_list"),
@@ -125,9 +121,7 @@ def test_arguments_with_defaults_may_be_left_out(op: str) -> None:
     opcheck(raw(op), tuple(raw_arguments(op, small(op))[:needed]))
 
 
-# ================================================================================================
-# Without memory: fake tensors of a GPU that needn't be there, and meta tensors
-# ================================================================================================
+# -- Without memory: fake tensors of a GPU that needn't be there, and meta tensors -----------------
 def on_device(op: str, device: torch.device) -> State:
     """Lists of both accumulation dtypes, so that a value has to be float64."""
     if not OPERATORS[op].takes_lists:
@@ -161,9 +155,7 @@ def test_fake_results_of_an_empty_list_are_where_the_strength_is() -> None:
     assert (value.device.type, value.dtype, value.shape) == ("cuda", torch.float32, ())
 
 
-# ================================================================================================
-# Gradients
-# ================================================================================================
+# -- Gradients -------------------------------------------------------------------------------------
 SHAPES = [(3,), (2, 2), (), (0,)]
 N = len(SHAPES)
 
@@ -237,14 +229,6 @@ def test_gradients_are_those_of_autograd(op: str, dtype: str, kept: str | None) 
         torch.testing.assert_close(mine, theirs, rtol=bound, atol=bound * largest)
 
 
-def test_gradient_of_the_gradients_alone() -> None:
-    """Backward where the value takes no part, and where one of the gradients doesn't."""
-    inputs = double_inputs()
-    results = flat("penalty_and_grad")(*inputs)
-    (curvature,) = torch.autograd.grad(results[1].sum(), inputs[0])
-    torch.testing.assert_close(curvature, inputs[-1] * inputs[2 * N], rtol=1e-14, atol=0)
-
-
 @each_differentiable
 def test_a_negative_strength_in_a_tensor(op: str) -> None:
     """A backward pass with a negative incoming gradient calls the operator with one."""
@@ -272,9 +256,8 @@ def test_writing_operators_record_nothing(op: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(written(op, state), written(op, plain)))  # noqa: B905
 
 
-# ================================================================================================
-# Version counters. Functions that write skip the dispatcher's upper half where nobody is in it
-# ================================================================================================
+# -- Version counters ---------------------------------------------------------------------------
+# Functions that write skip the dispatcher's upper half where nobody is in it.
 @each_op
 @each_caller
 def test_versions_rise_where_written_and_nowhere_else(op: str, caller: Callable) -> None:
@@ -428,9 +411,7 @@ def test_transforms_give_what_they_give_of_the_operator(op: str, transformed: Ca
         assert mine == theirs
 
 
-# ================================================================================================
-# torch.compile
-# ================================================================================================
+# -- torch.compile ---------------------------------------------------------------------------------
 Lists = dict[str, list[Tensor]]
 
 
@@ -459,9 +440,13 @@ def compile_and_count(
 
 
 def check_compiled(
-    op: str, make: Callable[[], State], scalars: list[Scalars], backend: str = "aot_eager"
+    op: str,
+    make: Callable[[], State],
+    scalars: list[Scalars],
+    backend: str = "aot_eager",
+    compilations: int = 1,
 ) -> None:
-    """Compiled equals eager, writes only where it should, and isn't compiled again."""
+    """Compiled equals eager, writes only where it should, and is compiled no more than that."""
     step = training_step(op)
     compiled, counter = compile_and_count(step, backend)
     counts = set()
@@ -471,7 +456,7 @@ def check_compiled(
         torch.testing.assert_close(results, expected)
         assert_states_close(mine, theirs)
         counts.add(counter.frame_count)
-    assert len(counts) == 1
+    assert len(counts) <= compilations
 
 
 STRENGTHS = [Scalars(lambda_reg=strength, lr=strength / 3) for strength in (0.5, 2.0, 7.0)]
@@ -485,22 +470,16 @@ INDUCTOR = ["penalty_and_grad", "add_penalty_grad_", "accumulate_abs_matmul_"]
 )
 def test_compiled_equals_eager_and_new_strengths_do_not_recompile(op: str, backend: str) -> None:
     check_compiled(op, lambda: small(op), [s.as_tensors() for s in STRENGTHS], backend)
-
-
-@pytest.mark.parametrize("op", [op for op in ALL if "nesterov" not in op])
-def test_compiled_with_numbers(op: str) -> None:
-    check_compiled(op, lambda: small(op, torch.bfloat16), STRENGTHS[:1])
+    if backend != "inductor" and "nesterov" not in op:  # a number becomes symbolic at the second
+        numbers = STRENGTHS if op in ("penalty", "proximal_step_") else STRENGTHS[:1]
+        check_compiled(op, lambda: small(op, torch.bfloat16), numbers, compilations=len(numbers))
 
 
 @pytest.mark.parametrize("kept", KEPT)
 @pytest.mark.parametrize("op", [*PENALTY_OPS, "momentum gradient", "adamw proximal"])
 def test_compiled_with_a_kept_omega(op: str, kept: str) -> None:
-    dtypes = [torch.bfloat16] * 2
-    shapes = [(4, 5), (300,)]
-
-    def make() -> State:
-        return make_state(dtypes, shapes, kept=kept, moments=OPERATORS[op].moments)
-
+    sample = Sample("bfloat16", "255_256_257", kept=kept)
+    make = partial(sample.make, OPERATORS[op].moments)
     check_compiled(op, make, [s.as_tensors() for s in STRENGTHS[:2]])
 
 

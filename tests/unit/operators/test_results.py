@@ -18,7 +18,6 @@ from tests.support.operators import (
     OPS,
     PENALTY_OPS,
     STEPS,
-    WRITING,
     Outcome,
     Scalars,
     assert_right,
@@ -91,9 +90,7 @@ def test_inference_mode(op: str) -> None:
         check(op, small(op))
 
 
-# ================================================================================================
-# Scalars
-# ================================================================================================
+# -- Scalars ---------------------------------------------------------------------------------------
 SCALARS = {
     "no_grad_scale": Scalars(grad_scale=None),
     "loss_scale": Scalars(grad_scale=65536.0),
@@ -144,9 +141,7 @@ def test_no_penalty_changes_nothing(op: str, why: str, dtype: torch.dtype) -> No
         assert torch.equal(now, torch.zeros_like(now) if old is None else old)
 
 
-# ================================================================================================
-# What the formulas imply
-# ================================================================================================
+# -- What the formulas imply -----------------------------------------------------------------------
 @each_dtype
 @pytest.mark.parametrize("op", [op for op in PENALTY_OPS if op != "penalty"])
 def test_values_have_the_bits_of_the_penalty(op: str, dtype: torch.dtype) -> None:
@@ -217,9 +212,7 @@ def test_overflowing_strengths_keep_parameters_without_importance(op: str, kind:
         assert bool(state.params[0][0].isfinite())
 
 
-# ================================================================================================
-# What isn't finite must be seen, not hidden
-# ================================================================================================
+# -- What isn't finite must be seen, not hidden ----------------------------------------------------
 NAMES = [(op, name) for op in LISTS for name in OPERATORS[op].lists]
 
 
@@ -248,19 +241,7 @@ def test_infinite_gradients_come_through() -> None:
         assert omega.isinf().nonzero().flatten().tolist() == [37]
 
 
-# ================================================================================================
-# Views (see also test_properties.py)
-# ================================================================================================
-@pytest.mark.parametrize("op", [op for op in OPS if op in WRITING])
-def test_long_interleaved_columns_of_one_base_are_written(op: str) -> None:
-    """Their memory ranges meet although no element is shared, so they mustn't be refused."""
-    state = make_state([torch.float32] * 3, [(20_000,)] * 3)
-    written = lists_of(op, state)[written_argument(op)]
-    base = torch.stack(written, dim=1)
-    written[:] = [base[:, k] for k in range(3)]
-    check(op, state)
-
-
+# -- Views (see also test_properties.py) -----------------------------------------------------------
 @pytest.mark.parametrize(("op", "name"), [pair for pair in NAMES if pair[1] != "omega"])
 def test_lazily_negated_tensors_can_be_read(op: str, name: str) -> None:
     """The imaginary part of a conjugate is stored with the other sign than it has."""
@@ -273,9 +254,7 @@ def test_lazily_negated_tensors_can_be_read(op: str, name: str) -> None:
     check(op, state)
 
 
-# ================================================================================================
-# The same bits every time
-# ================================================================================================
+# -- The same bits every time ----------------------------------------------------------------------
 LARGE = [(140_001,), (100, 1003), (7,)]  # threads are woken from 131072 elements on
 # Every list operator with every dtype, every step with two of them in turn.
 LARGE_CASES = [(op, dtype) for op in OPS for dtype in DTYPES]

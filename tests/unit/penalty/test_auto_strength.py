@@ -18,6 +18,7 @@ from tests.support.regularizers import (
     penalty_by_hand,
     plain_state,
     refusal,
+    train,
 )
 from tests.support.zoo.small import mlp, vectors
 
@@ -160,11 +161,10 @@ EQUAL_STEPS = {
 
 @pytest.mark.parametrize("mode", ["gradient", "proximal"])
 @pytest.mark.parametrize("kind", EQUAL_STEPS)
-@pytest.mark.parametrize("is_fused", [False, True])
-def test_what_pushes_decides(kind, mode, is_fused):
+@pytest.mark.parametrize("is_ours", [False, True])
+def test_what_pushes_decides(kind, mode, is_ours):
     """A proximal step after an optimizer whose steps have one size has another λ."""
-    fused = getattr(mas_ext.optim, kind, None)
-    if is_fused and not fused:
+    if is_ours and not hasattr(mas_ext.optim, kind):
         return
     ends = []
     for is_auto in (True, False):
@@ -172,15 +172,7 @@ def test_what_pushes_decides(kind, mode, is_fused):
         if not is_auto:
             by_steps = mode == "proximal" and EQUAL_STEPS[kind]
             mas.lambda_reg = mas.lambda_proximal if by_steps else mas.lambda_reg
-        if is_fused:
-            optimizer = fused(model.parameters(), lr=0.01, mas=mas, mode=mode)
-        else:
-            optimizer = getattr(torch.optim, kind)(model.parameters(), lr=0.01)
-            mas.attach(optimizer, mode)
-        for _ in range(3):
-            optimizer.zero_grad()
-            model(X).sum().backward()
-            optimizer.step()
+        train(model, mas, kind, mode, is_ours)
         ends.append(model.state_dict())
     assert_states_equal(*ends)
 

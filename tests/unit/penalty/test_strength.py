@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-import mas_ext
 from mas_ext import MAS
 from tests.support.regularizers import (
     assert_refused,
@@ -15,6 +14,7 @@ from tests.support.regularizers import (
     learned,
     penalty_by_hand,
     refusal,
+    train,
 )
 from tests.support.zoo.small import mlp, vectors
 
@@ -51,19 +51,9 @@ def test_a_proximal_step_pulls_each_group_by_its_own():
 @pytest.mark.parametrize("kind", ["SGD", "AdamW"])
 def test_the_fused_optimizers_do_what_attach_does(kind, mode):
     ends = []
-    for is_fused in (False, True):
+    for is_ours in (False, True):
         model, mas = learned(GROUPS)
-        if is_fused:
-            fused = getattr(mas_ext.optim, kind)
-            optimizer = fused(model.parameters(), lr=0.01, mas=mas, mode=mode)
-        else:
-            optimizer = getattr(torch.optim, kind)(model.parameters(), lr=0.01)
-            handle = mas.attach(optimizer, mode)
-        for _ in range(3):
-            optimizer.zero_grad()
-            model(X).square().mean().backward()
-            optimizer.step()
-        last = optimizer.last_penalty if is_fused else handle.last_penalty
+        last = train(model, mas, kind, mode, is_ours)
         ends.append([*model.parameters(), last])
     torch.testing.assert_close(*ends)
 
