@@ -87,6 +87,7 @@ BAD = {
     "text": ("strong", TypeError, "'strong'", "'auto'"),
     "unmatched": ({"0.*": 1.0}, ValueError, "'2.weight'", "'*'"),
     "matches nothing": ({"conv.*": 1.0, "*": 1.0}, ValueError, "'conv.*'", "no parameter"),
+    "decides nothing": ({"*": 1.0, "0.*": 0.0}, ValueError, "'0.*'", "first"),
     "negative": ({"*": -1.0}, ValueError, "-1", "negative"),
     "empty": ({}, ValueError, "empty", "{'*': number}"),
     "key": ({0: 1.0}, TypeError, "0", "globs"),

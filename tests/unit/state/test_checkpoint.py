@@ -329,6 +329,13 @@ def test_when_not_strict_parameters_may_join_and_be_left_out(saved):
     assert set(mas.anchor) == {"0.bias", "2.weight", "2.bias"}
 
 
+def test_a_state_of_which_nothing_fits_is_refused_even_when_not_strict(saved):
+    mas = MAS(nn.ModuleDict({"backbone": mlp(torch.float32)}))
+    with pytest.raises(ValueError, match="no parameter.*wrapped"):
+        mas.load(saved, strict=False)
+    assert mas.num_tasks == 0
+
+
 DAMAGED = [
     ("num_tasks", None),
     ("tasks", {}),
