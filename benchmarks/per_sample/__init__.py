@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -29,14 +28,12 @@ from benchmarks.per_sample.providers import (
     take,
     vmapped,
 )
-from mas_ext import estimate_importance
 
 QUICK = ("mlp", "cnn")
 QUICK_BATCH = 8  # samples
 TOLERANCE = 1e-3  # float32
 MOST_ROUNDS_SKIPPED = 4  # a slow provider takes part in every fourth round or more often
 MEMORY_OF = (memory.PLAIN, OURS, BATCH_MEAN, BATCH_SIZE_1, UNCHUNKED)  # a process each
-FRESH_MODELS = 3  # whose first call is timed
 
 
 def error(omega: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> tuple[float, str]:
@@ -123,17 +120,6 @@ def _one_line(reason: Exception) -> str:
     return f"{type(reason).__name__}: {text[:100]}{'…' if len(text) > 100 else ''}"
 
 
-def first_call(workload: Workload, batch: Any) -> tuple[float, dict[str, int]]:
-    """Seconds that ours takes on a new model, and the number of parameters by path."""
-    seconds = []
-    for _ in range(FRESH_MODELS):
-        model = workload.model()
-        begin = perf_counter()
-        importance = estimate_importance(model, [batch])
-        seconds.append(perf_counter() - begin)
-    return statistics.median(seconds), dict(Counter(importance.coverage.values()))
-
-
 def extra_memory(workload: str, chunk: int) -> dict[str, int | None]:
     """Bytes at the peak beyond those of a forward and backward pass, two processes at a time."""
     if not can_measure_memory():
@@ -161,7 +147,6 @@ def measure(name: str, options: Options, budget: float) -> Result:
     options.progress(f"{workload.title}: timing at most {options.rounds} rounds")
     every = verified.every(options.rounds)
     seconds = interleave(verified.steps, options.rounds, every, budget)
-    first, coverage = first_call(workload, batch)
     options.progress(f"{workload.title}: peak memory, in a process per provider")
     reference = min(BATCH_MEANS, key=lambda mean: statistics.median(seconds[mean]))
 
@@ -189,8 +174,6 @@ def measure(name: str, options: Options, budget: float) -> Result:
         },
         "skipped": verified.skipped,
         "chunk": chunk,
-        "first_call_seconds": first,
-        "coverage": coverage,
         "extra_bytes": {} if options.quick else extra_memory(name, chunk),
     }
 
