@@ -114,9 +114,7 @@ def measure(job: Job, size: Size, options: Options, budget: float | None = None)
     seconds = interleave(calls, options.rounds, budget=budget)
     return {
         "title": size.title,
-        "tensors": count,
         "parameters": state.numel,
-        "bytes_of_one_pass": job.bytes_per_parameter * state.numel,
         "rounds": len(seconds[roofline.NAME]),
         "providers": {name: _summary(job, state.numel, seconds, name) for name in seconds},
         "skipped": {name: reason for name, reason in reasons.items() if reason},

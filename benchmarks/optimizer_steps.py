@@ -44,11 +44,8 @@ def _moments(s: State) -> Moments:
 
         first = [normal(p) for p in s.params]
         second = [normal(p).square_() + 1e-5 for p in s.params]
-        places = {"fused": device, "foreach": torch.device("cpu")}
-        steps = {
-            which: [torch.tensor(STEPS, device=place) for _ in s.params]
-            for which, place in places.items()
-        }
+        fused = [torch.tensor(STEPS, device=device) for _ in s.params]
+        steps = {"fused": fused, "foreach": [torch.tensor(STEPS) for _ in fused]}
         s.cache["moments"] = Moments(first, second, steps)
     return s.cache["moments"]
 

@@ -74,7 +74,6 @@ class Verified:
     def __init__(self, workload: Workload, batch: Any, chunk: int) -> None:
         self.steps: dict[str, Step] = {}
         self.estimates: dict[str, float] = {}  # seconds per call
-        self.errors: dict[str, float] = {}
         self.skipped: dict[str, str] = {}
         self.kept = 1.0  # the share of Ω that the batch-mean finds
         prepared = providers(chunk)
@@ -99,9 +98,9 @@ class Verified:
             assert name == BATCH_MEAN or abs(kept - self.kept) <= TOLERANCE, (kept, self.kept)
             self.kept = kept
             return
-        self.errors[name], worst = error(omega, expected)
-        if not self.errors[name] <= TOLERANCE:
-            raise Unsupported(f"Ω of {worst} is wrong by {self.errors[name]:.0%}")
+        off, worst = error(omega, expected)
+        if not off <= TOLERANCE:
+            raise Unsupported(f"Ω of {worst} is wrong by {off:.0%}")
 
     def every(self, rounds: int) -> dict[str, int]:
         """Slow providers take part in fewer rounds; ours and what it is compared with in all."""
@@ -168,7 +167,6 @@ def measure(name: str, options: Options, budget: float) -> Result:
                 "seconds": spread(values),
                 "time_over_batch_mean": over(provider, reference),
                 "time_over_ours": over(provider, OURS),
-                "error": verified.errors.get(provider),
             }
             for provider, values in seconds.items()
         },

@@ -150,11 +150,8 @@ def measure(name: str, options: Options, budget: float) -> Result:
     options.progress(f"{workload.title}: verifying and timing the end of a task")
     return {
         "title": workload.title,
-        "details": workload.details,
-        "optimizer": f"torch's fused {workload.optimizer}",
         "batch_size": workload.batch_size,
         "parameters": sum(p.numel() for p in params),
-        "tensors": len(params),
         "rounds": len(seconds[PLAIN]),
         "providers": {
             provider: _summary(seconds[provider], seconds[PLAIN], step.in_the_loss)
