@@ -63,15 +63,15 @@ class Problem(NamedTuple):
     right: Tensor
 
 
-def make(case: Case) -> Problem:
-    generator = torch.Generator().manual_seed(0)
+def make(case: Case, device: str = "cpu") -> Problem:
+    generator = torch.Generator(device).manual_seed(0)
 
     def factor(size: int) -> Tensor:
-        if case.conv:
-            return torch.randn(SAMPLES, size, case.positions, generator=generator).mT
-        return torch.randn(SAMPLES, case.positions, size, generator=generator)
+        shape = (size, case.positions) if case.conv else (case.positions, size)
+        values = torch.randn(SAMPLES, *shape, generator=generator, device=device)
+        return values.mT if case.conv else values
 
-    return Problem(torch.zeros(case.p, case.d), factor(case.p), factor(case.d))
+    return Problem(torch.zeros(case.p, case.d, device=device), factor(case.p), factor(case.d))
 
 
 def fused(x: Problem) -> None:
@@ -102,13 +102,13 @@ def check(x: Problem, step: Callable[[Problem], None], what: str) -> None:
     )
 
 
-def measure(case: Case, rounds: int, budget: float | None = None) -> Result:
+def measure(case: Case, rounds: int, budget: float | None = None, device: str = "cpu") -> Result:
     """Every provider is verified, then all are timed in interleaved rounds."""
-    x = make(case)
+    x = make(case, device)
     for name, step in PROVIDERS.items():
         check(x, step, f"{case.title}, {name}")
-    rows = torch.randn(case.p, SAMPLES * case.positions)
-    columns = torch.randn(SAMPLES * case.positions, case.d)
+    rows = torch.randn(case.p, SAMPLES * case.positions, device=device)
+    columns = torch.randn(SAMPLES * case.positions, case.d, device=device)
     calls = {name: partial(step, x) for name, step in PROVIDERS.items()}
     seconds = interleave({PRODUCT: lambda: torch.mm(rows, columns), **calls}, rounds, budget=budget)
     medians = {name: median(values) for name, values in seconds.items()}

@@ -20,6 +20,7 @@ class Options:
         seconds: time limit of all rounds of the benchmark, without preparation and checks.
         sizes, workloads: names of items; empty for all.
         seeds: random seeds of the benchmarks that train networks.
+        device: of the benchmarks of operators; `make gpu` runs them on a GPU.
         progress: shows what is being done.
     """
 
@@ -29,6 +30,7 @@ class Options:
     sizes: tuple[str, ...] = ()
     workloads: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (0, 1, 2)
+    device: str = "cpu"
     progress: Callable[[str], None] = lambda text: None
 
 

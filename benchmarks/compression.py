@@ -31,13 +31,9 @@ def of_demo(**short: int) -> tuple[nn.Module, Omega]:
 
     settings = Settings(**short | {"tasks": 1})
     (task,) = tasks_of(settings)
-    network = learn("finetune", [task], settings, _silently).first_network
+    network = learn("finetune", [task], settings, lambda *_: None).first_network
     assert network is not None
     return network, estimate_importance(network, measured_batches(task, settings))
-
-
-def _silently(doing: str, step: int) -> None:
-    """Shows no progress."""
 
 
 def of_model(name: str, **short: int) -> tuple[nn.Module, Omega]:
@@ -93,7 +89,9 @@ def of_learning(options: Options) -> Result:
             options.progress(f"learning with Ω in {state_dtype}, seed {seed}")
             settings = Settings(seed=seed, methods=METHODS, state_dtype=state_dtype, **short)
             for method in METHODS:
-                matrix = learn(method, tasks_of(settings), settings, _silently).accuracy_matrix
+                matrix = learn(
+                    method, tasks_of(settings), settings, lambda *_: None
+                ).accuracy_matrix
                 found[method].append(
                     {"average_accuracy": average_accuracy(matrix), "forgetting": forgetting(matrix)}
                 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator
-from time import perf_counter
 
 from benchmarks.benchmark import Benchmark, Options, Result
 from benchmarks.measure import deviation
@@ -19,7 +18,7 @@ def _run(options: Options) -> Iterator[tuple[str, Result]]:
     from mas_ext.demo.learning import METHODS
 
     short = QUICK if options.quick else {}
-    runs, begin = {}, perf_counter()
+    runs = {}
     for seed in options.seeds:
         options.progress(f"seed {seed}")
         methods = run_demo(Settings(seed=seed, **short)).results["methods"]
@@ -37,7 +36,6 @@ def _run(options: Options) -> Iterator[tuple[str, Result]]:
             {
                 "title": f"Permuted digits, {Settings(**short).tasks} tasks",
                 "labels": {name: METHODS[name].label for name in methods},
-                "seconds_a_seed": (perf_counter() - begin) / len(runs),
                 "summary": summary,
                 "runs": dict(runs),
             },

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks import roofline
 from benchmarks.benchmark import Benchmark, Options, Result
-from benchmarks.measure import growth_of, interleave, ratios, spread
+from benchmarks.measure import interleave, ratios, spread
 from benchmarks.state import SIZES, Size, State, assert_same, flatten, make_state
 
 Step = Callable[[State], Tensor | None]
@@ -93,40 +93,43 @@ def check(job: Job, providers: Sequence[Provider], listed: State, flat: State) -
                 result.double(), value, rtol=VALUE_TOLERANCE, atol=0.0, msg=f"{what}: the value"
             )
         with torch.no_grad():
-            torch._foreach_copy_(written, start)
+            for tensor, value_before in zip(written, start, strict=True):
+                tensor.copy_(value_before)
 
 
 def measure(job: Job, size: Size, options: Options, budget: float | None = None) -> Result:
-    """One size: every provider is verified, then timed in interleaved rounds, then memory."""
+    """One size: every provider is verified, then timed in interleaved rounds."""
     torch.compiler.reset()  # the last size's graphs would count against the recompilation limit
-    state = make_state(size.shapes())
+    state = make_state(size.shapes(), device=options.device)
     count = len(state.params)
     flat = flatten(state) if count > 1 and size.has_flat else state
     reasons = {p.name: p.skip_reason(count, size.has_flat, options.quick) for p in job.providers}
     providers = [p for p in job.providers if reasons[p.name] is None]
 
     options.progress(f"{size.title}: verifying against float64, compiling")
-    roofline.check(len(job.streams(state)))
     check(job, providers, state, flat)
     options.progress(f"{size.title}: timing at most {options.rounds} rounds")
     steps = {p.name: partial(p.step, flat if p.flat else state) for p in providers}
-    calls = {roofline.NAME: roofline.make(job.streams(state)), **steps}
+    calls = {roofline.NAME: _yardstick(job, state), **steps}
     seconds = interleave(calls, options.rounds, budget=budget)
-    extra = {name: growth_of(step) for name, step in steps.items()}
     return {
         "title": size.title,
-        "tensors": count,
         "parameters": state.numel,
-        "bytes_of_one_pass": job.bytes_per_parameter * state.numel,
         "rounds": len(seconds[roofline.NAME]),
-        "providers": {name: _summary(job, state.numel, seconds, extra, name) for name in seconds},
+        "providers": {name: _summary(job, state.numel, seconds, name) for name in seconds},
         "skipped": {name: reason for name, reason in reasons.items() if reason},
     }
 
 
-def _summary(
-    job: Job, numel: int, seconds: dict[str, list[float]], extra: dict[str, Any], name: str
-) -> Result:
+def _yardstick(job: Job, state: State) -> Callable[[], None]:
+    device = state.params[0].device
+    if device.type == "cpu":
+        roofline.check(len(job.streams(state)))
+        return roofline.make(job.streams(state))
+    return roofline.copy_of(job.bytes_per_parameter * state.numel, device)
+
+
+def _summary(job: Job, numel: int, seconds: dict[str, list[float]], name: str) -> Result:
     """Ratios are medians of the ratios within a round, not ratios of medians."""
     moved = {p.name: p.moved for p in job.providers} | {roofline.NAME: job.bytes_per_parameter}
     mine, limit = seconds[name], seconds[roofline.NAME]
@@ -137,7 +140,6 @@ def _summary(
         "fraction_of_roofline": spread(ratios(limit, mine)),
         "gigabytes_per_second": job.bytes_per_parameter * numel / spread(mine)["median"] / 1e9,
         "bytes_moved": moved[name] * numel,
-        "extra_bytes": extra.get(name),
     }
 
 

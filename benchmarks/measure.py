@@ -17,6 +17,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import torch
+
 SHORTEST_SAMPLE = 0.005  # seconds; shorter calls are repeated within a sample
 LONG = 0.5  # seconds; one call that takes longer is enough to warm up
 FEWEST_ROUNDS = 3  # even beyond the time limit, or there would be no quartiles
@@ -46,9 +48,13 @@ def deviation(values: Sequence[float]) -> float:
 
 
 def seconds_per_call(call: Callable[[], object], calls: int) -> float:
+    """If CUDA is in use, until the device has done what it was given."""
+    wait = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
+    wait()
     begin = perf_counter()
     for _ in range(calls):
         call()
+    wait()
     return (perf_counter() - begin) / calls
 
 
@@ -123,15 +129,6 @@ def peak_of(call: Callable[[], object]) -> int:
     _CLEAR.write_text("5")
     call()
     return _memory("VmHWM")
-
-
-def growth_of(call: Callable[[], object]) -> int | None:
-    """Bytes by which resident memory grows during a call; None if the system can't tell."""
-    if not can_measure_memory():
-        return None
-    return_free_memory()
-    before = resident_bytes()
-    return max(0, peak_of(call) - before)
 
 
 def _memory(field: str) -> int:

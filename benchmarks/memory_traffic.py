@@ -36,21 +36,12 @@ def bytes_per_parameter(operator: str, theta: str = "float32", omega: str = "flo
     return sum(OMEGA[omega] if name == "Ω" else THETA[theta] for name in (*read, *written))
 
 
-def seconds(bytes_per_parameter: float, parameters: float, gigabytes_per_second: float) -> float:
-    return bytes_per_parameter * parameters / (gigabytes_per_second * 1e9)
-
-
-def state_bytes_per_parameter(theta: str, omega: str) -> float:
-    """What MAS keeps in memory: θ* and Ω."""
-    return THETA[theta] + OMEGA[omega]
-
-
 _COMBINATIONS = (("float32", "float32"), ("float32", "uint8"), ("bfloat16", "uint8"))
 
 
 def table() -> Table:
     """Bytes per parameter of every operator, for the documentation."""
-    kept = [f"{state_bytes_per_parameter(*dtypes):.2f}" for dtypes in _COMBINATIONS]
+    kept = [f"{THETA[theta] + OMEGA[omega]:.2f}" for theta, omega in _COMBINATIONS]  # θ* and Ω
     rows = [
         [
             f"`{operator}`",
@@ -79,7 +70,7 @@ def main() -> None:
     given = parser.parse_args()
     for operator in OPERATORS:
         moved = bytes_per_parameter(operator, given.theta, given.omega)
-        time = duration(seconds(moved, given.parameters, given.bandwidth))
+        time = duration(moved * given.parameters / (given.bandwidth * 1e9))
         print(f"{operator:24} {moved:6.2f} bytes per parameter  {time}")
 
 

@@ -53,17 +53,17 @@ class Tensors:
         return sum(t.nbytes for t in every)
 
 
-def make(numel: int, values: torch.dtype, stored: torch.dtype) -> Tensors:
-    generator = torch.Generator().manual_seed(0)
+def make(numel: int, values: torch.dtype, stored: torch.dtype, device: str = "cpu") -> Tensors:
+    generator = torch.Generator(device).manual_seed(0)
     grads, params, anchors = (
-        torch.empty(numel).normal_(generator=generator).to(values) for _ in range(3)
+        torch.empty(numel, device=device).normal_(generator=generator).to(values) for _ in range(3)
     )
-    omega, scales = torch.rand(numel, generator=generator), torch.empty(0)
+    omega = torch.rand(numel, generator=generator, device=device)
     if stored == torch.uint8:
-        codes, scales = torch.empty(numel, dtype=stored), torch.empty(num_scales(numel))
+        codes, scales = omega.new_empty(numel, dtype=stored), omega.new_empty(num_scales(numel))
         quantize_(codes, scales, omega)
         return Tensors(grads, params, anchors, codes, scales)
-    return Tensors(grads, params, anchors, omega.to(stored), scales)
+    return Tensors(grads, params, anchors, omega.to(stored), omega.new_empty(0))
 
 
 def fused(s: Tensors) -> Tensor:
@@ -128,19 +128,22 @@ def check(s: Tensors, step: Step, what: str) -> None:
     s.grads.copy_(start)
 
 
-def measure(numel: int, rounds: int, budget: float | None = None) -> Result:
+def measure(numel: int, rounds: int, budget: float | None = None, device: str = "cpu") -> Result:
     """All providers with all dtypes are verified, then timed in interleaved rounds."""
     torch.compiler.reset()
     providers = {n: step for n, step in PROVIDERS.items() if n != "eager" or numel <= EAGER_UP_TO}
-    tensors = {name: make(numel, *dtypes) for name, dtypes in DTYPES.items()}
+    tensors = {name: make(numel, *dtypes, device) for name, dtypes in DTYPES.items()}
     calls: dict[str, Callable[[], object]] = {}
     for dtypes, each in tensors.items():
         for name, step in providers.items():
             check(each, step, f"{dtypes}, {name}")
             calls[f"{dtypes}: {name}"] = partial(step, each)
     wide = tensors[FLOAT32]
-    streams = [[wide.grads], [wide.params], [wide.anchors], [wide.omega]]
-    calls[roofline.NAME] = roofline.make(streams)
+    if device == "cpu":
+        streams = [[wide.grads], [wide.params], [wide.anchors], [wide.omega]]
+        calls[roofline.NAME] = roofline.make(streams)
+    else:
+        calls[roofline.NAME] = roofline.copy_of(wide.bytes_moved, torch.device(device))
     seconds = interleave(calls, rounds, budget=budget)
 
     def over(one: str, other: str) -> float:

@@ -30,20 +30,23 @@ class Moments:
 
     first: list[Tensor]
     second: list[Tensor]
-    steps: list[Tensor]
+    steps: dict[str, list[Tensor]]  # on the device as torch's fused step needs them, and on the CPU
     grads: dict[str, list[Tensor]] = field(default_factory=dict)
 
 
 def _moments(s: State) -> Moments:
     if "moments" not in s.cache:
-        generator = torch.Generator().manual_seed(1)
+        device = s.params[0].device
+        generator = torch.Generator(device).manual_seed(1)
 
         def normal(p: Tensor) -> Tensor:
-            return torch.empty(p.shape).normal_(0, 0.01, generator=generator)
+            return torch.empty_like(p).normal_(0, 0.01, generator=generator)
 
         first = [normal(p) for p in s.params]
         second = [normal(p).square_() + 1e-5 for p in s.params]
-        s.cache["moments"] = Moments(first, second, [torch.tensor(STEPS) for _ in s.params])
+        fused = [torch.tensor(STEPS, device=device) for _ in s.params]
+        steps = {"fused": fused, "foreach": [torch.tensor(STEPS) for _ in fused]}
+        s.cache["moments"] = Moments(first, second, steps)
     return s.cache["moments"]
 
 
@@ -67,7 +70,7 @@ def _our_momentum(s: State, mode: str) -> Tensor:
 
 def _our_adamw(s: State, mode: str) -> Tensor:
     m = _moments(s)
-    moments = {"exp_avgs": m.first, "exp_avg_sqs": m.second, "steps": torch.stack(m.steps)}
+    moments = {"exp_avgs": m.first, "exp_avg_sqs": m.second, "steps": torch.stack(m.steps["fused"])}
     options = {"mode": mode, "betas": BETAS, "eps": EPS, "weight_decay": DECAY}
     lists = s.params, s.grads, s.anchors, s.omega
     return functional.adamw_step_(*lists, s.lambda_reg, LR, **moments, **options)
@@ -85,10 +88,11 @@ def _torch_momentum(s: State, grads: list[Tensor], **which: bool) -> None:
 
 def _torch_adamw(s: State, grads: list[Tensor], **which: bool) -> None:
     m = _moments(s)
+    (implementation,) = which
+    steps = m.steps[implementation]
     options = {"amsgrad": False, "maximize": False, "decoupled_weight_decay": True, "eps": EPS}
     rates = {"beta1": BETAS[0], "beta2": BETAS[1], "lr": LR, "weight_decay": DECAY}
-    adam(s.params, grads, m.first, m.second, [], m.steps, **options, **rates, **which)
-    torch._foreach_sub_(m.steps, 1)  # every call takes the same step
+    adam(s.params, grads, m.first, m.second, [], steps, **options, **rates, **which)
 
 
 def _sgd_formula(p: Tensor, g: Tensor) -> tuple[Tensor, ...]:
@@ -164,7 +168,7 @@ def _two_passes(optimizer: Optimizer, mode: str, which: str) -> Provider:
 def _expected(s: State, optimizer: Optimizer, mode: str) -> tuple[list[Tensor], Tensor]:
     moments = optimizer.moments(s)
     written: list[list[Tensor]] = [[] for _ in range(1 + len(moments))]
-    energy = torch.zeros((), dtype=torch.float64)
+    energy = 0.0
 
     def formula(p: Tensor, g: Tensor, a: Tensor, o: Tensor, *m: Tensor) -> tuple[Tensor, ...]:
         """The sum of the penalty comes first."""

@@ -16,7 +16,7 @@ def fused(s: State) -> Tensor:
 
 def eager_autograd(s: State) -> Tensor:
     """As most code writes it: a term of the loss, differentiated by autograd."""
-    loss = torch.zeros(())
+    loss = 0.0
     for p, anchor, omega in zip(s.params, s.anchors, s.omega, strict=True):
         loss = loss + (omega * (p - anchor) ** 2).sum()
     penalty = s.lambda_reg / 2 * loss
@@ -27,7 +27,7 @@ def eager_autograd(s: State) -> Tensor:
 @torch.no_grad()
 def eager_no_grad(s: State) -> Tensor:
     """The gradient by hand: one temporary per tensor, and BLAS for the sum."""
-    energy = torch.zeros(())
+    energy = 0.0
     for p, grad, anchor, omega in zip(s.params, s.grads, s.anchors, s.omega, strict=True):
         delta = p - anchor
         grad.addcmul_(omega, delta, value=s.lambda_reg)
@@ -54,7 +54,7 @@ def by_formula(
     lambda_reg: float,
 ) -> Tensor:
     """Plain arithmetic for torch.compile to fuse."""
-    energy = torch.zeros(())
+    energy = 0.0
     for grad, p, anchor, o in zip(grads, params, anchors, omega, strict=True):
         delta = p - anchor
         weighted = o * delta
@@ -68,7 +68,7 @@ def torch_compile(s: State) -> Tensor | None:
 
 
 def _expected(s: State) -> tuple[list[Tensor], Tensor]:
-    energy, grads = torch.zeros((), dtype=torch.float64), []
+    energy, grads = 0.0, []
     for p, grad, anchor, omega in zip(s.params, s.grads, s.anchors, s.omega, strict=True):
         energy += in_float64(lambda p, a, o: (o * (p - a) ** 2).sum(), p, anchor, omega)
         total = in_float64(

@@ -80,19 +80,9 @@ def bar(axes: Axes, row: int, spread: dict[str, float], label: str, colour: str)
 
 
 def no_bar(axes: Axes, row: int, reason: str) -> None:
-    axes.annotate(
-        f"not run: {reason}",
-        (0, row),
-        xytext=(8, 0),
-        xycoords=("axes fraction", "data"),
-        textcoords="offset points",
-        va="center",
-        size=7.5,
-        color="grey",
-        style="italic",
-        bbox={"color": "white", "pad": 1},
-        zorder=5,
-    )
+    where, look = axes.get_yaxis_transform(), {"color": "white", "pad": 1}
+    text = f"not run: {reason}"
+    axes.text(0.02, row, text, transform=where, va="center", size=7.5, color="grey", bbox=look)
 
 
 def bars(
@@ -127,7 +117,7 @@ def _panel_title(axes: Axes, text: str) -> None:
 
 
 # -- a pass over lists of tensors ------------------------------------------------------------------
-def lists(name: str, results: Results, machine: str) -> list[Figure]:
+def lists(name: str, results: Results, machine: str) -> Figure:
     figure, every = panels(len(results), 5.4, 3.1)
     names = max((_names({"": size}) for size in results.values()), key=len)
     for axes, size in zip(every, results.values(), strict=True):
@@ -146,7 +136,7 @@ def lists(name: str, results: Results, machine: str) -> list[Figure]:
         what = f"{size['title']}, {count(size['parameters'])} parameters"
         _panel_title(axes, f"{what} (roofline {roofline})")
     title = f"{name}: time relative to the memory roofline (dashed); shorter is better"
-    return [finish(figure, title, machine)]
+    return finish(figure, title, machine)
 
 
 def _list_label(found: Result, name: str) -> str:
@@ -155,7 +145,7 @@ def _list_label(found: Result, name: str) -> str:
 
 
 # -- training --------------------------------------------------------------------------------------
-def training(results: Results, machine: str) -> list[Figure]:
+def training(results: Results, machine: str) -> Figure:
     figure, every = panels(len(results), 5.6, 3.3)
     names = _names(results)
     for axes, result in zip(every, results.values(), strict=True):
@@ -166,7 +156,7 @@ def training(results: Results, machine: str) -> list[Figure]:
         step = duration(result["providers"][PLAIN]["seconds"]["median"])
         what = f"{result['title']}, {count(result['parameters'])} parameters"
         _panel_title(axes, f"{what}, batch {result['batch_size']} (a step takes {step})")
-    return [finish(figure, "What MAS adds to a training step; shorter is better", machine)]
+    return finish(figure, "What MAS adds to a training step; shorter is better", machine)
 
 
 def _added_label(found: Result, name: str) -> str:
@@ -177,7 +167,7 @@ def _added_label(found: Result, name: str) -> str:
 
 
 # -- exact importance ------------------------------------------------------------------------------
-def per_sample(results: Results, machine: str) -> list[Figure]:
+def per_sample(results: Results, machine: str) -> Figure:
     figure, every = panels(len(results), 6.2, 2.7)
     means = ("batch-mean", "batch-mean, mas_ext")
     names = [name for name in _names(results) if name != means[1]]  # one inexact one is enough
@@ -198,21 +188,19 @@ def per_sample(results: Results, machine: str) -> list[Figure]:
         axes.set_xlabel("time / time of the batch-mean (logarithmic)", size=8)
         _panel_title(axes, f"{result['title']} {result['details']}, batch {result['batch_size']}")
     title = "Exact importance of a batch: time relative to the inexact batch-mean, and extra memory"
-    return [finish(figure, title, machine)]
+    return finish(figure, title, machine)
 
 
 # -- scaling ---------------------------------------------------------------------------------------
-def scaling(results: Results, machine: str) -> list[Figure]:
+def scaling(results: Results, machine: str) -> Figure:
     figure, every = panels(len(results), 6.4, 3.3, sharey=False)
     names = _curves(results.values())
     others = [name for name in names if not name.startswith(OURS) and name != ROOFLINE]
     colours = dict(zip(others, (*PALETTE, PALETTE[1]), strict=False))  # the same in every panel
-    ends = [_axis(axes, axis, colours) for axes, axis in zip(every, results.values(), strict=True)]
-    finish(figure, "Time of a call; bands show the first to the third quartile", machine)
-    figure.subplots_adjust(right=0.83, wspace=0.78)  # room for names
-    for axes, of_lines in zip(every, ends, strict=True):
-        _name_lines(axes, of_lines)
-    return [figure]
+    for axes, axis in zip(every, results.values(), strict=True):
+        _axis(axes, axis, colours)
+    title = "Time of a call; bands show the first to the third quartile"
+    return finish(figure, title, machine)
 
 
 def _curves(axes: Iterable[Result]) -> list[str]:
@@ -229,21 +217,15 @@ def _line_style(name: str, colours: dict[str, str]) -> dict[str, Any]:
     return {"color": colours[name], "lw": 1.3, "marker": "o", "ms": 3, "zorder": 3}
 
 
-End = tuple[str, float, float, str]  # of a line: name, x, y, colour
-
-
-def _axis(axes: Axes, axis: Result, colours: dict[str, str]) -> list[End]:
-    """Draws the lines, and returns where they end."""
+def _axis(axes: Axes, axis: Result, colours: dict[str, str]) -> None:
     axes.set_xscale("log")
     axes.set_yscale("log")
-    ends = []
     for name in _curves([axis]):
         points = [(p["value"], p["seconds"][name]) for p in axis["points"] if name in p["seconds"]]
         x, style = [value for value, _ in points], _line_style(name, colours)
         low, y, high = ([found[k] for _, found in points] for k in ("q1", "median", "q3"))
-        axes.plot(x, y, **style)
+        axes.plot(x, y, label=name, **style)
         axes.fill_between(x, low, high, color=style["color"], alpha=0.12, lw=0)
-        ends.append((name, x[-1], y[-1], style["color"]))
     values = [point["value"] for point in axis["points"]]
     axes.set_xlim(values[0] / 1.2, values[-1] * 1.2)
     axes.set_xticks(values, [count(value) for value in values], size=8)
@@ -255,50 +237,15 @@ def _axis(axes: Axes, axis: Result, colours: dict[str, str]) -> list[End]:
     axes.set_ylabel("time (logarithmic)", size=9)
     axes.grid(axis="y", color="#eceff3", lw=0.8)
     axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=7, frameon=False, loc="best")
     _panel_title(axes, axis["title"])
-    return ends
-
-
-def _name_lines(axes: Axes, ends: list[End]) -> None:
-    """To the right of the panel, moved apart where lines end close together."""
-    apart, to_points = 11, 72 / axes.figure.dpi
-    bottom, place = axes.transData.transform((1, axes.get_ylim()[0]))[1], float("-inf")
-    for name, x, y, colour in sorted(ends, key=lambda end: end[2]):
-        height = float(axes.transData.transform((1, y))[1] - bottom) * to_points
-        place = max(height, place + apart)
-        axes.annotate(
-            name,
-            (x, y),
-            xytext=(1.03, place),
-            textcoords=("axes fraction", "axes points"),
-            size=8,
-            color=colour,
-            va="center",
-            weight="bold" if name == OURS else "normal",
-            annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.5, "alpha": 0.5},
-        )
 
 
 # -- the drift study -------------------------------------------------------------------------------
 SCENARIOS = dict(zip(("permuted", "rotated", "split", "incremental"), PALETTE, strict=False))
-MARKS: dict[str, dict[str, Any]] = {
-    "best": {"color": INK, "marker": "|", "ms": 11, "mew": 1.8},
-    "kept": {"color": PALETTE[1], "marker": "o", "ms": 6},
-    "drift": {"color": GREEN, "marker": "D", "ms": 6},
-}
 
 
-def drift(results: Results, machine: str) -> list[Figure]:
-    found, changed = summary.problems(results), summary.changes(results)
-    return [
-        _all_problems(found, machine),
-        _each_problem(found, machine),
-        _changes(changed, machine),
-    ]
-
-
-def _all_problems(found: Results, machine: str) -> Figure:
+def drift(found: Results, machine: str) -> Figure:
     """Every curve relative to its own best λ."""
     figure, (left, right) = panels(2, 5, 3.8)
     for axes, kind in ((left, "lambda"), (right, "drift")):
@@ -337,94 +284,19 @@ def _log(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _each_problem(found: Results, machine: str) -> Figure:
-    """Accuracy and forgetting of each problem for every λ, and what the default drift reaches."""
-    figure, every = panels(len(found), 2.8, 2.7, columns=4, sharey=False)
-    for axes, problem in zip(every, found.values(), strict=True):
-        _problem(axes, problem)
-    handles = [
-        Line2D([], [], color=INK, marker="o", ms=3, label="accuracy with a fixed λ"),
-        Line2D([], [], color=GREY, marker="o", ms=3, label="forgetting with a fixed λ"),
-        Line2D([], [], color=MUTED, ls=":", label="accuracy of fine-tuning"),
-        Line2D(
-            [], [], color=GREEN, marker="D", ls="", label=f"with drift {summary.DEFAULT_DRIFT:g}"
-        ),
-    ]
-    figure.legend(handles=handles, fontsize=8, frameon=False, loc="upper right", ncols=4)
-    return finish(figure, "Accuracy for each λ, and with the default drift", machine)
-
-
-def _problem(axes: Axes, problem: Result) -> None:
-    runs, colour = problem["lambda"], SCENARIOS[problem["scenario"]]
-    finite = {float(v): r for v, r in runs.items() if summary.accuracy(r) is not None}
-    means = [100 * (summary.accuracy(r) or 0.0) for r in finite.values()]
-    spread = [100 * summary.deviation_of(r) for r in finite.values()]
-    lost = [100 * (summary.forgetting(r) or 0.0) for r in finite.values()]
-    low, high = ([m + sign * s for m, s in zip(means, spread, strict=True)] for sign in (-1, 1))
-    axes.fill_between(list(finite), low, high, color=colour, alpha=0.15, lw=0)
-    axes.plot(list(finite), means, color=colour, marker="o", ms=3, lw=1.5)
-    axes.plot(list(finite), lost, color=GREY, marker="o", ms=3, lw=1.3)
-    free = 100 * (summary.accuracy(problem[summary.FREE]) or 0.0)
-    axes.axhline(free, color=MUTED, ls=":", lw=1.2)
-    for where, run in zip(problem["found"], summary.at_default(problem), strict=True):
-        if run is not None:
-            reached = 100 * run["average_accuracy"]
-            axes.plot(where, reached, color=GREEN, marker="D", ms=5, ls="", alpha=0.8, zorder=3)
-    _log(axes)
-    axes.set_ylim(min(0.0, *lost) - 3, max(means) + 8)
-    axes.set_xlabel("λ (logarithmic)", size=8)
-    axes.set_ylabel("percent", size=8)
-    title = f"{problem['title']}\n{problem['optimizer']}, {problem['mode']} mode"
-    axes.set_title(title, size=8, loc="left")
-
-
-def _changes(changed: Results, machine: str) -> Figure:
-    """A row per change: the accuracy of the best λ, of the default drift and of the kept λ."""
-    figure, every = panels(max(1, len(changed)), 5.0, 3.0)
-    for axes, result in zip(every, changed.values(), strict=False):
-        outcomes = result["changes"]
-        for row, each in enumerate(outcomes.values()):
-            found = summary.reached(each)
-            close = [100 * (found["best"] - summary.CLOSE), 100 * found["best"]]
-            axes.plot(close, [row, row], color=GREY, lw=7, alpha=0.6, solid_capstyle="butt")
-            for strength, look in MARKS.items():
-                axes.plot(100 * found[strength], row, ls="", zorder=3, **look)
-        name_rows(axes, [each["title"] for each in outcomes.values()])
-        _panel_title(axes, result["title"])
-        axes.set_xlabel("average accuracy in percent", size=8)
-        axes.grid(axis="x", color=LIGHT, lw=0.6)
-        axes.set_axisbelow(True)
-    near = f"within {100 * summary.CLOSE:g} points of the best λ"
-    handles = [
-        Line2D([], [], color=GREY, lw=7, label=near),
-        *(Line2D([], [], ls="", label=summary.STRENGTHS[s], **look) for s, look in MARKS.items()),
-    ]
-    figure.legend(handles=handles, fontsize=8, frameon=False, loc="lower right", ncols=4)
-    return finish(figure, "Accuracy after a change of the network or the batch", machine)
-
-
 # -- files -----------------------------------------------------------------------------------------
-Plot = Callable[[Results, str], list[Figure]]
-PLOTS: dict[str, tuple[Plot, tuple[str, ...]]] = {
-    **{name: (partial(lists, name), (name,)) for name in ("penalty", "accumulate", "proximal")},
-    "scaling": (scaling, ("scaling",)),
-    "training": (training, ("training",)),
-    "per_sample": (per_sample, ("per_sample",)),
-    "drift": (drift, ("drift", "drift_problems", "drift_changes")),
+PLOTS: dict[str, Callable[[Results, str], Figure]] = {
+    **{name: partial(lists, name) for name in ("penalty", "accumulate", "proximal")},
+    "scaling": scaling,
+    "training": training,
+    "per_sample": per_sample,
+    "drift": drift,
 }
 
 
-def stems(name: str) -> tuple[str, ...]:
-    """File names, without extension, of a benchmark's plots."""
-    return PLOTS[name][1] if name in PLOTS else ()
-
-
-def save(name: str, results: Results, machine: str, out: Path) -> list[Path]:
-    """Writes a benchmark's plots as PNG."""
-    if name not in PLOTS:
-        return []
-    paths = [out / f"{stem}.png" for stem in stems(name)]
-    for path, figure in zip(paths, PLOTS[name][0](results, machine), strict=True):
-        figure.savefig(path, dpi=150)
-        plt.close(figure)
-    return paths
+def save(name: str, results: Results, machine: str, out: Path) -> Path:
+    """Writes a benchmark's plot as PNG."""
+    figure, path = PLOTS[name](results, machine), out / f"{name}.png"
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path

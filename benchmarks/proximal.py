@@ -17,7 +17,7 @@ def fused(s: State) -> Tensor:
 @torch.no_grad()
 def eager_formula(s: State) -> Tensor:
     """A literal translation of the formula."""
-    energy, strength = torch.zeros(()), s.lr * s.lambda_reg
+    energy, strength = 0.0, s.lr * s.lambda_reg
     for p, anchor, omega in zip(s.params, s.anchors, s.omega, strict=True):
         p.copy_((p + strength * omega * anchor) / (1 + strength * omega))
         energy = energy + (omega * (p - anchor) ** 2).sum()
@@ -27,7 +27,7 @@ def eager_formula(s: State) -> Tensor:
 @torch.no_grad()
 def eager_in_place(s: State) -> Tensor:
     """Shrinks the distance to the anchor: two temporaries per tensor, and BLAS for the sum."""
-    energy, one, strength = torch.zeros(()), torch.ones(()), s.lr * s.lambda_reg
+    energy, one, strength = 0.0, torch.ones(()), s.lr * s.lambda_reg
     for p, anchor, omega in zip(s.params, s.anchors, s.omega, strict=True):
         delta = p - anchor
         delta.div_(torch.add(one, omega, alpha=strength))
@@ -55,7 +55,7 @@ def by_formula(
     params: list[Tensor], anchors: list[Tensor], omega: list[Tensor], lambda_reg: float, lr: float
 ) -> Tensor:
     """Plain arithmetic for torch.compile to fuse."""
-    energy = torch.zeros(())
+    energy = 0.0
     for p, anchor, o in zip(params, anchors, omega, strict=True):
         delta = (p - anchor) / (1 + lr * lambda_reg * o)
         p.copy_(anchor + delta)
@@ -68,7 +68,7 @@ def torch_compile(s: State) -> Tensor | None:
 
 
 def _expected(s: State) -> tuple[list[Tensor], Tensor]:
-    energy, params, strength = torch.zeros((), dtype=torch.float64), [], s.lr * s.lambda_reg
+    energy, params, strength = 0.0, [], s.lr * s.lambda_reg
     for p, anchor, omega in zip(s.params, s.anchors, s.omega, strict=True):
         moved = in_float64(
             lambda p, a, o: (p + strength * o * a) / (1 + strength * o), p, anchor, omega

@@ -7,7 +7,6 @@ from benchmarks import (
     accumulate,
     compression,
     demo,
-    drift,
     narrow,
     optimizer_steps,
     penalty,
@@ -17,6 +16,7 @@ from benchmarks import (
     training,
 )
 from benchmarks.benchmark import Benchmark
+from benchmarks.drift import study
 from benchmarks.job import benchmark_of
 
 JOBS = {job.name: job for job in (penalty.JOB, accumulate.JOB, proximal.JOB, *optimizer_steps.JOBS)}
@@ -31,6 +31,6 @@ BENCHMARKS: dict[str, Benchmark] = {
         demo.BENCHMARK,
         compression.BENCHMARK,
         narrow.BENCHMARK,
-        drift.BENCHMARK,
+        study.BENCHMARK,
     )
 }

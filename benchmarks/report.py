@@ -30,8 +30,6 @@ from benchmarks.text import (
     Table,
     count,
     duration,
-    mebibytes,
-    milliseconds,
     minus,
     percent,
     three_digits,
@@ -53,40 +51,6 @@ def _names(dicts: Iterable[dict[str, Any]]) -> list[str]:
 
 def _is_ours(name: str) -> bool:
     return name.startswith(OURS)
-
-
-# -- one item, in a terminal and in report.html ----------------------------------------------------
-def details(result: Result) -> list[Table]:
-    """Quartiles and memory of every provider; nothing for benchmarks without providers."""
-    if "providers" not in result:
-        return []
-    name = OURS if OURS in result["providers"] else PLAIN
-    notes = [f"{provider}: {reason}" for provider, reason in result["skipped"].items()]
-    if "coverage" in result:
-        steady = result["providers"][OURS]["seconds"]["median"]
-        paths = ", ".join(f"{path} {number}" for path, number in result["coverage"].items())
-        extra = (result["first_call_seconds"] - steady) * 1e3
-        notes.append(f"first call of {OURS}: {extra:+.0f} ms; parameters by path: {paths}")
-        notes.append(f"vmap(grad): chunks of {result['chunk']} samples, the fastest")
-    return [
-        Table(
-            f"{result['title']}: {count(result['parameters'])} parameters, "
-            f"medians of {result['rounds']} rounds",
-            ("", "ms (quartiles)", f"time / {name}", "extra MiB"),
-            [_detail(result, provider, name) for provider in result["providers"]],
-            frozenset({name}),
-            "\n".join(notes),
-        )
-    ]
-
-
-def _detail(result: Result, provider: str, base: str) -> list[str]:
-    row, of_base = result["providers"][provider], result["providers"][base]
-    ratio = row.get("time_over_ours", {}).get("median")
-    if ratio is None:
-        ratio = row["seconds"]["median"] / of_base["seconds"]["median"]
-    extra = row.get("extra_bytes", result.get("extra_bytes", {}).get(provider))
-    return [provider, milliseconds(row["seconds"]), two_digits(ratio), mebibytes(extra)]
 
 
 # -- lists of tensors ------------------------------------------------------------------------------
@@ -352,15 +316,6 @@ def narrow(sizes: Results) -> list[Table]:
 
 
 # -- the drift study -------------------------------------------------------------------------------
-def drift(results: Results) -> list[Table]:
-    tables = []
-    if found := summary.problems(results):
-        tables.append(_problems(found))
-    if changed := summary.changes(results):
-        tables.append(_changes(changed))
-    return tables
-
-
 def _accuracy(runs: summary.Runs) -> str:
     mean = summary.accuracy(runs)
     if mean is None:
@@ -381,7 +336,7 @@ def _difference(value: float) -> str:
     return minus(f"{100 * value:+.1f}")
 
 
-def _problems(found: Results) -> Table:
+def drift(found: Results) -> list[Table]:
     close = sum(summary.behind(problem) <= summary.CLOSE for problem in found.values())
     above = sum(summary.gain(problem) >= 0 for problem in found.values())
     default = f"drift {summary.DEFAULT_DRIFT:g}"
@@ -395,31 +350,12 @@ def _problems(found: Results) -> Table:
         row += [value, _points(problem["lambda"][value]), _range(problem["found"])]
         row += [_points(summary.at_default(problem)), _difference(-summary.behind(problem))]
         rows.append(row)
-    return Table(
-        "Average accuracy ± standard deviation / forgetting, in percent.",
-        headings,
-        rows,
-        note=f"With {default}, accuracy is within {100 * summary.CLOSE:g} points of the best λ's "
-        f"in {close} of {len(found)} problems, and not below fine-tuning in {above}.",
+    note = (
+        f"With {default}, accuracy is within {100 * summary.CLOSE:g} points of the best λ's "
+        f"in {close} of {len(found)} problems, and not below fine-tuning in {above}."
     )
-
-
-def _changes(found: Results) -> Table:
-    moves = [each for changed in found.values() for each in summary.moved(changed).values()]
-    lacks = [each for changed in found.values() for each in summary.lacking(changed).values()]
-    rows = []
-    for strength, title in summary.STRENGTHS.items():
-        steady = sum(abs(each[strength]) < summary.STEADY for each in moves)
-        largest = 100 * max(abs(each[strength]) for each in moves)
-        behind = 100 * max(each[strength] for each in lacks)
-        rows.append([title, f"{largest:.1f}", f"{steady} of {len(moves)}", f"{behind:.1f}"])
-    small = f"changes below {100 * summary.STEADY:g} points"
-    return Table(
-        "Changes of the network or the batch, in percentage points of accuracy. “λ kept” is the λ "
-        "that the drift came to before the change.",
-        ("", "largest change of accuracy", small, "furthest behind the best λ"),
-        rows,
-    )
+    title = "Average accuracy ± standard deviation / forgetting, in percent."
+    return [Table(title, headings, rows, note=note)]
 
 
 _STEPS = [f"{n}_{mode}" for n in ("sgd", "momentum", "adamw") for mode in ("gradient", "proximal")]
@@ -474,10 +410,10 @@ def write_plots_and_page(
             machine = describe(results["runs"][benchmark.name].get("machine", results["machine"]))
             page.rule(f"[bold]{benchmark.title}")
             page.print(benchmark.about, f"{benchmark.name}: {machine}", sep="\n", highlight=False)
-            every = [TABLES[benchmark.name](measured), *map(details, measured.values())]
-            for table in chain.from_iterable(every):
+            for table in TABLES[benchmark.name](measured):
                 page.print(table.rich(), end="\n\n")
-            for path in plot.save(benchmark.name, measured, machine, out):
+            if benchmark.name in plot.PLOTS:
+                path = plot.save(benchmark.name, measured, machine, out)
                 written.append(path)
                 images[f"[{path.stem}]"] = base64.b64encode(path.read_bytes()).decode()
                 page.print(f"[{path.stem}]", markup=False, highlight=False)
@@ -521,7 +457,8 @@ def block(benchmark: Benchmark, results: dict[str, Any], plots: str) -> str:
     run = results["runs"][benchmark.name]
     if "machine" in run:
         parts.append(f"(From another run: {describe(run['machine'])}.)")
-    parts += [f"![{benchmark.title}]({plots}/{stem}.png)" for stem in plot.stems(benchmark.name)]
+    if benchmark.name in plot.PLOTS:
+        parts.append(f"![{benchmark.title}]({plots}/{benchmark.name}.png)")
     return "\n\n".join(parts)
 
 

@@ -61,6 +61,13 @@ def make(streams: list[list[Tensor]], factor: float = 0.0) -> Callable[[], None]
     return run
 
 
+def copy_of(moved: int, device: torch.device) -> Callable[[], None]:
+    """On a GPU: a copy that reads half of so many bytes and writes the other half."""
+    source = torch.zeros(max(1, moved // 2), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
 def check(streams: int) -> None:
     """Asserts that the loop visits every element once, also if tensors don't split evenly."""
     generator = torch.Generator().manual_seed(0)

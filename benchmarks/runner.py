@@ -88,8 +88,6 @@ def _run_one(
 
         for item, result in benchmark.run(Options(**options, seconds=seconds, progress=progress)):
             measured[item] = result
-            for table in report.details(result):
-                console.print(table.rich(), end="\n\n")
             results["runs"][benchmark.name] = {
                 "seconds": round(perf_counter() - begin, 1),
                 "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),

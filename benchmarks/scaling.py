@@ -17,7 +17,7 @@ from benchmarks.measure import interleave, ratios, spread
 from benchmarks.models import Batch, gpt2, mlp
 from benchmarks.per_sample import TOLERANCE, error
 from benchmarks.per_sample.providers import batch_mean, in_chunks, ours, vmapped
-from benchmarks.state import Shapes, State, assert_same, make_state
+from benchmarks.state import State, assert_same, make_state
 from mas_ext import MAS
 
 Calls = dict[str, Callable[[], object]]  # ours first
@@ -27,20 +27,9 @@ SAMPLES = 64  # of a task
 
 
 # -- the penalty -----------------------------------------------------------------------------------
-def one_tensor(numel: int, quick: bool) -> Calls:
-    return _penalty([torch.Size([numel])], quick)
-
-
-def some_tensors(numel: int, quick: bool) -> Calls:
-    return _penalty([torch.Size([numel // 25])] * 25, quick)
-
-
-def tensors(count: int, quick: bool) -> Calls:
-    return _penalty([torch.Size([4_000_000 // count])] * count, quick)
-
-
-def _penalty(shapes: Shapes, quick: bool) -> Calls:
+def _penalty(tensors: int, numel: int, quick: bool) -> Calls:
     torch.compiler.reset()
+    shapes = [torch.Size([numel // tensors])] * tensors
     state, most = make_state(shapes), 0 if quick else MOST_COMPILED
     providers = [
         p
@@ -53,8 +42,7 @@ def _penalty(shapes: Shapes, quick: bool) -> Calls:
 
 
 # -- tasks -----------------------------------------------------------------------------------------
-def small_mlp() -> nn.Module:
-    return mlp(784, 256, 256, 10)
+small_mlp = partial(mlp, 784, 256, 256, 10)
 
 
 def tasks(count: int, quick: bool) -> Calls:
@@ -149,12 +137,18 @@ class Axis:
 
 _POWERS = tuple(10**power for power in range(1, 8))
 AXES = {
-    "parameters": Axis("penalty, one tensor", "parameters", _POWERS, (1000, 10**5), one_tensor),
+    "parameters": Axis(
+        "penalty, one tensor", "parameters", _POWERS, (1000, 10**5), partial(_penalty, 1)
+    ),
     "parameters_in_tensors": Axis(
-        "penalty, 25 tensors", "parameters", _POWERS[2:], (1000, 10**5), some_tensors
+        "penalty, 25 tensors", "parameters", _POWERS[2:], (1000, 10**5), partial(_penalty, 25)
     ),
     "tensors": Axis(
-        "penalty, 4 M parameters", "tensors", (1, 10, 100, 1000, 10_000), (1, 100), tensors
+        "penalty, 4 M parameters",
+        "tensors",
+        (1, 10, 100, 1000, 10_000),
+        (1, 100),
+        lambda tensors, quick: _penalty(tensors, 4_000_000, quick),
     ),
     "tasks": Axis(
         "penalty after so many tasks, MLP", "tasks", (1, 2, 5, 10, 20, 50), (1, 5), tasks

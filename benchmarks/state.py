@@ -85,18 +85,18 @@ class State:
         return sum(p.numel() for p in self.params)
 
 
-def make_state(shapes: Shapes, seed: int = 0) -> State:
+def make_state(shapes: Shapes, seed: int = 0, device: str = "cpu") -> State:
     """Values of the magnitude that training gives them, each tensor in memory of its own."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
 
     def normal(shape: torch.Size, std: float) -> Tensor:
-        return torch.empty(shape).normal_(0, std, generator=generator)
+        return torch.empty(shape, device=device).normal_(0, std, generator=generator)
 
     anchors = [normal(shape, 0.02) for shape in shapes]
     params = [(a + normal(a.shape, 0.01)).requires_grad_() for a in anchors]
     for p in params:
         p.grad = normal(p.shape, 0.01)
-    omega = [torch.rand(shape, generator=generator) for shape in shapes]
+    omega = [torch.rand(shape, generator=generator, device=device) for shape in shapes]
     return State(params, anchors, omega)
 
 

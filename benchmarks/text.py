@@ -63,13 +63,6 @@ def three_digits(value: float) -> str:
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def milliseconds(spread: dict[str, float]) -> str:
-    """The median, with the quartiles in brackets."""
-    digits = 1 if spread["median"] > 0.01 else 2 if spread["median"] > 0.001 else 4
-    low, middle, high = (f"{spread[k] * 1e3:.{digits}f}" for k in ("q1", "median", "q3"))
-    return f"{middle} ({low}–{high})"
-
-
 def duration(seconds: float) -> str:
     for least, unit, factor in ((1, "s", 1.0), (1e-3, "ms", 1e3), (0, "µs", 1e6)):
         if seconds >= least:
@@ -82,10 +75,6 @@ def times(ratio: float) -> str:
     if ratio < 1.995:
         return f"{ratio:.2f}×"
     return f"{ratio:.1f}×" if ratio < 10 else f"{ratio:,.0f}×"
-
-
-def mebibytes(count: int | None) -> str:
-    return "–" if count is None else minus(f"{round(count / 2**20):,}")
 
 
 def percent(share: float | None, digits: int = 1) -> str:

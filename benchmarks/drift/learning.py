@@ -83,8 +83,7 @@ class Learner:
         handle = self.mas.attach(optimizer, problem.mode)
         for images, labels in self.batches(task, number):
             optimizer.zero_grad()
-            output = outputs_of(task, self.model(images)) / problem.temperature
-            cross_entropy(output, labels).backward()
+            cross_entropy(outputs_of(task, self.model(images)), labels).backward()
             optimizer.step()
         handle.remove()
         measured = task.train.images[:: max(1, len(task.train) // MEASURED)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -56,17 +56,6 @@ class Transformer(nn.Module):
         return self.head(self.norm(self.blocks(tokens)).mean(1))
 
 
-class Scaled(nn.Module):
-    """A network whose output is multiplied by a factor."""
-
-    def __init__(self, network: nn.Module, factor: float) -> None:
-        super().__init__()
-        self.network, self.factor = network, factor
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.factor * self.network(images)
-
-
 def seeded(make: Callable[[], nn.Module], seed: int) -> nn.Module:
     """The same parameters for the same seed."""
     with torch.random.fork_rng(devices=[]):
@@ -89,7 +78,6 @@ class Problem:
             their outputs) or ``"incremental"`` (the same, tested among all classes learned so far).
         mode: of :meth:`mas_ext.MAS.attach`.
         lambdas: the grid of fixed λ.
-        temperature: the output is divided by it before the loss.
         epochs, images, batch_size: of training, per task.
     """
 
@@ -99,7 +87,6 @@ class Problem:
     optimizer: partial[Optimizer] = _ADAM
     mode: str = "proximal"
     lambdas: tuple[float, ...] = PROXIMAL
-    temperature: float = 1.0
     epochs: int = 6
     images: int = 4000
     batch_size: int = 64
@@ -138,36 +125,3 @@ PROBLEMS = {
     "incremental": _problem("incremental", _MLP),
 }
 QUICK = ("permuted_small",)
-
-
-# -- changes that should not change how well λ is chosen -------------------------------------------
-def _scaled(network: Callable[[], nn.Module]) -> nn.Module:
-    return Scaled(network(), 10.0)
-
-
-def _louder(problem: Problem) -> Problem:
-    return replace(problem, network=partial(_scaled, problem.network))
-
-
-def _other_units(problem: Problem) -> Problem:
-    """The loss is the same, so learning is the same; Ω is a hundred times as large."""
-    lambdas = tuple(value / 100 for value in problem.lambdas)
-    return replace(_louder(problem), temperature=10.0, lambdas=lambdas)
-
-
-CHANGES: dict[str, tuple[str, Callable[[Problem], Problem]]] = {
-    "base": ("as it is", lambda p: p),
-    "units": ("output × 10, loss as before", _other_units),
-    "louder": ("output × 10", _louder),
-    "narrow": ("half the width", lambda p: replace(p, network=partial(classifier, 128, 128))),
-    "small_batch": ("batches of 16", lambda p: replace(p, batch_size=16)),
-    "large_batch": ("batches of 256", lambda p: replace(p, batch_size=256)),
-}
-CHANGED = ("permuted", "rotated")
-QUICK_CHANGES = ("base", "units")
-
-
-def changed(name: str, change: str) -> Problem:
-    """A problem after a change, with the part of the grid around its best λ before the change."""
-    problem = CHANGES[change][1](PROBLEMS[name])
-    return problem if change == "base" else replace(problem, lambdas=problem.lambdas[1:5])

@@ -5,14 +5,12 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 
-from benchmarks.benchmark import Result, Results
+from benchmarks.benchmark import Result
 from benchmarks.measure import deviation
 from mas_ext._strength.auto import DEFAULT_DRIFT
 
 FREE = "fine-tuning"
 CLOSE = 0.03  # goal: the default drift's accuracy comes that close to the best λ's
-STEADY = 0.02  # goal: a change of the network or the batch moves accuracy by less
-STRENGTHS = {"best": "best λ", "drift": f"drift {DEFAULT_DRIFT:g}", "kept": "λ kept"}
 Runs = Sequence[Mapping[str, float] | None]  # a run per seed; None: did not stay finite
 
 
@@ -61,42 +59,3 @@ def behind(problem: Result) -> float:
 def gain(problem: Result) -> float:
     """Accuracy of the default drift minus that of fine-tuning."""
     return (accuracy(at_default(problem)) or 0.0) - (accuracy(problem[FREE]) or 0.0)
-
-
-def problems(results: Results) -> Results:
-    return {name: result for name, result in results.items() if "drift" in result}
-
-
-def changes(results: Results) -> Results:
-    return {name: result for name, result in results.items() if "changes" in result}
-
-
-def runs_by_strength(outcomes: Result) -> dict[str, Runs]:
-    """The runs with each of :data:`STRENGTHS`."""
-    value, _ = best(outcomes)
-    of_best = outcomes["lambda"][f"{value:g}"]
-    return {"best": of_best, "drift": at_default(outcomes), "kept": outcomes["kept"]}
-
-
-def reached(outcomes: Result) -> dict[str, float]:
-    """Accuracy with each of :data:`STRENGTHS`, 0 if a network did not stay finite."""
-    return {name: accuracy(runs) or 0.0 for name, runs in runs_by_strength(outcomes).items()}
-
-
-def moved(changed: Result) -> dict[str, dict[str, float]]:
-    """Change → how it moves the accuracy with each of :data:`STRENGTHS`."""
-    base = reached(changed["changes"]["base"])
-    return {
-        name: {strength: value - base[strength] for strength, value in reached(each).items()}
-        for name, each in changed["changes"].items()
-        if name != "base"
-    }
-
-
-def lacking(changed: Result) -> dict[str, dict[str, float]]:
-    """Change → accuracy of the best λ minus that of each of :data:`STRENGTHS`."""
-    every = {name: reached(each) for name, each in changed["changes"].items()}
-    return {
-        name: {strength: values["best"] - value for strength, value in values.items()}
-        for name, values in every.items()
-    }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -29,14 +28,12 @@ from benchmarks.per_sample.providers import (
     take,
     vmapped,
 )
-from mas_ext import estimate_importance
 
 QUICK = ("mlp", "cnn")
 QUICK_BATCH = 8  # samples
 TOLERANCE = 1e-3  # float32
 MOST_ROUNDS_SKIPPED = 4  # a slow provider takes part in every fourth round or more often
 MEMORY_OF = (memory.PLAIN, OURS, BATCH_MEAN, BATCH_SIZE_1, UNCHUNKED)  # a process each
-FRESH_MODELS = 3  # whose first call is timed
 
 
 def error(omega: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> tuple[float, str]:
@@ -77,7 +74,6 @@ class Verified:
     def __init__(self, workload: Workload, batch: Any, chunk: int) -> None:
         self.steps: dict[str, Step] = {}
         self.estimates: dict[str, float] = {}  # seconds per call
-        self.errors: dict[str, float] = {}
         self.skipped: dict[str, str] = {}
         self.kept = 1.0  # the share of Ω that the batch-mean finds
         prepared = providers(chunk)
@@ -102,9 +98,9 @@ class Verified:
             assert name == BATCH_MEAN or abs(kept - self.kept) <= TOLERANCE, (kept, self.kept)
             self.kept = kept
             return
-        self.errors[name], worst = error(omega, expected)
-        if not self.errors[name] <= TOLERANCE:
-            raise Unsupported(f"Ω of {worst} is wrong by {self.errors[name]:.0%}")
+        off, worst = error(omega, expected)
+        if not off <= TOLERANCE:
+            raise Unsupported(f"Ω of {worst} is wrong by {off:.0%}")
 
     def every(self, rounds: int) -> dict[str, int]:
         """Slow providers take part in fewer rounds; ours and what it is compared with in all."""
@@ -121,17 +117,6 @@ def _one_line(reason: Exception) -> str:
     if isinstance(reason, Unsupported):
         return text
     return f"{type(reason).__name__}: {text[:100]}{'…' if len(text) > 100 else ''}"
-
-
-def first_call(workload: Workload, batch: Any) -> tuple[float, dict[str, int]]:
-    """Seconds that ours takes on a new model, and the number of parameters by path."""
-    seconds = []
-    for _ in range(FRESH_MODELS):
-        model = workload.model()
-        begin = perf_counter()
-        importance = estimate_importance(model, [batch])
-        seconds.append(perf_counter() - begin)
-    return statistics.median(seconds), dict(Counter(importance.coverage.values()))
 
 
 def extra_memory(workload: str, chunk: int) -> dict[str, int | None]:
@@ -161,7 +146,6 @@ def measure(name: str, options: Options, budget: float) -> Result:
     options.progress(f"{workload.title}: timing at most {options.rounds} rounds")
     every = verified.every(options.rounds)
     seconds = interleave(verified.steps, options.rounds, every, budget)
-    first, coverage = first_call(workload, batch)
     options.progress(f"{workload.title}: peak memory, in a process per provider")
     reference = min(BATCH_MEANS, key=lambda mean: statistics.median(seconds[mean]))
 
@@ -183,14 +167,11 @@ def measure(name: str, options: Options, budget: float) -> Result:
                 "seconds": spread(values),
                 "time_over_batch_mean": over(provider, reference),
                 "time_over_ours": over(provider, OURS),
-                "error": verified.errors.get(provider),
             }
             for provider, values in seconds.items()
         },
         "skipped": verified.skipped,
         "chunk": chunk,
-        "first_call_seconds": first,
-        "coverage": coverage,
         "extra_bytes": {} if options.quick else extra_memory(name, chunk),
     }
 

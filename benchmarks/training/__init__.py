@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.benchmark import Benchmark, Options, Result
-from benchmarks.measure import growth_of, interleave, ratios, spread
+from benchmarks.measure import interleave, ratios, spread
 from benchmarks.models import TRAINING, Workload
 from benchmarks.training import task_end
 from benchmarks.training.providers import PLAIN, PROVIDERS, PROXIMAL, Step
@@ -146,20 +146,15 @@ def measure(name: str, options: Options, budget: float) -> Result:
     seconds = interleave(steps, 3 * options.rounds, budget=0.8 * budget, sample=sample)
     for provider, s in settings.items():
         assert all(p.isfinite().all() for p in s.state.params), f"{provider}: training diverged"
-    peaks = {provider: growth_of(step) for provider, step in steps.items()}
     params = settings[PLAIN].state.params
     options.progress(f"{workload.title}: verifying and timing the end of a task")
     return {
         "title": workload.title,
-        "details": workload.details,
-        "optimizer": f"torch's fused {workload.optimizer}",
         "batch_size": workload.batch_size,
         "parameters": sum(p.numel() for p in params),
-        "tensors": len(params),
         "rounds": len(seconds[PLAIN]),
         "providers": {
             provider: _summary(seconds[provider], seconds[PLAIN], step.in_the_loss)
-            | {"extra_bytes": _difference(peaks[provider], peaks[PLAIN])}
             for provider, step in steps.items()
         },
         "task_end": measure_task_end(workload, options.rounds, 0.2 * budget),
@@ -167,15 +162,10 @@ def measure(name: str, options: Options, budget: float) -> Result:
     }
 
 
-def _difference(one: int | None, other: int | None) -> int | None:
-    return None if one is None or other is None else one - other
-
-
 def _summary(mine: list[Seconds], plain: list[Seconds], in_the_loss: bool) -> dict[str, Any]:
     more = added(mine, plain, in_the_loss)
     return {
         "seconds": spread([sum(s) for s in mine]),
-        "after_backward": spread([s.finish for s in mine]),
         "added_seconds": spread(more),
         "added_share": spread(ratios(more, [sum(s) for s in plain])),
     }

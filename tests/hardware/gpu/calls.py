@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 import mas_ext
+from tests.hardware.gpu.device import DEVICE
 from tests.support import abs_matmul, operators, tensors
 from tests.support.operators import OPERATORS, PENALTY_OPS, Outcome, Scalars
 from tests.support.tensors import State
@@ -50,10 +51,9 @@ class Call:
 
 def make(
     name: str,
-    device: str,
     dtype: torch.dtype = torch.float32,
     scalar_dtype: torch.dtype = torch.float32,
-    scalars_on: str = "device",  # or "cpu"
+    scalars_on: str = DEVICE,
 ) -> Call:
     """An operator of ``ALL`` on lists of a few shapes."""
     op, kept = KEPT.get(name, (name, None))
@@ -61,6 +61,5 @@ def make(
         before = operators.make(op, [dtype] * len(SHAPES), SHAPES, kept=kept)
     else:
         before = abs_matmul.make(abs_matmul.Size(5, 17, 70, 90), dtype)
-    where = device if scalars_on == "device" else "cpu"
-    scalars = Scalars(found_inf=0.0).as_tensors(scalar_dtype, where)
-    return Call(op, before, before.copy(device), scalars)
+    scalars = Scalars(found_inf=0.0).as_tensors(scalar_dtype, scalars_on)
+    return Call(op, before, before.copy(DEVICE), scalars)

@@ -1,38 +1,36 @@
-"""The report: Markdown to read, JSON to keep. What failed comes first, what passed in a line."""
+"""The report, in Markdown: what did not pass comes first, then tables of figures."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 from collections.abc import Iterator, Sequence
-from dataclasses import is_dataclass
 from datetime import datetime, timezone
-from pathlib import Path
-from typing import Any
 
-from tests.hardware.gpu.checks import PASSED, Check, Table
-from tests.hardware.gpu.steps import ROOT, Result, is_good
+from tests.hardware.gpu.steps import PASSED, ROOT, SKIPPED, STEPS, Result
 
 
 def markdown(results: Sequence[Result], device: str, seconds: float) -> str:
+    now = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     lines = [
         "# mas_ext on a GPU" if device != "cpu" else "# mas_ext on a GPU: a rehearsal on the CPU",
         "",
-        f"**{verdict(results, device)}** {seconds:.0f} s, {now()}, commit {commit()}.",
+        f"**{verdict(results, device)}** {seconds:.0f} s, {now}, commit {commit()}.",
         "",
-        *machine(results),
-        *summary(results),
-        *complaints(results),
-        *(line for result in results for line in figures(result)),
+        *(f"- {name}: {value}" for name, value in properties(results) if name != "row"),
+        "",
+        *table(
+            ["step", "what", "s", "tests"],
+            [[r.name, STEPS[r.name].title, f"{r.seconds:.1f}", r.summary] for r in results],
+        ),
+        *(line for result in results for line in complaints(result)),
+        *figures(results),
     ]
     return "\n".join(lines).rstrip() + "\n"
 
 
 def verdict(results: Sequence[Result], device: str) -> str:
-    bad = [r.step.name for r in results if not is_good(r, device == "cpu")]
-    if "machine" in bad:
-        (why,) = [r.note for r in results if r.step.name == "machine"]
-        return f"Nothing ran: {why}."
+    bad = [result.name for result in results if not result.is_good]
     if bad:
         return f"Not shown to be right: {', '.join(bad)}."
     if device == "cpu":
@@ -40,102 +38,48 @@ def verdict(results: Sequence[Result], device: str) -> str:
     return "Every step passed."
 
 
-def machine(results: Sequence[Result]) -> Iterator[str]:
+def properties(results: Sequence[Result]) -> Iterator[tuple[str, str]]:
     for result in results:
-        if result.step.name == "machine":
-            for name, value in result.session.figures.items():
-                text = "; ".join(value) or "none" if isinstance(value, list) else value
-                yield f"- {name}: {text}"
-            yield ""
+        for case in result.cases:
+            yield from case.properties
 
 
-def summary(results: Sequence[Result]) -> Iterator[str]:
-    rows = [
-        [r.step.name, r.step.title, r.status, f"{r.seconds:.1f}", r.note or "–"] for r in results
-    ]
-    yield from table(["step", "what", "status", "s", "checks"], rows)
-
-
-def complaints(results: Sequence[Result]) -> Iterator[str]:
-    """Everything that did not pass, with its reason; equal reasons of one step in one line."""
-    for result in results:
-        grouped: dict[tuple[str, str], list[Check]] = {}
-        for check in result.session.checks:
-            if check.status != PASSED:
-                grouped.setdefault((check.status, check.note), []).append(check)
-        if grouped:
-            yield f"## {result.step.title}: what did not pass"
-            yield ""
-            for (status, note), checks in grouped.items():
-                names = "; ".join(check.name for check in checks)
-                yield f"- **{status}**{': ' + note if note else ''} ({names})"
-            yield ""
-
-
-def figures(result: Result) -> Iterator[str]:
-    tables = [t for t in result.session.tables if t.rows]
-    notes = [c for c in result.session.checks if c.status == PASSED and c.note]
-    if not tables and not notes:
-        return
-    yield f"## {result.step.title}"
-    yield ""
-    if not tables:
-        yield from (f"- {check.name}: {check.note}" for check in notes)
+def complaints(result: Result) -> Iterator[str]:
+    """Everything that did not pass; equal reasons in one line, of a test that is one case of many
+    the function alone.
+    """
+    by_reason: dict[tuple[str, str], dict[str, None]] = {}
+    for case in result.cases:
+        if case.status != PASSED:
+            name = case.name.partition("[")[0] if case.status == SKIPPED else case.name
+            by_reason.setdefault((case.status, case.reason), {})[name] = None
+    if by_reason:
+        yield from (f"## {STEPS[result.name].title}: what did not pass", "")
+        for (status, reason), names in by_reason.items():
+            yield f"- **{status}**: {reason} ({'; '.join(names)})"
         yield ""
-    for each in tables:
-        yield from one_table(each)
 
 
-def one_table(each: Table) -> Iterator[str]:
-    yield f"### {each.title}"
-    yield ""
-    yield from table(each.columns, each.rows)
-    if each.note:
-        yield each.note + "."
-        yield ""
+def figures(results: Sequence[Result]) -> Iterator[str]:
+    """The rows that tests have added, by the titles of their tables."""
+    tables: dict[str, tuple[list[str], list[list[str]]]] = {}
+    for name, value in properties(results):
+        if name == "row":
+            title, columns, cells = json.loads(value)
+            tables.setdefault(title, (columns, []))[1].append(cells)
+    for title, (columns, rows) in tables.items():
+        yield from (f"## {title}", "", *table(columns, rows))
 
 
 def table(columns: list[str], rows: list[list[str]]) -> Iterator[str]:
     """Padded, so that it reads well in a terminal too."""
     cells = [columns, *[[cell.replace("|", "\\|") for cell in row] for row in rows]]
-    widths = [max(len(row[k]) for row in cells) for k in range(len(columns))]
-    for number, row in enumerate(cells):
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    cells.insert(1, ["-" * width for width in widths])
+    for row in cells:
         padded = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
         yield "| " + " | ".join(padded) + " |"
-        if number == 0:
-            yield "|" + "|".join("-" * (width + 2) for width in widths) + "|"
     yield ""
-
-
-def write(out: Path, results: Sequence[Result], device: str, seconds: float) -> str:
-    """report.md to read and results.json to keep; the text of the first."""
-    text = markdown(results, device, seconds)
-    (out / "report.md").write_text(text, "utf-8")
-    content = {
-        "device": device,
-        "date": now(),
-        "commit": commit(),
-        "seconds": seconds,
-        "good": all(is_good(r, device == "cpu") for r in results),
-        "steps": {r.step.name: kept(r) for r in results},
-    }
-    words = json.dumps(content, indent=2, ensure_ascii=False, default=as_json)
-    (out / "results.json").write_text(words + "\n", "utf-8")
-    return text
-
-
-def kept(result: Result) -> dict[str, Any]:
-    session = result.session
-    found = {"figures": session.figures, "checks": session.checks, "tables": session.tables}
-    return {"status": result.status, "note": result.note, "seconds": result.seconds, **found}
-
-
-def as_json(thing: Any) -> Any:
-    return vars(thing) if is_dataclass(thing) else str(thing)
-
-
-def now() -> str:
-    return datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def commit() -> str:

@@ -1,4 +1,7 @@
-"""compute-sanitizer: each of its tools over exercise.py, and over a bug that it must find."""
+"""compute-sanitizer: each of its tools over unit tests.
+
+The device gets copies of what the tests make on the CPU, so next to nothing of torch's is launched.
+"""
 
 from __future__ import annotations
 
@@ -10,85 +13,51 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
+import pytest
 import torch
 
-from tests.hardware.gpu.checks import DidNotRun, NeedsGpu, Session
-from tests.hardware.gpu.steps import ROOT
+from tests.hardware.gpu.device import REHEARSAL, needs_gpu
+from tests.hardware.gpu.steps import PYTEST, REDIRECT, ROOT
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-EACH_AT_MOST = 75  # seconds
+EACH_AT_MOST = None if REHEARSAL else 75  # seconds
 FOUND = 86  # the exit code of compute-sanitizer when a tool found something
+# Every operator, dtype and path of the kernels, few bytes.
+CHOSEN = "float64_oracle and (15_16_17 or 8191 or mixed or transposed_omega)"
+EXERCISE = [sys.executable, "-m", "pytest", "-q", *PYTEST, *REDIRECT, "-k", CHOSEN]
 
 
-def run(session: Session) -> None:
-    if session.check("the program without a sanitizer", run_bare, session.device):
-        for tool in TOOLS:
-            session.check(f"{tool} finds nothing", finds_nothing, tool, session.device)
-    with tempfile.TemporaryDirectory() as folder:
-        program = Path(folder, "planted")
-        if session.check("the planted bugs compile", compile_planted, program, session.device):
-            for tool in TOOLS:
-                name = f"{tool} finds a bug that was planted"
-                session.check(name, finds_planted, tool, program, session.device)
+class Done(NamedTuple):
+    code: int
+    output: str
 
 
-def exercise(device: str) -> list[str]:
-    return [sys.executable, "-m", "tests.hardware.gpu.exercise", device]
+def test_the_program_is_right_without_a_sanitizer() -> None:
+    done = run(EXERCISE)
+    assert done.code == 0, done.output[-300:]
 
 
-def run_bare(device: str) -> str:
-    done = run_program(exercise(device))
-    assert done.returncode == 0, last_lines(done)
-    return "every result is right"
+@needs_gpu
+@pytest.mark.parametrize("tool", TOOLS)
+def test_finds_nothing(tool: str) -> None:
+    done = sanitize(tool, EXERCISE)
+    assert errors_in(tool, done.output) == 0, done.output[:2000]
+    assert done.code == 0, done.output[-300:]
 
 
-def finds_nothing(tool: str, device: str) -> str:
-    done = sanitize(tool, exercise(device), device)
-    found = errors_in(tool, done.stdout)
-    assert found == 0, f"{found} errors: {first_error(done.stdout)}"
-    assert done.returncode == 0, last_lines(done)
-    return "0 errors"
-
-
-def finds_planted(tool: str, program: Path, device: str) -> str:
-    done = sanitize(tool, [str(program), tool], device)
-    found = errors_in(tool, done.stdout)
-    assert found, f"it found nothing: {last_lines(done)}"
-    return f"{found} errors"
-
-
-def compile_planted(program: Path, device: str) -> str:
-    nvcc = shutil.which("nvcc") or str(toolkit() / "bin/nvcc")
-    if not Path(nvcc).is_file():
-        raise DidNotRun("there is no nvcc")
-    architecture = "80"
-    if device != "cpu":
-        architecture = "{}{}".format(*torch.cuda.get_device_capability())
-    source = ROOT / "tests/hardware/gpu/planted.cu"
-    command = [nvcc, f"-arch=sm_{architecture}", "-o", str(program), str(source)]
-    done = run_program(command)
-    assert done.returncode == 0, last_lines(done)
-    return ""
-
-
-def sanitize(tool: str, command: list[str], device: str) -> subprocess.CompletedProcess[str]:
-    if device == "cpu":
-        raise NeedsGpu
-    sanitizer = find()
-    if sanitizer is None:
-        places = ", ".join(str(place) for place in candidates())
-        raise DidNotRun(f"compute-sanitizer not found on the PATH or in {places}")
+def sanitize(tool: str, command: list[str]) -> Done:
+    sanitizer = next((place for place in candidates() if place.is_file()), None)
+    assert sanitizer, f"compute-sanitizer not found in {', '.join(map(str, candidates()))}"
     words = [str(sanitizer), "--tool", tool, "--error-exitcode", str(FOUND), "--print-limit", "5"]
     # torch asks the driver for functions that it may not have, which is no error of anyone.
-    return run_program([*words, "--report-api-errors", "no", *command])
+    return run([*words, "--report-api-errors", "no", *command])
 
 
-def run_program(command: list[str]) -> subprocess.CompletedProcess[str]:
+def run(command: list[str]) -> Done:
     """Without torch's cache of memory every tensor is an allocation whose ends are guarded."""
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    # A rehearsal shares its machine with other work: there only the limit of the step holds.
-    limit = EACH_AT_MOST if torch.cuda.is_available() else None
     # Into a file: what a sanitizer leaves behind when its time is up would keep a pipe open.
     with tempfile.TemporaryFile("w+", errors="replace") as output:
         done = subprocess.run(
@@ -97,52 +66,29 @@ def run_program(command: list[str]) -> subprocess.CompletedProcess[str]:
             env=environment,
             stdout=output,
             stderr=subprocess.STDOUT,
-            timeout=limit,
+            timeout=EACH_AT_MOST,
             check=False,
         )
         output.seek(0)
-        text = output.read()
-    print(text, flush=True)
-    return subprocess.CompletedProcess(command, done.returncode, text)
+        return Done(done.returncode, output.read())
 
 
 def errors_in(tool: str, output: str) -> int:
     """The count in the summary that every tool ends with; without one nothing was checked."""
-    summary = {
-        "racecheck": r"RACECHECK SUMMARY: (\d+) hazards? displayed",
-    }.get(tool, r"ERROR SUMMARY: (\d+) errors?")
+    racecheck = tool == "racecheck"
+    summary = r"RACECHECK SUMMARY: (\d+) hazards?" if racecheck else r"ERROR SUMMARY: (\d+) errors?"
     counts = re.findall(summary, output)
-    if not counts:
-        raise RuntimeError(f"{tool} ended without a summary: {output.strip()[-200:]}")
+    assert counts, f"{tool} ended without a summary: {output.strip()[-200:]}"
     return sum(map(int, counts))
 
 
-def first_error(output: str) -> str:
-    lines = [line.lstrip("= ") for line in output.splitlines() if line.startswith("=========")]
-    return "; ".join(line for line in lines[1:5] if line)
-
-
-def last_lines(done: subprocess.CompletedProcess[str]) -> str:
-    return f"exit code {done.returncode}: " + " | ".join(done.stdout.strip().splitlines()[-3:])
-
-
-def find() -> Path | None:
-    on_path = shutil.which("compute-sanitizer")
-    if on_path:
-        return Path(on_path)
-    return next((place for place in candidates() if place.is_file()), None)
-
-
 def candidates() -> Iterator[Path]:
-    """Of the toolkits that may be here, beside the link in bin/ the folder that it points to."""
+    """On the PATH, and in the toolkits that may be here, beside bin/ the folder it points to."""
+    if on_path := shutil.which("compute-sanitizer"):
+        yield Path(on_path)
+    nvcc = Path(shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc").resolve()
     packages = Path(torch.__file__).parents[1] / "nvidia"
-    for home in (toolkit(), Path("/usr/local/cuda"), *sorted(packages.glob("cu*"))):
+    toolkits = nvcc.parents[1], Path("/usr/local/cuda"), *sorted(packages.glob("cu*"))
+    for home in (Path(os.environ.get("CUDA_HOME", toolkits[0])), *toolkits):
         yield home / "bin/compute-sanitizer"
         yield home / "compute-sanitizer/compute-sanitizer"
-
-
-def toolkit() -> Path:
-    if home := os.environ.get("CUDA_HOME"):
-        return Path(home)
-    nvcc = shutil.which("nvcc")
-    return Path(nvcc).resolve().parents[1] if nvcc else Path("/usr/local/cuda")

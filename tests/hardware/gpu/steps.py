@@ -7,111 +7,131 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-
-from tests.hardware.gpu import checks
-from tests.hardware.gpu.checks import DID_NOT_RUN, FAILED, NEEDS_GPU, PASSED, Session
+from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parents[3]
-AT_MOST = 480  # seconds, all steps together
+GPU, UNIT = "tests/hardware/gpu", "tests/unit/operators"
+PASSED, SKIPPED, FAILED = "passed", "skipped", "failed"
+NOT_HERE = "not on this machine"  # begins the reason of a skip that says nothing of the kernels
+MOST_FAILURES = 25  # after an illegal access, all that follow fail
 
 
 @dataclass(frozen=True)
 class Step:
-    """A module of this package, and the most seconds it may take."""
+    """What pytest is given, and the most seconds that it may take on a card."""
+
+    title: str
+    seconds: int
+    words: tuple[str, ...]
+
+
+def _step(title: str, seconds: int, *files: str) -> Step:
+    return Step(title, seconds, tuple(f"{GPU}/{file}" for file in files))
+
+
+PYTEST = ("-o", "addopts=", "-p", "no:cacheprovider", "-p", "tests.hardware.gpu.device")
+NO_PLUGINS = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # of whatever else is installed
+REDIRECT = ("-p", "tests.hardware.gpu.redirect", f"{UNIT}/test_results.py")
+STEPS = {
+    "card": _step("A card, and kernels that are built for it", 240, "card.py"),
+    "unit": Step(
+        "The operators' unit tests, with the operators on the device",
+        150,
+        (*REDIRECT, f"{UNIT}/test_optimizer_steps.py", f"{UNIT}/test_abs_matmul.py"),
+    ),
+    "device": _step("Operators and MAS on the device", 120, "operators.py", "mas.py"),
+    "graphs": _step("CUDA graphs: capture, and replay with new scalars", 60, "graphs.py"),
+    "syncs": _step("Nothing waits for the device", 60, "syncs.py"),
+    "compiled": _step("torch.compile with CUDA graphs", 90, "compiled.py"),
+    "sanitizer": _step("compute-sanitizer", 180, "sanitizer.py"),
+    "timings": _step("Times, beside a copy and other ways to do the job", 240, "timings.py"),
+}
+
+
+@dataclass
+class Case:
+    """One test."""
 
     name: str
-    title: str
-    limit: int
-
-
-STEPS = (
-    Step("machine", "The machine", 60),
-    Step("build", "The kernels are built for this card", 240),
-    Step("equivalence", "Every operator and MAS against the oracle", 150),
-    Step("graphs", "CUDA graphs: capture, and replay with new scalars", 60),
-    Step("syncs", "Nothing waits for the device", 60),
-    Step("compiled", "torch.compile with CUDA graphs", 90),
-    Step("sanitizer", "compute-sanitizer", 180),
-    Step("bandwidth", "Every operator, against a copy and other ways to do its job", 195),
-    Step("optimizers", "Steps with the penalty in them, against torch.optim", 60),
-    Step("products", "accumulate_abs_matmul_, against bmm and mm", 60),
-)
+    status: str
+    reason: str = ""
+    properties: list[tuple[str, str]] = field(default_factory=list)
 
 
 @dataclass
 class Result:
-    """A step, how it ended, and what it left."""
+    """A step, what is wrong with it as a whole, and its tests."""
 
-    step: Step
-    status: str
-    note: str = ""
+    name: str
+    problem: str = ""
+    cases: list[Case] = field(default_factory=list)
     seconds: float = 0.0
-    session: Session = field(default_factory=lambda: Session("none"))
+
+    @property
+    def is_good(self) -> bool:
+        statuses = {case.status for case in self.cases}
+        return not self.problem and FAILED not in statuses and PASSED in statuses
+
+    @property
+    def summary(self) -> str:
+        counts = Counter(case.status for case in self.cases)
+        return ", ".join([*filter(None, [self.problem]), *(f"{n} {s}" for s, n in counts.items())])
 
 
-def run(step: Step, device: str, out: Path, limit: float) -> Result:
+def run(name: str, device: str, out: Path, seconds: float) -> Result:
     """In a process (and a group of processes) of its own, which ends with its time."""
-    file, log = out / f"{step.name}.json", out / f"{step.name}.log"
-    file.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "tests.hardware.gpu.step", step.name, device, str(file)]
-    begin = time.perf_counter()
-    with open(log, "w", encoding="utf-8") as stream:
+    step, log, xml = STEPS[name], out / f"{name}.log", out / f"{name}.xml"
+    xml.unlink(missing_ok=True)
+    limit = min(seconds, step.seconds) if device == "cuda" else seconds
+    command = [sys.executable, "-m", "pytest", "-v", "--tb=short", f"--rootdir={ROOT}"]
+    command += ["-m", "not slow", f"--maxfail={MOST_FAILURES}", f"--junit-xml={xml}", *PYTEST]
+    begin = time.monotonic()
+    with log.open("w", encoding="utf-8") as stream:
         process = subprocess.Popen(
-            command,
+            [*command, *step.words],
             cwd=ROOT,
-            env=environment(device),
+            env={**os.environ, "MAS_EXT_TEST_DEVICE": device, **NO_PLUGINS},
             stdout=stream,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        in_time = _wait(process, limit)
-    session = checks.read(file) or Session(device)
-    status, note = judge(session, process.returncode, in_time, limit)
-    if status == FAILED:
-        note += f"; see {log}"
-    return Result(step, status, note, time.perf_counter() - begin, session)
+        code = _wait(process, limit)
+    result = Result(name, "", read(xml) if xml.exists() else [], time.monotonic() - begin)
+    for case in result.cases:
+        if device == "cuda" and case.status == SKIPPED and not case.reason.startswith(NOT_HERE):
+            case.status = FAILED  # it hides something
+    if code not in (0, 1) or not result.cases or (code == 1 and result.is_good):
+        ended = f"ended with {code}" if code is not None else f"was stopped after {limit:.0f} s"
+        last = " ".join(log.read_text("utf-8", errors="replace").splitlines()[-1:])
+        result.problem = f"it {ended}, at {last[-200:]!r}; see {log}"
+    return result
 
 
-def environment(device: str) -> dict[str, str]:
-    path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(path), "MAS_EXT_TEST_DEVICE": device}
-
-
-def _wait(process: subprocess.Popen[bytes], limit: float) -> bool:
-    """Whether it ended by itself; if not, it is ended, and in any case all that it started."""
+def _wait(process: subprocess.Popen[bytes], limit: float) -> int | None:
+    """Its exit code, or None if it had to be ended; in any case all that it started is ended."""
     try:
-        process.wait(limit)
-        return True
+        return process.wait(limit)
     except subprocess.TimeoutExpired:
-        return False
+        return None
     finally:
         with suppress(ProcessLookupError):  # nothing is left of the group
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
-def judge(session: Session, code: int, in_time: bool, limit: float) -> tuple[str, str]:
-    """The status of a step, from its checks and from how its process ended."""
-    counts: dict[str, int] = {}
-    for check in session.checks:
-        counts[check.status] = counts.get(check.status, 0) + 1
-    said = ", ".join(f"{count} {status}" for status, count in counts.items())
-    last = session.checks[-1].name if session.checks else "the first check"
-    if not in_time:
-        return FAILED, f"{limit:.0f} s were not enough, after {last!r} ({said})"
-    if code != 0 or not session.finished:
-        end = f"signal {-code}" if code < 0 else f"exit code {code}"
-        return FAILED, f"its process ended with {end} after {last!r} ({said})"
-    for status in (FAILED, DID_NOT_RUN, NEEDS_GPU):
-        if counts.get(status):
-            return status, said
-    if counts.get(PASSED):
-        return PASSED, said
-    return DID_NOT_RUN, said or "it had nothing to check"
-
-
-def is_good(result: Result, rehearsal: bool) -> bool:
-    return result.status == PASSED or (rehearsal and result.status == NEEDS_GPU)
+def read(xml: Path) -> list[Case]:
+    """From pytest's report in JUnit's format."""
+    found = []
+    for case in ElementTree.parse(xml).iter("testcase"):
+        properties = [(p.attrib["name"], p.attrib["value"]) for p in case.iter("property")]
+        status, reason = PASSED, ""
+        for element in case:
+            if element.tag in ("failure", "error", "skipped"):
+                status = SKIPPED if element.tag == "skipped" else FAILED
+                reason = " ".join(element.attrib.get("message", "").split())[:300]
+        found.append(Case(case.attrib["name"], status, reason, properties))
+    return found

@@ -9,38 +9,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 
+import pytest
 import torch
 
 import mas_ext
 from tests.hardware.gpu import calls
-from tests.hardware.gpu.checks import NeedsGpu, Session
+from tests.hardware.gpu.device import DEVICE, REHEARSAL
 from tests.hardware.gpu.graphs import Training
+from tests.support.operators import MODES
 
 CYCLES = 400_000_000  # about a fifth of a second
 
 
-def run(session: Session) -> None:
-    session.check("the detectors detect", detectors_detect, session.device)
-    for op in calls.ALL:
-        for where in ("device", "cpu"):
-            name = f"{op}, scalars on the {'device' if where == 'device' else 'CPU'}"
-            session.check(name, operator_does_not_wait, session.device, op, where)
-    for name, function in MAS_CALLS.items():
-        session.check(name, mas_does_not_wait, session.device, function)
-    for mode in ("gradient", "proximal"):
-        name = f"optimizer.step() with MAS attached, mode={mode!r}"
-        session.check(name, attached_step_does_not_wait, session.device, mode)
-        name = f"the same, fused, under a GradScaler, mode={mode!r}"
-        session.check(name, scaled_step_does_not_wait, session.device, mode)
-
-
 @contextmanager
-def nothing_waits(device: str) -> Iterator[None]:
-    if device == "cpu":
-        yield
-        raise NeedsGpu("the calls ran, unwatched")
+def nothing_waits() -> Iterator[None]:
     torch.cuda.synchronize()
     done = torch.cuda.Event()
     torch.cuda._sleep(CYCLES)
@@ -55,67 +38,48 @@ def nothing_waits(device: str) -> Iterator[None]:
     assert still_busy, "the call returned only after the kernel before it had ended"
 
 
-def warmed_up(function: Callable[[], object], device: str) -> None:
+def assert_does_not_wait(function: Callable[[], object]) -> None:
     """The first calls may load kernels and allocate, which waits; in training that is once."""
     for _ in range(3):
         function()
-    with nothing_waits(device):
+    with nothing_waits():
         function()
 
 
-def detectors_detect(device: str) -> str:
+def test_the_detectors_detect() -> None:
     """Each of the two, on a call that does wait."""
-    if device == "cpu":
-        raise NeedsGpu
-    value = torch.ones((), device=device)
-    late = partial(time.sleep, 2.0)  # the long kernel is over by then
-    for wait, expected in ((value.item, RuntimeError), (late, AssertionError)):
-        try:
-            with nothing_waits(device):
-                wait()
-        except expected:
-            continue
-        raise AssertionError(f"{wait} was not noticed")
-    return ""
+    value = torch.ones((), device=DEVICE)
+    with pytest.raises(RuntimeError, match="synchronizing"), nothing_waits():
+        value.item()
+    with pytest.raises(AssertionError, match="only after the kernel"), nothing_waits():
+        time.sleep(2.0)  # the long kernel is over by then
 
 
-def operator_does_not_wait(device: str, op: str, where: str) -> str:
+@pytest.mark.parametrize("scalars_on", ["cpu", DEVICE], ids=["cpu", "device"])
+@pytest.mark.parametrize("op", calls.ALL)
+def test_operator(op: str, scalars_on: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
-        call = calls.make(op, device, dtype, torch.float32, where)
-        warmed_up(call.run, device)
-    return ""
+        assert_does_not_wait(calls.make(op, dtype, scalars_on=scalars_on).run)
 
 
 MAS_CALLS: dict[str, Callable[[mas_ext.MAS], object]] = {
-    "MAS.penalty() and its backward pass": lambda mas: mas.penalty().backward(),
-    "MAS.add_penalty_grad_()": lambda mas: mas.add_penalty_grad_(),
-    "MAS.proximal_step_(0.1)": lambda mas: mas.proximal_step_(0.1),
+    "penalty() and its backward pass": lambda mas: mas.penalty().backward(),
+    "add_penalty_grad_()": lambda mas: mas.add_penalty_grad_(),
+    "proximal_step_(0.1)": lambda mas: mas.proximal_step_(0.1),
 }
 
 
-def mas_does_not_wait(device: str, function: Callable[[mas_ext.MAS], object]) -> str:
-    training = Training(device, "gradient")
-    warmed_up(lambda: function(training.mas), device)
-    return ""
+@pytest.mark.parametrize("name", MAS_CALLS)
+def test_mas(name: str) -> None:
+    mas = Training("gradient").mas
+    assert_does_not_wait(lambda: MAS_CALLS[name](mas))
 
 
-def attached_step_does_not_wait(device: str, mode: str) -> str:
-    training = Training(device, mode)
-    warmed_up(training.step, device)
-    return ""
-
-
-def scaled_step_does_not_wait(device: str, mode: str) -> str:
-    training = Training(device, mode)
-    training.optimizer = torch.optim.Adam(training.model.parameters(), fused=True)
-    training.mas.attach(training.optimizer, mode=mode)
-    scaler = torch.amp.GradScaler(device)
-
-    def step() -> None:
-        training.optimizer.zero_grad()
-        scaler.scale(training.model(training.data).square().mean()).backward()
-        scaler.step(training.optimizer)
-        scaler.update()
-
-    warmed_up(step, device)
-    return ""
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_step_with_mas_attached(mode: str, scaled: bool) -> None:
+    """On the CPU, of Adam's implementations only the fused one reads no number back."""
+    how = {"fused": True} if scaled or REHEARSAL else {"capturable": True}
+    training = Training(mode, **how)
+    training.scaler = torch.amp.GradScaler(DEVICE, enabled=scaled)
+    assert_does_not_wait(training.step)

@@ -1,4 +1,10 @@
-"""python -m tests.hardware.sass [LIBRARY]"""
+"""python -m tests.hardware.sass [LIBRARY]
+
+Prints a line for each kernel and architecture: the registers of a thread, the share of a
+multiprocessor's threads that there is room for, the shared memory of a block, and of the hot loop
+the accesses to memory, or the multiplications, in one turn, and the KiB that all threads on a
+multiprocessor load before they wait for any of it.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +12,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from tests.hardware.sass import table
+from tests.hardware.sass.expectations import Product, Streams
 from tests.hardware.sass.listing import read
-from tests.hardware.sass.proof import missing, prove
+from tests.hardware.sass.occupancy import occupancy, shared_bytes
+from tests.hardware.sass.proof import Proof, missing, prove
 
 PACKAGE = Path(__file__).parents[3] / "mas_ext"
 
@@ -20,17 +27,30 @@ def built_library() -> Path:
     return found[0]
 
 
+def line(proof: Proof) -> str:
+    kernel = proof.kernel
+    uses = f"{kernel.registers:3} registers {occupancy(kernel):5.0%} {shared_bytes(kernel):6} B"
+    return f"{proof.title:64} {uses}  {hot_loop(proof)}".rstrip()
+
+
+def hot_loop(proof: Proof) -> str:
+    wanted = proof.expectation.hot
+    if isinstance(wanted, Streams):
+        reads = ", ".join(f"{n} of {w}" for w, n in sorted(proof.reads.widths.items()))
+        flying = proof.in_flight_together // 1024
+        return f"reads {reads}; writes {proof.writes.vectors}; {flying} KiB in flight"
+    if isinstance(wanted, Product):
+        return f"{len(proof.shared_reads.found)} loads for {proof.products} {wanted.instruction}"
+    return ""
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.hardware.sass", description=__doc__)
     parser.add_argument("library", type=Path, nargs="?", help="default: the one in mas_ext/")
-    arguments = parser.parse_args()
-    library = arguments.library or built_library()
+    library = parser.parse_args().library or built_library()
     proofs, problems = prove(read(library))
     problems += missing(proofs)
-    if proofs:
-        print(table.text(proofs), table.NOTES, sep="\n\n", end="\n\n")
-    for problem in problems:
-        print(f"WRONG: {problem}")
+    print(*sorted(map(line, proofs)), *(f"WRONG: {problem}" for problem in problems), sep="\n")
     good = "no spills, no atomics, 16-byte accesses in every hot loop"
     verdict = f"{len(problems)} things wrong" if problems else good
     there = ", ".join(f"sm_{a}" for a in sorted({proof.kernel.architecture for proof in proofs}))

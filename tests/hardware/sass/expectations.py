@@ -70,15 +70,15 @@ class Product:
 class Expectation:
     """A kernel of the library. `hot` is None where nothing is asked of its loops."""
 
-    title: str
+    name: str
     dtype: str
     pattern: str  # of its C++ name, up to the arguments
     hot: Streams | Product | None
     kept: str = ""  # Ω's type; "" where it is what the dtype accumulates in
 
     @property
-    def dtype_title(self) -> str:
-        title = DTYPES[self.dtype].title
+    def title(self) -> str:
+        title = f"{self.name} {DTYPES[self.dtype].title}"
         return f"{title}, Ω {KEPT[self.kept].title}" if self.kept else title
 
     @property

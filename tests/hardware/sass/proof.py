@@ -140,11 +140,13 @@ class Proof:
         """Bytes of stack, and loads and stores of local memory."""
         return self.kernel.stack + self.kernel.local + count(self.kernel.code, "LDL", "STL")
 
+    @property
+    def title(self) -> str:
+        return f"sm_{self.kernel.architecture} {self.expectation.title}"
+
     @cached_property
     def problems(self) -> list[str]:
-        title = f"{self.expectation.title} {self.expectation.dtype_title}"
-        where = f"sm_{self.kernel.architecture} {title}"
-        return [f"{where}: {problem}" for problem in self.find_problems()]
+        return [f"{self.title}: {problem}" for problem in self.find_problems()]
 
     def find_problems(self) -> Iterator[str]:
         yield from self.anywhere()
@@ -234,7 +236,7 @@ def missing(proofs: list[Proof]) -> list[str]:
     """Kernels that a whole library must hold, and does not."""
     there = {(proof.expectation, proof.kernel.architecture) for proof in proofs}
     return [
-        f"sm_{architecture} {expectation.title} {expectation.dtype_title}: not in there"
+        f"sm_{architecture} {expectation.title}: not in there"
         for expectation in EXPECTATIONS
         for architecture in ARCHITECTURES
         if (expectation, architecture) not in there

@@ -98,21 +98,10 @@ void test(Program& program, const std::string& name, const MatmulCase& c) {
                [&](uint64_t seed) { compare<T>(program, c, seed); });
 }
 
-template <class T>
-constexpr const char* kNameOf = nullptr;
-template <>
-constexpr const char* kNameOf<float> = "float32";
-template <>
-constexpr const char* kNameOf<double> = "float64";
-template <>
-constexpr const char* kNameOf<BFloat16> = "bfloat16";
-template <>
-constexpr const char* kNameOf<Half> = "float16";
-
 // Of the two 16-bit types, which differ in a name only, one meets every layout.
 template <class T>
 void test_dtype(Program& program) {
-  const std::string dtype = kNameOf<T>;
+  const std::string dtype = mas_ext::dtype_name(kDtype<T>);
   const size_t layouts = std::is_same_v<T, Half> ? 2 : kLayouts.size();
   for (size_t i = 0; i < layouts; ++i) {
     for (const Size& size : kSizes) {

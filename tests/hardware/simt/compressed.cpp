@@ -12,12 +12,12 @@ namespace {
 
 using namespace harness;
 
-const std::vector<NamedKind> kNumbers{{"float32", {ScalarType::Float, ScalarType::BFloat16}},
-                                      {"bfloat16", {ScalarType::BFloat16, ScalarType::BFloat16}},
-                                      {"float16", {ScalarType::Half, ScalarType::BFloat16}}};
-const std::vector<NamedKind> kCodes{{"float32", {ScalarType::Float, ScalarType::Byte}},
-                                    {"bfloat16", {ScalarType::BFloat16, ScalarType::Byte}},
-                                    {"float16", {ScalarType::Half, ScalarType::Byte}}};
+const std::vector<Kind> kNumbers{{ScalarType::Float, ScalarType::BFloat16},
+                                 {ScalarType::BFloat16, ScalarType::BFloat16},
+                                 {ScalarType::Half, ScalarType::BFloat16}};
+const std::vector<Kind> kCodes{{ScalarType::Float, ScalarType::Byte},
+                               {ScalarType::BFloat16, ScalarType::Byte},
+                               {ScalarType::Half, ScalarType::Byte}};
 
 // An operation by its kernels for codes, or for all that Ω can be kept in.
 template <class Operation>
@@ -31,86 +31,61 @@ struct OfAny : Operation {
   static constexpr bool runs = true;
 };
 
-// ================================================================================================
-// Blocks of codes
-// ================================================================================================
 // Vectors begin up to a vector's length behind a block, so that one in 32 or 64 ends in the next.
 template <class Operation>
-void blocks(Program& program, const std::string& dtype, const Kind& kind) {
-  const int64_t vector = 16 / static_cast<int64_t>(width(kind, kParam));
-  for (int64_t ahead = 0; ahead < vector; ++ahead) {
-    for (const int64_t numel : {3, 255, 256, 257, 511, 513, 4609}) {
-      test<Operation>(
-          program,
-          dtype + "/" + std::to_string(numel) + " codes/all " + std::to_string(ahead) + " ahead",
-          {.shapes = {{kind, numel, all(ahead)}}, .finishes = ahead == 0});
-    }
-  }
-  for (const int64_t numel : {8191, 8192, 8193, 24577}) {
-    for (const int64_t ahead : {int64_t{0}, int64_t{1}, vector - 1}) {
-      test<Operation>(
-          program,
-          dtype + "/" + std::to_string(numel) + " codes/all " + std::to_string(ahead) + " ahead",
-          {.shapes = {{kind, numel, all(ahead)}}, .finishes = false});
-    }
-  }
+void blocks(Program& program, const Kind& kind) {
+  const int64_t vector = vector_of(kind);
+  together<Operation>(program, kind, {3, 255, 256, 257, 511, 513, 4609}, up_to(vector));
+  together<Operation>(program, kind, {8191, 8192, 8193, 24577}, {0, 1, vector - 1});
 }
 
 // Codes and values at a boundary each of its own width, where vectors are still walked; and an
 // element apart, where they are not.
 template <class Operation>
-void apart_from_values(Program& program, const std::string& dtype, const Kind& kind) {
-  const int64_t vector = 16 / static_cast<int64_t>(width(kind, kParam));
+void apart_from_values(Program& program, const Kind& kind) {
+  const int64_t vector = vector_of(kind);
   for (const int64_t distance : {int64_t{1}, vector, 3 * vector, 2 * vector + 1}) {
     for (const int64_t numel : {9, 700, 8500}) {
       Ahead ahead = all(0);
       ahead[kOmegaRole] = distance;
-      test<Operation>(program,
-                      dtype + "/" + std::to_string(numel) + " elements/omega " +
-                          std::to_string(distance) + " ahead",
-                      {.shapes = {{kind, numel, ahead}}, .finishes = false});
+      test<Operation>(
+          program, kind,
+          std::to_string(numel) + " elements/omega " + std::to_string(distance) + " ahead",
+          {.shapes = {{kind, numel, ahead}}, .finishes = false});
     }
   }
 }
 
 // What compressing never makes: the formulas let it through.
-template <class Operation>
-void strange_scales(Program& program, const std::string& dtype, const Kind& kind) {
-  test<Operation>(program, dtype + "/scales that are no numbers",
-                  {with_sizes(kind, {1000}), {}, [](List& list) {
-                     const double scales[] = {0, NAN, HUGE_VAL, 1};
-                     for (int64_t block = 0; block < 4; ++block) {
-                       list[0].scale(block * kScaleBlock) = static_cast<float>(scales[block]);
-                     }
-                   }});
-  test<Operation>(program, dtype + "/not finite", {with_sizes(kind, {37}), {}, not_finite});
+void strange_scales(List& list) {
+  const double scales[] = {0, NAN, HUGE_VAL, 1};
+  for (int64_t block = 0; block < 4; ++block) {
+    list[0].scale(block * kScaleBlock) = static_cast<float>(scales[block]);
+  }
 }
 
-// ================================================================================================
-// All of them
-// ================================================================================================
 template <class Operation>
 void test_codes(Program& program) {
-  for (const auto& [name, kind] : kCodes) {
-    const std::string dtype = name + ", codes";
-    blocks<Operation>(program, dtype, kind);
-    apart_from_values<Operation>(program, dtype, kind);
-    lists<Operation>(program, dtype, kind);
-    strange_scales<Operation>(program, dtype, kind);
+  for (const Kind& kind : kCodes) {
+    blocks<Operation>(program, kind);
+    apart_from_values<Operation>(program, kind);
+    lists<Operation>(program, kind);
+    test<Operation>(program, kind, "scales that are no numbers",
+                    {with_sizes(kind, {1000}), {}, strange_scales});
+    test<Operation>(program, kind, "not finite", {with_sizes(kind, {37}), {}, not_finite});
   }
-  mixed<Operation>(program, kinds_of(kCodes), "mixed with codes");
+  mixed<Operation>(program, kCodes, "mixed with codes");
 }
 
 // And of numbers that are narrower than what is computed in; and every kind in one list.
 template <class Operation>
 void test_any(Program& program) {
   test_codes<Operation>(program);
-  for (const auto& [name, kind] : kNumbers) {
-    const std::string dtype = name + ", bfloat16";
-    together<Operation>(program, dtype, kind);
-    apart_from_values<Operation>(program, dtype, kind);
-    lists<Operation>(program, dtype, kind);
-    test<Operation>(program, dtype + "/not finite", {with_sizes(kind, {37}), {}, not_finite});
+  for (const Kind& kind : kNumbers) {
+    together<Operation>(program, kind);
+    apart_from_values<Operation>(program, kind);
+    lists<Operation>(program, kind);
+    test<Operation>(program, kind, "not finite", {with_sizes(kind, {37}), {}, not_finite});
   }
   mixed<Operation>(program, {std::begin(kKinds), std::end(kKinds)}, "mixed with any omega");
 }

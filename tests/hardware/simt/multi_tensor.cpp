@@ -10,18 +10,18 @@ namespace {
 using namespace harness;
 
 template <class Operation>
-void strengths(Program& program, const std::string& dtype, const Kind& kind) {
+void strengths(Program& program, const Kind& kind) {
   const std::vector<Shape> shapes = with_sizes(kind, {37});
-  const auto add = [&](const std::string& name, const Strengths& strengths) {
-    test<Operation>(program, dtype + "/" + name, {shapes, strengths});
+  const auto add = [&](const char* name, const Strengths& strengths,
+                       void (*spoil)(List&) = nullptr) {
+    test<Operation>(program, kind, name, {shapes, strengths, spoil});
   };
   add("strengths on the device, float64", {.where = Where::kDeviceDouble});
   add("strengths on the device, float32", {.where = Where::kDeviceFloat});
   add("strengths of 0", {.lambda = 0, .grad_scale = 0, .lr = 0, .scale = 0});
   add("small strengths", {.lambda = 1e-3, .grad_scale = 1e-2, .lr = 1e-2, .scale = 1e-4});
-  test<Operation>(program, dtype + "/product beyond float32",
-                  {shapes, {.lambda = 1e30, .grad_scale = 1e20, .lr = 1e20}, zero_or_one});
-  test<Operation>(program, dtype + "/not finite", {shapes, {}, not_finite});
+  add("product beyond float32", {.lambda = 1e30, .grad_scale = 1e20, .lr = 1e20}, zero_or_one);
+  add("not finite", {}, not_finite);
 }
 
 template <class Operation>

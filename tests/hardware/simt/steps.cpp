@@ -51,28 +51,24 @@ void spoil_gradients(List& list) {
 }
 
 template <class Operation>
-void own_cases(Program& program, const std::string& dtype, const Kind& kind) {
-  const std::vector<Shape> shapes = with_sizes(kind, {37, 0, 5});
-  const auto add = [&](const std::string& name, const Strengths& strengths) {
-    test<Operation>(program, dtype + "/" + name, {shapes, strengths});
+void own_cases(Program& program, const Kind& kind) {
+  const auto add = [&](const std::string& name, const Sizes& sizes, const Strengths& strengths,
+                       void (*spoil)(List&) = nullptr) {
+    test<Operation>(program, kind, name, {with_sizes(kind, sizes), strengths, spoil});
   };
+  const Sizes some{37, 0, 5}, one{37};
   for (const auto& [name, options] : kOptions) {
-    add(name, {.step = options});
+    add(name, some, {.step = options});
   }
-  add("strengths on the device, float64", {.where = Where::kDeviceDouble});
-  add("strengths on the device, float32", {.where = Where::kDeviceFloat});
-  add("lambda and rate of 0", {.lambda = 0, .lr = 0});
-  add("small strengths", {.lambda = 1e-3, .grad_scale = 1e-2, .lr = 1e-2});
-  const std::vector<Shape> one = with_sizes(kind, {37});
-  test<Operation>(program, dtype + "/lambda beyond float32",
-                  {one, {.lambda = 1e60}, zero_or_at_anchor});
-  test<Operation>(program, dtype + "/not finite", {one, {}, not_finite});
+  add("strengths on the device, float64", some, {.where = Where::kDeviceDouble});
+  add("strengths on the device, float32", some, {.where = Where::kDeviceFloat});
+  add("lambda and rate of 0", some, {.lambda = 0, .lr = 0});
+  add("small strengths", some, {.lambda = 1e-3, .grad_scale = 1e-2, .lr = 1e-2});
+  add("lambda beyond float32", one, {.lambda = 1e60}, zero_or_at_anchor);
+  add("not finite", one, {}, not_finite);
   for (const Where where : {Where::kHost, Where::kDeviceDouble, Where::kDeviceFloat}) {
-    const std::string name =
-        dtype + "/skipped, strengths " + std::to_string(static_cast<int>(where));
-    test<Operation>(
-        program, name,
-        {with_sizes(kind, {17, 0, 8193, 2048}), {.where = where, .found_inf = 1}, spoil_gradients});
+    add("skipped, strengths " + std::to_string(static_cast<int>(where)), {17, 0, 8193, 2048},
+        {.where = where, .found_inf = 1}, spoil_gradients);
   }
 }
 

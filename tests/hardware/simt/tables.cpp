@@ -2,12 +2,12 @@
 // of partial sums (csrc/cuda/reduce.cuh).
 #include <algorithm>
 #include <climits>
+#include <iterator>
 #include <string>
 #include <vector>
 
 #include "csrc/cuda/abs_matmul.cuh"
-#include "harness/lists.h"
-#include "harness/program.h"
+#include "harness/judge.h"
 
 namespace {
 
@@ -38,15 +38,6 @@ Entries<Streams> make_entries(const std::vector<int64_t>& sizes, Random& random)
   return entries;
 }
 
-template <size_t Streams>
-bool has_scales_of(const Table<Streams, true>& table, int tensor, const Entry<Streams>& entry) {
-  return table.scales[tensor] == entry.omega_scales;
-}
-template <size_t Streams>
-bool has_scales_of(const Table<Streams, false>&, int, const Entry<Streams>&) {
-  return true;
-}
-
 // Every entry of a kind comes once, in order, with all its chunks.
 template <size_t Streams, bool Scaled>
 void check_table(Program& program, const Table<Streams, Scaled>& table,
@@ -59,7 +50,10 @@ void check_table(Program& program, const Table<Streams, Scaled>& table,
     const Entry<Streams>& entry = entries[next];
     const int64_t chunks = entry.numel / kChunk + (entry.numel % kChunk != 0);
     bool right = table.numel[t] == entry.numel && table.first_chunk[t] == chunk &&
-                 table.place[t] == entry.index && has_scales_of(table, t, entry);
+                 table.place[t] == entry.index;
+    if constexpr (Scaled) {
+      right &= table.scales[t] == entry.omega_scales;
+    }
     for (size_t s = 0; s < Streams; ++s) {
       right &= table.data[s][t] == entry.data[s];
     }
@@ -72,32 +66,21 @@ void check_table(Program& program, const Table<Streams, Scaled>& table,
   program.expect(table.chunks() == chunk && chunk <= INT_MAX, "number of chunks");
 }
 
-size_t place_of(const Kind& kind) {
-  return static_cast<size_t>(std::find(std::begin(kKinds), std::end(kKinds), kind) -
-                             std::begin(kKinds));
-}
-
-template <class T>
-constexpr ScalarType type_of() {
-  return std::is_same_v<T, float>      ? ScalarType::Float
-         : std::is_same_v<T, double>   ? ScalarType::Double
-         : std::is_same_v<T, BFloat16> ? ScalarType::BFloat16
-         : std::is_same_v<T, Half>     ? ScalarType::Half
-                                       : ScalarType::Byte;
-}
-
 template <size_t Streams>
 void check_tables(Program& program, const std::vector<int64_t>& sizes, uint64_t seed) {
   Random random(seed);
   const Entries<Streams> entries = make_entries<Streams>(sizes, random);
   std::vector<Entries<Streams>> by_kind(kCount);
   std::vector<size_t> next(kCount);
-  for (const auto& entry : entries) {
-    by_kind[place_of({entry.dtype, entry.omega_dtype})].push_back(entry);
+  for (size_t k = 0; k < kCount; ++k) {
+    std::ranges::copy_if(entries, std::back_inserter(by_kind[k]), [&](const auto& entry) {
+      return Kind{entry.dtype, entry.omega_dtype} == kKinds[k];
+    });
   }
   size_t latest = 0;
   mas_ext::cuda::for_each_table(entries, [&]<class T, class Kept>(const auto& table) {
-    const size_t k = place_of({type_of<T>(), type_of<Kept>()});
+    const auto kind = std::ranges::find(kKinds, Kind{kDtype<T>, kDtype<Kept>});
+    const auto k = static_cast<size_t>(kind - std::begin(kKinds));
     program.expect(k >= latest && table.chunks() > 0, "kinds out of order, or an empty table");
     latest = k;
     check_table(program, table, by_kind[k], next[k]);
@@ -146,21 +129,14 @@ void test_tables(Program& program) {
 template <class Value>
 void check_finish(Program& program, size_t count, Where where, uint64_t seed) {
   Random random(seed);
-  const Buffer partial(8 * count, 0), value(sizeof(Value), 0);
+  const Buffer partial(8 * count, 0);
   long double sum = 0;
   for (size_t i = 0; i < count; ++i) {
     sum += partial.as<double>()[i] = random.uniform();
   }
   const Strength lambda(0.7, where);
-  simt::run({1, {0}}, kThreads, [&] {
-    mas_ext::cuda::finish_penalty<Value>(partial.as<double>(), static_cast<int64_t>(count),
-                                         lambda.scalar(), value.as<Value>());
-  });
   const long double exact = static_cast<long double>(lambda.value()) / 2 * sum;
-  const Value actual = *value.as<Value>();
-  program.expect(within(actual, exact, (kSum<double> + kArithmetic<Value>)*exact, kLargest<Value>),
-                 "%zu partial sums: %.17g is not %.17Lg", count, static_cast<double>(actual),
-                 exact);
+  check_value(program, finish<Value>(partial, lambda), {exact, kSum<double> * exact});
 }
 
 void test_finish(Program& program) {

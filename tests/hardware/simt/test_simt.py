@@ -40,8 +40,6 @@ WALKED = "adam_step/gradient/"
 NARROW = ("penalty/", "proximal_step/", WALKED)  # of a narrow Ω, beside the one that sees all cases
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 RUNS = [
-    Run("faults", "thread", "works/", 3),
-    Run("faults", "address", "works/", 3),
     *(Run("multi_tensor", "address", op, 400) for op in (*OPERATIONS, "proximal_step/")),
     *(Run("multi_tensor", "thread", op, 50, "3/8") for op in (*OPERATIONS, "proximal_step/")),
     Run("compressed", "address", "add_penalty_gradient/", 550),
@@ -81,11 +79,8 @@ FAULTS = {
     "early_exit": MEETING + "the end of the kernel",
     "another_round": MEETING + "the end of the kernel",
     "lane_stays_away": MEETING + "thread 40 at __syncthreads",
-    "left_out_of_mask": r"thread \d+ calls __shfl_down_sync .* mask 0xffff, which leaves it out",
-    "reads_from_outside": r"lane 8 reads by __shfl_down_sync .* lane 16, which mask 0xffff leaves",
-    "masks_differ": MEETING + "__syncwarp",
-    "lanes_wait_in_a_ring": MEETING + "__syncwarp",
-    "lanes_not_there": "__ballot_sync .* names lanes that are not there",
+    "part_of_a_mask": r"__shfl_down_sync .* with mask 0xffff, which is not its warp",
+    "part_of_a_warp": r"thread \d+ calls __shfl_down_sync .*, which is not its warp",
     "never_ends": "took too long",
     "misaligned_pack": "misaligned address .* requires 16 byte alignment",
     "misaligned_fragment": "misaligned load_matrix_sync",
@@ -100,8 +95,6 @@ RACES = (
     "no_barrier",
     "two_write_one",
     "shuffle_is_no_barrier",
-    "atomic_is_no_barrier",
-    "warp_is_not_block",
     "fragment_before_barrier",
 )
 
@@ -120,9 +113,8 @@ def test_race_is_found(race: str) -> None:
     assert "ThreadSanitizer: data race" in output, output[-4000:]
 
 
-@pytest.mark.parametrize("right", ["aligned_pack", "halves_part"])
-def test_what_is_right_is_not_a_fault(right: str) -> None:
-    status, output = build.run(build.build("faults", "address"), right)
+def test_what_is_right_is_not_a_fault() -> None:
+    status, output = build.run(build.build("faults", "address"), "aligned_pack")
     assert (status, output) == (0, "nothing was found\n")
 
 

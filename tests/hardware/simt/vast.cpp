@@ -5,10 +5,8 @@
 #include <string>
 #include <vector>
 
-#include "harness/judge.h"
-#include "harness/lists.h"
+#include "harness/list_cases.h"
 #include "harness/matmul.h"
-#include "harness/program.h"
 #include "harness/steps.h"
 
 namespace {
@@ -22,27 +20,6 @@ constexpr int64_t kEdge = (int64_t{1} << 31) / kChunk;  // the chunk that begins
 constexpr int64_t kNumel = (2 * kEdge + 2) * kChunk + 5;
 constexpr int64_t kAround = 64;  // elements on either side of a chunk that are looked at
 
-// One stream of the vast tensor, and where a chunk of it comes from and goes to.
-struct Stream {
-  Role role;
-  size_t bytes;  // an element
-  VastBuffer memory;
-
-  unsigned char* at(int64_t element) const {
-    return memory.as<unsigned char>() + static_cast<size_t>(element) * bytes;
-  }
-  void copy_in(int64_t begin, const Parameter& chunk) const {
-    std::memcpy(at(begin), chunk.of[role].as<void>(), chunk.of[role].size());
-  }
-  void copy_out(int64_t begin, const Parameter& chunk) const {
-    std::memcpy(chunk.of[role].as<void>(), at(begin), chunk.of[role].size());
-  }
-  bool is_zero(int64_t begin, int64_t end) const {
-    return std::all_of(at(std::max<int64_t>(begin, 0)), at(std::min(end, kNumel)),
-                       [](unsigned char byte) { return byte == 0; });
-  }
-};
-
 template <class Operation, class T, class Kept>
 class VastList {
  public:
@@ -50,21 +27,23 @@ class VastList {
       : program_(program),
         kind_(kind),
         seed_(seed),
-        told_(Strengths{}),
         scales_(mas_ext::is_codes(kind.omega_dtype) ? 4 * scales_of(kNumel) : 1, 0) {
     for (const Role role : Operation::roles) {
-      const size_t bytes = width(kind, role);
-      streams_.push_back({role, bytes, VastBuffer(static_cast<size_t>(kNumel) * bytes, 0)});
+      streams_.emplace_back(static_cast<size_t>(kNumel) * width(kind, role), 0);
     }
   }
 
   void run() {
     const Buffer partial(8 * (2 * kEdge + 4), 0);
     for (const int64_t chunk : kChunks) {
-      for (const Stream& stream : streams_) {
-        stream.copy_in(chunk * kChunk, make(chunk).front());
+      const List list = make(chunk);
+      const Parameter& parameter = list.front();
+      for (size_t s = 0; s < streams_.size(); ++s) {
+        const Buffer& from = parameter.of[Operation::roles[s]];
+        std::memcpy(at(s, chunk * kChunk), from.as<void>(), from.size());
       }
-      copy_in_scales(chunk * kChunk, make(chunk).front());
+      std::memcpy(scales_.as<float>() + chunk * (kChunk / kScaleBlock), parameter.scales.as<void>(),
+                  parameter.scales.size());
     }
     launch(partial);
     for (const int64_t chunk : kChunks) {
@@ -75,58 +54,50 @@ class VastList {
  private:
   static constexpr int64_t kChunks[] = {0, kEdge, 2 * kEdge, 2 * kEdge + 2};
 
-  static int64_t size_of(int64_t chunk) { return std::min(kChunk, kNumel - chunk * kChunk); }
-
-  void copy_in_scales(int64_t begin, const Parameter& chunk) const {
-    if (chunk.shape.in_codes()) {
-      std::memcpy(scales_.as<float>() + begin / kScaleBlock, chunk.scales.as<void>(),
-                  chunk.scales.size());
-    }
+  unsigned char* at(size_t stream, int64_t element) const {
+    const size_t bytes = width(kind_, Operation::roles[stream]);
+    return streams_[stream].template as<unsigned char>() + static_cast<size_t>(element) * bytes;
   }
 
+  // A chunk's values as a tensor of its own.
   List make(int64_t chunk) const {
-    return make_list({{kind_, size_of(chunk), {}}}, seed_ + static_cast<uint64_t>(chunk),
-                     kMoments<Operation>);
+    return make_list({{kind_, std::min(kChunk, kNumel - chunk * kChunk), {}}},
+                     seed_ + static_cast<uint64_t>(chunk), kMoments<Operation>);
   }
 
   void launch(const Buffer& partial) const {
     const List small = make_list({{kind_, 77, {}}}, seed_, kMoments<Operation>);
     auto entries = entries_of<Operation>(small);
-    entries.front().index = 1;
-    auto& entry = entries.emplace_back();
-    entry.index = 0;
+    auto vast = entries.front();
+    entries.front().index = 1, vast.index = 0;
+    vast.numel = kNumel, vast.omega_scales = scales_.as<float>();
     for (size_t s = 0; s < streams_.size(); ++s) {
-      entry.data[s] = streams_[s].at(0);
+      vast.data[s] = at(s, 0);
     }
-    entry.numel = kNumel, entry.dtype = kind_.dtype;
-    entry.omega_dtype = kind_.omega_dtype, entry.omega_scales = scales_.as<float>();
-    prepare<Operation>(told_, entries.size());
+    entries.push_back(vast);
+    Operation::prepare(told_, entries.size());
+    simt::Launch grid{{0}};
+    for (const int64_t chunk : kChunks) {
+      grid.blocks.push_back(static_cast<unsigned>(1 + chunk));  // behind that of the small one
+    }
     mas_ext::cuda::for_each_table(entries, [&]<class U, class K>(const auto& table) {
       if constexpr (std::is_same_v<U, T> && std::is_same_v<K, Kept>) {
-        run_chunks(table, partial);
+        const auto operation = Operation::template make<T>(told_);
+        simt::run(grid, kThreads, [&] {
+          mas_ext::cuda::chunk_kernel<Operation::template Operation, T, Kept>(table, operation,
+                                                                              partial.as<double>());
+        });
       }
     });
   }
 
-  template <class Table>
-  void run_chunks(const Table& table, const Buffer& partial) const {
-    simt::Launch grid{static_cast<unsigned>(table.chunks()), {0}};
-    for (const int64_t chunk : kChunks) {
-      grid.blocks.push_back(static_cast<unsigned>(1 + chunk));  // behind that of the small one
-    }
-    const auto operation = Operation::template make<T>(told_);
-    simt::run(grid, kThreads, [&] {
-      mas_ext::cuda::chunk_kernel<Operation::template Operation, T, Kept>(table, operation,
-                                                                          partial.as<double>());
-    });
-  }
-
   void check(int64_t chunk, const double* sum) const {
-    const int64_t begin = chunk * kChunk, end = begin + size_of(chunk);
     const List before = make(chunk), after = make(chunk);
-    for (const Stream& stream : streams_) {
-      stream.copy_out(begin, after.front());
-      program_.expect(stream.is_zero(begin - kAround, begin) && stream.is_zero(end, end + kAround),
+    const int64_t begin = chunk * kChunk, end = begin + after.front().shape.numel;
+    for (size_t s = 0; s < streams_.size(); ++s) {
+      const Buffer& to = after.front().of[Operation::roles[s]];
+      std::memcpy(to.as<void>(), at(s, begin), to.size());
+      program_.expect(is_zero(s, begin - kAround, begin) && is_zero(s, end, end + kAround),
                       "memory around chunk %ld was written", static_cast<long>(chunk));
     }
     const Judge<Operation> judge(program_, told_, before, after);
@@ -138,25 +109,29 @@ class VastList {
     }
   }
 
+  bool is_zero(size_t stream, int64_t begin, int64_t end) const {
+    return std::all_of(at(stream, std::max<int64_t>(begin, 0)), at(stream, std::min(end, kNumel)),
+                       [](unsigned char byte) { return byte == 0; });
+  }
+
   Program& program_;
   const Kind kind_;
   const uint64_t seed_;
-  const Told told_;
+  const Told told_{Strengths{}};
   const VastBuffer scales_;
-  std::vector<Stream> streams_;
+  std::vector<VastBuffer> streams_;
 };
 
 template <class Operation, class T, class Kept>
-void test_list(Program& program, const std::string& name, const Kind& kind) {
-  program.test(std::string("vast/") + Operation::name + "/" + name,
+void test_list(Program& program, const Kind& kind) {
+  program.test(std::string("vast/") + Operation::name + "/" + name_of(kind),
                [&](uint64_t seed) { VastList<Operation, T, Kept>(program, kind, seed).run(); });
 }
 
 template <class Operation>
 void test_list(Program& program) {
-  test_list<Operation, BFloat16, float>(program, "bfloat16",
-                                        {ScalarType::BFloat16, ScalarType::Float});
-  test_list<Operation, float, float>(program, "float32", {ScalarType::Float, ScalarType::Float});
+  test_list<Operation, BFloat16, float>(program, {ScalarType::BFloat16, ScalarType::Float});
+  test_list<Operation, float, float>(program, {ScalarType::Float, ScalarType::Float});
 }
 
 // ================================================================================================
@@ -194,8 +169,7 @@ int main(int argc, char** argv) {
   test_list<AddGradient>(program);
   test_list<Proximal>(program);
   test_list<Step<Adam, false>>(program);
-  test_list<AddGradient, float, uint8_t>(program, "float32, codes",
-                                         {ScalarType::Float, ScalarType::Byte});
+  test_list<AddGradient, float, uint8_t>(program, {ScalarType::Float, ScalarType::Byte});
   test_matmul<float>(program, "float32");
   test_matmul<BFloat16>(program, "bfloat16");
   return program.finish();

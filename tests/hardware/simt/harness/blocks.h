@@ -2,10 +2,10 @@
 #pragma once
 
 #include <algorithm>
+#include <numeric>
 #include <vector>
 
 #include "numbers.h"
-#include "shim/grid.h"
 
 namespace harness {
 
@@ -15,7 +15,8 @@ inline std::vector<unsigned> order_of(Blocks blocks, unsigned count) {
   if (blocks == Blocks::kShuffled) {
     return Random(count).shuffled(count);
   }
-  auto order = simt::ascending(count);
+  std::vector<unsigned> order(count);
+  std::iota(order.begin(), order.end(), 0u);
   if (blocks == Blocks::kDescending) {
     std::reverse(order.begin(), order.end());
   }

@@ -24,9 +24,7 @@ class Judge {
   void lists() const {
     for (size_t p = 0; p < before_.size(); ++p) {
       untouched(p);
-      if constexpr (Operation::writes > 0) {
-        visit_dtype(before_[p].shape.kind.dtype, [&]<class T>() { written<T>(p); });
-      }
+      visit_dtype(before_[p].shape.kind.dtype, [&]<class T>() { written<T>(p); });
     }
   }
 
@@ -71,10 +69,7 @@ class Judge {
     for (int64_t i = 0; i < before_[p].shape.numel; ++i) {
       const Values values = before_[p].values<T>(i);
       const auto exact = Operation::template exact<accumulate_t<T>>(values, told_);
-      bool keeps = false;
-      if constexpr (requires { Operation::keeps(values, told_); }) {
-        keeps = Operation::keeps(values, told_);
-      }
+      const bool keeps = Operation::keeps(values, told_);
       for (size_t w = 0; w < Operation::writes; ++w) {
         const Role role = Operation::roles[w];
         const bool right = role == kOmegaRole
@@ -133,15 +128,18 @@ struct ListCase {
 
 // λ/2 of the sum, by the kernel that ends every penalty.
 template <class Value>
-void check_value(Program& program, const Buffer& partial, const Told& told,
-                 const PenaltyValue& penalty) {
+Value finish(const Buffer& partial, const Strength& lambda) {
   const Buffer value(sizeof(Value), 0);
   const auto count = static_cast<int64_t>(partial.size() / sizeof(double));
-  simt::run({1, {0}}, kThreads, [&] {
-    mas_ext::cuda::finish_penalty<Value>(partial.as<double>(), count, told.lambda.scalar(),
+  simt::run({{0}}, kThreads, [&] {
+    mas_ext::cuda::finish_penalty<Value>(partial.as<double>(), count, lambda.scalar(),
                                          value.as<Value>());
   });
-  const Value actual = *value.as<Value>();
+  return *value.as<Value>();
+}
+
+template <class Value>
+void check_value(Program& program, Value actual, const PenaltyValue& penalty) {
   const long double rounding = kArithmetic<Value> * penalty.exact + kSmallest<Value>;
   program.expect(within(actual, penalty.exact, penalty.bound + rounding, kLargest<Value>),
                  "value %.17g is not %.17Lg", static_cast<double>(actual), penalty.exact);
@@ -180,8 +178,8 @@ class Comparison {
     if constexpr (Operation::sums) {
       const PenaltyValue value = judge.sums(partial);
       if (case_.finishes) {
-        is_double() ? check_value<double>(program_, partial, told_, value)
-                    : check_value<float>(program_, partial, told_, value);
+        is_double() ? check_value(program_, finish<double>(partial, told_.lambda), value)
+                    : check_value(program_, finish<float>(partial, told_.lambda), value);
       }
     }
   }

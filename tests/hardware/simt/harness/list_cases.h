@@ -4,7 +4,6 @@
 
 #include <cmath>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "judge.h"
@@ -13,10 +12,23 @@
 
 namespace harness {
 
+inline std::string name_of(const Kind& kind) {
+  const std::string name = mas_ext::dtype_name(kind.dtype);
+  const bool in_numbers = kind.omega_dtype == mas_ext::accumulate_dtype(kind.dtype);
+  return in_numbers                            ? name
+         : mas_ext::is_codes(kind.omega_dtype) ? name + ", codes"
+                                               : name + ", bfloat16";
+}
+
 template <class Operation>
 void test(Program& program, const std::string& name, const ListCase& c) {
   program.test(std::string(Operation::name) + "/" + name,
                [&](uint64_t seed) { Comparison<Operation>(program, c, seed).run(); });
+}
+
+template <class Operation>
+void test(Program& program, const Kind& kind, const std::string& name, const ListCase& c) {
+  test<Operation>(program, name_of(kind) + "/" + name, c);
 }
 
 // ================================================================================================
@@ -24,9 +36,10 @@ void test(Program& program, const std::string& name, const ListCase& c) {
 // ================================================================================================
 // A vector has 2, 4 or 8 elements; a block's threads take 512, 1024 or 2048 of them at once, and
 // twice that many before the next round; a chunk has 8192.
-inline const std::vector<int64_t> kSmall{1, 2, 3, 7, 8, 9, 15, 16, 17};
-inline const std::vector<int64_t> kRounds{511, 513, 1023, 1025, 2047, 2049, 4095, 4096, 4097};
-inline const std::vector<int64_t> kChunks{8191, 8192, 8193, 16385};
+using Sizes = std::vector<int64_t>;
+inline const Sizes kSmall{1, 2, 3, 7, 8, 9, 15, 16, 17};
+inline const Sizes kRounds{511, 513, 1023, 1025, 2047, 2049, 4095, 4096, 4097};
+inline const Sizes kChunks{8191, 8192, 8193, 16385};
 
 inline Ahead all(int64_t elements) {
   Ahead ahead;
@@ -34,44 +47,49 @@ inline Ahead all(int64_t elements) {
   return ahead;
 }
 
-// All as in one flat buffer: vectors from some element on.
+inline int64_t vector_of(const Kind& kind) {
+  return 16 / static_cast<int64_t>(width(kind, kParam));
+}
+
+inline Sizes up_to(int64_t end) {
+  Sizes numbers;
+  for (int64_t i = 0; i < end; ++i) {
+    numbers.push_back(i);
+  }
+  return numbers;
+}
+
+// All as in one flat buffer, some elements behind a boundary: vectors from some element on.
 template <class Operation>
-void together(Program& program, const std::string& dtype, const Kind& kind) {
-  const int64_t vector = 16 / static_cast<int64_t>(width(kind, kParam));
-  const auto add = [&](int64_t numel, int64_t ahead) {
-    test<Operation>(
-        program,
-        dtype + "/" + std::to_string(numel) + " elements/all " + std::to_string(ahead) + " ahead",
-        {.shapes = {{kind, numel, all(ahead)}}, .finishes = ahead == 0});
-  };
-  for (int64_t ahead = 0; ahead < vector; ++ahead) {
-    for (const int64_t numel : kSmall) {
-      add(numel, ahead);
-    }
-  }
-  for (const int64_t ahead : {int64_t{0}, vector - 1}) {
-    for (const int64_t numel : kRounds) {
-      add(numel, ahead);
-    }
-  }
-  for (const int64_t ahead : {int64_t{0}, int64_t{1}, vector - 1}) {
-    for (const int64_t numel : kChunks) {
-      add(numel, ahead);
+void together(Program& program, const Kind& kind, const Sizes& sizes, const Sizes& distances) {
+  for (const int64_t ahead : distances) {
+    for (const int64_t numel : sizes) {
+      test<Operation>(program, kind,
+                      std::to_string(numel) + " elements/all " + std::to_string(ahead) + " ahead",
+                      {.shapes = {{kind, numel, all(ahead)}}, .finishes = ahead == 0});
     }
   }
 }
 
+template <class Operation>
+void together(Program& program, const Kind& kind) {
+  const int64_t vector = vector_of(kind);
+  together<Operation>(program, kind, kSmall, up_to(vector));
+  together<Operation>(program, kind, kRounds, {0, vector - 1});
+  together<Operation>(program, kind, kChunks, {0, 1, vector - 1});
+}
+
 // One argument an element further on: no element is at a boundary of all.
 template <class Operation>
-void apart(Program& program, const std::string& dtype, const Kind& kind) {
+void apart(Program& program, const Kind& kind) {
   for (const Role role : Operation::roles) {
     for (const int64_t numel : {1, 9, 17, 2049, 8193}) {
       Ahead ahead = all(2);
       ahead[role] += 1;
-      test<Operation>(program,
-                      dtype + "/" + std::to_string(numel) + " elements/argument " +
-                          std::to_string(role) + " apart",
-                      {.shapes = {{kind, numel, ahead}}, .finishes = false});
+      test<Operation>(
+          program, kind,
+          std::to_string(numel) + " elements/argument " + std::to_string(role) + " apart",
+          {.shapes = {{kind, numel, ahead}}, .finishes = false});
     }
   }
 }
@@ -79,7 +97,7 @@ void apart(Program& program, const std::string& dtype, const Kind& kind) {
 // ================================================================================================
 // Lists
 // ================================================================================================
-inline std::vector<Shape> with_sizes(const Kind& kind, const std::vector<int64_t>& sizes) {
+inline std::vector<Shape> with_sizes(const Kind& kind, const Sizes& sizes) {
   std::vector<Shape> shapes;
   for (const int64_t numel : sizes) {
     shapes.push_back({kind, numel, {}});
@@ -91,9 +109,9 @@ inline std::vector<Shape> with_sizes(const Kind& kind, const std::vector<int64_t
 template <class Operation>
 std::vector<Shape> too_many(const Kind& kind) {
   constexpr size_t streams = Operation::roles.size();
-  const int64_t capacity = kind.omega_dtype == ScalarType::Byte ? Table<streams, true>::kCapacity
-                                                                : Table<streams, false>::kCapacity;
-  std::vector<int64_t> sizes(static_cast<size_t>(2 * capacity + 2), 0);
+  const int64_t capacity = mas_ext::is_codes(kind.omega_dtype) ? Table<streams, true>::kCapacity
+                                                               : Table<streams, false>::kCapacity;
+  Sizes sizes(static_cast<size_t>(2 * capacity + 2), 0);
   int64_t numel = 1;
   for (const int64_t i : {int64_t{0}, capacity - 1, capacity, 2 * capacity - 1, 2 * capacity + 1}) {
     sizes[static_cast<size_t>(i)] = ++numel;
@@ -116,26 +134,28 @@ inline std::vector<Shape> random_shapes(Random& random, const std::vector<Kind>&
 }
 
 template <class Operation>
-void lists(Program& program, const std::string& dtype, const Kind& kind) {
-  test<Operation>(program, dtype + "/list/several",
-                  {with_sizes(kind, {5, 0, 8193, 1, 16384, 0, 17, 8191})});
-  test<Operation>(program, dtype + "/list/only empty", {with_sizes(kind, {0, 0})});
-  test<Operation>(program, dtype + "/list/none", {{}});
-  test<Operation>(program, dtype + "/list/too many for a table", {too_many<Operation>(kind)});
-  for (int i = 0; i < 4; ++i) {
-    const std::string name = dtype + "/list/random " + std::to_string(i);
-    Random random(seed_of(name));
-    test<Operation>(program, name, {random_shapes(random, {kind})});
-  }
-}
-
-template <class Operation>
-void mixed(Program& program, const std::vector<Kind>& kinds, const std::string& list = "mixed") {
-  for (int i = 0; i < 8; ++i) {
+void test_random(Program& program, const std::string& list, int count,
+                 const std::vector<Kind>& kinds) {
+  for (int i = 0; i < count; ++i) {
     const std::string name = list + "/random " + std::to_string(i);
     Random random(seed_of(name));
     test<Operation>(program, name, {random_shapes(random, kinds)});
   }
+}
+
+template <class Operation>
+void lists(Program& program, const Kind& kind) {
+  test<Operation>(program, kind, "list/several",
+                  {with_sizes(kind, {5, 0, 8193, 1, 16384, 0, 17, 8191})});
+  test<Operation>(program, kind, "list/only empty", {with_sizes(kind, {0, 0})});
+  test<Operation>(program, kind, "list/none", {{}});
+  test<Operation>(program, kind, "list/too many for a table", {too_many<Operation>(kind)});
+  test_random<Operation>(program, name_of(kind) + "/list", 4, {kind});
+}
+
+template <class Operation>
+void mixed(Program& program, const std::vector<Kind>& kinds, const std::string& list = "mixed") {
+  test_random<Operation>(program, list, 8, kinds);
   std::vector<Shape> shapes;
   for (auto kind = kinds.rbegin(); kind != kinds.rend(); ++kind) {
     shapes.push_back({*kind, 8195, all(1)});
@@ -181,32 +201,22 @@ inline void zero_or_one(List& list) {
 // ================================================================================================
 // All of them
 // ================================================================================================
-using NamedKind = std::pair<std::string, Kind>;
-
 // Ω as it is accumulated, beside each dtype.
-inline const std::vector<NamedKind> kDtypes{{"float32", {ScalarType::Float, ScalarType::Float}},
-                                            {"float64", {ScalarType::Double, ScalarType::Double}},
-                                            {"bfloat16", {ScalarType::BFloat16, ScalarType::Float}},
-                                            {"float16", {ScalarType::Half, ScalarType::Float}}};
+inline const std::vector<Kind> kDtypes{{ScalarType::Float, ScalarType::Float},
+                                       {ScalarType::Double, ScalarType::Double},
+                                       {ScalarType::BFloat16, ScalarType::Float},
+                                       {ScalarType::Half, ScalarType::Float}};
 
-inline std::vector<Kind> kinds_of(const std::vector<NamedKind>& named) {
-  std::vector<Kind> kinds;
-  for (const auto& [name, kind] : named) {
-    kinds.push_back(kind);
+// `own_cases(program, kind)` adds those cases that an operation has of its own.
+template <class Operation, class OwnCases>
+void test_operation(Program& program, OwnCases own_cases) {
+  for (const Kind& kind : kDtypes) {
+    together<Operation>(program, kind);
+    apart<Operation>(program, kind);
+    lists<Operation>(program, kind);
+    own_cases(program, kind);
   }
-  return kinds;
-}
-
-// `strengths(program, dtype, kind)` adds those cases that an operation has of its own.
-template <class Operation, class Strengths>
-void test_operation(Program& program, Strengths strengths) {
-  for (const auto& [name, kind] : kDtypes) {
-    together<Operation>(program, name, kind);
-    apart<Operation>(program, name, kind);
-    lists<Operation>(program, name, kind);
-    strengths(program, name, kind);
-  }
-  mixed<Operation>(program, kinds_of(kDtypes));
+  mixed<Operation>(program, kDtypes);
 }
 
 }  // namespace harness

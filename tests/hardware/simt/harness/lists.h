@@ -173,15 +173,20 @@ inline std::vector<Piece> pieces_of(const List& list) {
   return pieces;
 }
 
+template <class Visit>
+void each_buffer(const List& list, Visit visit) {
+  for (const Parameter& parameter : list) {
+    for (const Buffer& buffer : parameter.of) {
+      visit(buffer);
+    }
+    visit(parameter.scales);
+  }
+}
+
 // All that the block of a piece may touch.
 inline void open_piece(const List& list, const std::vector<Piece>& pieces, size_t index,
                        const Buffer& partial) {
-  for (const Parameter& parameter : list) {
-    for (const Buffer& buffer : parameter.of) {
-      buffer.close();
-    }
-    parameter.scales.close();
-  }
+  each_buffer(list, [](const Buffer& buffer) { buffer.close(); });
   const Piece& piece = pieces[index];
   const Parameter& parameter = list[piece.parameter];
   for (size_t role = 0; role < parameter.of.size(); ++role) {
@@ -194,16 +199,6 @@ inline void open_piece(const List& list, const std::vector<Piece>& pieces, size_
   }
   partial.close();
   partial.open(8 * index, 8);
-}
-
-inline void open_all(const List& list, const Buffer& partial) {
-  for (const Parameter& parameter : list) {
-    for (const Buffer& buffer : parameter.of) {
-      buffer.open();
-    }
-    parameter.scales.open();
-  }
-  partial.open();
 }
 
 // Moments that an operation has, of its arguments.
@@ -227,25 +222,6 @@ auto entries_of(const List& list) {
   return entries;
 }
 
-// What an operator launches ahead of the kernel that walks its lists.
-template <class Operation>
-void prepare(const Told& told, size_t tensors) {
-  if constexpr (requires { Operation::prepare(told, tensors); }) {
-    Operation::prepare(told, tensors);
-  }
-}
-
-// The kernels that a program is compiled with: those that take Ω as it is accumulated, unless an
-// operation says otherwise.
-template <class Operation, class T, class Kept>
-constexpr bool runs = [] {
-  if constexpr (requires { Operation::template runs<T, Kept>; }) {
-    return Operation::template runs<T, Kept>;
-  } else {
-    return std::is_same_v<Kept, accumulate_t<T>>;
-  }
-}();
-
 // As csrc/cuda/launch.cuh: a launch a table, the partial sums of one behind those of the other. A
 // block may touch its own piece of every tensor and its own partial sum, and nothing else.
 template <class Operation>
@@ -253,19 +229,20 @@ void run(const List& list, const Told& told, const Buffer& partial, Blocks block
   const auto pieces = pieces_of(list);
   double* sums = Operation::sums ? partial.as<double>() : nullptr;
   size_t first = 0;
-  prepare<Operation>(told, list.size());
+  Operation::prepare(told, list.size());
   const auto entries = entries_of<Operation>(list);
   mas_ext::cuda::for_each_table(entries, [&]<class T, class Kept>(const auto& table) {
-    if constexpr (runs<Operation, T, Kept>) {
+    if constexpr (Operation::template runs<T, Kept>) {
       const auto count = static_cast<unsigned>(table.chunks());
       const auto open = [&](unsigned b) { open_piece(list, pieces, first + b, partial); };
       const auto operation = Operation::template make<T>(told);
-      simt::run({count, order_of(blocks, count), open}, kThreads, [&] {
+      simt::run({order_of(blocks, count), open}, kThreads, [&] {
         mas_ext::cuda::chunk_kernel<Operation::template Operation, T, Kept>(table, operation, sums);
       });
       first += count;
       sums += Operation::sums ? count : 0;
-      open_all(list, partial);
+      each_buffer(list, [](const Buffer& buffer) { buffer.open(); });
+      partial.open();
     } else {
       std::abort();  // a case of what the program is not compiled for
     }

@@ -157,8 +157,7 @@ class Launches {
   }
 
   simt::Launch grid(int64_t blocks, const Open& open) const {
-    const auto count = static_cast<unsigned>(blocks);
-    return {count, order_of(order_, count), open};
+    return {order_of(order_, static_cast<unsigned>(blocks)), open};
   }
 
   // Of Ω, or of the sums of the block's part.

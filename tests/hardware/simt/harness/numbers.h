@@ -15,6 +15,9 @@ using mas_ext::accumulate_t;
 using mas_ext::BFloat16;
 using mas_ext::Half;
 
+template <class T>
+constexpr mas_ext::ScalarType kDtype = torch::headeronly::CppTypeToScalarType<T>::value;
+
 class Random {
  public:
   explicit Random(uint64_t seed) : state_(seed) {}
@@ -54,6 +57,14 @@ class Random {
 struct Exact {
   long double value = 0, magnitude = 0;
 };
+
+inline Exact term(long double value) { return {value, std::abs(value)}; }
+inline Exact operator+(const Exact& a, const Exact& b) {
+  return {a.value + b.value, a.magnitude + b.magnitude};
+}
+inline Exact operator*(long double factor, const Exact& a) {
+  return {factor * a.value, std::abs(factor) * a.magnitude};
+}
 
 template <class T>
 constexpr long double kArithmetic = std::is_same_v<accumulate_t<T>, double> ? 4e-15L : 1.3e-6L;

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <type_traits>
 #include <vector>
 
 #include "csrc/cuda/multi_tensor.cuh"
@@ -94,18 +95,44 @@ long double limited(double product) {
   return std::min<long double>(product, kLargest<A>);
 }
 
+// θ drawn towards θ*, from where it is or where a step has moved it.
+template <class A>
+Exact proximal(const Exact& moved, const Values& v, const Told& told) {
+  const long double omega = v.of[kOmegaRole], anchor = v.of[kAnchor];
+  const long double c = limited<A>(told.lambda.value() * told.lr.value()) * omega;
+  if (omega == 0) {
+    return moved;
+  }
+  long double value = std::isinf(c) ? anchor : (moved.value + c * anchor) / (1 + c);
+  value = std::isfinite(moved.value) ? value : NAN;  // from infinity there is no step
+  return {value, moved.magnitude + std::abs(anchor)};
+}
+
 inline constexpr Scalar kOne{nullptr, 1.0, true};
 
 // Of each operation: its kernel, the arguments in the order of their streams, how many of them it
 // writes, whether it sums, and whether that is over θ as it is stored afterwards. `make` is the
 // operator's part on the host; `exact` says what each written argument should be.
-struct Importance {
+struct Defaults {
+  static constexpr bool sums = true, sums_stored = false;
+
+  // The kernels that a program is compiled with: those that take Ω as it is accumulated.
+  template <class T, class Kept>
+  static constexpr bool runs = std::is_same_v<Kept, accumulate_t<T>>;
+
+  // What an operator launches ahead of the kernel that walks its lists.
+  static void prepare(const Told&, size_t) {}
+  // Whether an element should have the bits it had.
+  static bool keeps(const Values&, const Told&) { return false; }
+};
+
+struct Importance : Defaults {
   template <class T>
   using Operation = mas_ext::cuda::AccumulateImportance<T>;
   static constexpr const char* name = "accumulate_importance";
   static constexpr std::array roles{kOmegaRole, kGrad};
   static constexpr size_t writes = 1;
-  static constexpr bool sums = false, sums_stored = false;
+  static constexpr bool sums = false;
 
   template <class T>
   static Operation<T> make(const Told& told) {
@@ -113,37 +140,36 @@ struct Importance {
   }
   template <class A>
   static std::array<Exact, 1> exact(const Values& v, const Told& told) {
-    const long double value = v.of[kOmegaRole] + told.scale * std::abs(v.of[kGrad]);
-    return {{{value, value}}};
+    return {term(v.of[kOmegaRole]) + term(told.scale * std::abs(v.of[kGrad]))};
   }
 };
 
-struct Penalty {
+struct Penalty : Defaults {
   template <class T>
   using Operation = mas_ext::cuda::PenaltyEnergy<T>;
   static constexpr const char* name = "penalty";
   static constexpr std::array roles{kParam, kAnchor, kOmegaRole};
   static constexpr size_t writes = 0;
-  static constexpr bool sums = true, sums_stored = false;
 
   template <class T>
   static Operation<T> make(const Told&) {
     return {};
   }
+  template <class A>
+  static std::array<Exact, 0> exact(const Values&, const Told&) {
+    return {};
+  }
 };
 
 template <bool Add>
-struct GradientOf {
+struct GradientOf : Defaults {
   static constexpr std::array roles{kGrad, kParam, kAnchor, kOmegaRole};
   static constexpr size_t writes = 1;
-  static constexpr bool sums = true, sums_stored = false;
 
   template <class A>
   static std::array<Exact, 1> exact(const Values& v, const Told& told) {
     const double product = told.lambda.value() * (Add ? told.grad_scale.value() : 1.0);
-    const long double step = limited<A>(product) * v.of[kOmegaRole] * v.delta();
-    const long double before = Add ? v.of[kGrad] : 0;
-    return {{{before + step, std::abs(before) + std::abs(step)}}};
+    return {term(Add ? v.of[kGrad] : 0) + term(limited<A>(product) * v.of[kOmegaRole] * v.delta())};
   }
 };
 
@@ -169,13 +195,13 @@ struct AddGradient : GradientOf<true> {
   }
 };
 
-struct Proximal {
+struct Proximal : Defaults {
   template <class T>
   using Operation = mas_ext::cuda::ProximalStep<T>;
   static constexpr const char* name = "proximal_step";
   static constexpr std::array roles{kParam, kAnchor, kOmegaRole};
   static constexpr size_t writes = 1;
-  static constexpr bool sums = true, sums_stored = true;
+  static constexpr bool sums_stored = true;
 
   template <class T>
   static Operation<T> make(const Told& told) {
@@ -183,14 +209,7 @@ struct Proximal {
   }
   template <class A>
   static std::array<Exact, 1> exact(const Values& v, const Told& told) {
-    const long double param = v.of[kParam], anchor = v.of[kAnchor], omega = v.of[kOmegaRole];
-    if (omega == 0) {
-      return {{{param, 0}}};
-    }
-    const long double c = limited<A>(told.lambda.value() * told.lr.value()) * omega;
-    long double value = std::isinf(c) ? anchor : (param + c * anchor) / (1 + c);
-    value = std::isfinite(param) ? value : NAN;  // from infinity there is no step
-    return {{{value, std::abs(param) + std::abs(anchor)}}};
+    return {proximal<A>(term(v.of[kParam]), v, told)};
   }
   // Where Ω = 0 a parameter keeps its bits, even those of a NaN.
   static bool keeps(const Values& v, const Told&) { return v.of[kOmegaRole] == 0; }

@@ -1,7 +1,6 @@
 // A test program: runs named cases, says which failed, and how many there were.
 //
-//   program [--list] [--shard i/n] [FILTER]     cases whose name contains FILTER; of them, every
-//   nth
+//   program [--list] [--fail-fast] [--shard i/n] [PREFIX]    every nth case whose name begins so
 #pragma once
 
 #include <signal.h>
@@ -92,8 +91,6 @@ class Program {
     }
     return right;
   }
-
-  const std::string& name() const { return name_; }
 
   int finish() const {
     std::printf("%u cases, %u failed\n", cases_, failures_);

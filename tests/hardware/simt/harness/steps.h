@@ -20,17 +20,6 @@ using mas_ext::BiasCorrection;
 using mas_ext::SgdOptions;
 
 // ================================================================================================
-// Sums of terms of known magnitude
-// ================================================================================================
-inline Exact term(long double value) { return {value, std::abs(value)}; }
-inline Exact operator+(const Exact& a, const Exact& b) {
-  return {a.value + b.value, a.magnitude + b.magnitude};
-}
-inline Exact operator*(long double factor, const Exact& a) {
-  return {factor * a.value, std::abs(factor) * a.magnitude};
-}
-
-// ================================================================================================
 // Bias corrections
 // ================================================================================================
 // Every tensor has taken another number of steps; the first one none, and some very many.
@@ -48,7 +37,7 @@ std::vector<BiasCorrection> correct(const AdamOptions& options, size_t tensors) 
     counts.push_back(static_cast<Count>(steps_taken(i)));
   }
   const auto blocks = static_cast<unsigned>((tensors + threads - 1) / threads);
-  simt::run({blocks, order_of(Blocks::kShuffled, blocks)}, threads, [&] {
+  simt::run({order_of(Blocks::kShuffled, blocks)}, threads, [&] {
     mas_ext::cuda::bias_corrections<Count>(counts.data(), static_cast<int64_t>(tensors), options,
                                            corrections.data());
   });
@@ -128,25 +117,13 @@ struct Adam {
 // ================================================================================================
 // A rule with the penalty in it
 // ================================================================================================
-template <class A>
-Exact proximal(const Exact& moved, const Values& v, const Told& told) {
-  const long double omega = v.of[kOmegaRole], anchor = v.of[kAnchor];
-  const long double c = limited<A>(told.lambda.value() * told.lr.value()) * omega;
-  if (omega == 0) {
-    return moved;
-  }
-  long double value = std::isinf(c) ? anchor : (moved.value + c * anchor) / (1 + c);
-  value = std::isfinite(moved.value) ? value : NAN;  // from infinity there is no step
-  return {value, moved.magnitude + std::abs(anchor)};
-}
-
 template <class Rule, bool Proximal>
-struct Step {
+struct Step : Defaults {
   template <class T>
   using Operation = typename Rule::template By<Proximal>::template Operation<T>;
   static constexpr std::array roles = Rule::roles;
   static constexpr size_t writes = 1 + Rule::moments;
-  static constexpr bool sums = true, sums_stored = Proximal;
+  static constexpr bool sums_stored = Proximal;
   static constexpr const char* mode = Proximal ? "proximal" : "gradient";
   static inline const std::string name = std::string(Rule::name) + "_step/" + mode;
 

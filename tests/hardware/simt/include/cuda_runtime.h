@@ -2,11 +2,9 @@
 // What is not here does not compile: add it when a kernel needs it, with a test in faults.cpp.
 #pragma once
 
-#include <atomic>
 #include <source_location>
 
 #include "../shim/grid.h"
-#include "../shim/warp.h"
 
 #define __global__
 #define __device__
@@ -19,58 +17,30 @@
 #define threadIdx (::simt::thread_index)
 #define blockIdx (::simt::block_index)
 #define blockDim (::simt::block_size)
-#define gridDim (::simt::grid_size)
 
 inline void __syncthreads(std::source_location line = std::source_location::current()) {
   simt::self.block->meet(simt::self.thread, {"__syncthreads", line}, [] {});
 }
 
-inline void __syncwarp(unsigned mask = ~0u,
-                       std::source_location line = std::source_location::current()) {
-  simt::self.block->warp_of(simt::self.thread)
-      .join<void>(simt::self.thread % simt::kWarpSize, mask, {"__syncwarp", line},
-                  simt::Order::kMemory, nullptr, [](void**) {});
-}
-
-// A lane beyond the warp's end: the value stays the caller's own.
+// Of whole warps only. A lane beyond the warp's end: the value stays the caller's own.
 template <class T>
-T __shfl_down_sync(unsigned mask, T value, unsigned delta,
-                   std::source_location line = std::source_location::current()) {
+SIMT_UNSEEN T __shfl_down_sync(unsigned mask, T value, unsigned delta,
+                               std::source_location line = std::source_location::current()) {
+  if (mask != ~0u || simt::self.block->warp_of(simt::self.thread).members() != simt::kWarpSize) {
+    simt::fail("thread %d calls __shfl_down_sync (%s:%u) with mask 0x%x, which is not its warp",
+               simt::self.thread, line.file_name(), static_cast<unsigned>(line.line()), mask);
+  }
+  struct Letter {
+    T sent, received;
+    unsigned from;  // lane
+  };
   const unsigned lane = threadIdx.x % simt::kWarpSize, from = lane + delta;
-  return simt::exchange(mask, value, static_cast<int>(from < simt::kWarpSize ? from : lane),
-                        {"__shfl_down_sync", line});
-}
-
-template <class T>
-T __shfl_xor_sync(unsigned mask, T value, int lanes,
-                  std::source_location line = std::source_location::current()) {
-  const int lane = static_cast<int>(threadIdx.x) % simt::kWarpSize;
-  return simt::exchange(mask, value, (lane ^ lanes) % simt::kWarpSize, {"__shfl_xor_sync", line});
-}
-
-template <class T>
-T __shfl_sync(unsigned mask, T value, int lane,
-              std::source_location line = std::source_location::current()) {
-  return simt::exchange(mask, value, lane % simt::kWarpSize, {"__shfl_sync", line});
-}
-
-inline unsigned __ballot_sync(unsigned mask, int predicate,
-                              std::source_location line = std::source_location::current()) {
-  return simt::vote(mask, predicate != 0, {"__ballot_sync", line});
-}
-
-inline int __any_sync(unsigned mask, int predicate,
-                      std::source_location line = std::source_location::current()) {
-  return simt::vote(mask, predicate != 0, {"__any_sync", line}) != 0;
-}
-
-inline int __all_sync(unsigned mask, int predicate,
-                      std::source_location line = std::source_location::current()) {
-  return simt::vote(mask, predicate != 0, {"__all_sync", line}) == mask;
-}
-
-// Indivisible, and no more: nothing else is ordered by it.
-template <class T>
-T atomicAdd(T* address, T value) {
-  return std::atomic_ref<T>(*address).fetch_add(value, std::memory_order_relaxed);
+  Letter letter{value, value, from < simt::kWarpSize ? from : lane};
+  simt::meet_lanes({"__shfl_down_sync", line}, &letter, [](void** letters) SIMT_UNSEEN {
+    for (int l = 0; l < simt::kWarpSize; ++l) {
+      auto* mine = static_cast<Letter*>(letters[l]);
+      mine->received = static_cast<Letter*>(letters[mine->from])->sent;
+    }
+  });
+  return letter.received;
 }

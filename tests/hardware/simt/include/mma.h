@@ -72,9 +72,7 @@ SIMT_UNSEEN inline void agree(Access access, unsigned pitch_bytes, const simt::P
       }
     }
   };
-  const int thread = simt::self.thread;
-  simt::self.block->warp_of(thread).join(thread % simt::kWarpSize, ~0u, place, simt::Order::kNone,
-                                         &access, compare);
+  simt::meet_lanes(place, &access, compare);
 }
 
 template <class Role, class T, class Layout>
@@ -104,38 +102,29 @@ void fill_fragment(fragment<Role, kSide, kSide, kSide, T, Layout>& to, T value) 
   }
 }
 
-template <class T, class LeftLayout, class RightLayout>
-struct Product {
-  Sum* to;
-  const Left<T, LeftLayout>* left;
-  const Right<T, RightLayout>* right;
-  const Sum* plus;
-};
-
 // to = left · right + plus, in float, position after position. The last lane to come does it all.
 template <class T, class LeftLayout, class RightLayout>
 SIMT_UNSEEN void mma_sync(Sum& to, const Left<T, LeftLayout>& left,
                           const Right<T, RightLayout>& right, const Sum& plus,
                           std::source_location line = std::source_location::current()) {
-  using Operands = Product<T, LeftLayout, RightLayout>;
-  Operands operands{&to, &left, &right, &plus};
-  const auto multiply = [](void** lanes) SIMT_UNSEEN {
+  struct Operands {
+    Sum* to;
+    const Left<T, LeftLayout>* left;
+    const Right<T, RightLayout>* right;
+    const Sum* plus;
+  } operands{&to, &left, &right, &plus};
+  simt::meet_lanes({"mma_sync", line}, &operands, [](void** lanes) SIMT_UNSEEN {
     float l[kSide][kSide], r[kSide][kSide], sum[kSide][kSide];
-    const auto each = [lanes](auto visit) SIMT_UNSEEN {
-      for (int lane = 0; lane < simt::kWarpSize; ++lane) {
-        for (int i = 0; i < Sum::num_elements; ++i) {
-          visit(*static_cast<Operands*>(lanes[lane]), lane, i);
-        }
-      }
-    };
-    each([&](const Operands& mine, int lane, int i) SIMT_UNSEEN {
-      const T left_value = mine.left->x[i], right_value = mine.right->x[i];
+    for (int at = 0; at < kSide * kSide; ++at) {
+      const int lane = at / Sum::num_elements, i = at % Sum::num_elements;
+      const auto* mine = static_cast<const Operands*>(lanes[lane]);
+      const T left_value = mine->left->x[i], right_value = mine->right->x[i];
       const Element a = element<matrix_a>(lane, i), b = element<matrix_b>(lane, i);
       const Element c = element<accumulator>(lane, i);
       l[a.row][a.column] = static_cast<float>(left_value);
       r[b.row][b.column] = static_cast<float>(right_value);
-      sum[c.row][c.column] = mine.plus->x[i];
-    });
+      sum[c.row][c.column] = mine->plus->x[i];
+    }
     for (int row = 0; row < kSide; ++row) {
       for (int column = 0; column < kSide; ++column) {
         for (int k = 0; k < kSide; ++k) {
@@ -143,15 +132,12 @@ SIMT_UNSEEN void mma_sync(Sum& to, const Left<T, LeftLayout>& left,
         }
       }
     }
-    each([&](const Operands& mine, int lane, int i) SIMT_UNSEEN {
+    for (int at = 0; at < kSide * kSide; ++at) {
+      const int lane = at / Sum::num_elements, i = at % Sum::num_elements;
       const Element c = element<accumulator>(lane, i);
-      mine.to->x[i] = sum[c.row][c.column];
-    });
-  };
-  const simt::Place place("mma_sync", line);
-  const int thread = simt::self.thread;
-  simt::self.block->warp_of(thread).join(thread % simt::kWarpSize, ~0u, place, simt::Order::kNone,
-                                         &operands, multiply);
+      static_cast<const Operands*>(lanes[lane])->to->x[i] = sum[c.row][c.column];
+    }
+  });
 }
 
 }  // namespace nvcuda::wmma

@@ -7,7 +7,6 @@
 #include <functional>
 #include <map>
 #include <memory>
-#include <numeric>
 #include <thread>
 #include <vector>
 
@@ -39,13 +38,11 @@ class Block {
   // The last of all runs `act`.
   template <class Act>
   SIMT_UNSEEN void meet(int thread, const Place& place, Act act) {
-    Meeting& warp = warp_of(thread);
     const auto meet_warps = [&](void**) SIMT_UNSEEN {
-      block_.join<void>(thread / kWarpSize, block_.everyone(), place, Order::kMemory, nullptr,
+      block_.join<void>(thread / kWarpSize, place, Order::kMemory, nullptr,
                         [&](void**) SIMT_UNSEEN { act(); });
     };
-    warp.join<void>(thread % kWarpSize, warp.everyone(), place, Order::kMemory, nullptr,
-                    meet_warps);
+    warp_of(thread).join<void>(thread % kWarpSize, place, Order::kMemory, nullptr, meet_warps);
   }
 
  private:
@@ -59,20 +56,19 @@ struct Self {
 };
 
 inline thread_local Self self;
-inline thread_local Index thread_index, block_index, block_size, grid_size;
+inline thread_local Index thread_index, block_index, block_size;
 
-// What a grid runs: these blocks of `grid`, in this order; before(b) before each of them.
+// The lanes of the caller's warp meet. Orders nothing.
+template <class Data, class Act>
+SIMT_UNSEEN void meet_lanes(const Place& place, Data* data, Act act) {
+  self.block->warp_of(self.thread).join(self.thread % kWarpSize, place, Order::kNone, data, act);
+}
+
+// What a grid runs: these blocks, in this order; before(b) before each of them.
 struct Launch {
-  unsigned grid;
   std::vector<unsigned> blocks;
   std::function<void(unsigned)> before = [](unsigned) {};
 };
-
-inline std::vector<unsigned> ascending(unsigned blocks) {
-  std::vector<unsigned> order(blocks);
-  std::iota(order.begin(), order.end(), 0u);
-  return order;
-}
 
 // The host threads of blocks of one size. They stay, as making them costs more than a launch.
 class Team {
@@ -123,7 +119,6 @@ class Team {
   // The end of the kernel is a place where threads meet like any other: one that leaves while
   // others wait at a barrier is found out.
   void run_blocks(const Launch& launch, int thread) {
-    grid_size = {launch.grid, 1, 1};
     for (size_t i = 0; i < launch.blocks.size(); ++i) {
       current_block = block_index.x = launch.blocks[i];
       kernel_();
@@ -145,7 +140,7 @@ class Team {
   std::vector<std::jthread> threads_;
 };
 
-// Runs a kernel: kernel<<<launch.grid, threads>>>(…), given as a function that calls it.
+// Runs a kernel: kernel<<<grid, threads>>>(…), given as a function that calls it.
 inline void run(const Launch& launch, int threads, const std::function<void()>& kernel) {
   static std::map<int, std::unique_ptr<Team>> teams;
   auto& team = teams[threads];

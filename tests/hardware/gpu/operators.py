@@ -1,85 +1,53 @@
-"""The operators on a GPU, judged on the CPU: part of the step `equivalence` of `make gpu`.
-
-Collected only where MAS_EXT_TEST_DEVICE names a device (see conftest.py). On ``cuda`` a missing GPU
-or missing kernels are failures. On ``cpu`` this is a rehearsal: every test that can runs in small.
-"""
+"""What the operators' unit tests do not ask of kernels on a device; judged on the CPU."""
 
 from __future__ import annotations
 
-import math
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 import mas_ext
-from tests.hardware.gpu import checks
+from mas_ext.precision import num_scales
+from tests.hardware.gpu.device import DEVICE, REHEARSAL, needs_gpu
+from tests.hardware.gpu.steps import NOT_HERE
 from tests.support import abs_matmul
 from tests.support.exact import assert_value_near
 from tests.support.operators import (
     ALL,
     OPERATORS,
     OPS,
-    STEPS,
+    PENALTY_OPS,
     Outcome,
     Scalars,
     assert_right,
     call,
-    exact_value,
     make,
-    samples,
     small,
 )
-from tests.support.tensors import DTYPES, State, assert_gaps_untouched, behind
-
-DEVICE = os.environ["MAS_EXT_TEST_DEVICE"]
-REHEARSAL = DEVICE == "cpu"
+from tests.support.tensors import DTYPES, KEPT, State, assert_gaps_untouched, behind
 
 LISTS = [op for op in ALL if OPERATORS[op].takes_lists]
 each_op = pytest.mark.parametrize("op", LISTS)
-each_operator = pytest.mark.parametrize("op", ALL)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-needs_gpu = pytest.mark.skipif(REHEARSAL, reason=checks.NEEDS_GPU)
 
 
-def check(op: str, state: State, scalars: Scalars = Scalars(), what: str = "") -> Outcome:  # noqa: B008
+def check(op: str, state: State, what: str = "") -> Outcome:
     """Runs an operator on what is on the device, and judges all that came of it in float64."""
     before = state.copy()
-    outcome = call(mas_ext.functional, op, state, scalars)
-    assert_right(op, before, outcome, scalars, what=what)
+    outcome = call(mas_ext.functional, op, state)
+    assert_right(op, before, outcome, what=what)
     for tensor in outcome.tensors:
         assert_gaps_untouched(tensor)
     return outcome
 
 
-def assert_same_bits_from_run_to_run(op: str, fresh: Any) -> None:
-    runs = []
-    for _ in range(3):
-        outcome = call(mas_ext.functional, op, fresh())
-        runs.append([t for t in (outcome.value, *outcome.tensors) if t is not None])
-    for again in runs[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(runs[0], again, strict=True))
-
-
-@needs_gpu
-def test_there_is_a_gpu_and_kernels_for_it() -> None:
-    assert torch.cuda.is_available()
-    assert mas_ext.build_info()["cuda_kernels"]
-
-
 # ================================================================================================
-# Samples
+# Sizes and alignments of the CUDA kernels
 # ================================================================================================
-@pytest.mark.parametrize(("op", "sample"), [(op, s) for op in ALL for s in samples(op)], ids=str)
-def test_against_the_oracle(op: str, sample: Any) -> None:
-    check(op, sample.make(OPERATORS[op].moments, DEVICE))
-
-
-# The CUDA kernel's tiles are 64 × 64; it stages 16 (sample, position) pairs at a time.
+# Tiles of 64 × 64; 16 (sample, position) pairs are staged at a time.
 @pytest.mark.parametrize("layout", abs_matmul.LAYOUTS)
 @each_dtype
 def test_abs_matmul_around_its_tiles(dtype: torch.dtype, layout: str) -> None:
@@ -91,24 +59,38 @@ def test_abs_matmul_around_its_tiles(dtype: torch.dtype, layout: str) -> None:
 VECTOR = 16  # bytes
 
 
+def distances(dtype: torch.dtype) -> range | tuple[int, ...]:
+    """In elements, from a vector's boundary; the last is a whole vector, beside codes."""
+    vector = VECTOR // dtype.itemsize
+    return (1, vector) if REHEARSAL else range(1, vector + 1)
+
+
 @each_dtype
 @each_op
 def test_views_at_every_distance_from_a_vector_boundary(op: str, dtype: torch.dtype) -> None:
     """All lists off by as many elements, which can still be walked by vectors; then one alone."""
-    for elements in range(1, VECTOR // dtype.itemsize):
-        for shifted in ("all", *OPERATORS[op].lists):
+    for elements in distances(dtype):
+        for shifted in (OPERATORS[op].lists, *([name] for name in OPERATORS[op].lists)):
             state = make(op, [dtype] * 2, [(8193,), (37,)], device=DEVICE)
-            for name in OPERATORS[op].lists:
-                if shifted in ("all", name):
-                    setattr(state, name, [behind(t, elements) for t in getattr(state, name)])
-            check(op, state)
+            check(op, moved(state, shifted, elements))
 
 
-@each_op
-def test_mixed_dtypes_in_one_list(op: str) -> None:
-    dtypes = [*DTYPES.values()] * 3
-    shapes = [(8193,), (5, 7), (), (0,), (17,), (128, 65), (1,), (3,), (33,), (16384,), (2,), (9,)]
-    check(op, make(op, dtypes, shapes, device=DEVICE))
+@each_dtype
+@pytest.mark.parametrize("kept", KEPT)
+@pytest.mark.parametrize("op", PENALTY_OPS)
+def test_a_stored_omega_at_every_distance(op: str, kept: str, dtype: torch.dtype) -> None:
+    """Vectors that end in the next block of codes; then lists that have no boundary in common."""
+    values, omega = ["params", "anchors", "grads"], ["omega", "omega_scales"]
+    for elements in distances(dtype):
+        for shifted in (values + omega, ["params", "grads"], omega):
+            state = make(op, [dtype] * 2, [(8193,), (700,)], device=DEVICE, kept=kept)
+            check(op, moved(state, shifted, elements))
+
+
+def moved(state: State, names: list[str], elements: int) -> State:
+    for name in names:
+        setattr(state, name, [behind(t, elements) for t in getattr(state, name)])
+    return state
 
 
 @each_op
@@ -119,19 +101,20 @@ def test_more_tensors_than_one_launch_holds(op: str) -> None:
     check(op, make(op, dtypes, shapes, device=DEVICE))
 
 
-@each_op
-def test_results_are_the_same_bits_from_run_to_run(op: str) -> None:
-    shapes = [(3, 1000, 1000), (17,), (16385,)]
-    assert_same_bits_from_run_to_run(
-        op, lambda: make(op, [torch.float32] * 3, shapes, device=DEVICE)
-    )
-
-
-def test_abs_matmul_gives_the_same_bits_from_run_to_run() -> None:
-    size = abs_matmul.Size(32, 49, 300, 500)
-    assert_same_bits_from_run_to_run(
-        "accumulate_abs_matmul_", lambda: abs_matmul.make(size, device=DEVICE)
-    )
+@pytest.mark.parametrize("op", PENALTY_OPS)
+def test_every_kind_of_omega_in_one_list(op: str) -> None:
+    """Beside values of every dtype, in more tensors than a launch of any kind holds."""
+    count = 120 if REHEARSAL else 700 * 12
+    every = [*DTYPES.values()]
+    dtypes = [every[n % 4] for n in range(count)]
+    shapes = [(n % 97 if n % 50 else 8195,) for n in range(count)]
+    kinds = [make(op, dtypes, shapes, device=DEVICE, kept=kept) for kept in (None, *KEPT)]
+    state: State = kinds[0]
+    state.omega = [kinds[n // 4 % 3].omega[n] for n in range(count)]
+    none = torch.empty(0, device=DEVICE)
+    scales = kinds[2].omega_scales
+    state.omega_scales = [scales[n] if n // 4 % 3 == 2 else none for n in range(count)]
+    check(op, state)
 
 
 # ================================================================================================
@@ -151,13 +134,11 @@ def constant(value: float, marks: list[float], dtype: torch.dtype) -> Tensor:
 
 
 def skip_without_memory(bytes_per_element: int) -> None:
-    if REHEARSAL:
-        return
     torch.cuda.empty_cache()
     needed = 1.1 * BEYOND * bytes_per_element
     free, _ = torch.cuda.mem_get_info()
     if free < needed:
-        pytest.skip(f"{checks.NOT_HERE}: {needed / 1e9:.0f} GB needed, {free / 1e9:.0f} GB free")
+        pytest.skip(f"{NOT_HERE}: {needed / 1e9:.0f} GB needed, {free / 1e9:.0f} GB free")
 
 
 def assert_constant_but(tensor: Tensor, value: float, marks: list[float]) -> None:
@@ -204,15 +185,26 @@ def test_one_tensor_of_more_than_two_to_the_31_elements(op: str) -> None:
         assert_value_near(outcome.value.cpu(), exact)
 
 
+def test_codes_of_more_than_two_to_the_31_elements() -> None:
+    """Ω = ½ but in the last block, where it is 2; δ = 1: the sum is known exactly."""
+    skip_without_memory(2 + 2 + 1)
+    params, anchors = (
+        torch.full((BEYOND,), value, dtype=torch.bfloat16, device=DEVICE) for value in (2.0, 1.0)
+    )
+    codes = torch.full((BEYOND,), 255, dtype=torch.uint8, device=DEVICE)
+    scales = torch.full((num_scales(BEYOND),), 0.5, device=DEVICE)
+    scales[-1] = 2.0
+    last = BEYOND - (len(scales) - 1) * 256
+    value = mas_ext.functional.penalty([params], [anchors], [codes], 2.0, omega_scales=[scales])
+    assert_value_near(value.cpu(), 0.5 * (BEYOND - last) + 2.0 * last)
+
+
 # ================================================================================================
-# Streams, devices, scalars
+# Streams, devices
 # ================================================================================================
 @contextmanager
 def behind_a_long_kernel() -> Iterator[None]:
     """A stream of its own that is busy: what doesn't wait for it comes too early."""
-    if REHEARSAL:
-        yield
-        return
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
         torch.cuda._sleep(200_000_000)
@@ -237,43 +229,14 @@ def test_on_a_stream_that_is_not_the_default(op: str) -> None:
 
 
 @needs_gpu
-@each_operator
+@pytest.mark.parametrize("op", ALL)
 def test_on_a_device_that_is_not_the_current(op: str) -> None:
     if torch.cuda.device_count() < 2:
-        pytest.skip(f"{checks.NOT_HERE}: one GPU, and this needs two")
+        pytest.skip(f"{NOT_HERE}: one GPU, and this needs two")
     outcome = check(op, small(op, device="cuda:1"))
     results = [t for t in (outcome.value, *outcome.tensors) if t is not None]
     assert all(t.device == torch.device("cuda:1") for t in results)
     assert torch.cuda.current_device() == 0
-
-
-@pytest.mark.parametrize("where", ["cpu", "device"])
-@pytest.mark.parametrize("kind", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("op", [op for op in LISTS if OPERATORS[op].has_penalty])
-def test_scalars_as_tensors(op: str, kind: torch.dtype, where: str) -> None:
-    device = DEVICE if where == "device" else "cpu"
-    scalars = Scalars(found_inf=0.0).as_tensors(kind, device)
-    for dtype in DTYPES.values():
-        state = make(op, [dtype] * 2, [(9000,), (5,)], device=DEVICE)
-        state.steps = [counts.to(kind) for counts in state.steps]
-        check(op, state, scalars)
-
-
-@pytest.mark.parametrize("op", STEPS)
-@each_dtype
-@pytest.mark.parametrize("kept", [None, "uint8"])
-def test_a_skipped_step_keeps_every_bit(op: str, dtype: torch.dtype, kept: str | None) -> None:
-    for found in (1.0, torch.tensor(2.0, device=DEVICE)):
-        state = make(op, [dtype] * 3, [(9000,), (0,), (5,)], device=DEVICE, kept=kept)
-        for grad in state.grads:
-            grad.fill_(math.nan)
-        before = state.copy()
-        outcome = call(mas_ext.functional, op, state, Scalars(found_inf=found))
-        for name in OPERATORS[op].written:
-            for now, old in zip(getattr(state, name), getattr(before, name), strict=True):
-                assert torch.equal(now.cpu(), old)
-        exact = exact_value(op, before, outcome, Scalars())
-        assert_value_near(outcome.value.cpu(), exact, dtype=outcome.value.dtype)
 
 
 @needs_gpu
