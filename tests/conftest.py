@@ -15,13 +15,6 @@ try:
 except ImportError:  # `make gpu` needs only torch and pytest
     np = None
 
-# Run by `make gpu` and its rehearsal, which name the device.
-ON_A_DEVICE = ["operators", "compressed_omega", "mas"]
-collect_ignore = []
-if not os.environ.get("MAS_EXT_TEST_DEVICE"):
-    collect_ignore = [f"hardware/gpu/test_{name}.py" for name in ON_A_DEVICE]
-
-
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes more than a few seconds or a lot of memory")
     config.addinivalue_line("markers", "hardware: compiles CUDA code and runs it on the host")

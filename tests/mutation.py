@@ -229,6 +229,8 @@ def _copy(root: Path) -> Path:
 def _run_pytest(tree: Path, tests: list[str]) -> None:
     """In a process of its own, where torch has been imported and this package has not."""
     os.chdir(tree)
+    for name in [name for name in sys.modules if name.split(".")[0] == "tests"]:
+        del sys.modules[name]  # that of the tree from which this program was started
     sys.path.insert(0, str(tree))
     with open("pytest.txt", "w") as log:
         os.dup2(log.fileno(), 1)
@@ -259,6 +261,8 @@ def run(root: Path, faults: list[Fault], tests: Tests | None, out: Path, workers
     os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     PROCESSES.set_forkserver_preload(["torch", "pytest", "hypothesis", "torch.distributed"])
     trees = [_copy(root) for _ in range(workers)]
+    if tests is None and _pytest(trees[0], _cpp_tests(trees[0])) != "missed":
+        raise RuntimeError(f"the tests fail without a fault: see {trees[0]}/pytest.txt")
     done = json.loads(out.read_text()) if out.exists() else {}
 
     def plant(fault: Fault) -> None:
