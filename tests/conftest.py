@@ -15,6 +15,7 @@ try:
 except ImportError:  # `make gpu` needs only torch and pytest
     np = None
 
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes more than a few seconds or a lot of memory")
     config.addinivalue_line("markers", "hardware: compiles CUDA code and runs it on the host")

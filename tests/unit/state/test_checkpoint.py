@@ -331,7 +331,7 @@ def test_when_not_strict_parameters_may_join_and_be_left_out(saved):
 
 def test_a_state_of_which_nothing_fits_is_refused_even_when_not_strict(saved):
     mas = MAS(nn.ModuleDict({"backbone": mlp(torch.float32)}))
-    with pytest.raises(ValueError, match="no parameter.*wrapped"):
+    with pytest.raises(ValueError, match=r"no parameter.*wrapped"):
         mas.load(saved, strict=False)
     assert mas.num_tasks == 0
 
