@@ -1,8 +1,10 @@
-"""MAS in Lightning's Trainer, in one line::
+"""MAS in Lightning's Trainer.
 
-from mas_ext.integrations.lightning import MASCallback
+Pass a callback to the Trainer::
 
-trainer = L.Trainer(max_epochs=3, callbacks=[MASCallback(lambda_reg=0.1)])
+    from mas_ext.integrations.lightning import MASCallback
+
+    trainer = L.Trainer(max_epochs=3, callbacks=[MASCallback(lambda_reg=0.1)])
 """
 
 from __future__ import annotations
@@ -17,11 +19,20 @@ from mas_ext.regularizer import MAS
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch import callbacks as _callbacks
 except ImportError as error:
     raise ImportError(
         f"mas_ext.integrations.lightning needs lightning ({error}): "
         "pip install 'mas_ext[lightning]'"
     ) from error
+
+
+# The second is new in Lightning 2.6.
+_AVERAGING = tuple(
+    getattr(_callbacks, name)
+    for name in ("StochasticWeightAveraging", "WeightAveraging")
+    if hasattr(_callbacks, name)
+)
 
 
 class MASCallback(HasMAS, Callback):
@@ -66,7 +77,7 @@ class MASCallback(HasMAS, Callback):
     Raises:
         TypeError: an option is unknown.
         ValueError: an argument is out of range; or, when training begins, there are several
-            dataloaders, or data without an end.
+            dataloaders, data without an end, or weights that a later callback will average.
     """
 
     def __init__(
@@ -94,6 +105,7 @@ class MASCallback(HasMAS, Callback):
         """Attaches MAS to the module's optimizers, and restores the state from a checkpoint."""
         self._bind(pl_module)
         if self._consolidates:
+            _check_order(trainer, self)
             _check_single(trainer.train_dataloader)
             self._managed.check_ends(math.isfinite(trainer.num_training_batches))
         self._managed.attach(trainer.optimizers)
@@ -143,6 +155,17 @@ class MASCallback(HasMAS, Callback):
             shows = trainer.progress_bar_callback is not None
             self._managed.consolidate(_batches(trainer, module), shows_progress=shows)
             self._has_trained = False
+
+
+def _check_order(trainer: Any, ours: Callback) -> None:
+    """Raises ValueError if the weights are replaced by averages after they have been measured."""
+    later = trainer.callbacks[trainer.callbacks.index(ours) + 1 :]
+    for callback in later:
+        if isinstance(callback, _AVERAGING):
+            raise ValueError(
+                f"callbacks: {type(callback).__name__} replaces the weights at the end of fit, "
+                "after MASCallback has measured them; put MASCallback after it"
+            )
 
 
 def _check_single(loader: Any) -> None:

@@ -1,8 +1,10 @@
-"""MAS in the Trainer of transformers, in one line::
+"""MAS in the Trainer of transformers.
 
-from mas_ext.integrations.transformers import MASCallback
+Pass a callback to the Trainer::
 
-trainer = Trainer(model, args, train_dataset=task, callbacks=[MASCallback(lambda_reg=0.1)])
+    from mas_ext.integrations.transformers import MASCallback
+
+    trainer = Trainer(model, args, train_dataset=task, callbacks=[MASCallback(lambda_reg=0.1)])
 """
 
 from __future__ import annotations

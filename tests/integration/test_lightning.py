@@ -1,7 +1,9 @@
 """What only Lightning's Trainer has: manual optimization, half precision, its checkpoints."""
 
+import lightning
 import pytest
 import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 
 import mas_ext
 from tests.support.hand_loop import HandLoop, Protection, sgd
@@ -65,6 +67,22 @@ def test_in_true_half_precision_the_inputs_are_too(library, tmp_path):
     library.learn(module, library.data(1), callback, tmp_path, precision="bf16-true")
     x = X.to(torch.bfloat16)
     assert_same(callback.mas.importance, mas_ext.estimate_importance(module, x.split(4)), 0, 0)
+
+
+@pytest.mark.parametrize("average", [StochasticWeightAveraging, EMAWeightAveraging])
+def test_averaged_weights_are_measured_or_refused(library, tmp_path, average):
+    made = {StochasticWeightAveraging: {"swa_lrs": 0.1}, EMAWeightAveraging: {"decay": 0.5}}
+    module, callback = library.model(), library.MASCallback()
+    others = [average(**made[average])]
+    with pytest.raises(ValueError, match=f"{average.__name__}.*put MASCallback after"):
+        library.learn(module, library.data(1), callback, tmp_path, others=others)
+    trainer = lightning.Trainer(
+        callbacks=[average(**made[average]), callback], max_epochs=EPOCHS, accelerator="cpu",
+        logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(module, library.data(1))
+    assert_same(dict(module.named_parameters()), dict(callback.mas.anchor), 0, 0)
 
 
 def test_what_has_not_trained_does_not_end_a_task(library, tmp_path):
