@@ -241,10 +241,7 @@ def _check_samples_are_independent(
         return
     if isinstance(batch, Inputs):
         raise ValueError(_NOT_A_FUNCTION)
-    raise NoPlan(
-        "forward gives other outputs for a part of the batch than for all of it; make it treat "
-        "every row of its tensors alike, or yield batches of one sample"
-    )
+    raise NoPlan(_OTHER_OUTPUTS)
 
 
 def _check_decisions(estimation: Estimation, batch: Batch, graph: Graph, plan: Plan) -> None:
@@ -268,16 +265,26 @@ def _check_decisions(estimation: Estimation, batch: Batch, graph: Graph, plan: P
 def _check_samples(
     estimation: Estimation, batch: Batch, graph: Graph, chosen: Sequence[int], decision: str | None
 ) -> None:
-    """Raises ValueError if a chosen sample gives another scalar alone than in the batch.
+    """Checks that every chosen sample gives the same scalar alone as in the batch.
 
     A forward pass that reads its data may take another branch for a sample that is alone.
+
+    Raises:
+        ValueError: one does not.
+        NoPlan: one does not, or the batch cannot be divided, and it is a custom one.
     """
     # With gradients: without them other kernels may run, and hooks on tensors cannot be registered.
-    parts = [
-        scalars_of_part(estimation, batch, [k], graph.root, graph.dtype).detach() for k in chosen
-    ]
-    alone = torch.cat(parts)
+    try:
+        alone = torch.cat(
+            [scalars_of_part(estimation, batch, [k], graph.root, None).detach() for k in chosen]
+        )
+    except CannotSplit as problem:
+        if isinstance(batch, Inputs):
+            raise
+        raise NoPlan(str(problem)) from problem
     if not self_check.agree(graph.root.detach()[list(chosen)], alone, graph.dtype):
+        if decision is None and not isinstance(batch, Inputs):
+            raise NoPlan(_OTHER_OUTPUTS)
         hint = f" (It looks at the batch with {decision}.)" if decision else ""
         raise ValueError(_NOT_A_FUNCTION + hint)
 
@@ -285,6 +292,11 @@ def _check_samples(
 _TENSOR_PARALLEL = (
     "the model is tensor-parallel, and this process sees only a part of each operation; measure "
     "fewer samples (max_samples=) if it takes too long"
+)
+
+_OTHER_OUTPUTS = (
+    "forward gives other outputs for a part of the batch than for all of it; make it treat "
+    "every row of its tensors alike, or yield batches of one sample"
 )
 
 _DISAGREES = (
