@@ -14,10 +14,11 @@ within a layer: small Ω get finer steps than large ones. Zero stays zero, a blo
 exact, and quantizing a dequantized Ω again gives the same bits. Float64 parameters keep a float64 Ω
 for every ``state_dtype``.
 
-Rounding to the nearest would lose every merge that changes Ω by less than half a step. So the Ω of
-a first task is rounded to the nearest, and what later tasks are merged into is rounded up or down
-at random, so that its expectation is exact (:func:`rounding_thresholds`). The errors then average
-out over elements and tasks instead of adding up.
+Rounding to nearest would lose every merge that changes Ω by less than half a step. So only the Ω
+of the first task is rounded to nearest (with ``merge="max"``, every Ω is). From the second task on,
+the merged Ω is rounded up or down at random, so that its expectation is exact
+(:func:`rounding_thresholds`). The errors then average out over elements and tasks instead of adding
+up.
 """
 
 from __future__ import annotations
@@ -70,10 +71,10 @@ def rounding_thresholds(omega: Tensor, counter: int) -> Tensor:
 
     .. math:: u_i = \operatorname{frac}\bigl(\operatorname{hash}(\Omega_i) + n\varphi\bigr)
 
-    Counter-based: they depend on n and on the element's own Ω, and on nothing else, so the result
-    is the same in every process and however a tensor is sharded. Over n they are spread evenly
-    (Weyl's sequence, with the golden ratio φ), so that the same Ω merged again and again is right
-    to about one step, where independent random numbers would add up to many.
+    Counter-based: they depend on n and on the element's own Ω, and on nothing else, so they are the
+    same in every process, however a tensor is sharded. Over n they are spread evenly (Weyl's
+    sequence, with the golden ratio φ), so that the same Ω, merged again and again, stays correct to
+    about one step; with independent random numbers, the errors would add up to many steps.
 
     Args:
         omega: Ω of the task that is merged, float32.

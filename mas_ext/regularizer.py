@@ -42,7 +42,7 @@ from mas_ext.precision import check_state_dtype
 
 
 class MAS:
-    r"""Memory Aware Synapses: keeps the parameters that a network's output depends on near θ*.
+    r"""Memory Aware Synapses: keeps the parameters that matter to a network's output near θ*.
 
     .. math:: L(\theta) = L_\text{new}(\theta)
         + \frac{\lambda}{2}\sum_i \Omega_i (\theta_i - \theta^*_i)^2
@@ -250,9 +250,9 @@ class MAS:
         Raises:
             RuntimeError: there is no data, and nothing was measured since the last task.
 
-        Warns if no step has included the penalty since the last task although :meth:`attach` was
-        called and protected parameters moved, and once for each parameter that nothing measured
-        depends on.
+        Warns if :meth:`attach` was called but no step has included the penalty since the last task
+        ended, although protected parameters moved. Also warns, once for each parameter, if no
+        measured output depends on it.
         """
         measurement = Measurement.from_options(options, CheckpointedMeasurementOptions)
         self.protected.warn_if_never_applied()
@@ -307,10 +307,10 @@ class MAS:
         whose gradient is None gets one.
 
         Args:
-            grad_scale: the factor that the gradients carry while a loss scaler's has not been
-                divided out: ``scaler.get_scale()``, before ``scaler.step`` or ``unscale_``, which
-                then find an Inf of the penalty's like any other. No scaler checks what is added
-                after ``unscale_``; :meth:`attach` does.
+            grad_scale: the loss scaler's factor, while the gradients still contain it: pass
+                ``scaler.get_scale()`` and call this before ``scaler.step`` and ``unscale_``, which
+                then also find an Inf in the penalty's gradient. What you add after ``unscale_`` is
+                not checked by the scaler; with :meth:`attach`, it is checked.
 
         Returns:
             The penalty, a 0-dim tensor. Never waits for the device.
@@ -336,13 +336,13 @@ class MAS:
         """Includes the penalty in every ``optimizer.step()``; the training loop stays as it is.
 
         Args:
-            optimizer: any torch optimizer that minimises, with or without a closure; also one of
-                several per model, ``ZeroRedundancyOptimizer``, one that keeps its state in 8 bits,
-                or one inside a wrapper (Accelerate's, Lightning's, SAM, Lookahead), of which the
-                inner one is attached. None: all optimizers that hold parameters of the model, also
-                those that are made later, until ``remove()``. Only its own parameters are
-                touched; in gradient mode only those that have a gradient, so that parameters the
-                optimizer leaves alone (the head of another task) stay as they are.
+            optimizer: any torch optimizer that minimizes, with or without a closure: one of several
+                per model, ``ZeroRedundancyOptimizer``, an 8-bit optimizer, or a wrapper
+                (Accelerate's, Lightning's, SAM, Lookahead), whose inner optimizer is attached.
+                None: all optimizers that hold parameters of the model, including those created
+                later, until ``remove()``. The penalty acts only on the parameters of the optimizer
+                that steps; in gradient mode, only on those that have a gradient, so that
+                parameters the optimizer skips (the head of another task) stay as they are.
             mode: ``"gradient"`` adds the penalty's gradient before the step, once per step however
                 many backward passes there were, and after clipping (to clip it too, call
                 :meth:`add_penalty_grad_` before clipping instead); ``"proximal"`` takes the stable
@@ -376,10 +376,12 @@ class MAS:
             dcp.save({"model": model, "mas": mas}, storage_writer=HuggingFaceStorageWriter(folder))
             dcp.load({"model": model, "mas": mas}, storage_reader=HuggingFaceStorageReader(folder))
 
-        Parameters that have not been measured have Ω = 0, as room to load into. The sums of a task
-        that has not ended are there only if there is such a task, so load what was saved in the
-        middle of a task in the middle of a task. Codes are dequantized to float32 and are the same
-        again after loading; :meth:`save` writes the codes themselves, unless the model is sharded.
+        Parameters that have not been measured get Ω = 0, so that there is room to load into. There
+        is room for the sums of an unfinished task only once this MAS has measured something in its
+        own: before ``dcp.load`` of a state saved in the middle of a task, call
+        :meth:`update_importance` with one batch. Codes (``"uint8"``) are dequantized to float32 and
+        are the same again after loading; :meth:`save` writes the codes themselves, unless the model
+        is sharded.
         """
         return self._state.to_packed_dict(self._selected())
 

@@ -27,7 +27,7 @@ class Attachment:
 
     Args:
         protected: the penalty.
-        optimizer: whose steps include it. None: every optimizer's that holds protected parameters.
+        optimizer: its steps include the penalty. None: every optimizer of the model's parameters.
         mode: ``"gradient"`` or ``"proximal"``.
 
     Attributes:
@@ -189,7 +189,8 @@ def _check_suits(optimizer: Optimizer, mode: str) -> None:
     """Raises ValueError if an optimizer's step cannot include a penalty in this mode."""
     if any(group.get("maximize") for group in optimizer.param_groups):
         raise ValueError(
-            "optimizer: it maximizes, and would maximize the penalty; minimise the negative"
+            "optimizer: it maximizes, which would maximize the penalty too; minimize the negative "
+            "loss instead"
         )
     if mode == "gradient" and isinstance(optimizer, SparseAdam):
         raise ValueError(
@@ -221,8 +222,8 @@ def _is_nested(optimizer: Optimizer) -> bool:
 def _check_nothing_is_attached(protected: ProtectedParameters) -> None:
     if protected.attached_everywhere is not None or protected.optimizers:
         raise ValueError(
-            "attach() without an optimizer: one is attached already, and its penalty would count "
-            "twice; remove() the first handle"
+            "attach() without an optimizer: something is attached already, and the penalty would "
+            "count twice; call remove() on the first handle"
         )
 
 
@@ -245,8 +246,8 @@ def unwrapped(optimizer: Any) -> Optimizer:
         optimizer = inner
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
-            f"optimizer is a {type(optimizer).__name__}, which neither is a torch.optim.Optimizer "
-            "nor has one as an attribute; call add_penalty_grad_() before each of its steps"
+            f"optimizer is a {type(optimizer).__name__}, which is neither a torch.optim.Optimizer "
+            "nor has exactly one as an attribute; call add_penalty_grad_() before each of its steps"
         )
     return optimizer
 

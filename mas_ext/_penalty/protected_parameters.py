@@ -149,15 +149,15 @@ class ProtectedParameters:
             )
 
     def warn_of_no_importance(self) -> None:
-        """Warns once per name of parameters that nothing measured in any task depends on."""
+        """Warns once per name of parameters that no measured output of any task depends on."""
         new = [name for name in self.state.without_importance() if name not in self._warned_of]
         if new:
             self._warned_of.update(new)
             warn(
-                f"the importance of {new[0]!r} ({len(new)} parameters in all) is 0, because "
-                "nothing that was measured depends on it: it is not protected. If it belongs to "
-                "another of the model's outputs, measure that one too, with forward=; if it "
-                "belongs to a later task, nothing is missing; params= leaves it out"
+                f"the importance of {new[0]!r} ({len(new)} parameters in all) is 0, because no "
+                "measured output depends on it: it is not protected. If it belongs to an output "
+                "that was not measured, measure that output too, with forward=; if it belongs to "
+                "a later task, you need not do anything; to exclude it, use params="
             )
 
     # -- which optimizers --------------------------------------------------------------------------
@@ -173,10 +173,11 @@ class ProtectedParameters:
             return
         warn(
             "attach() was called, but no step has included the penalty since the last task ended, "
-            "and protected parameters have moved: nothing was held in place. If the training made "
-            "a new optimizer, attach that one too, or call mas.attach() without an optimizer once, "
-            "which holds for all; if it steps through a wrapper, attach what it wraps; if "
-            "mas.penalty() is in the loss instead, remove() the handle"
+            "although protected parameters have moved: nothing held them in place. If the training "
+            "uses a new optimizer, attach that one too, or remove() the handle and call "
+            "mas.attach() once without an optimizer, which holds for all optimizers; if it steps "
+            "through a wrapper, attach the optimizer inside; if mas.penalty() is in the loss "
+            "instead, remove() the handle"
         )
 
     @torch.no_grad()

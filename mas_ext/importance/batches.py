@@ -74,10 +74,11 @@ class Inputs:
 
     @staticmethod
     def ignored(batch: Any, model: nn.Module) -> str:
-        """The model's first argument that a batch has a value for and does not get, if any.
+        """The name of the first argument that the batch has a value for but that is not passed.
 
-        Of a tuple or list only the first item is passed, since the last one is usually the labels.
-        What stands between them, and a mask (zeros and ones in the shape of the input), is input.
+        Empty if there is none. Of a tuple or list, only the first item is passed, since the last is
+        usually the labels. Any items between them count as inputs, and so does a second item that
+        is a mask (booleans, or zeros and ones, in the shape of the input).
         """
         if not isinstance(batch, (tuple, list)) or len(batch) < 2:
             return ""
@@ -129,9 +130,9 @@ class Inputs:
             raise
         except Exception as problem:
             raise CannotSplit(
-                f"the model raised {type(problem).__name__} ({problem}) on {self.taken}, which is "
-                "how it was run to find each sample's own gradient. If one of these inputs belongs "
-                "to all samples, give it a leading dimension of 1, or pass forward=; if the model "
+                f"the model raised {type(problem).__name__} ({problem}) on {self.taken}. It was "
+                "run on this part to find each sample's own gradient. If all samples share one of "
+                "these inputs, give it a leading dimension of 1, or pass forward=; if the model "
                 "keeps state from one call to the next, reset it at the beginning of its forward"
             ) from problem
 
@@ -237,7 +238,7 @@ class CustomBatch:
         try:
             return self.function(model, fresh)
         except Exception as problem:
-            raise CannotSplit(f"forward fails for a part of it ({problem})") from problem
+            raise CannotSplit(f"forward fails for a part of the batch ({problem})") from problem
 
     def check_rows(self, output: Tensor) -> Tensor:
         """Returns the output. The number of samples in a whole batch is that of its output's rows.
@@ -246,7 +247,9 @@ class CustomBatch:
             CannotSplit: the output for a part of a batch has another number of rows.
         """
         if self.rows is not None and len(output) != self.rows:
-            raise CannotSplit(f"{self.rows} samples of it give {len(output)} rows")
+            raise CannotSplit(
+                f"forward returns {len(output)} rows for {self.rows} samples of the batch"
+            )
         return output
 
     def take(

@@ -71,10 +71,10 @@ def estimate_importance(
     modes, gradients, ``requires_grad``, buffers and random number generators are restored at the
     end, and also after an error.
 
-    F(x) is what the model returns: a tensor; of an output with ``logits`` (or
-    ``last_hidden_state``), that field alone; of a tuple, list or mapping, all floating-point
-    tensors with one row per sample, side by side. ``Importance.outputs`` says which were measured,
-    and ``forward`` chooses others.
+    F(x) is the tensor that the model returns. If the model returns an object or mapping with
+    ``logits`` (or ``last_hidden_state``), only that field is measured; if it returns another tuple,
+    list or mapping, all floating-point tensors with one row per sample are, side by side.
+    ``Importance.outputs`` says which were measured; to choose others, pass ``forward``.
 
     Args:
         model: the network F, which is not changed.

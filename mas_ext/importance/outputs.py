@@ -22,7 +22,7 @@ Path = tuple[Any, ...]  # indices, keys and field names that lead to a tensor
 # Where an output has one of these fields, that is what the model is for, and no other is.
 NAMED = ("logits", "last_hidden_state")
 REMEDY = (
-    "pass forward=callable(model, batch) that returns the output tensor, with one row per sample"
+    "pass forward=, a callable(model, batch) that returns the output tensor, one row per sample"
 )
 
 
@@ -64,8 +64,9 @@ def find_outputs(returned: Any, batch: Batch, run: Callable[[Batch], Any]) -> Ou
             a recurrent network's hidden state are its layers, of which there may be as many.
 
     Raises:
-        TypeError: there is no floating-point tensor in it.
-        ValueError: none has one row per sample, or it cannot be said which of them count.
+        TypeError: it is a tuple, list or mapping without any tensor.
+        ValueError: no floating-point tensor in it has one row per sample, or it is unclear which
+            of several count.
     """
     base: Path = ()
     while (name := _named_field(_at(returned, base))) is not None:
@@ -115,8 +116,8 @@ def _items_with_samples(value: Any, base: Path, rows: _Rows) -> list[Path]:
     for path in paths:
         if any(rows.are_samples(inner) for inner in _inside(value[path[-1]], path)):
             raise ValueError(
-                f"the model returned {_described(value)}, and {_name(path)} holds more tensors "
-                f"with one row per sample; which of them count cannot be told: {REMEDY}"
+                f"the model returned {_described(value)}, and {_name(path)} contains further "
+                f"tensors with one row per sample; it is unclear which to measure: {REMEDY}"
             )
     found = [path for path in paths if rows.are_samples(path)]
     if not found:
@@ -180,7 +181,7 @@ def _checked(found: Any, name: str) -> Tensor:
     if found.dim() == 0:
         raise ValueError(
             "the model's output has no sample dimension (it is 0-dim); return one row per sample, "
-            "also for a batch of one (squeeze() without a dimension does not), or pass forward= "
+            "even for a batch of one (squeeze() without dim= removes that row), or pass a forward= "
             "that does"
         )
     return full_tensor(found)
@@ -188,7 +189,11 @@ def _checked(found: Any, name: str) -> Tensor:
 
 def _described(value: Any) -> str:
     items = [f"{_name((key,)).removeprefix('output')}: {_kind(value[key])}" for key in _keys(value)]
-    return f"a {type(value).__name__} ({', '.join(items)})" if items else "nothing"
+    return (
+        f"a {type(value).__name__} ({', '.join(items)})"
+        if items
+        else f"an empty {type(value).__name__}"
+    )
 
 
 def _kind(item: Any) -> str:

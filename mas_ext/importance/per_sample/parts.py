@@ -22,11 +22,11 @@ def scalars_of_part(
 ) -> Tensor:
     """s_k of the chosen samples, from a pass without the others.
 
-    A tensor with as many rows as the batch has samples may still belong to all samples: positions
-    of shape [T] where T is the batch size. So if the model fails on the part, other ways to divide
-    the inputs are tried, and the one that gives the values of the whole batch is kept for the rest
-    of the measurement. (If it does not fail and gives other values, samples depend on each other.
-    Passing lengths on whole, say, would hide that.)
+    A tensor with as many rows as the batch has samples may still be shared by all samples, such as
+    positions of shape [T] if T happens to be the batch size. So if the model fails on the part,
+    other ways to divide the inputs are tried, and the first that gives the same values as the whole
+    batch is kept for the rest of the measurement. (If the model does not fail but gives other
+    values, the samples depend on each other; another division might hide that.)
 
     Args:
         estimation: the measurement.
