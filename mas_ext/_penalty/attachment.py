@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
-from weakref import WeakMethod
+from weakref import WeakMethod, finalize
 
 import torch
 from torch import Tensor
@@ -46,7 +46,8 @@ class Attachment:
         if optimizer is None:
             _check_nothing_is_attached(protected)
             self._hooks = self._registered(_everywhere_before, _everywhere_after, _weakly)
-            protected.attached_everywhere = self
+            protected.attached_everywhere = self  # which lives as long as the MAS
+            finalize(self, _remove, list(self._hooks))
         else:
             _check_optimizer(optimizer, protected)
             _check_suits(optimizer, mode)
@@ -65,8 +66,7 @@ class Attachment:
 
     def remove(self) -> None:
         """Leaves optimizers as they were before attach(); a second call does nothing."""
-        for hook in self._hooks:
-            hook.remove()
+        _remove(self._hooks)
         if self._hooks:
             self._protected.attachments -= 1
         self._hooks = []
@@ -155,6 +155,11 @@ class Attachment:
             for lr, params in _groups(optimizer)
         ]
         self.last_penalty = self._protected.sum(values)
+
+
+def _remove(hooks: list[Any]) -> None:
+    for hook in hooks:
+        hook.remove()
 
 
 def _weakly(hook: Any) -> Callable[..., Any]:

@@ -78,7 +78,7 @@ class Inputs:
 
         Empty if there is none. Of a tuple or list, only the first item is passed, since the last is
         usually the labels. Any items between them count as inputs, and so does a second item that
-        is a mask (booleans, or zeros and ones, in the shape of the input).
+        is a mask (booleans or integers, all 0 or 1, in the shape of the input).
         """
         if not isinstance(batch, (tuple, list)) or len(batch) < 2:
             return ""
@@ -321,7 +321,7 @@ def _items(value: Any, indices: Sequence[int], size: int) -> Any:
 def _is_mask(item: Any, like: Any) -> bool:
     if not isinstance(item, Tensor) or not isinstance(like, Tensor) or item.shape != like.shape:
         return False
-    return item.dtype == torch.bool or bool(((item == 0) | (item == 1)).all())
+    return not item.is_floating_point() and bool(((item == 0) | (item == 1)).all())
 
 
 def _describe(batch: Any) -> str:

@@ -244,7 +244,8 @@ def test_state_between_calls_is_an_error_that_says_what_was_run():
 
 IGNORED: dict[str, tuple[Callable[[Tensor], Any], bool]] = {
     "ids, mask, labels": (lambda x: (x, torch.ones_like(x), x[:, 0]), True),
-    "ids and a mask": (lambda x: [x, torch.ones_like(x)], True),
+    "ids and a mask": (lambda x: [x, torch.ones_like(x, dtype=torch.long)], True),
+    "inputs and as many labels": (lambda x: (x, (x > 0).to(x)), False),
     "ids and labels": (lambda x: (x, x), False),
     "ids": (lambda x: (x,), False),
     "a tensor": (lambda x: x, False),

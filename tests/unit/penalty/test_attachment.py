@@ -11,6 +11,7 @@ import pytest
 import pytorch_optimizer
 import torch
 from torch import nn
+from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 import mas_ext
 from mas_ext import MAS
@@ -220,11 +221,13 @@ def test_attach_without_an_optimizer_holds_for_all_that_come(mode):
 
 def test_attach_without_an_optimizer_does_not_keep_the_model_alive():
     model, mas = learned(dtype=torch.float32)
+    before = len(_global_optimizer_pre_hooks)
     mas.attach()
     gone = weakref.ref(model)
     del model, mas
     gc.collect()
     assert gone() is None
+    assert len(_global_optimizer_pre_hooks) == before
     other = mlp(torch.float32)
     train(other, sgd(other))
 
