@@ -87,7 +87,7 @@ class Attachment:
             return False
         if _inner(optimizer) is not None or hasattr(optimizer, "_overlap_with_ddp"):
             return True
-        if not self._protected.are_in(optimizer) or _includes(optimizer, self._protected):
+        if not self._protected.acts_on(optimizer) or _includes(optimizer, self._protected):
             return True
         _check_suits(optimizer, self._mode)
         return False
@@ -139,6 +139,8 @@ class Attachment:
             p.grad = None
 
     def _restore_gradients(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if _is_nested(optimizer):
+            return
         for p, grad in self._withheld:
             p.grad = grad
         self._withheld = []
@@ -247,8 +249,10 @@ def unwrapped(optimizer: Any) -> Optimizer:
     Raises:
         TypeError: it is no torch optimizer, and holds none.
     """
-    while (inner := _inner(optimizer)) is not None:
+    seen = {id(optimizer)}
+    while (inner := _inner(optimizer)) is not None and id(inner) not in seen:
         optimizer = inner
+        seen.add(id(inner))
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
             f"optimizer is a {type(optimizer).__name__}, which is neither a torch.optim.Optimizer "
@@ -258,12 +262,21 @@ def unwrapped(optimizer: Any) -> Optimizer:
 
 
 def _inner(optimizer: Any) -> Optimizer | None:
-    """The one optimizer that a wrapper holds. ZeroRedundancyOptimizer counts as no wrapper."""
+    """The one optimizer that a wrapper holds, with all parameters that the wrapper has.
+
+    ZeroRedundancyOptimizer counts as no wrapper.
+    """
     if hasattr(optimizer, "_overlap_with_ddp"):
         return None
     found = {id(v): v for v in getattr(optimizer, "__dict__", {}).values() if v is not optimizer}
-    inner = [value for value in found.values() if isinstance(value, Optimizer)]
+    ours = _ids(optimizer)
+    inner = [v for v in found.values() if isinstance(v, Optimizer) and ours <= _ids(v)]
     return inner[0] if len(inner) == 1 else None
+
+
+def _ids(optimizer: Any) -> set[int]:
+    groups = getattr(optimizer, "param_groups", ())
+    return {id(p) for group in groups for p in group["params"]}
 
 
 def _groups(optimizer: Optimizer) -> Iterator[tuple[Any, list[Tensor]]]:

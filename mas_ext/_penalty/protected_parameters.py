@@ -53,7 +53,8 @@ class ProtectedParameters:
         return {**self.__dict__, "optimizers": None, "attached_everywhere": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, optimizers=WeakSet())
+        defaults = {"attachments": 0, "attached_everywhere": None, "has_acted": False}
+        self.__dict__.update({**defaults, **state, "optimizers": WeakSet()})
 
     # -- the penalty -------------------------------------------------------------------------------
 
@@ -184,6 +185,12 @@ class ProtectedParameters:
     def _have_moved(self) -> bool:
         """Whether a protected parameter is not at its anchor. Waits for the device."""
         return any(not torch.equal(local(one.param), one.anchor) for one in self.find())
+
+    def acts_on(self, optimizer: Optimizer) -> bool:
+        """Whether an optimizer holds a parameter that has an importance."""
+        named = self.index.named()
+        ours = {id(named[name]) for name in self.state.consolidated.anchor if name in named}
+        return any(id(p) in ours for group in optimizer.param_groups for p in group["params"])
 
     def check_are_in(self, optimizer: Optimizer) -> None:
         """Raises ValueError if an optimizer holds no parameter of the model."""

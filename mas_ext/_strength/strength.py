@@ -130,7 +130,7 @@ class RegularizationStrength:
         known = list(names)
         used = {self._match(name) for name in known}
         for pattern in self._patterns:
-            if pattern in used or not isinstance(self.value, dict):
+            if pattern in used or pattern == "*" or not isinstance(self.value, dict):
                 continue
             if not any(matches(name, pattern) for name in known):
                 raise ValueError(f"lambda_reg: {pattern!r} matches no parameter of the model")

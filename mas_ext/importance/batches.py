@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -90,7 +91,10 @@ class Inputs:
             return ""
         positional = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
         second = positional[1] if len(positional) > 1 else None
-        return second.name if second is not None and second.default in (None, second.empty) else ""
+        if second is None or second.default not in (None, second.empty):
+            return ""
+        is_input = not re.search("label|target|return|output|^y$", second.name)
+        return second.name if is_input else ""
 
     def placed(self, device: torch.device) -> Inputs:
         """The inputs on a device, in tensors that autograd can use (not inference tensors)."""
@@ -187,6 +191,21 @@ class Inputs:
         yield from ({k: "items"} for k, v in arguments if _is_list_of_tensors(v, size))
         if len(shared) > 1:
             yield {key: "whole" for key, _ in arguments[1:]}
+
+    def shared_arguments(self, samples: int) -> list[int | str]:
+        """The arguments with tensors of which none has a row per sample."""
+        return [
+            key
+            for key, value in self._arguments().items()
+            if any(t.dim() > 0 for t in tensors_in(value))
+            and not _has_rows(value, samples)
+            and not _is_list_of_tensors(value, samples)
+        ]
+
+    @property
+    def has_lists(self) -> bool:
+        """Whether an argument is a list of tensors, whose items may be the samples."""
+        return bool(self._lengths_of_lists())
 
     def _arguments(self) -> dict[int | str, Any]:
         arguments: dict[int | str, Any] = dict(enumerate(self.args))

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from mas_ext._distributed.shards import is_sharded, local, local_grad
 from mas_ext._warnings import warn
 from mas_ext.importance import objectives
-from mas_ext.importance.batches import Batch, Division
+from mas_ext.importance.batches import Batch, Division, Inputs
 from mas_ext.importance.contributions import accumulate_magnitudes_
+from mas_ext.importance.isolation import without_a_trace
 from mas_ext.importance.options import Measurement
 from mas_ext.importance.outputs import Outputs, find_outputs
 
@@ -118,8 +119,23 @@ class Estimation:
     def objective_of(self, returned: Any, batch: Batch) -> Tensor:
         """s_k from what the model returned for a batch. Nothing else calls the objective."""
         if self.outputs is None:
-            self.outputs = find_outputs(returned, batch, lambda part: part.forward(self.model))
+            if isinstance(batch, Inputs) and batch.size() == 0:
+                return torch.zeros(0)  # it shows nothing of the outputs
+            self.outputs = find_outputs(returned, batch, self._run_again)
         return self._objective(batch.check_rows(self.outputs.tensor(returned)), batch)
+
+    def _run_again(self, batch: Batch) -> Any:
+        with without_a_trace(self.model):
+            return batch.forward(self.model)
+
+    def learn_shared_inputs(self, batch: Batch, samples: int) -> None:
+        """Inputs without as many rows as there are samples are shared by all, in any later batch.
+
+        In a later batch they may have as many rows by chance.
+        """
+        if isinstance(batch, Inputs):
+            whole = dict.fromkeys(batch.shared_arguments(samples), "whole")
+            self.division = {**self.division, **whole}
 
     def _finite(self, scalars: Tensor) -> Tensor:
         finite = torch.isfinite(scalars)

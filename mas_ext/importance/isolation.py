@@ -6,7 +6,6 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -38,17 +37,28 @@ def undisturbed(model: nn.Module, training: bool = False) -> Iterator[None]:
         yield
 
 
-_reads_graph: ContextVar[bool] = ContextVar("reads_graph", default=False)
+_graph_readers: list[bool] = []  # not a ContextVar: a device's backward pass has its own thread
 
 
 @contextmanager
 def readable_graph() -> Iterator[None]:
-    """For passes whose autograd graph is read: recurrent layers then show each of their steps."""
-    token = _reads_graph.set(True)
+    """For passes whose autograd graph is read: recurrent layers then show each of their steps.
+
+    It must include the backward pass, in which activation checkpointing runs layers again.
+    """
+    _graph_readers.append(True)
     try:
         yield
     finally:
-        _reads_graph.reset(token)
+        _graph_readers.pop()
+
+
+@contextmanager
+def without_a_trace(model: nn.Module) -> Iterator[None]:
+    """Restores buffers and random number generators after an additional forward pass."""
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices)), _buffers(model):
+        yield
 
 
 @contextmanager
@@ -65,7 +75,7 @@ def _recurrent_backends(model: nn.Module) -> Iterator[None]:
     def disable(*_: Any) -> None:
         before.append((cudnn.enabled, mkldnn.enabled))
         cudnn.enabled = False
-        if _reads_graph.get():
+        if _graph_readers:
             mkldnn.enabled = False
 
     def restore(*_: Any) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mas_ext._warnings import warn
 from mas_ext.importance import estimators
-from mas_ext.importance.batches import Batch, CustomBatch, Forward, Inputs
+from mas_ext.importance.batches import Batch, CustomBatch, Inputs
 from mas_ext.importance.estimation import Estimation, SampleStatistics, check_finite
 from mas_ext.importance.isolation import differentiable, no_hidden_parameters, undisturbed
 from mas_ext.importance.measurement_checkpoint import MeasurementCheckpoint
@@ -83,9 +83,10 @@ def add_samples_(
                 _warn_of_ignored_items(raw, model)
             with differentiable():
                 left = measurement.sample_limit - done
-                batch = _read(model, raw, measurement.forward, left)
+                batch = _read(model, raw, measurement, left)
                 scalars = estimator.add_batch(batch, left)
                 more = SampleStatistics.of_batch(scalars, measurement.weighting)
+                estimation.learn_shared_inputs(batch, len(scalars))
             done = estimation.samples = done + more.samples
             estimation.batches += 1
             counted(more)
@@ -100,13 +101,19 @@ def add_samples_(
     return Measured(checkpoint.statistics, estimation.coverage, estimation.output_names)
 
 
-def _read(model: nn.Module, raw: Any, forward: Forward | None, limit: int) -> Batch:
-    """A batch of any form; without ``forward``, on the model's device and cut to ``limit``."""
-    if forward is not None:
-        return CustomBatch(raw, forward)
+def _read(model: nn.Module, raw: Any, measurement: Measurement, limit: int) -> Batch:
+    """A batch of any form; without ``forward``, on the model's device and cut to ``limit``.
+
+    A list of tensors is not cut: the samples may be its items or their rows. Estimators take the
+    first ``limit`` samples of a larger batch themselves.
+    """
+    if measurement.forward is not None:
+        return CustomBatch(raw, measurement.forward)
     inputs = Inputs.of(raw).placed(next(model.parameters()).device)
     size = inputs.size()
-    return inputs.take(range(limit), size) if size > limit else inputs
+    if size <= limit or (inputs.has_lists and measurement.estimator != "local"):
+        return inputs
+    return inputs.take(range(limit), size)
 
 
 def _warn_of_ignored_items(raw: Any, model: nn.Module) -> None:

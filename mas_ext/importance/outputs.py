@@ -88,7 +88,7 @@ class _Rows:
 
     @classmethod
     def of(cls, returned: Any, batch: Batch, run: Callable[[Batch], Any]) -> _Rows:
-        if not isinstance(batch, Inputs):
+        if not isinstance(batch, Inputs) or batch.has_lists:
             return cls(returned, None, None, 0)
         size = batch.size()
         chosen = [0, 1] if size > 2 else [0] * (size + 1)

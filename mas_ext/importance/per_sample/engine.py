@@ -85,9 +85,10 @@ def _add_several(estimation: Estimation, batch: Batch, scalars: Tensor, count: i
     except NoPlan as problem:
         reasons = dict.fromkeys(estimation.params, str(problem))
     else:
-        unserved = (
-            BatchAccumulator(plan, graph, estimation.sums).run(weights) if plan.groups else {}
-        )
+        with readable_graph():
+            unserved = (
+                BatchAccumulator(plan, graph, estimation.sums).run(weights) if plan.groups else {}
+            )
         estimation.record_paths(plan.coverage())
         if unserved:
             _plans[estimation.model].forget(plan)
@@ -176,7 +177,7 @@ def _checked_plan(estimation: Estimation, batch: Batch, graph: Graph, is_known: 
         ValueError: importance per sample is not defined for the model.
     """
     size = len(graph.root)
-    chosen = [0, size - 1, size // 2]
+    chosen = [0, size // 2, size - 1]  # in order, as sorted sequences have to stay
     names = {id(p): name for name, p in estimation.params.items()}
     try:
         # Two first: of a batch of three, three would be no part.

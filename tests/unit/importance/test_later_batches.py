@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from mas_ext import estimate_importance
 from tests.support.oracle import assert_exact, one_by_one
@@ -146,11 +147,12 @@ def test_a_default_device_changes_nothing(estimator):
     assert_exact(found, dict(expected))
 
 
+@pytest.mark.parametrize("is_sorted", [False, True])
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
-def test_packed_sequences_and_the_backends_that_they_leave_as_they_were(kind):
+def test_packed_sequences_and_the_backends_that_they_leave_as_they_were(kind, is_sorted):
     def forward(m: Net, x: Tensor, lengths: Tensor) -> Tensor:
         packed = nn.utils.rnn.pack_padded_sequence(
-            x, lengths.cpu(), batch_first=True, enforce_sorted=False
+            x, lengths.cpu(), batch_first=True, enforce_sorted=is_sorted
         )
         hidden = m.layer(packed)[1]
         return (hidden[0] if isinstance(hidden, tuple) else hidden)[-1]
@@ -163,3 +165,66 @@ def test_packed_sequences_and_the_backends_that_they_leave_as_they_were(kind):
     assert_exact(omega, one_by_one(model, [batch]))
     assert switches == (torch.backends.cudnn.enabled, torch.backends.mkldnn.enabled)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("sizes", [(8, 5), (5, 8), (8, 8, 8, 5)], ids=str)
+def test_a_later_batch_may_have_as_many_samples_as_a_shared_input_has_rows(sizes):
+    def forward(m: Net, x: Tensor, positions: Tensor) -> Tensor:
+        return m.layer((x + m.table(positions)).tanh()).mean(1)
+
+    torch.manual_seed(0)
+    model = Net(forward, table=nn.Embedding(5, 4), layer=nn.Linear(4, 3)).double()
+    batches = [{"x": torch.randn(b, 5, 4).double(), "positions": torch.arange(5)} for b in sizes]
+
+    def alone(m: Net, x: Tensor) -> Tensor:
+        return m(x, torch.arange(5))
+
+    expected = one_by_one(model, [batch["x"] for batch in batches], forward=alone)
+    assert_exact(estimate_importance(model, batches), expected)
+
+
+def test_a_recurrent_layer_inside_activation_checkpointing():
+    def forward(m: Net, x: Tensor) -> Tensor:
+        return checkpoint(m.layer, x, use_reentrant=False)[0][:, -1]
+
+    torch.manual_seed(0)
+    model, x = Net(forward, layer=nn.LSTM(3, 4, batch_first=True)), torch.randn(6, 5, 3)
+    expected = one_by_one(model, [x])
+    assert_exact(estimate_importance(model, [x]), expected, rtol=1e-4, floor=1e-6)
+
+
+@pytest.mark.parametrize("max_samples", [2, 5, 6])
+def test_lists_of_sequences_are_not_cut_by_their_lengths(max_samples):
+    def forward(m: Net, sequences: list[Tensor]) -> Tensor:
+        return torch.stack([m.layer(sequence).tanh().mean(0) for sequence in sequences])
+
+    torch.manual_seed(0)
+    model = Net(forward, layer=nn.Linear(3, 2)).double()
+    lists = [[torch.randn(t, 3).double() for t in lengths] for lengths in ((7, 4, 7), (7, 5, 7))]
+    alone = [one.unsqueeze(0) for one in [*lists[0], *lists[1]][:max_samples]]
+    expected = one_by_one(model, alone, forward=lambda m, one: forward(m, list(one)))
+    data = [(sequences, None) for sequences in lists]
+    assert_exact(estimate_importance(model, data, max_samples=max_samples), expected)
+
+
+def test_an_empty_first_batch_says_nothing_of_the_outputs():
+    torch.manual_seed(0)
+    model = Net(lambda m, x: (m.layer(x), m.layer(x)), layer=nn.Linear(6, 2)).double()
+    found = estimate_importance(model, [X[:0], X])
+    assert found.outputs == ("output[0]", "output[1]")
+    assert_exact(found, dict(estimate_importance(model, [X])))
+
+
+def test_looking_for_the_outputs_draws_no_random_numbers():
+    def forward(m: Net, x: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = m.drop(m.layer(x))
+        return hidden, hidden
+
+    options: dict[str, Any] = {"estimator": "batch", "training": True}
+    torch.manual_seed(0)
+    model = Net(forward, layer=nn.Linear(6, 2), drop=nn.Dropout(0.5)).double()
+    torch.manual_seed(1)
+    both = estimate_importance(model, X.split(5), **options)
+    torch.manual_seed(1)
+    one = estimate_importance(model, X.split(5), forward=lambda m, x: m(x)[0], **options)
+    assert_exact(both, {name: 2 * omega for name, omega in one.items()})

@@ -281,6 +281,49 @@ def test_optimizers_inside_others_take_the_penalty_once(kind, everywhere):
     mas.consolidate([X])
 
 
+class WithAuxiliary(torch.optim.Optimizer):
+    """Steps its own parameters, and those of another optimizer that it holds."""
+
+    def __init__(self, params, others):
+        super().__init__(params, {"lr": 0.05})
+        self.auxiliary = torch.optim.SGD(others, 0.05)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.add_(p.grad, alpha=-group["lr"])
+        self.auxiliary.step()
+
+
+def test_an_optimizer_that_holds_one_of_other_parameters_is_no_wrapper():
+    model, mas, plain, by_hand = twin()
+    mas.attach()
+    optimizer = WithAuxiliary(list(model[0].parameters()), list(model[2].parameters()))
+    for _ in range(3):
+        for p in model.parameters():
+            p.grad = None
+        task_loss(model).backward()
+        optimizer.step()
+    train_by_hand(plain, by_hand, sgd(plain), "gradient")
+    assert_bits(model, plain)
+
+
+def test_optimizers_that_know_each_other_end_the_search():
+    model, mas = learned(dtype=torch.float32)
+    inner, outer = sgd(model), sgd(model)
+    inner.outer, outer.inner = outer, inner
+    mas.attach(outer)
+
+
+def test_an_optimizer_of_unprotected_parameters_may_maximize():
+    model = mlp(torch.float32)
+    mas = MAS(model, params="0.*")
+    mas.consolidate([X])
+    mas.attach()
+    train(model, torch.optim.SGD(model[2].parameters(), 0.01, maximize=True))
+
+
 # -- attachments that never act --------------------------------------------------------------------
 def a_new_optimizer(model, mas):
     mas.attach(sgd(model))

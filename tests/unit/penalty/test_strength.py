@@ -116,6 +116,10 @@ def test_a_new_layer_without_a_lambda_is_refused_before_anything_changes():
     assert_states_equal(mas.state_dict(), before)
 
 
+def test_a_catch_all_may_have_nothing_left_to_catch():
+    assert MAS(mlp(), {"*.weight": 1.0, "*.bias": 0.1, "*": 0.0}).num_tasks == 0
+
+
 def test_parameters_that_are_not_selected_need_no_lambda():
     mas = MAS(mlp(), {"0.weight": 1.0}, params=["0.weight"])
     mas.consolidate([X])
