@@ -403,7 +403,7 @@ class MAS:
         self.protected.state = RegularizerState.from_dict(
             state, self._named(), self._selected(), self.state_dtype, strict
         )
-        self.protected.has_acted = True  # perhaps, before the state was saved
+        self.protected.has_acted = True  # it may have, before the state was saved
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the state atomically to a safetensors file with a checksum.

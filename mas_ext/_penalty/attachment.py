@@ -15,7 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook as _everywher
 
 from mas_ext._distributed.shards import full_tensor
 from mas_ext._penalty.grad_scaling import scaled_step
-from mas_ext._penalty.protected_parameters import ProtectedParameters
+from mas_ext._penalty.protected_parameters import ProtectedParameters, parameter_ids
 from mas_ext._strength.auto import update_kind
 from mas_ext.functional import check_mode
 
@@ -80,17 +80,19 @@ class Attachment:
 
         Of wrappers the inner optimizer acts, and :mod:`mas_ext.optim` includes the penalty itself.
         """
-        if _is_nested(optimizer):
+        if _is_nested(optimizer) or (self._optimizer is None and not self._takes_in(optimizer)):
             return True
-        if self._optimizer is not None:
-            _check_suits(optimizer, self._mode)  # a group may have been added
-            return False
-        if _inner(optimizer) is not None or hasattr(optimizer, "_overlap_with_ddp"):
-            return True
-        if not self._protected.acts_on(optimizer) or _includes(optimizer, self._protected):
-            return True
-        _check_suits(optimizer, self._mode)
+        _check_suits(optimizer, self._mode)  # a group may have been added
         return False
+
+    def _takes_in(self, optimizer: Optimizer) -> bool:
+        """Whether an attachment to all optimizers is also one to this optimizer."""
+        is_wrapper = _inner(optimizer) is not None or hasattr(optimizer, "_overlap_with_ddp")
+        return (
+            not is_wrapper
+            and self._protected.act_on(optimizer)
+            and not _includes(optimizer, self._protected)
+        )
 
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -165,7 +167,7 @@ def _remove(hooks: list[Any]) -> None:
 
 
 def _weakly(hook: Any) -> Callable[..., Any]:
-    """A hook that does not keep its object alive, as torch keeps all global hooks."""
+    """A hook that does not keep its object alive, although torch keeps the hook."""
     reference = WeakMethod(hook)
 
     def call(*args: Any) -> Any:
@@ -269,14 +271,9 @@ def _inner(optimizer: Any) -> Optimizer | None:
     if hasattr(optimizer, "_overlap_with_ddp"):
         return None
     found = {id(v): v for v in getattr(optimizer, "__dict__", {}).values() if v is not optimizer}
-    ours = _ids(optimizer)
-    inner = [v for v in found.values() if isinstance(v, Optimizer) and ours <= _ids(v)]
+    ours = parameter_ids(optimizer)
+    inner = [v for v in found.values() if isinstance(v, Optimizer) and ours <= parameter_ids(v)]
     return inner[0] if len(inner) == 1 else None
-
-
-def _ids(optimizer: Any) -> set[int]:
-    groups = getattr(optimizer, "param_groups", ())
-    return {id(p) for group in groups for p in group["params"]}
 
 
 def _groups(optimizer: Optimizer) -> Iterator[tuple[Any, list[Tensor]]]:

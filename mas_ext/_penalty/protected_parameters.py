@@ -166,7 +166,18 @@ class ProtectedParameters:
     def are_in(self, optimizer: Optimizer) -> bool:
         """Whether an optimizer holds any parameter of the model."""
         ours = {id(p) for p in self.index.named().values()}
-        return any(id(p) in ours for group in optimizer.param_groups for p in group["params"])
+        return not ours.isdisjoint(parameter_ids(optimizer))
+
+    def act_on(self, optimizer: Optimizer) -> bool:
+        """Whether an optimizer holds any parameter that has an importance."""
+        named = self.index.named()
+        ours = {id(named[name]) for name in self.state.consolidated.anchor if name in named}
+        return not ours.isdisjoint(parameter_ids(optimizer))
+
+    def check_are_in(self, optimizer: Optimizer) -> None:
+        """Raises ValueError if an optimizer holds no parameter of the model."""
+        if not self.are_in(optimizer):
+            raise ValueError("optimizer: it holds none of this model's parameters")
 
     def warn_if_never_applied(self) -> None:
         """Warns if something was attached, and parameters moved without it since the last task."""
@@ -186,13 +197,8 @@ class ProtectedParameters:
         """Whether a protected parameter is not at its anchor. Waits for the device."""
         return any(not torch.equal(local(one.param), one.anchor) for one in self.find())
 
-    def acts_on(self, optimizer: Optimizer) -> bool:
-        """Whether an optimizer holds a parameter that has an importance."""
-        named = self.index.named()
-        ours = {id(named[name]) for name in self.state.consolidated.anchor if name in named}
-        return any(id(p) in ours for group in optimizer.param_groups for p in group["params"])
 
-    def check_are_in(self, optimizer: Optimizer) -> None:
-        """Raises ValueError if an optimizer holds no parameter of the model."""
-        if not self.are_in(optimizer):
-            raise ValueError("optimizer: it holds none of this model's parameters")
+def parameter_ids(optimizer: Any) -> set[int]:
+    """The ids of an optimizer's parameters; none of a wrapper without groups."""
+    groups = getattr(optimizer, "param_groups", ())
+    return {id(p) for group in groups for p in group["params"]}

@@ -85,7 +85,8 @@ class StoredImportance(Mapping[str, Tensor]):
             omega, scales = dequantize(omega, scales), None
         if scales is None:
             _round_(stored, stored_scales, omega, thresholds)
-        elif stored_scales is not None:
+        else:
+            assert stored_scales is not None
             stored.copy_(omega)
             stored_scales.copy_(scales)
 

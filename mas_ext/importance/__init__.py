@@ -7,9 +7,8 @@ an estimator over the data of one, with progress saved by ``measurement_checkpoi
 ``estimators.py`` lists the estimators: ``per_sample/`` is the exact one, and ``local.py`` (with
 ``layer_calls.py``) needs forward passes only. Both express what they add by ``contributions.py``
 and ``convolution.py``. ``estimation.py`` is the state that estimators work on, ``objectives.py``
-what they differentiate, ``outputs.py`` of which of the model's outputs, ``batches.py`` how the
-model is run on data, and ``isolation.py`` how the model
-is left as it was.
+what they differentiate, ``outputs.py`` which of the model's outputs count, ``batches.py`` how the
+model is run on data, and ``isolation.py`` how the model is left as it was.
 """
 
 from mas_ext.importance.contributions import EmbeddingRows, MatrixProduct

@@ -108,6 +108,8 @@ class Inputs:
     def size(self) -> int:
         """The number of samples: the size of dimension 0 of the first tensor that has one.
 
+        It is not, if the samples are the items of a list (:attr:`has_lists`).
+
         Raises:
             TypeError: no tensor has a dimension.
         """
@@ -219,7 +221,7 @@ class Inputs:
         taken = []
         for key, value in self._arguments().items():
             name = f"input {key}" if isinstance(key, int) else repr(key)
-            shapes = [list(t.shape) for t in tensors_in(value) if t.dim() > 0 and len(t) == size]
+            shapes = [list(t.shape) for t in tensors_in(value) if _has_row_per_sample(t, size)]
             if shapes and key not in division:
                 taken.append(f"{count} rows of {name}, {', '.join(map(str, shapes))}")
             elif division.get(key) == "items":
@@ -295,7 +297,7 @@ def _map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
 
 
 def _rows(tensor: Tensor, indices: Sequence[int], size: int) -> Tensor:
-    if tensor.dim() == 0 or len(tensor) != size:
+    if not _has_row_per_sample(tensor, size):
         return tensor
     first, count = indices[0], len(indices)
     if list(indices) == list(range(first, first + count)):
@@ -303,8 +305,12 @@ def _rows(tensor: Tensor, indices: Sequence[int], size: int) -> Tensor:
     return _leaf(tensor[torch.tensor(indices, device=tensor.device)], tensor)
 
 
+def _has_row_per_sample(tensor: Tensor, size: int) -> bool:
+    return tensor.dim() > 0 and len(tensor) == size
+
+
 def _has_rows(value: Any, size: int) -> bool:
-    return any(t.dim() > 0 and len(t) == size for t in tensors_in(value))
+    return any(_has_row_per_sample(tensor, size) for tensor in tensors_in(value))
 
 
 def _is_list_of_tensors(value: Any, size: int) -> bool:

@@ -24,12 +24,10 @@ def undisturbed(model: nn.Module, training: bool = False) -> Iterator[None]:
     Restored are every module's mode, every ``requires_grad`` and ``.grad`` (the same tensor with
     the same content), every buffer, and PyTorch's random number generators.
     """
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=list(devices)))
+        stack.enter_context(without_a_trace(model))
         stack.enter_context(_modes(model, training))
         stack.enter_context(_gradients(model))
-        stack.enter_context(_buffers(model))
         if "torch._dynamo" in sys.modules:  # otherwise nothing is compiled; loading it is slow
             # Compiled code is a single operation, whose parts the graph does not show.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -55,7 +53,7 @@ def readable_graph() -> Iterator[None]:
 
 @contextmanager
 def without_a_trace(model: nn.Module) -> Iterator[None]:
-    """Restores buffers and random number generators after an additional forward pass."""
+    """Restores buffers and PyTorch's random number generators after forward passes."""
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=list(devices)), _buffers(model):
         yield

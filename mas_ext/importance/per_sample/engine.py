@@ -70,7 +70,7 @@ def add_batch(estimation: Estimation, batch: Batch, limit: int) -> Tensor:
 
 
 def _add_several(estimation: Estimation, batch: Batch, scalars: Tensor, count: int) -> None:
-    dtype = torch.float16  # of no graph it is not known: the loosest tolerance
+    dtype = torch.float16  # the loosest tolerance, until a graph tells
     if estimation.is_tensor_parallel:
         reasons = dict.fromkeys(estimation.params, _TENSOR_PARALLEL)
         _add_one_by_one(estimation, batch, reasons, scalars, count, dtype)
@@ -104,7 +104,7 @@ def _plan_for(estimation: Estimation, batch: Batch, graph: Graph) -> Plan:
         plan = _checked_plan(estimation, batch, graph, plans.know(graph))
         plans.keep(plan)
     else:
-        _check_decisions(estimation, batch, graph, plan)
+        _check_later_batch(estimation, batch, graph, plan)
     return plan.without(find_moved_rows(plan, graph)) if plan.may_move_rows else plan
 
 
@@ -149,11 +149,11 @@ def _deterministic_scalars(estimation: Estimation, batch: Batch) -> Tensor:
     before = torch.get_rng_state()
     scalars = estimation.scalars(batch)
     drawn = not torch.equal(before, torch.get_rng_state())
-    # A first batch of one sample is not run again anywhere else, and may have its own generator.
+    # A batch of one sample is not run again elsewhere, and forward may have its own generator.
     if drawn or (len(scalars) == 1 and estimation.batches == 0):
         again = estimation.scalars(batch)
-        same = torch.equal(scalars, again) if drawn else _about_equal(scalars.detach(), again)
-        if not same:
+        is_same = torch.equal if drawn else _about_equal
+        if not is_same(scalars.detach(), again.detach()):
             raise ValueError(
                 "the model's output depends on random numbers, also in evaluation mode: the "
                 "importance for a sample is not defined. Look for dropout and noise that do not "
@@ -180,7 +180,7 @@ def _checked_plan(estimation: Estimation, batch: Batch, graph: Graph, is_known: 
     chosen = [0, size // 2, size - 1]  # in order, as sorted sequences have to stay
     names = {id(p): name for name, p in estimation.params.items()}
     try:
-        # Two first: of a batch of three, three would be no part.
+        # Two samples first: three samples are not a part of a batch of three.
         small = scalars_of_part(estimation, batch, chosen[:SMALL], graph.root, graph.dtype)
         large = scalars_of_part(estimation, batch, chosen, graph.root, graph.dtype)
         _check_samples_are_independent(batch, graph, chosen, large)
@@ -245,7 +245,7 @@ def _check_samples_are_independent(
     raise NoPlan(_OTHER_OUTPUTS)
 
 
-def _check_decisions(estimation: Estimation, batch: Batch, graph: Graph, plan: Plan) -> None:
+def _check_later_batch(estimation: Estimation, batch: Batch, graph: Graph, plan: Plan) -> None:
     """Checks samples of a later batch, for whose values the plan was not verified.
 
     All are checked if the forward pass reads computed values into Python. Two are checked if it
@@ -301,7 +301,7 @@ _OTHER_OUTPUTS = (
 )
 
 _DISAGREES = (
-    "in a batch it comes out otherwise than for single samples; check the custom autograd "
+    "its importance in a batch differs from that of single samples; check the custom autograd "
     "functions and the rules (register_rule) that its gradient passes through"
 )
 

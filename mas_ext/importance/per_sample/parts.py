@@ -45,7 +45,8 @@ def scalars_of_part(
         if not isinstance(batch, Inputs):
             raise
         expected = whole.detach()[list(chosen)]
-        for division in batch.divisions(size):
+        for found in batch.divisions(size):
+            division = {**estimation.division, **found}
             with suppress(CannotSplit):
                 scalars = estimation.scalars(batch.take(chosen, size, division))
                 if dtype is None or self_check.agree(expected, scalars.detach(), dtype):
