@@ -239,6 +239,35 @@ class Calls(torch.optim.SGD):
         return super().step(closure)
 
 
+class DecaysAfterwards(torch.optim.SGD):
+    """Its step goes on after torch's, where there are gradients."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        super().step(closure)
+        for p in self.param_groups[0]["params"]:
+            if p.grad is not None:
+                p.mul_(0.9)
+
+
+@pytest.mark.parametrize("everywhere", [False, True], ids=["attached", "everywhere"])
+def test_a_step_that_a_scaler_skips_is_skipped_to_its_end(everywhere):
+    torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.1)  # torch puts hooks into its step
+    model, mas = learned(1e38, dtype=torch.float32)
+    with torch.no_grad():
+        model[0].weight.add_(1e4)  # the penalty's gradient overflows
+    optimizer, before = DecaysAfterwards(model.parameters(), 0.05), copy.deepcopy(model)
+    mas.attach(None if everywhere else optimizer)
+    scaler = torch.amp.GradScaler("cpu")
+    scale = scaler.get_scale()
+    scaler.scale(task_loss(model)).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() < scale
+    assert_bits(model, before)
+    assert all(p.grad is not None for p in model.parameters())
+
+
 WRAPPERS = {
     "SAM": lambda params: pytorch_optimizer.SAM(params, torch.optim.SGD, lr=0.05),
     "Lookahead": lambda params: pytorch_optimizer.Lookahead(torch.optim.SGD(params, 0.05), k=2),
@@ -341,7 +370,21 @@ def another_group(model, mas):
     return model, mas, sgd(model[0])
 
 
-IDLE = {"a new optimizer": a_new_optimizer, "a copy": a_copy, "another's parameters": another_group}
+def another_task(model, mas):
+    """It acted in the task before."""
+    optimizer = sgd(model)
+    mas.attach(optimizer)
+    train(model, optimizer)
+    mas.consolidate([X])
+    return model, mas, sgd(model)
+
+
+IDLE = {
+    "another task": another_task,
+    "a new optimizer": a_new_optimizer,
+    "a copy": a_copy,
+    "another's parameters": another_group,
+}
 
 
 @pytest.mark.parametrize("case", IDLE)
