@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
-from weakref import WeakMethod, finalize
+from weakref import finalize, ref
 
 import torch
 from torch import Tensor
@@ -39,41 +39,49 @@ class Attachment:
     ) -> None:
         check_mode(mode)
         self.last_penalty: Tensor | None = None
-        self._protected = protected
+        self._reference: Callable[[], ProtectedParameters | None] = lambda: protected
         self._optimizer = optimizer
         self._mode = mode
         self._withheld: list[tuple[Tensor, Tensor]] = []
         if optimizer is None:
             _check_nothing_is_attached(protected)
-            self._hooks = self._registered(_everywhere_before, _everywhere_after, _weakly)
-            protected.attached_everywhere = self  # which lives as long as the MAS
-            finalize(self, _remove, list(self._hooks))
+            # torch keeps these hooks, and they must not keep the MAS, nor outlive it.
+            self._reference = ref(protected)
+            self._hooks = self._registered(_everywhere_before, _everywhere_after)
+            finalize(protected, _remove, list(self._hooks))
+            protected.attached_everywhere = self
         else:
             _check_optimizer(optimizer, protected)
             _check_suits(optimizer, mode)
             before, after = optimizer.register_step_pre_hook, optimizer.register_step_post_hook
-            self._hooks = self._registered(before, after, lambda hook: hook)
+            self._hooks = self._registered(before, after)
             protected.optimizers.add(optimizer)
         protected.attachments += 1
 
-    def _registered(
-        self, before: Callable[[Any], Any], after: Callable[[Any], Any], wrap: Callable[[Any], Any]
-    ) -> list[Any]:
+    @property
+    def _protected(self) -> ProtectedParameters:
+        protected = self._reference()
+        assert protected is not None, "its hooks have been removed"
+        return protected
+
+    def _registered(self, before: Callable[[Any], Any], after: Callable[[Any], Any]) -> list[Any]:
         """The handles of the hooks that this mode needs."""
         if self._mode == "proximal":
-            return [after(wrap(self._take_proximal_step))]
-        return [before(wrap(self._before_step)), after(wrap(self._restore_gradients))]
+            return [after(self._take_proximal_step)]
+        return [before(self._before_step), after(self._restore_gradients)]
 
     def remove(self) -> None:
         """Leaves optimizers as they were before attach(); a second call does nothing."""
-        _remove(self._hooks)
-        if self._hooks:
-            self._protected.attachments -= 1
+        protected, hooks = self._reference(), self._hooks
         self._hooks = []
-        if self._optimizer is not None:
-            self._protected.optimizers.discard(self._optimizer)
-        elif self._protected.attached_everywhere is self:
-            self._protected.attached_everywhere = None
+        if protected is None or not hooks:
+            return
+        _remove(hooks)
+        protected.attachments -= 1
+        if self._optimizer is None:
+            protected.attached_everywhere = None
+        else:
+            protected.optimizers.discard(self._optimizer)
 
     def _is_left_alone(self, optimizer: Optimizer) -> bool:
         """Whether an optimizer's step does not take the penalty from here.
@@ -164,17 +172,6 @@ class Attachment:
 def _remove(hooks: list[Any]) -> None:
     for hook in hooks:
         hook.remove()
-
-
-def _weakly(hook: Any) -> Callable[..., Any]:
-    """A hook that does not keep its object alive, although torch keeps the hook."""
-    reference = WeakMethod(hook)
-
-    def call(*args: Any) -> Any:
-        alive = reference()
-        return None if alive is None else alive(*args)
-
-    return call
 
 
 def _check_optimizer(optimizer: Optimizer, protected: ProtectedParameters) -> None:

@@ -11,7 +11,7 @@ import pytest
 import pytorch_optimizer
 import torch
 from torch import nn
-from torch.optim.optimizer import _global_optimizer_pre_hooks
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 import mas_ext
 from mas_ext import MAS
@@ -219,17 +219,28 @@ def test_attach_without_an_optimizer_holds_for_all_that_come(mode):
     assert_bits(model, plain)
 
 
-def test_attach_without_an_optimizer_does_not_keep_the_model_alive():
-    model, mas = learned(dtype=torch.float32)
-    before = len(_global_optimizer_pre_hooks)
-    mas.attach()
-    gone = weakref.ref(model)
-    del model, mas
+@pytest.mark.parametrize("mode", ["gradient", "proximal"])
+def test_attach_without_an_optimizer_ends_with_the_mas_and_keeps_nothing_alive(mode):
+    """At once, and not when Python happens to look for cycles."""
+    plain, (model, mas) = mlp(torch.float32), learned(dtype=torch.float32)
+    plain.load_state_dict(model.state_dict())
+    hooks = _global_optimizer_pre_hooks, _global_optimizer_post_hooks
     gc.collect()
-    assert gone() is None
-    assert len(_global_optimizer_pre_hooks) == before
-    other = mlp(torch.float32)
-    train(other, sgd(other))
+    before = [set(each) for each in hooks]
+    gc.disable()
+    try:
+        handle = mas.attach(mode=mode)
+        assert [set(each) for each in hooks] != before
+        gone = weakref.ref(mas.protected)
+        del mas
+        assert gone() is None
+        assert [set(each) for each in hooks] == before
+        train(model, sgd(model))
+        train(plain, sgd(plain))
+        assert_bits(model, plain)
+        handle.remove()
+    finally:
+        gc.enable()
 
 
 class Calls(torch.optim.SGD):
