@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,10 @@ from typing_extensions import Unpack
 
 from mas_ext._distributed.ranks import ProcessGroup
 from mas_ext._distributed.topology import check_process_group
+from mas_ext._drift.budget import DriftBudget, check_limit
+from mas_ext._drift.references import References
+from mas_ext._drift.settling import Settled, check_weights, mean_loss
+from mas_ext._drift.tracker import DriftRecord, DriftTracker
 from mas_ext._parameters import (
     ParameterIndex,
     Selection,
@@ -28,8 +33,9 @@ from mas_ext._state import checkpoint
 from mas_ext._state.importance_state import ImportanceState
 from mas_ext._state.merging import check_merge
 from mas_ext._state.regularizer_state import RegularizerState
+from mas_ext._state.task_accumulator import check_floor
 from mas_ext._strength.auto import DEFAULT_DRIFT
-from mas_ext._strength.strength import Drift, Lambda, RegularizationStrength
+from mas_ext._strength.strength import AUTO, Drift, Lambda, RegularizationStrength
 from mas_ext.importance import add_importance_
 from mas_ext.importance.estimation import UNREACHED, SampleStatistics
 from mas_ext.importance.measurement_checkpoint import MeasurementCheckpoint, make_checkpoint
@@ -56,6 +62,15 @@ class MAS:
             train(model, optimizer, task)
             mas.consolidate(task)         # labels are not used
 
+    With a drift budget λ need not be chosen::
+
+        mas = mas_ext.MAS(model, budget=0.1)    # nats per prediction, per task
+        mas.attach(optimizer, mode="proximal")  # λ follows the measured drift
+        for task in tasks:
+            train(model, optimizer, task)
+            mas.settle()                        # now the drift is at most 0.1
+            mas.consolidate(task)
+
     Until the first :meth:`consolidate` nothing is protected, and the penalty is zero.
 
     Args:
@@ -63,7 +78,14 @@ class MAS:
             sharded by ``fully_shard`` (FSDP2), tensor-parallel, or both.
         lambda_reg: λ ≥ 0, with the ½ of the equation: twice the paper's λ. ``"auto"``: found from
             ``drift`` when a task ends. Or a mapping from name or glob to either; the first pattern
-            that matches a parameter counts: ``{"head.*": 0, "*": 1.0}``.
+            that matches a parameter counts: ``{"head.*": 0, "*": 1.0}``. None: 1, or with a budget
+            ``"auto"``.
+        budget: by how much a task may change the outputs for what was learned before, as a number,
+            such as 0.1 nats, or a :class:`mas_ext.DriftBudget`. λ is then only where training
+            begins: it follows the drift, which is measured on a few kept samples of every task.
+            :meth:`settle` makes sure of the limit. None: λ stays.
+        floor: added to every Ω of a task, as a fraction of their mean, so that no parameter is free
+            to move however far. A parameter without any importance at all gets none.
         params: which of the parameters that require gradients: None for all; a name or glob, or
             several; or ``callable(name, parameter) -> bool``. Names have no ``module.``,
             ``_orig_mod.`` or ``_checkpoint_wrapped_module.``; tied parameters appear once, under
@@ -99,8 +121,10 @@ class MAS:
     def __init__(
         self,
         model: nn.Module,
-        lambda_reg: Lambda = 1.0,
+        lambda_reg: Lambda | None = None,
         *,
+        budget: float | DriftBudget | None = None,
+        floor: float = 0.0,
         params: Selection = None,
         merge: str | tuple[str, float] = "sum",
         state_dtype: str = "float32",
@@ -115,14 +139,20 @@ class MAS:
                 "the module that it was made from"
             )
         self._params = reusable(params)
+        self._budget = DriftBudget.of(budget)
+        if lambda_reg is None:
+            lambda_reg = 1.0 if self._budget is None else AUTO
         consolidated = ImportanceState(check_state_dtype(state_dtype))
         strength = RegularizationStrength(lambda_reg, drift)
+        group = check_process_group(process_group)
         #: The parameters that the penalty is over; :mod:`mas_ext.optim` works on the same object.
         self.protected = ProtectedParameters(
-            ParameterIndex(model), RegularizerState(consolidated, strength, check_merge(merge))
+            ParameterIndex(model),
+            RegularizerState(consolidated, strength, check_merge(merge), floor=check_floor(floor)),
+            None if self._budget is None else DriftTracker(self._budget, group),
         )
         self._use_strength(strength)
-        self._process_group = check_process_group(process_group)
+        self._process_group = group
         select_some(self._named(), self._params)
 
     def __repr__(self) -> str:
@@ -239,27 +269,37 @@ class MAS:
     def consolidate(
         self,
         data: Iterable[Any] | None = None,
+        *,
+        reference: Iterable[Any] | None = None,
         **options: Unpack[CheckpointedMeasurementOptions],
     ) -> None:
         """Ends a task: measures ``data`` if given, merges the task's Ω, and takes θ* ← θ.
 
         Args:
             data: as for :func:`mas_ext.estimate_importance`.
+            reference: batches to measure the drift of later tasks on, in the form of ``data``; None
+                keeps samples of ``data``. On data that the model was trained on the drift is often
+                smaller than on new data, so pass some that was held out if there is enough.
             options: as for :meth:`update_importance`.
 
         Raises:
             RuntimeError: there is no data, and nothing was measured since the last task.
+            ValueError: ``reference`` without a drift budget.
 
         Warns if :meth:`attach` was called but no step has included the penalty since the last task
         ended, although protected parameters moved. Also warns, once for each parameter, if no
         measured output depends on it.
         """
         measurement = Measurement.from_options(options, CheckpointedMeasurementOptions)
+        if reference is not None:
+            self._tracker()  # raises without a budget
         self.protected.warn_if_never_applied()
         with self._state.unchanged_after_an_error():
             saved = MeasurementCheckpoint() if data is None else self._measure(data, measurement)
             self.protected.warn_of_no_importance()
+            references = self._next_references(reference)
             self._state.end_task(self._named(), self._selected())
+        self._state.begin_task(references)
         self.protected.has_acted = False
         saved.remove()
 
@@ -280,7 +320,7 @@ class MAS:
         measured = add_importance_(
             {name: task.sums[name] for name in named},
             self.protected.index.model,
-            data,
+            self._sampled(data, measurement),
             named,
             measurement,
             counted=counted,
@@ -289,6 +329,109 @@ class MAS:
         )
         state.task.unreached = [n for n, path in measured.coverage.items() if path == UNREACHED]
         return saved
+
+    def _sampled(self, data: Iterable[Any], measurement: Measurement) -> Iterable[Any]:
+        """The data, of which references are kept when they are read; under a drift budget only."""
+        tracker, state = self.protected.tracker, self._state
+        if tracker is None:
+            return data
+        sampler = state.drift.sampler
+        state.drift.sampler = (
+            tracker.sampler(self.protected.index.model, state.num_tasks, measurement.forward)
+            if sampler is None
+            else sampler.copy()
+        )
+        return state.drift.sampler.watch(data)
+
+    def _next_references(self, own: Iterable[Any] | None) -> References | None:
+        """What the drift of the next task is measured on; None without a drift budget."""
+        tracker = self.protected.tracker
+        if tracker is None:
+            return None
+        return tracker.references(self.protected.index.model, self._state, own)
+
+    # -- the drift ---------------------------------------------------------------------------------
+
+    @property
+    def budget(self) -> DriftBudget | None:
+        """The drift budget; None if there is none."""
+        return self._budget
+
+    @property
+    def drift_trace(self) -> list[DriftRecord]:
+        """A record of every measurement of the drift during training."""
+        return [] if self.protected.tracker is None else list(self.protected.tracker.trace)
+
+    def drift_measured(self) -> float:
+        """How far the outputs for the references have moved since the present task began.
+
+        Not to be confused with ``drift``, from which ``lambda_reg="auto"`` predicts λ before
+        training: this is measured, in the unit of the budget's metric.
+
+        Returns:
+            The mean over all references, nats per prediction for ``"kl"``; Inf if an output is not
+            finite; 0 before the first :meth:`consolidate`. With several processes, call it on all.
+
+        Raises:
+            ValueError: there is no budget.
+        """
+        return self._tracker().measured(self.protected)
+
+    def _tracker(self) -> DriftTracker:
+        if self.protected.tracker is None:
+            raise ValueError(
+                "budget: there is none, so no references were kept to measure the drift on; pass "
+                "MAS(model, budget=0.1)"
+            )
+        return self.protected.tracker
+
+    def settle(
+        self,
+        budget: float | None = None,
+        *,
+        weights: str = "importance",
+        data: Iterable[Any] | None = None,
+        loss: Callable[[nn.Module, Any], Tensor] | None = None,
+    ) -> Settled:
+        r"""After training, before :meth:`consolidate`: moves θ until the drift is in the budget.
+
+        .. math:: \theta \leftarrow \frac{\theta + c\,\Omega\,\theta^*}{1 + c\,\Omega}
+
+        with the smallest c found for which the measured drift is within the limit. It is measured
+        on all references, about ten times. Floating-point buffers, such as running statistics, are
+        moved along; parameters whose λ is 0 and those that are not protected stay. The optimizer's
+        state stays as it is: begin the next task with a new optimizer, or expect a few steps in
+        which momentum leads back.
+
+        Args:
+            budget: the limit; None: that of the budget that this MAS was created with.
+            weights: ``"importance"``, as above, or ``"uniform"``: Ω = 1, the straight line from the
+                new to the old parameters (Wortsman et al., *Robust fine-tuning of zero-shot
+                models*, CVPR 2022). Where importance cannot reach the limit, since parameters whose
+                Ω was 0 matter by now, ``"uniform"`` is used.
+            data, loss: batches of the new task, and ``callable(model, batch)`` that returns their
+                mean loss, to be told what settling has cost there.
+
+        Returns:
+            The drift before and after, c (0: nothing had to be moved) and, if asked for, the loss
+            before and after.
+
+        Raises:
+            ValueError: there is no budget; an argument is out of range; or the drift would be above
+                the limit even at θ*, since parameters that are not protected have changed. Then
+                everything is as it was.
+        """
+        check_weights(weights)
+        tracker = self._tracker()
+        limit = tracker.budget.limit if budget is None else check_limit(budget)
+        if (data is None) != (loss is None):
+            raise ValueError("data and loss go together: pass both or neither")
+        if data is None or loss is None:
+            return tracker.settle(self.protected, limit, weights)
+        model, batches = self.protected.index.model, list(data)
+        before = mean_loss(model, batches, loss)
+        settled = tracker.settle(self.protected, limit, weights)
+        return replace(settled, loss_before=before, loss_after=mean_loss(model, batches, loss))
 
     # -- protecting --------------------------------------------------------------------------------
 
@@ -388,7 +531,8 @@ class MAS:
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
         """Replaces everything that is remembered; also λ, ``drift`` and ``merge``.
 
-        ``model``, ``params`` and ``state_dtype`` stay; Ω is converted to this ``state_dtype``.
+        ``model``, ``params``, ``state_dtype``, ``budget`` and ``floor`` stay; Ω is converted to
+        this ``state_dtype``.
 
         Args:
             state: what :meth:`state_dict` returned, in this version or an earlier one.
@@ -401,7 +545,13 @@ class MAS:
                 without values (on the meta device). Everything is as it was.
         """
         self.protected.state = RegularizerState.from_dict(
-            state, self._named(), self._selected(), self.state_dtype, strict
+            state,
+            self._named(),
+            self._selected(),
+            strict,
+            state_dtype=self.state_dtype,
+            floor=self._state.floor,
+            tracker=self.protected.tracker,
         )
         self.protected.has_acted = True  # it may have, before the state was saved
 

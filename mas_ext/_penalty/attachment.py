@@ -68,7 +68,7 @@ class Attachment:
         """The handles of the hooks that this mode needs."""
         if self._mode == "proximal":
             return [after(self._take_proximal_step)]
-        return [before(self._before_step), after(self._restore_gradients)]
+        return [before(self._before_step), after(self._after_step)]
 
     def remove(self) -> None:
         """Leaves optimizers as they were before attach(); a second call does nothing."""
@@ -148,12 +148,13 @@ class Attachment:
         for p in params:
             p.grad = None
 
-    def _restore_gradients(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if _is_nested(optimizer):
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self._is_left_alone(optimizer):
             return
         for p, grad in self._withheld:
             p.grad = grad
         self._withheld = []
+        self._protected.after_step(optimizer, self._mode)
 
     def _take_proximal_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self._is_left_alone(optimizer):
@@ -167,6 +168,7 @@ class Attachment:
             for lr, params in _groups(optimizer)
         ]
         self.last_penalty = self._protected.sum(values)
+        self._protected.after_step(optimizer, self._mode)
 
 
 def _remove(hooks: list[Any]) -> None:

@@ -44,6 +44,11 @@ class ProtectedParameter(NamedTuple):
     pattern: str
     lambda_reg: Tensor
 
+    def largest(self) -> float:
+        """max λΩ; of a DTensor, over its local part. Waits for the device."""
+        omega = self.omega if self.scales is None else self.scales  # a block's largest Ω
+        return float(self.lambda_reg) * float(omega.max()) if omega.numel() else 0.0
+
 
 class ParameterGroup(NamedTuple):
     """Protected parameters that one operator call serves: one device, one sharding, one λ.

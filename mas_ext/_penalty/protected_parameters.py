@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mas_ext._distributed.shards import local
+from mas_ext._drift.tracker import DriftTracker
 from mas_ext._parameters import ParameterIndex
 from mas_ext._penalty.parameter_groups import (
     ParameterGroup,
@@ -37,11 +38,15 @@ class ProtectedParameters:
         attachments: how many have not been removed, also of optimizers that no longer exist.
         attached_everywhere: the one that all optimizers share, if there is one.
         has_acted: whether a step has included the penalty since the last task ended.
+        tracker: makes λ follow the drift, under a drift budget; otherwise None.
     """
 
-    def __init__(self, index: ParameterIndex, state: RegularizerState) -> None:
+    def __init__(
+        self, index: ParameterIndex, state: RegularizerState, tracker: DriftTracker | None = None
+    ) -> None:
         self.index = index
         self.state = state
+        self.tracker = tracker
         self.optimizers: WeakSet[Optimizer] = WeakSet()
         self.attachments = 0
         self.attached_everywhere: Any = None
@@ -53,7 +58,12 @@ class ProtectedParameters:
         return {**self.__dict__, "optimizers": None, "attached_everywhere": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        defaults = {"attachments": 0, "attached_everywhere": None, "has_acted": False}
+        defaults = {
+            "attachments": 0,
+            "attached_everywhere": None,
+            "has_acted": False,
+            "tracker": None,
+        }
         self.__dict__.update({**defaults, **state, "optimizers": WeakSet()})
 
     # -- the penalty -------------------------------------------------------------------------------
@@ -78,6 +88,11 @@ class ProtectedParameters:
         groups = self._groups(only, update)
         self.has_acted |= bool(groups)
         return self.sum([group.proximal_step_(lr) for group in groups])
+
+    def after_step(self, optimizer: Optimizer, mode: str) -> None:
+        """To be called after each step that includes the penalty: λ follows the drift."""
+        if self.tracker is not None:
+            self.tracker.after_step(self, optimizer, mode)
 
     def sum(self, values: list[Tensor]) -> Tensor:
         """The sum of 0-dim values, which may be on several devices; zero for none."""

@@ -2,7 +2,8 @@
 
 A file is safetensors: tensors ``importance/NAME``, ``anchor/NAME``, ``earlier/NAME`` and
 ``open/NAME`` (the sums of the task that has not ended); ``importance_scales/NAME`` where Ω is
-stored as uint8 codes; everything else as JSON in the metadata (``tensor_file.py``).
+stored as uint8 codes; ``references/NAME`` of a drift budget (``_drift/stored.py``); everything else
+as JSON in the metadata (``tensor_file.py``).
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ FORMAT = "mas_ext"
 # 2: open tasks weighted by batches, and "earlier" for the merge that needs it.
 # 3: Ω in other dtypes than float32, and λ by name.
 # 4: "drift", and "energy" and "seen" that λ is found from.
-VERSION = 4
+# 5: "control" and "references" of a drift budget.
+VERSION = 5
 GROUPS = ("importance", "anchor", "earlier", "open")
 SCALES = {"importance": "importance_scales", "earlier": "earlier_scales"}
-TENSORS = (*GROUPS, *SCALES.values())
+PER_PARAMETER = (*GROUPS, *SCALES.values())
+TENSORS = (*PER_PARAMETER, "references")
 
 StateDict = dict[str, Any]
 
@@ -58,6 +61,8 @@ def upgraded(state: Mapping[str, Any]) -> Mapping[str, Any]:
             "energy": asdict(OutputEnergy()),
             "seen": asdict(SampleStatistics()),
         }
+    if state["version"] < 5:
+        added |= {"control": {}, "references": {}}
     return {**state, **added}
 
 
@@ -66,6 +71,7 @@ _CONTENTS: dict[str, Any] = {
     "drift": (int, float, Mapping),
     "energy": Mapping,
     "seen": Mapping,
+    "control": Mapping,
     "state_dtype": str,
     "merge": (str, tuple, list),
     "num_tasks": int,
@@ -99,7 +105,7 @@ def _check_scales(omega: Mapping[str, Tensor], scales: Mapping[str, Tensor], key
 
 def known_parameters(state: Mapping[str, Any], named: Mapping[str, Tensor]) -> StateDict:
     """The state without the parameters that the model lacks."""
-    per_parameter = (*TENSORS, "tasks", "num_samples")
+    per_parameter = (*PER_PARAMETER, "tasks", "num_samples")
     known = {k: {n: v for n, v in state[k].items() if n in named} for k in per_parameter}
     return {**state, **known}
 

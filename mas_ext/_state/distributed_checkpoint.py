@@ -4,7 +4,8 @@ That library pickles what is not a tensor, and loads only what already has a ten
 settings are stored as the bytes of their JSON and counts as a matrix, and a parameter that has not
 been measured has Ω = 0 and its present value as its anchor: a new MAS has room for everything that
 a used one saves. Entries without a count are left out when the state is loaded. Ω in uint8 codes is
-stored in float32, which can be sharded in any way; quantized again it gives the same codes.
+stored in float32, which can be sharded in any way; quantized again it gives the same codes. There
+is no room for the references of a drift budget in a new MAS: loaded in place, they are left out.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mas_ext._drift.stored import without_references
 from mas_ext._state.checkpoint import GROUPS, SCALES, TENSORS, StateDict, dequantized
 from mas_ext.precision import stored_dtype
 
 _PAGE = 4096  # bytes that settings are a multiple of, so that they seldom change their size
+_ABOUT = "about"  # the JSON that says what the tensors of the references are
 _TASKS, _SAMPLES = 0, 1  # columns of the counts
 _COUNTED = {"tasks": _TASKS, "num_samples": _SAMPLES}
 
@@ -35,7 +38,12 @@ def packed(state: StateDict, unmeasured: Mapping[str, Tensor]) -> StateDict:
         for name, omega in tensors["importance"].items():
             tensors["earlier"].setdefault(name, torch.zeros_like(omega))
     settings = {k: v for k, v in state.items() if k not in (*TENSORS, *_COUNTED)}
-    return {"settings": _bytes(settings), "counts": _counts(state, _names(tensors)), **tensors}
+    settings["control"] = without_references(state["control"])
+    counts = _counts(state, _names(tensors))
+    packed_state = {"settings": _bytes(settings), "counts": counts, **tensors}
+    if state["references"]:
+        packed_state["references"] = {**state["references"], _ABOUT: _bytes(state["control"])}
+    return packed_state
 
 
 def is_packed(state: Any) -> bool:
@@ -61,7 +69,18 @@ def unpacked(state: Mapping[str, Any]) -> StateDict:
     groups = dict.fromkeys(GROUPS, known["tasks"]) | {"open": known["num_samples"]}
     _check_loaded(state, settings, groups)
     tensors = {g: {n: t for n, t in state[g].items() if n in groups[g]} for g in GROUPS}
-    return {**settings, **known, **tensors, **{scales: {} for scales in SCALES.values()}}
+    scales: StateDict = {group: {} for group in SCALES.values()}
+    return {**settings, **known, **tensors, **scales, **_references(state, settings)}
+
+
+def _references(state: Mapping[str, Any], settings: StateDict) -> StateDict:
+    """The references of a drift budget, if all were loaded."""
+    tensors = dict(state.get("references", {}))
+    if (about := tensors.pop(_ABOUT, None)) is not None:
+        control = json.loads(bytes(about.tolist()))
+        if control["tensors"] == sorted(tensors):
+            return {"control": control, "references": tensors}
+    return {"control": settings.get("control", {}), "references": {}}
 
 
 def _check_loaded(state: Mapping[str, Any], settings: StateDict, groups: StateDict) -> None:

@@ -126,48 +126,55 @@ class ImportanceState:
         return restored
 
     @torch.no_grad()
-    def end_task(self, params: Mapping[str, Tensor], task: TaskAccumulator, merge: Merge) -> None:
-        """Merges a task's Ω, and takes θ* ← θ for all of ``params``."""
+    def end_task(
+        self,
+        params: Mapping[str, Tensor],
+        task: TaskAccumulator,
+        merge: Merge,
+        floors: Mapping[str, float] | None = None,
+    ) -> None:
+        """Merges a task's Ω, plus ``floors``, and takes θ* ← θ for all of ``params``."""
         self.make_room(params)
+        floors = floors or {}
         if needs_earlier(merge) and not self.earlier:
             self.earlier = StoredImportance(self.anchor, self.importance.state_dtype)
-        for name, total in task.measured_sums().items():
-            if name in params:
-                self._merge(name, total, task.counts[name], merge)
-                self.tasks[name] += 1
+        measured = {n: t for n, t in task.measured_sums().items() if n in params}
+        for name, total in measured.items():
+            self._merge(name, total, task.counts[name], floors.get(name, 0.0), merge)
+            self.tasks[name] += 1
         for name, p in params.items():
             self.anchor[name].copy_(p)
 
-    def _merge(self, name: str, total: Tensor, count: int, merge: Merge) -> None:
-        """Merges Ω = total/count, a piece at a time.
+    def _merge(self, name: str, total: Tensor, count: int, floor: float, merge: Merge) -> None:
+        """Merges Ω = total/count + floor, a piece at a time.
 
         So there is never a second Ω in float32 beside the sums, unless the parameter grew or
         changed its strides.
         """
         stored, _ = self.importance.stored(name)
         if total.shape != stored.shape or total.stride() != stored.stride():
-            self._merge_grown(name, total, count, merge)
+            self._merge_grown(name, total / count + floor, merge)
             return
         flat = in_memory_order(total)
         for start in range(0, len(flat), _PIECE):
             piece = slice(start, start + _PIECE)
             old = self.importance.read(name, piece)
             earlier = self.earlier.read(name, piece) if self.earlier else None
-            new = flat[piece].to(old) / count
+            new = flat[piece].to(old) / count + floor
             thresholds = self._thresholds(name, new, merge)
             merge_(old, new, self.tasks[name], merge, earlier)
             self.importance.write(name, piece, old, thresholds)
             if earlier is not None:
                 self.earlier.write(name, piece, earlier, thresholds)
 
-    def _merge_grown(self, name: str, total: Tensor, count: int, merge: Merge) -> None:
+    def _merge_grown(self, name: str, omega: Tensor, merge: Merge) -> None:
         old, earlier = self.importance[name], self.earlier.get(name)
-        part = leading(old, total.shape)
-        part_earlier = None if earlier is None else leading(earlier, total.shape)
+        part = leading(old, omega.shape)
+        part_earlier = None if earlier is None else leading(earlier, omega.shape)
         new = torch.zeros_like(old)
-        leading(new, total.shape).copy_(total / count)
+        leading(new, omega.shape).copy_(omega)
         thresholds = self._thresholds(name, new, merge)
-        merge_(part, leading(new, total.shape), self.tasks[name], merge, part_earlier)
+        merge_(part, leading(new, omega.shape), self.tasks[name], merge, part_earlier)
         self.importance.put(name, old, thresholds=thresholds)
         if earlier is not None:
             self.earlier.put(name, earlier, thresholds=thresholds)

@@ -5,20 +5,27 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.nn import Parameter
 
 from mas_ext._distributed.shards import Shardings, local_parts
+from mas_ext._drift.controller import Controller
+from mas_ext._drift.references import References
+from mas_ext._drift.stored import DriftState
 from mas_ext._parameters import check_materialised
 from mas_ext._state import checkpoint, distributed_checkpoint
 from mas_ext._state.importance_state import ImportanceState
 from mas_ext._state.merging import Merge, check_merge
 from mas_ext._state.task_accumulator import TaskAccumulator
+from mas_ext._storage.flat_tensors import copies
 from mas_ext._strength.auto import OutputEnergy, check_energy
 from mas_ext._strength.strength import RegularizationStrength
 from mas_ext.importance.options import check_weighting
+
+if TYPE_CHECKING:
+    from mas_ext._drift.tracker import DriftTracker
 
 
 @dataclass
@@ -32,6 +39,8 @@ class RegularizerState:
         task: the sums of the task that has not ended.
         energy: the objective's mean over tasks, from which ``lambda_reg="auto"`` finds λ.
         num_tasks: how many tasks have ended.
+        floor: what is added to every Ω of a task, as a fraction of their mean.
+        drift: what is remembered for a drift budget.
         shardings: how each parameter was sharded when it was first remembered.
     """
 
@@ -41,6 +50,8 @@ class RegularizerState:
     task: TaskAccumulator = field(default_factory=TaskAccumulator)
     energy: OutputEnergy = field(default_factory=OutputEnergy)
     num_tasks: int = 0
+    floor: float = 0.0
+    drift: DriftState = field(default_factory=DriftState)
     shardings: Shardings = field(default_factory=Shardings)
 
     @property
@@ -56,11 +67,11 @@ class RegularizerState:
     @contextmanager
     def unchanged_after_an_error(self) -> Iterator[None]:
         """Puts back the task's sums and the shardings if the block raises."""
-        before = self.task, self.shardings
+        before = self.task, self.drift.sampler, self.shardings
         try:
             yield
         except BaseException:
-            self.task, self.shardings = before
+            self.task, self.drift.sampler, self.shardings = before
             raise
 
     # -- λ and the end of a task -------------------------------------------------------------------
@@ -76,6 +87,11 @@ class RegularizerState:
         strength.check_patterns(named)
         self._resolve(strength, named)
         self.strength = strength
+        self.drift.controller = Controller()  # which goes on from this λ
+
+    def follow_controller(self) -> None:
+        """Takes over the λ of the controller."""
+        self.strength.multiply_by(self.drift.controller.factor)
 
     def _resolve(self, strength: RegularizationStrength, named: Mapping[str, Parameter]) -> None:
         """Finds λ where it is ``"auto"`` and a task has been measured."""
@@ -105,11 +121,16 @@ class RegularizerState:
         energy = self.energy.with_task(task.statistics.samples, task.statistics.mean_energy)
         if self.strength.is_auto:
             check_energy(energy.mean)
-        self.consolidated.end_task(params, task, self.merge)
+        floors = task.floors(self.floor, named)
+        self.consolidated.end_task(params, task, self.merge, floors)
         self.energy = energy
         self._resolve(self.strength, named)
         self.task = TaskAccumulator()
         self.num_tasks += 1
+
+    def begin_task(self, references: References | None) -> None:
+        """Begins the next task, with the references for it."""
+        self.drift = self.drift.begin_task(references)
 
     def without_importance(self) -> list[str]:
         """The parameters that the last measurement did not reach and whose Ω is 0 everywhere.
@@ -129,6 +150,7 @@ class RegularizerState:
     def to_dict(self) -> checkpoint.StateDict:
         """Everything that was measured, as plain values and tensors: a copy."""
         drift = self.strength.drift
+        control, references = self.drift.state_dict()
         state = {
             "format": checkpoint.FORMAT,
             "version": checkpoint.VERSION,
@@ -138,6 +160,8 @@ class RegularizerState:
             "merge": self.merge,
             "state_dtype": self.state_dtype,
             "num_tasks": self.num_tasks,
+            "control": control,
+            "references": copies(references),
             **self.consolidated.state_dict(),
             **self.task.state_dict(),
         }
@@ -156,10 +180,15 @@ class RegularizerState:
         state: Mapping[str, Any],
         named: Mapping[str, Parameter],
         selected: Mapping[str, Parameter],
-        state_dtype: str,
         strict: bool,
+        *,
+        state_dtype: str,
+        floor: float = 0.0,
+        tracker: DriftTracker | None = None,
     ) -> RegularizerState:
         """From what :meth:`to_dict` or :meth:`to_packed_dict` returned, in the model's layout.
+
+        The last three stay as they are where the state is loaded.
 
         See :meth:`mas_ext.MAS.load_state_dict` for what it raises.
         """
@@ -181,9 +210,12 @@ class RegularizerState:
             TaskAccumulator.from_state_dict(state, params),
             energy,
             state["num_tasks"],
+            floor,
+            DriftState() if tracker is None else tracker.restored(state),
             shardings,
         )
         restored._resolve(strength, named)
+        restored.follow_controller()
         return restored
 
 

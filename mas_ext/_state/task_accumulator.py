@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -9,9 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mas_ext._distributed.shards import Placement
 from mas_ext._storage.flat_tensors import FlatTensors, check_growth, copies, leading
 from mas_ext.importance.estimation import SampleStatistics
 from mas_ext.reference import accumulation_dtype
+
+
+def check_floor(floor: Any) -> float:
+    """Returns a floor as a float; raises if it is not a finite number ≥ 0."""
+    if isinstance(floor, bool) or not isinstance(floor, (int, float)):
+        raise TypeError(f"floor is {floor!r}; pass a number")
+    if not 0 <= floor < math.inf:
+        raise ValueError(f"floor is {floor}; pass a finite number that is not negative")
+    return float(floor)
 
 
 class TaskAccumulator:
@@ -92,6 +103,23 @@ class TaskAccumulator:
         for name, before in self.sums.items():
             if name in params:
                 check_growth(name, before, params[name])
+
+    def floors(self, fraction: float, named: Mapping[str, Tensor]) -> dict[str, float]:
+        """``fraction`` of the mean Ω, for each parameter that has any importance at all.
+
+        For DTensors every process must call this. It waits for the device.
+        """
+        if not fraction:
+            return {}
+        sums = {name: total for name, total in self.measured_sums().items() if name in named}
+        omega = {
+            name: float(Placement.of(named[name]).sum_over_shards(total.sum(dtype=torch.float64)))
+            / self.counts[name]
+            for name, total in sums.items()
+        }
+        numel = sum(named[name].numel() for name, total in omega.items() if total > 0)
+        mean = sum(omega.values()) / max(numel, 1)
+        return {name: fraction * mean for name, total in omega.items() if total > 0}
 
     def measured_sums(self) -> dict[str, Tensor]:
         """The sums that at least one sample was added to."""

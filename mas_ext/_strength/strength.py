@@ -40,6 +40,7 @@ class RegularizationStrength:
     Attributes:
         value: as given: a float, ``"auto"``, or a dict of them.
         drift: as given: a float, or a dict of floats.
+        factor: what every λ is multiplied by: 1, unless a drift budget changes it.
 
     Raises:
         ValueError: a number is out of range, the mapping is empty, or ``drift`` has other patterns.
@@ -64,6 +65,14 @@ class RegularizationStrength:
         # Where λ is not found yet, nothing is protected: it is 0.
         self._tensors = {p: _scalars(self._lambdas.get(p, Lambdas(0.0, 0.0))) for p in by_pattern}
         self._pattern_of: dict[str, str] = {}
+        self.factor = 1.0
+
+    def multiply_by(self, factor: float) -> None:
+        """Multiplies every λ, as given or found, by a factor, which replaces the one before."""
+        self.factor = factor
+        for pattern, lambdas in self._lambdas.items():
+            for kind, number in lambdas._asdict().items():
+                self._tensors[pattern][kind].fill_(number * factor)
 
     @property
     def is_auto(self) -> bool:
@@ -85,11 +94,14 @@ class RegularizationStrength:
         for pattern, group in groups.items():
             self._lambdas[pattern] = group.lambdas(self._drifts[pattern], energy)
             self._tensors[pattern] = _scalars(self._lambdas[pattern])
+        self.multiply_by(self.factor)
 
     def numbers(self, update: UpdateKind) -> float | str | dict[str, float | str]:
         """λ in the form it was given, as numbers where they are known."""
         numbers = {
-            pattern: getattr(self._lambdas[pattern], update) if pattern in self._lambdas else AUTO
+            pattern: self.factor * getattr(self._lambdas[pattern], update)
+            if pattern in self._lambdas
+            else AUTO
             for pattern in self._patterns
         }
         return numbers if isinstance(self.value, dict) else numbers["*"]

@@ -58,7 +58,7 @@ def add_importance_(
         checkpoint.refuse(f"estimator={measurement.estimator!r}")
         measured = sharded.add_samples_(sums, whole, data, named, measurement, counted=counted)
         return _joined([measured], named)
-    placement = _placement_of(model, process_group)
+    placement = placement_of(model, process_group)
     count = counted if placement.adds_at_once else _count_later
     with placement.ready(named, sums) as (params, own_sums):
         placement.ranks.attempt(lambda: checkpoint.open(params))
@@ -98,7 +98,7 @@ def _joined(parts: Sequence[Measured], names: Iterable[str]) -> Measured:
     return Measured(statistics, coverage, max((part.outputs for part in parts), key=len))
 
 
-class _Placement(Protocol):
+class Placement(Protocol):
     """Where a model's parameters are while it is measured.
 
     Attributes:
@@ -116,7 +116,8 @@ class _Placement(Protocol):
         """Reduces the ranks' own sums into ``sums``."""
 
 
-def _placement_of(model: nn.Module, process_group: ProcessGroup) -> _Placement:
+def placement_of(model: nn.Module, process_group: ProcessGroup) -> Placement:
+    """How the processes share a model, and the ranks that measure together."""
     fsdp.check_not_fsdp1(model)
     whole = fsdp.find_sharded_model(model)
     if whole is not None:

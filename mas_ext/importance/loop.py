@@ -137,12 +137,12 @@ def check_no_gradient_was_written(estimation: Estimation) -> None:
             )
 
 
-def check_data(data: Iterable[Any]) -> None:
+def check_data(data: Any, argument: str = "data") -> None:
     """Refuses data that is not an iterable of batches, such as a single batch."""
     if isinstance(data, (Tensor, Mapping, str)) or not isinstance(data, Iterable):
         raise TypeError(
-            f"data is a {type(data).__name__}; pass an iterable of batches, such as a DataLoader "
-            "or [batch]"
+            f"{argument} is a {type(data).__name__}; pass an iterable of batches, such as a "
+            "DataLoader or [batch]"
         )
 
 

@@ -38,9 +38,13 @@ class Outputs:
     paths: tuple[Path, ...]
     names: tuple[str, ...]
 
+    def tensors(self, returned: Any) -> list[Tensor]:
+        """The measured tensors."""
+        return [_checked(_at(returned, path), _name(path)) for path in self.paths]
+
     def tensor(self, returned: Any) -> Tensor:
         """The measured tensor; of several, their rows side by side, [B, Σ numel of a row]."""
-        found = [_checked(_at(returned, path), _name(path)) for path in self.paths]
+        found = self.tensors(returned)
         if len(found) == 1:
             return found[0]
         device = found[0].device

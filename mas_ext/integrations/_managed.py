@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from torch.optim import Optimizer
 
 from mas_ext._distributed.shards import is_sharded
 from mas_ext._distributed.topology import is_running
+from mas_ext._drift.budget import DriftBudget
 from mas_ext._penalty.attachment import Attachment, unwrapped
 from mas_ext._strength.auto import DEFAULT_DRIFT
-from mas_ext._strength.strength import RegularizationStrength
+from mas_ext._strength.strength import AUTO, RegularizationStrength
 from mas_ext.functional import check_mode
 from mas_ext.importance.options import CheckpointedMeasurementOptions, Measurement
 from mas_ext.regularizer import MAS
@@ -53,6 +55,7 @@ class ManagedMAS:
                 f"mas: it has settings of its own; leave {', '.join(self._regularizer)} out"
             )
         _check_options(self._regularizer, self._importance)
+        self._regularizer |= _budget(self._regularizer, self._importance)
         self.mas = mas
         self._made_here = mas is None
         self._model: nn.Module | None = None
@@ -66,6 +69,7 @@ class ManagedMAS:
             mas = MAS(model, **{**_processes(model), **self._regularizer})
             if self.mas is not None:
                 mas.load_state_dict(self.mas.state_dict())
+                mas.protected.tracker = self.mas.protected.tracker  # which has the trace
             self.mas = mas
         self._model = model
         assert self.mas is not None
@@ -116,6 +120,18 @@ class ManagedMAS:
         values = [step.last_penalty for step in self._steps if step.last_penalty is not None]
         return sum(values[1:], values[0]) if values else None
 
+    @property
+    def logs(self) -> dict[str, Any]:
+        """What is logged: the penalty of the last step, and the last drift and λ under a budget."""
+        if self.penalty is None:
+            return {}
+        logs: dict[str, Any] = {"mas_penalty": self.penalty}
+        if self.mas is not None and (trace := self.mas.drift_trace):
+            logs["mas_drift"] = trace[-1].drift
+            if isinstance(trace[-1].lambda_reg, float):
+                logs["mas_lambda"] = trace[-1].lambda_reg
+        return logs
+
     def save(self, path: Path, writes: bool) -> None:
         """Calls :meth:`MAS.save` on the process that ``writes``; on all for a sharded state."""
         if self.mas is not None and (writes or any(map(is_sharded, self.mas.anchor.values()))):
@@ -137,7 +153,9 @@ class ManagedMAS:
         return self._importance.get("forward") is not None
 
     def consolidate(self, data: Iterable[Any], *, shows_progress: bool = False, **how: Any) -> None:
-        """Calls :meth:`MAS.consolidate`; ``how`` overrides the options that were given before.
+        """Calls :meth:`MAS.consolidate`, and before it :meth:`MAS.settle` under a drift budget.
+
+        ``how`` overrides the options that were given before.
 
         Raises:
             RuntimeError: there is no model yet.
@@ -147,6 +165,8 @@ class ManagedMAS:
                 "consolidate() before the first training: there is no model yet; train first, or "
                 "pass mas="
             )
+        if self.mas.budget is not None:
+            self.mas.settle()
         self.mas.consolidate(data, **{"progress": shows_progress, **self._importance, **how})
 
 
@@ -197,10 +217,19 @@ def _split_options(
     return regularizer, {n: value for n, value in options.items() if n in _MEASUREMENT_OPTIONS}
 
 
+def _budget(regularizer: Mapping[str, Any], importance: Mapping[str, Any]) -> dict[str, Any]:
+    """The budget with the ``forward`` of all tasks, which a checkpoint cannot hold."""
+    budget = DriftBudget.of(regularizer.get("budget"))
+    if budget is None or budget.forward is not None:
+        return {}
+    return {"budget": replace(budget, forward=importance.get("forward"))}
+
+
 def _check_options(regularizer: Mapping[str, Any], importance: Mapping[str, Any]) -> None:
     """Checks the options now, rather than when training begins or has ended."""
+    automatic = AUTO if regularizer.get("budget") is not None else 1.0
     RegularizationStrength(
-        regularizer.get("lambda_reg", 1.0), regularizer.get("drift", DEFAULT_DRIFT)
+        regularizer.get("lambda_reg", automatic), regularizer.get("drift", DEFAULT_DRIFT)
     )
     # A small model serves to check all options but those that name the real model's parameters.
     named = ("lambda_reg", "drift", "params")

@@ -15,9 +15,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from mas_ext._drift.budget import DriftBudget
 from mas_ext._parameters import Selection
 from mas_ext._penalty.attachment import Attachment
 from mas_ext._state.merging import Merge, check_merge
+from mas_ext._strength.strength import AUTO
 from mas_ext.functional import check_mode
 from mas_ext.importance.batches import Forward
 from mas_ext.importance.objectives import Objective
@@ -57,13 +59,14 @@ class MASPlugin(SupervisedPlugin):
     - A loss of exactly zero is not an error.
 
     Args:
-        lambda_reg: λ ≥ 0, or ``"auto"``.
+        lambda_reg: λ ≥ 0, or ``"auto"``. None: 1, or ``"auto"`` with a budget.
         alpha: the weight of the old Ω in the average, in [0, 1).
         verbose: whether to show a progress bar while importance is measured.
         mode: ``"gradient"`` adds the penalty to ``strategy.loss``, so that other plugins that use
             the loss or the gradients see it, in any order. ``"proximal"`` takes a proximal step
             after the optimizer's step, which is stable for every λ; ``strategy.loss`` is then the
             loss of the new experience alone.
+        budget, floor: see :class:`mas_ext.MAS`. With a budget, each experience ends by settling.
         merge: how to merge the Ω of experiences, in place of the average with ``alpha``; see
             :class:`mas_ext.MAS`.
         params: see :class:`mas_ext.MAS`.
@@ -80,11 +83,13 @@ class MASPlugin(SupervisedPlugin):
 
     def __init__(
         self,
-        lambda_reg: float | str = 1.0,
+        lambda_reg: float | str | None = None,
         alpha: float = 0.5,
         verbose: bool = False,
         *,
         mode: str = "gradient",
+        budget: float | DriftBudget | None = None,
+        floor: float = 0.0,
         merge: Merge | None = None,
         params: Selection = None,
         estimator: str = "per_sample",
@@ -99,7 +104,9 @@ class MASPlugin(SupervisedPlugin):
         self.mas: MAS | None = None
         self._mode = mode
         self._regularizer = {
-            **preset("avalanche").regularizer(lambda_reg),
+            **preset("avalanche").regularizer(_start(lambda_reg, budget)),
+            "budget": budget,
+            "floor": floor,
             "merge": check_merge(("ema", alpha) if merge is None else merge),
             "params": params,
         }
@@ -142,12 +149,18 @@ class MASPlugin(SupervisedPlugin):
         if self.mas is not None and self.mas.num_tasks and self._mode == "gradient":
             strategy.loss = strategy.loss + self.mas.penalty()
 
+    def after_update(self, strategy: Any, **kwargs: Any) -> None:
+        """Lets λ follow the drift, under a drift budget; when attached, the step itself does."""
+        if self.mas is not None and self._mode == "gradient":
+            self.mas.protected.after_step(strategy.optimizer, self._mode)
+
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
-        """Measures the experience's importance, merges it, and takes θ* ← θ."""
+        """Settles under a drift budget; measures and merges the importance; takes θ* ← θ."""
         self._detach()
-        self._bound(strategy.model).consolidate(
-            _batches(strategy), forward=_forward(strategy), **self._importance
-        )
+        mas = self._bound(strategy.model)
+        if mas.budget is not None:
+            mas.settle()
+        mas.consolidate(_batches(strategy), forward=_forward(strategy), **self._importance)
 
     def _bound(self, model: nn.Module) -> MAS:
         """The MAS of this model. If the model object is new, its MAS gets the old state."""
@@ -155,6 +168,7 @@ class MASPlugin(SupervisedPlugin):
             mas = MAS(model, **self._regularizer)
             if self.mas is not None:
                 mas.load_state_dict(self.mas.state_dict())
+                mas.protected.tracker = self.mas.protected.tracker  # which has the trace
             self.mas, self._model = mas, model
         return self.mas
 
@@ -162,6 +176,12 @@ class MASPlugin(SupervisedPlugin):
         if self._attached is not None:
             self._attached.remove()
             self._attached = None
+
+
+def _start(lambda_reg: float | str | None, budget: float | DriftBudget | None) -> float | str:
+    if lambda_reg is not None:
+        return lambda_reg
+    return 1.0 if budget is None else AUTO
 
 
 def _batches(strategy: Any) -> DataLoader[Any]:

@@ -116,8 +116,8 @@ class MASCallback(HasMAS, Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Logs the penalty. Lightning waits for the device only when it writes the logs."""
-        if (penalty := self._managed.penalty) is not None:
-            pl_module.log("mas_penalty", penalty, on_step=True, on_epoch=False)
+        for name, value in self._managed.logs.items():
+            pl_module.log(name, value, on_step=True, on_epoch=False)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures the task's importance, merges it, and takes θ* ← θ."""

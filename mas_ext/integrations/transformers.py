@@ -126,10 +126,11 @@ class MASCallback(HasMAS, TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Adds the penalty to the logged loss. Only here does training wait for the device."""
-        if logs is None or "loss" not in logs or self._managed.penalty is None:
+        if logs is None or "loss" not in logs:
             return
-        # The history already has its own copy of the entry.
-        logs["mas_penalty"] = state.log_history[-1]["mas_penalty"] = float(self._managed.penalty)
+        for name, value in self._managed.logs.items():
+            # The history already has its own copy of the entry.
+            logs[name] = state.log_history[-1][name] = float(value)
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

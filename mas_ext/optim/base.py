@@ -123,6 +123,7 @@ class PenaltyOptimizer(torch.optim.Optimizer):
                     values.append(one_call.sum_over_shards(value))
         self.mas.protected.has_acted |= bool(values)
         self.last_penalty = self.mas.protected.sum(values)
+        self.mas.protected.after_step(self, self.mode)
         return loss
 
     def _protected(self) -> dict[int, ProtectedParameter]:

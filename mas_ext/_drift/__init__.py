@@ -1,0 +1,1 @@
+"""How far the model has drifted from where its task began, and what keeps that within a budget."""

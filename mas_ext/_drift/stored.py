@@ -1,0 +1,205 @@
+"""References and controller as JSON and named tensors, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+from mas_ext._drift.controller import Controller
+from mas_ext._drift.metrics import Comparison
+from mas_ext._drift.references import (
+    Reference,
+    References,
+    ReferenceSampler,
+    TaskReferences,
+    batch_of,
+    tree_of,
+)
+from mas_ext._warnings import warn
+from mas_ext.importance.batches import CustomBatch, Forward
+from mas_ext.importance.outputs import Outputs
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass
+class DriftState:
+    """What is remembered for a drift budget.
+
+    Attributes:
+        references: what the drift of the present task is measured on; None before the first task
+            has ended, and without a budget.
+        sampler: keeps references of the task that has not ended.
+        controller: of λ.
+    """
+
+    references: References | None = None
+    sampler: ReferenceSampler | None = None
+    controller: Controller = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        self.controller = self.controller or Controller()
+
+    def begin_task(self, references: References | None) -> DriftState:
+        """For the next task."""
+        return DriftState(references, None, self.controller.begin_task())
+
+    # -- state dictionaries ------------------------------------------------------------------------
+
+    def state_dict(self) -> tuple[dict[str, Any], Tensors]:
+        """Copies: what JSON can store, and tensors by name.
+
+        References that it cannot store are left out, with a warning.
+        """
+        tensors: Tensors = {}
+        references, sampler = self.references, self.sampler
+        if references is None and sampler is None and self.controller == Controller():
+            return {}, {}  # there is no budget, or nothing has been learned under it
+        settings: dict[str, Any] = {"controller": asdict(self.controller)}
+        settings["tasks"] = [] if references is None else _tasks(references.tasks, tensors)
+        if references is not None:
+            tensors |= {f"buffers/{n}": b.clone() for n, b in references.buffers.items()}
+        if sampler is not None:
+            parts = [_part(part, f"open/{k}", tensors) for k, part in enumerate(sampler.kept)]
+            about = {"batches": sampler.batches, "largest": sampler.largest, "seed": sampler.seed}
+            settings["open"] = {**about, "parts": parts, "custom": sampler.forward is not None}
+        return {**settings, "tensors": sorted(tensors)}, tensors
+
+    @classmethod
+    def from_state_dict(
+        cls,
+        settings: Mapping[str, Any],
+        tensors: Mapping[str, Tensor],
+        comparison: Comparison,
+        count: int,
+        forward: Forward | None,
+    ) -> DriftState:
+        """What :meth:`state_dict` returned.
+
+        Args:
+            comparison, count, forward: of the budget: a file has no functions.
+
+        Raises:
+            ValueError: it is damaged, or needs a ``forward``.
+        """
+        if not settings:  # of a MAS without a budget
+            return cls()
+        try:
+            state = cls(None, None, Controller(**settings["controller"]))
+            tasks = [_task(one, tensors, forward) for one in settings["tasks"]]
+            if tasks:
+                begins = "buffers/"
+                buffers = {n: b for n, b in tensors.items() if n.startswith(begins)}
+                buffers = {n.removeprefix(begins): b for n, b in buffers.items()}
+                state.references = References(comparison, tasks, buffers)
+            if (about := settings.get("open")) is not None:
+                _check_forward(about["custom"], forward)
+                sampler = ReferenceSampler(count, forward, tuple(about["seed"]))
+                sampler.batches, sampler.largest = about["batches"], about["largest"]
+                sampler.kept = [_reference(part, tensors, forward) for part in about["parts"]]
+                state.sampler = sampler
+        except (KeyError, TypeError, IndexError, AttributeError) as error:
+            raise ValueError(f"the state is damaged: its references lack {error}") from error
+        return state
+
+
+def without_references(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What remains of a stored state without its tensors: a few numbers."""
+    return {**settings, "tasks": [], "open": None, "tensors": []} if settings else {}
+
+
+def _tasks(tasks: list[TaskReferences], tensors: Tensors) -> list[dict[str, Any]]:
+    stored = []
+    for number, task in enumerate(tasks):
+        own: Tensors = {}
+        try:
+            parts = [_part(part, f"{number}/{k}", own) for k, part in enumerate(task.parts)]
+        except _Unstorable as problem:
+            warn(
+                f"the references of task {number + 1} have {problem}, which a state cannot hold: "
+                "they are left out, and after loading the drift is measured without them. Keep "
+                "batches of tensors, numbers and strings, or pass DriftBudget(reference=...)"
+            )
+            continue
+        tensors |= own
+        stored.append(
+            {
+                "parts": parts,
+                "batch_size": task.batch_size,
+                "custom": any(isinstance(part.batch, CustomBatch) for part in task.parts),
+                "outputs": None if task.outputs is None else asdict(task.outputs),
+            }
+        )
+    return stored
+
+
+def _part(part: Reference, name: str, tensors: Tensors) -> dict[str, Any]:
+    tensors[f"{name}/keys"] = part.keys
+    for k, output in enumerate(part.before):
+        tensors[f"{name}/before/{k}"] = output
+    tree = _encoded(tree_of(part.batch), f"{name}/inputs", tensors)
+    return {"name": name, "samples": part.samples, "before": len(part.before), "inputs": tree}
+
+
+def _task(
+    stored: Mapping[str, Any], tensors: Mapping[str, Tensor], forward: Forward | None
+) -> TaskReferences:
+    _check_forward(stored["custom"], forward)
+    function = forward if stored["custom"] else None
+    parts = [_reference(part, tensors, function) for part in stored["parts"]]
+    found = stored["outputs"]
+    outputs = found and Outputs(tuple(map(tuple, found["paths"])), tuple(found["names"]))
+    return TaskReferences(parts, stored["batch_size"], outputs)
+
+
+def _reference(
+    stored: Mapping[str, Any], tensors: Mapping[str, Tensor], forward: Forward | None
+) -> Reference:
+    name = stored["name"]
+    before = tuple(tensors[f"{name}/before/{k}"] for k in range(stored["before"]))
+    batch = batch_of(_decoded(stored["inputs"], tensors), forward)
+    return Reference(batch, tensors[f"{name}/keys"], stored["samples"], before)
+
+
+def _check_forward(custom: bool, forward: Forward | None) -> None:
+    if custom and forward is None:
+        raise ValueError(
+            "the state's references were measured with forward=, and a state cannot hold a "
+            "function: pass the same one as DriftBudget(limit, forward=...)"
+        )
+
+
+class _Unstorable(Exception):
+    """A batch holds something that neither JSON nor tensors can represent."""
+
+
+_CONTAINERS: dict[str, type] = {"tuple": tuple, "list": list}
+
+
+def _encoded(value: Any, name: str, tensors: Tensors) -> dict[str, Any]:
+    if isinstance(value, Tensor):
+        tensors[name] = value
+        return {"tensor": name}
+    for kind, container in _CONTAINERS.items():
+        if type(value) is container and isinstance(value, (tuple, list)):
+            items = [_encoded(v, f"{name}.{k}", tensors) for k, v in enumerate(value)]
+            return {kind: items}
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {"dict": {k: _encoded(v, f"{name}.{k}", tensors) for k, v in value.items()}}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return {"value": value}
+    raise _Unstorable(f"a {type(value).__name__}")
+
+
+def _decoded(stored: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
+    ((kind, content),) = stored.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "dict":
+        return {key: _decoded(value, tensors) for key, value in content.items()}
+    if kind in _CONTAINERS:
+        return _CONTAINERS[kind](_decoded(value, tensors) for value in content)
+    return content

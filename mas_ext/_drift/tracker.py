@@ -1,0 +1,239 @@
+"""The drift during training: when it is measured, and what follows from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakSet
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from mas_ext._distributed.ranks import ProcessGroup, Ranks
+from mas_ext._drift.budget import DriftBudget
+from mas_ext._drift.controller import step_is_stable_up_to
+from mas_ext._drift.metrics import resolve
+from mas_ext._drift.references import (
+    References,
+    ReferenceSampler,
+    TaskReferences,
+    largest_of,
+    place_among,
+)
+from mas_ext._drift.settling import Path, Settled, search
+from mas_ext._drift.stored import DriftState
+from mas_ext._strength.auto import normalizes_updates
+from mas_ext._warnings import warn
+from mas_ext.importance.batches import Forward
+from mas_ext.importance.data_parallel import placement_of
+
+if TYPE_CHECKING:
+    from mas_ext._penalty.protected_parameters import ProtectedParameters
+    from mas_ext._state.regularizer_state import RegularizerState
+
+REGULAR = 17  # steps between measurements: one forward pass in 17 × 3 passes is 2 %
+SLACK = 3.0
+
+
+class DriftRecord(NamedTuple):
+    """One measurement of the drift during training.
+
+    Attributes:
+        step: how many steps the optimizer had taken since the present task began.
+        drift: since the task began, on as many references as a training batch has samples.
+        lambda_reg: λ from the next step on.
+        penalty: λ/2 Σ Ω(θ−θ*)² with the λ of this step.
+        task: the number of tasks that had ended.
+    """
+
+    step: int
+    drift: float
+    lambda_reg: Any
+    penalty: float
+    task: int
+
+
+class DriftTracker:
+    """Measures the drift of a model, and makes λ follow it.
+
+    Args:
+        budget: the limit, and how the drift is measured.
+        process_group: the processes that share the data, if the model does not say it.
+
+    Attributes:
+        comparison: the budget's metric.
+        trace: a record for each measurement during training.
+    """
+
+    def __init__(self, budget: DriftBudget, process_group: ProcessGroup = None) -> None:
+        self.budget = budget
+        self.comparison = resolve(budget.metric)
+        self.trace: list[DriftRecord] = []
+        self._process_group = process_group
+        self._fixed: list[TaskReferences] | None = None  # of budget.reference, once they are read
+        self._round: WeakSet[Optimizer] = WeakSet()  # the optimizers that have taken this step
+        self._largest: tuple[int, float] | None = None  # max λΩ / factor, and of which task
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_round": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update({**state, "_round": WeakSet()})
+
+    # -- the references ------------------------------------------------------------------------
+
+    def sampler(self, model: nn.Module, task: int, forward: Forward | None) -> ReferenceSampler:
+        """For this process's data of a task, which is run by ``forward``."""
+        rank, _ = place_among(self._placement(model).ranks)
+        forward = self.budget.forward or forward
+        return ReferenceSampler(self.budget.samples, forward, seed=(task, rank))
+
+    def references(
+        self, model: nn.Module, state: RegularizerState, own: Iterable[Any] | None
+    ) -> References:
+        """The references for the next task, which begins with the model as it is now.
+
+        Args:
+            state: with the references of earlier tasks, and the sampler of the one that has ended.
+            own: batches to keep instead of samples of the task's data.
+
+        Raises:
+            ValueError: there are none, or their outputs cannot be used.
+        """
+        placement = self._placement(model)
+        before, sampler = state.drift.references, state.drift.sampler
+        assert sampler is not None
+        tasks = [] if before is None else before.tasks
+        if self.budget.reference is not None:
+            if self._fixed is None:
+                self._fixed = [self._kept(sampler, self.budget.reference, placement.ranks)]
+            tasks = self._fixed
+        elif own is not None:
+            tasks = [*tasks, self._kept(sampler, own, placement.ranks)]
+        else:
+            tasks = [*tasks, _gathered(sampler, placement.ranks, "data")]
+        recorded: list[References] = []
+        placement.ranks.attempt(
+            lambda: recorded.append(References.of(placement.model, tasks, self.comparison))
+        )
+        return recorded[0]
+
+    def _kept(self, like: ReferenceSampler, data: Iterable[Any], ranks: Ranks) -> TaskReferences:
+        """Samples of batches that the user has passed as references."""
+        sampler = ReferenceSampler(like.count, like.forward, like.seed)
+        for batch in data:
+            sampler.add(batch)
+        return _gathered(sampler, ranks, "reference")
+
+    def _placement(self, model: nn.Module) -> Any:
+        return placement_of(model, self._process_group)
+
+    def restored(self, state: Mapping[str, Any]) -> DriftState:
+        """The part of a state dictionary that is for a drift budget.
+
+        Raises:
+            ValueError: it is damaged, or needs ``DriftBudget(forward=...)``.
+        """
+        budget = self.budget
+        found = DriftState.from_state_dict(
+            state["control"], state["references"], self.comparison, budget.samples, budget.forward
+        )
+        if found.references is None and state["num_tasks"] > 0:
+            warn(
+                "the state has no references for the drift budget: until the next task ends, the "
+                "drift cannot be measured, and λ stays as it is"
+            )
+        return found
+
+    # -- the drift -----------------------------------------------------------------------------
+
+    def measured(self, protected: ProtectedParameters, some: int | None = None) -> float:
+        """The drift since the task began, on all references, or on the next ``some``."""
+        state = protected.state
+        references = state.drift.references
+        if references is None and state.num_tasks == 0:
+            return 0.0
+        if references is None:
+            raise RuntimeError(
+                "the drift cannot be measured: the loaded state has no references. They are kept "
+                "again when the next task ends; torch.distributed.checkpoint does not save them, "
+                "and neither does a MAS without a budget"
+            )
+        placement = self._placement(protected.index.model)
+        window = None
+        if some is not None:
+            count = max(1, some // len(references.tasks))
+            window = (state.drift.controller.measured * count, count)
+        return references.drift(placement.model, placement.ranks, window)
+
+    def after_step(self, protected: ProtectedParameters, optimizer: Optimizer, mode: str) -> None:
+        """Counts a step of an optimizer; if it is time, measures the drift and changes λ."""
+        drift = protected.state.drift
+        if drift.references is None:
+            return
+        if self._round and optimizer not in self._round:
+            self._round.add(optimizer)  # one of several that together take a step
+            return
+        self._round = WeakSet([optimizer])
+        drift.controller.steps += 1
+        if drift.controller.is_due(self.budget.every or REGULAR):
+            self._follow(protected, optimizer, mode)
+
+    @torch.no_grad()
+    def _follow(self, protected: ProtectedParameters, optimizer: Optimizer, mode: str) -> None:
+        state = protected.state
+        controller, references = state.drift.controller, state.drift.references
+        assert references is not None
+        drift = self.measured(protected, references.batch_size)
+        penalty = float(protected.penalty())
+        controller.follow(drift, penalty / state.strength.factor, self.budget.limit * SLACK)
+        if mode == "gradient" and not normalizes_updates(optimizer):
+            controller.limit_factor(self._stable_factor(protected, optimizer))
+        state.follow_controller()
+        numbers = state.strength.numbers("gradient")
+        self.trace.append(DriftRecord(controller.steps, drift, numbers, penalty, state.num_tasks))
+
+    def _stable_factor(self, protected: ProtectedParameters, optimizer: Optimizer) -> float:
+        """Up to which factor of λ steps of this learning rate do not diverge."""
+        state = protected.state
+        if self._largest is None or self._largest[0] != state.num_tasks:
+            ranks = self._placement(protected.index.model).ranks
+            largest = largest_of((one.largest() for one in protected.find()), ranks)
+            self._largest = state.num_tasks, largest / state.strength.factor
+        rates = [float(group["lr"]) for group in optimizer.param_groups]
+        return step_is_stable_up_to(max(rates) * self._largest[1])
+
+    @torch.no_grad()
+    def settle(self, protected: ProtectedParameters, limit: float, weights: str) -> Settled:
+        """See :meth:`mas_ext.MAS.settle`."""
+        before = self.measured(protected)
+        if before <= limit:
+            return Settled(before, before, 0.0)
+        references = protected.state.drift.references
+        assert references is not None
+        # Where Ω is 0, importance moves nothing, though it may matter by now.
+        for weighted in dict.fromkeys((weights, "uniform")):
+            path = Path(protected.find(), protected.index.model, references.buffers, weighted)
+            found = None
+            try:
+                found = search(path, lambda: self.measured(protected), limit, before)
+            finally:
+                if found is None:
+                    path.put(0.0)
+            if found is not None:
+                return Settled(before, found[1], found[0])
+        raise ValueError(
+            f"budget: with every protected parameter back at θ* the drift would still be above "
+            f"{limit:g}: parameters that are not protected have changed. Nothing was changed here; "
+            "protect them with params= and λ above 0, or allow more"
+        )
+
+
+def _gathered(sampler: ReferenceSampler, ranks: Ranks, argument: str) -> TaskReferences:
+    parts = sampler.gathered(ranks)
+    if not parts:
+        raise ValueError(
+            f"{argument}: it gave no samples to keep as references of the drift budget"
+        )
+    return TaskReferences(parts, sampler.largest)
