@@ -33,7 +33,7 @@ from mas_ext._state import checkpoint
 from mas_ext._state.importance_state import ImportanceState
 from mas_ext._state.merging import check_merge
 from mas_ext._state.regularizer_state import RegularizerState
-from mas_ext._state.task_accumulator import check_floor
+from mas_ext._state.task_accumulator import FLOOR, check_floor
 from mas_ext._strength.auto import DEFAULT_DRIFT
 from mas_ext._strength.strength import AUTO, Drift, Lambda, RegularizationStrength
 from mas_ext.importance import add_importance_
@@ -85,7 +85,8 @@ class MAS:
             begins: it follows the drift, which is measured on a few kept samples of every task.
             :meth:`settle` makes sure of the limit. None: λ stays.
         floor: added to every Ω of a task, as a fraction of their mean, so that no parameter is free
-            to move however far. A parameter without any importance at all gets none.
+            to move however far. A parameter tensor without any importance at all gets none. None:
+            0, or 0.01 with a budget.
         params: which of the parameters that require gradients: None for all; a name or glob, or
             several; or ``callable(name, parameter) -> bool``. Names have no ``module.``,
             ``_orig_mod.`` or ``_checkpoint_wrapped_module.``; tied parameters appear once, under
@@ -124,7 +125,7 @@ class MAS:
         lambda_reg: Lambda | None = None,
         *,
         budget: float | DriftBudget | None = None,
-        floor: float = 0.0,
+        floor: float | None = None,
         params: Selection = None,
         merge: str | tuple[str, float] = "sum",
         state_dtype: str = "float32",
@@ -142,6 +143,8 @@ class MAS:
         self._budget = DriftBudget.of(budget)
         if lambda_reg is None:
             lambda_reg = 1.0 if self._budget is None else AUTO
+        if floor is None:
+            floor = 0.0 if self._budget is None else FLOOR
         consolidated = ImportanceState(check_state_dtype(state_dtype))
         strength = RegularizationStrength(lambda_reg, drift)
         group = check_process_group(process_group)
@@ -286,14 +289,16 @@ class MAS:
             RuntimeError: there is no data, and nothing was measured since the last task.
             ValueError: ``reference`` without a drift budget.
 
-        Warns if :meth:`attach` was called but no step has included the penalty since the last task
-        ended, although protected parameters moved. Also warns, once for each parameter, if no
-        measured output depends on it.
+        Warns if the task has drifted beyond the budget; if :meth:`attach` was called but no step
+        has included the penalty since the last task ended, although protected parameters moved;
+        and, once for each parameter, if no measured output depends on it.
         """
         measurement = Measurement.from_options(options, CheckpointedMeasurementOptions)
         if reference is not None:
             self._tracker()  # raises without a budget
         self.protected.warn_if_never_applied()
+        if self.protected.tracker is not None:
+            self.protected.tracker.warn_if_over(self.protected)
         with self._state.unchanged_after_an_error():
             saved = MeasurementCheckpoint() if data is None else self._measure(data, measurement)
             self.protected.warn_of_no_importance()

@@ -11,7 +11,9 @@ from mas_ext._drift.metrics import Metric, resolve
 from mas_ext.importance.batches import Forward
 from mas_ext.importance.loop import check_data
 
+DEFAULT_LIMIT = 0.08  # nats per prediction, from `python -m benchmarks drift`
 SAMPLES = 256
+SLACK = 2.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +46,9 @@ class DriftBudget:
             random; of ``reference``, at most so many are used.
         every: measure in every so many steps of the optimizer. None: such that the forward passes
             take about 2 % of the training time, if the data has batches as large as in training.
+        slack: during training λ holds the drift at this many times the limit, at least 1. Going
+            further and coming back by settling learns more than staying within the limit all the
+            time; with 1, λ holds the limit itself.
         forward: ``callable(model, batch)`` for references, as in
             :func:`mas_ext.estimate_importance`. None: that with which the task was measured.
 
@@ -51,11 +56,12 @@ class DriftBudget:
         TypeError, ValueError: an argument is out of range.
     """
 
-    limit: float
+    limit: float = DEFAULT_LIMIT
     metric: Metric = "kl"
     reference: Iterable[Any] | None = None
     samples: int = SAMPLES
     every: int | None = None
+    slack: float = SLACK
     forward: Forward | None = None
 
     def __post_init__(self) -> None:
@@ -64,6 +70,10 @@ class DriftBudget:
         _check_count("samples", self.samples)
         if self.every is not None:
             _check_count("every", self.every)
+        if isinstance(self.slack, bool) or not isinstance(self.slack, (int, float)):
+            raise TypeError(f"slack is {self.slack!r}; pass a number")
+        if not 1 <= self.slack < math.inf:
+            raise ValueError(f"slack is {self.slack}; pass a finite number of at least 1")
         if self.reference is not None:
             check_data(self.reference, "reference")
         if self.forward is not None and not callable(self.forward):

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from mas_ext._penalty.protected_parameters import ProtectedParameters
     from mas_ext._state.regularizer_state import RegularizerState
 
+OVER = 1.01  # times the limit: what rounding may add after settling
 REGULAR = 17  # steps between measurements: one forward pass in 17 × 3 passes is 2 %
-SLACK = 3.0
 
 
 class DriftRecord(NamedTuple):
@@ -167,6 +167,18 @@ class DriftTracker:
             window = (state.drift.controller.measured * count, count)
         return references.drift(placement.model, placement.ranks, window)
 
+    def warn_if_over(self, protected: ProtectedParameters) -> None:
+        """Warns if a task is about to end above the limit."""
+        if protected.state.drift.references is None:
+            return
+        drift, limit = self.measured(protected), self.budget.limit
+        if drift > OVER * limit:
+            warn(
+                f"budget: this task has drifted by {drift:.3g}, and the limit is {limit:g}; call "
+                "mas.settle() before consolidate(). During training, λ holds the drift at "
+                "DriftBudget's slack times the limit"
+            )
+
     def after_step(self, protected: ProtectedParameters, optimizer: Optimizer, mode: str) -> None:
         """Counts a step of an optimizer; if it is time, measures the drift and changes λ."""
         drift = protected.state.drift
@@ -187,7 +199,9 @@ class DriftTracker:
         assert references is not None
         drift = self.measured(protected, references.batch_size)
         penalty = float(protected.penalty())
-        controller.follow(drift, penalty / state.strength.factor, self.budget.limit * SLACK)
+        controller.follow(
+            drift, penalty / state.strength.factor, self.budget.limit * self.budget.slack
+        )
         if mode == "gradient" and not normalizes_updates(optimizer):
             controller.limit_factor(self._stable_factor(protected, optimizer))
         state.follow_controller()

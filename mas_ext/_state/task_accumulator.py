@@ -16,6 +16,9 @@ from mas_ext.importance.estimation import SampleStatistics
 from mas_ext.reference import accumulation_dtype
 
 
+FLOOR = 0.01  # with a drift budget
+
+
 def check_floor(floor: Any) -> float:
     """Returns a floor as a float; raises if it is not a finite number ≥ 0."""
     if isinstance(floor, bool) or not isinstance(floor, (int, float)):

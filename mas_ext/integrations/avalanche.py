@@ -89,7 +89,7 @@ class MASPlugin(SupervisedPlugin):
         *,
         mode: str = "gradient",
         budget: float | DriftBudget | None = None,
-        floor: float = 0.0,
+        floor: float | None = None,
         merge: Merge | None = None,
         params: Selection = None,
         estimator: str = "per_sample",
