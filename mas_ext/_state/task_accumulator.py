@@ -15,7 +15,6 @@ from mas_ext._storage.flat_tensors import FlatTensors, check_growth, copies, lea
 from mas_ext.importance.estimation import SampleStatistics
 from mas_ext.reference import accumulation_dtype
 
-
 FLOOR = 0.01  # with a drift budget
 
 
