@@ -1,13 +1,13 @@
 r"""λ that follows the measured drift.
 
-Let d be the drift, L its limit, and :math:`Q = \sum\Omega(\theta-\theta^*)^2`, which the penalty
-gives exactly and for little. d is measured on a few references at a time, so it is noisy; d/Q
-changes slowly, so its logarithm is averaged over measurements, and multiplied by the present Q.
+Let d be the drift, L what it is held at, and :math:`Q = \sum\Omega(\theta-\theta^*)^2`, which the
+penalty gives exactly and for little. d is measured on a few references at a time, so it is noisy;
+d/Q changes slowly, so it is averaged over measurements, and multiplied by the present Q.
 
 Once the penalty balances the loss, d falls in proportion to 1/λ². Before that, d rises however
 strong λ is, and a controller that looks at d alone would lower λ until the budget is spent. So λ is
-only lowered if d, rising as it does, would not come near L within :data:`HORIZON` measurements; and
-it is only raised if d is above L, or would soon be.
+only lowered if d, rising as it does, would stay below L for the next :data:`HORIZON` steps. It is
+raised if d is above L and not about to fall below it.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-GAIN = 0.25  # of log(d/L): half of what a penalty that balances the loss calls for
+FALL, RISE = 0.25, 0.5  # of log(d/L), how much log λ changes; balance would call for 0.5
 HORIZON = 17.0  # steps over which the growth of d is extrapolated
-AHEAD = 0.7  # what the growth may add to log(d/L) where d is above L
+AHEAD = 0.7  # what growth may add to log(d/L) where d is above L
 STREAK = 4  # measurements above L in a row, after which λ is raised faster
 AVERAGED = 0.2  # weight of a new measurement in d/Q
-LARGEST_CHANGE = math.log(100.0)  # of λ, in one measurement
+LARGEST_CHANGE = math.log(100.0)  # of log λ, in one measurement
 RANGE = math.log(1e12)  # of λ's factor, up and down
 
 
@@ -53,8 +53,8 @@ class Controller:
         return math.exp(self.log_factor)
 
     def begin_task(self) -> Controller:
-        """For the next task: λ stays as it is."""
-        return Controller(self.log_factor)
+        """For the next task, which may conflict more than the last: λ starts no lower than given."""
+        return Controller(max(self.log_factor, 0.0))
 
     def is_due(self, every: int) -> bool:
         """Whether to measure after this step: 1, 2, 4, 8, … and then in every ``every`` steps.
@@ -93,7 +93,8 @@ class Controller:
             expected = min(0.0, excess + max(ahead, 0.0))
         else:
             expected = max(0.0, excess + min(ahead, AHEAD))
-        self._change(GAIN * max(1.0, self.streak / STREAK) * expected)
+        gain = FALL if excess < 0 else RISE * max(1.0, self.streak / STREAK)
+        self._change(gain * expected)
 
     def _change(self, by: float) -> None:
         by = max(-LARGEST_CHANGE, min(LARGEST_CHANGE, by))
