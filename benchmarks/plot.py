@@ -246,35 +246,42 @@ SCENARIOS = dict(zip(("permuted", "rotated", "split", "incremental"), PALETTE, s
 
 
 def drift(found: Results, machine: str) -> Figure:
-    """Every curve relative to its own best λ."""
-    figure, (left, right) = panels(2, 5, 3.8)
-    for axes, kind in ((left, "lambda"), (right, "drift")):
-        axes.axhspan(-100 * summary.CLOSE, 3, color=GREEN, alpha=0.08, lw=0)
-        for problem in found.values():
-            top, points = summary.best(problem)[1], summary.curve(problem, kind)
-            axes.plot(
-                list(points),
-                [100 * (value - top) for value in points.values()],
-                color=SCENARIOS[problem["scenario"]],
-                ls="-" if problem["mode"] == "proximal" else DASHED,
-                marker="o",
-                ms=3,
-                lw=1.3,
-                alpha=0.85,
-            )
-        _log(axes)
+    """Every λ relative to the best, the recipes beside it, and the drift of unseen samples."""
+    figure, (left, middle, right) = panels(3, 4.4, 4.4)
+    for axes in (left, middle):
+        axes.axhspan(-100 * summary.CLOSE, 12, color=GREEN, alpha=0.08, lw=0)
+        axes.set_ylim(-20, 12)
+    for problem in found.values():
+        top, points = summary.best(problem)[1], summary.curve(problem)
+        look: Any = {
+            "color": SCENARIOS[problem["scenario"]],
+            "ls": "-" if problem["mode"] == "proximal" else DASHED,
+            "marker": "o",
+            "ms": 3,
+            "lw": 1.3,
+            "alpha": 0.85,
+        }
+        left.plot(list(points), [100 * (value - top) for value in points.values()], **look)
+        gains = [100 * summary.gain(problem, name) for name in summary.RECIPES]
+        middle.plot(range(len(gains)), gains, **look)
+        for limit in problem["limits"]:
+            values = summary.drift_over_limit(problem, limit)
+            right.plot([float(limit)] * len(values), values, **{**look, "ls": ""})
+    _log(left)
+    _log(right)
     left.set_xlabel("fixed λ (logarithmic)")
     left.set_ylabel("accuracy minus that of the best λ,\nin percentage points")
-    left.set_ylim(-20, 3)
-    right.axvline(summary.DEFAULT_DRIFT, color=GREEN, lw=1.5, zorder=0)
-    note = f" drift = {summary.DEFAULT_DRIFT:g},\n the default"
-    right.annotate(note, (summary.DEFAULT_DRIFT, -19.3), color=GREEN, size=9, va="bottom")
-    right.set_xlabel('drift, with lambda_reg="auto" (logarithmic)')
+    middle.set_xticks(range(len(summary.RECIPES)), summary.RECIPES, rotation=30, ha="right")
+    middle.spines[["top", "right"]].set_visible(False)
+    right.axhspan(0, 1.1, color=GREEN, alpha=0.08, lw=0)
+    right.set_ylim(0, 2)
+    right.set_xlabel("limit, nats per prediction (logarithmic)")
+    right.set_ylabel("drift of unseen samples / limit")
     present = {p["title"].split(",")[0]: SCENARIOS[p["scenario"]] for p in found.values()}
     lines = [Line2D([], [], color=colour, label=label) for label, colour in present.items()]
     lines.append(Line2D([], [], color=INK, ls=DASHED, label="in gradient mode"))
     left.legend(handles=lines, fontsize=8, frameon=False, loc="lower left")
-    return finish(figure, "A fixed λ suits few problems; one drift suits nearly all", machine)
+    return finish(figure, "A fixed λ suits few problems; one budget suits nearly all", machine)
 
 
 def _log(axes: Axes) -> None:

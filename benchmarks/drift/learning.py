@@ -1,13 +1,15 @@
-"""A sequence of tasks, learned with one strength after another from the same first task.
+"""A sequence of tasks, learned in one way after another from the same first task.
 
-No penalty acts during the first task, so it is learned, and its Ω measured, once for all strengths.
+Nothing is protected during the first task, so it is learned, and its Ω measured, once for many.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from benchmarks.drift.problems import Problem, seeded
-from mas_ext import MAS
+from mas_ext import MAS, DriftBudget
 from mas_ext._strength.auto import update_kind
 from mas_ext.demo.data import Digits, load_digits
-from mas_ext.demo.learning import accuracy, batches_of, measured_objective
+from mas_ext.demo.learning import accuracy, batches_of
 from mas_ext.demo.metrics import average_accuracy, forgetting
 from mas_ext.demo.scenarios import Task, make_tasks
 
@@ -29,7 +31,13 @@ MEASURED = 1000  # images of a task on which Ω is measured
 class Learner:
     """The state between two tasks.
 
-    ``matrix``: accuracies, a row per task learned so far, see :mod:`mas_ext.demo.metrics`.
+    Attributes:
+        mas: its budget, λ and drift decide how the tasks are learned.
+        penalty: whether the penalty acts during training.
+        settle: the weights of :meth:`MAS.settle` at the end of each task; None: no settling.
+        held_out: whether references are test images, every second one, and not training images.
+        matrix: accuracies, a row per task learned so far, see :mod:`mas_ext.demo.metrics`.
+        drifts: after each task but the first, KL of earlier tasks' other test images, in nats.
     """
 
     problem: Problem
@@ -37,13 +45,25 @@ class Learner:
     tasks: list[Task]
     model: nn.Module
     mas: MAS
-    matrix: list[list[float]]
+    penalty: bool = True
+    settle: str | None = None
+    held_out: bool = False
+    matrix: list[list[float]] = field(default_factory=list)
+    drifts: list[float] = field(default_factory=list)
 
     @classmethod
-    def after_first_task(cls, problem: Problem, seed: int, count: int) -> Learner:
+    def after_first_task(
+        cls,
+        problem: Problem,
+        seed: int,
+        count: int,
+        budget: DriftBudget | None = None,
+        held_out: bool = False,
+    ) -> Learner:
         model = seeded(problem.network, seed)
         tasks = tasks_of(problem, seed, count)
-        learner = cls(problem, seed, tasks, model, MAS(model, lambda_reg="auto"), [])
+        mas = MAS(model, lambda_reg="auto", budget=budget)
+        learner = cls(problem, seed, tasks, model, mas, held_out=held_out)
         learner.learn_next()
         return learner
 
@@ -53,16 +73,21 @@ class Learner:
         kind = update_kind(self.problem.optimizer(self.model.parameters()), self.problem.mode)
         return self.mas.lambda_proximal if kind == "normalized" else self.mas.lambda_reg
 
-    def outcome(self, **strength: Any) -> dict[str, float] | None:
+    def outcome(
+        self, penalty: bool = True, settle: str | None = None, **strength: Any
+    ) -> dict[str, Any] | None:
         """Learns the remaining tasks with a copy of this learner.
 
         Args:
+            penalty, settle: see the class.
             strength: attributes of :class:`MAS` to set: ``lambda_reg`` or ``drift``.
 
         Returns:
-            Figures of :mod:`mas_ext.demo.metrics`; None if the network did not stay finite.
+            Figures of :mod:`mas_ext.demo.metrics`, and ``drifts``; None if the network did not stay
+            finite.
         """
         learner = deepcopy(self)
+        learner.penalty, learner.settle = penalty, settle
         for name, value in strength.items():
             setattr(learner.mas, name, value)
         try:
@@ -73,23 +98,50 @@ class Learner:
         return {
             "average_accuracy": average_accuracy(learner.matrix),
             "forgetting": forgetting(learner.matrix),
+            "drifts": learner.drifts,
         }
 
     def learn_next(self) -> None:
         """Trains on the next task, consolidates it, and tests all tasks."""
         number = len(self.matrix)
-        task, problem = self.tasks[number], self.problem
+        task, before = self.tasks[number], self._log_probabilities(number)
+        self._train(task, number)
+        if self.settle is not None:
+            self.mas.settle(weights=self.settle)
+        self._consolidate(task)
+        self.matrix.append([accuracy(self.model, self.as_tested(task)) for task in self.tasks])
+        if number:
+            now = self._log_probabilities(number)
+            pairs = zip(before, now, strict=True)
+            kl = [float((p.exp() * (p - q)).sum(1).mean()) for p, q in pairs]
+            self.drifts.append(sum(kl) / len(kl))
+
+    def _train(self, task: Task, number: int) -> None:
+        problem = self.problem
         optimizer = problem.optimizer(self.model.parameters())
-        handle = self.mas.attach(optimizer, problem.mode)
+        handle = self.mas.attach(optimizer, problem.mode) if self.penalty else None
         for images, labels in self.batches(task, number):
             optimizer.zero_grad()
             cross_entropy(outputs_of(task, self.model(images)), labels).backward()
             optimizer.step()
-        handle.remove()
+        if handle is not None:
+            handle.remove()
+
+    def _consolidate(self, task: Task) -> None:
         measured = task.train.images[:: max(1, len(task.train) // MEASURED)]
-        batches = measured.split(problem.batch_size)
-        self.mas.consolidate(batches, objective=measured_objective(task))
-        self.matrix.append([accuracy(self.model, self.as_tested(task)) for task in self.tasks])
+        with warnings.catch_warnings():  # of budgets that are exceeded, where nothing settles
+            warnings.simplefilter("ignore")
+            self.mas.consolidate(
+                measured.split(self.problem.batch_size),
+                reference=task.test.images[::2].split(64) if self.held_out else None,
+                forward=partial(_outputs, task),
+            )
+
+    @torch.no_grad()
+    def _log_probabilities(self, count: int) -> list[Tensor]:
+        """For the other test images of the first ``count`` tasks."""
+        outputs = [outputs_of(t, self.model(t.test.images[1::2])) for t in self.tasks[:count]]
+        return [output.log_softmax(1) for output in outputs]
 
     def as_tested(self, task: Task) -> Task:
         """The task with the classes among which it is tested."""
@@ -105,6 +157,10 @@ class Learner:
         for _ in range(self.problem.epochs):
             order = torch.randperm(len(task.train), generator=random)
             yield from batches_of(task, self.problem.batch_size, order)
+
+
+def _outputs(task: Task, model: nn.Module, images: Tensor) -> Tensor:
+    return outputs_of(task, model(images))
 
 
 def outputs_of(task: Task, output: Tensor) -> Tensor:

@@ -18,7 +18,17 @@ from mas_ext.demo.data import CLASSES, PIXELS, SIDE
 # Two values per decade over three decades: the best λ of two problems may be that far apart.
 PROXIMAL = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 GRADIENT = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-DRIFTS = (0.02, 0.06, 0.2, 0.6, 2.0)
+LIMITS = (0.03, 0.1, 0.3)  # of the drift, in nats per prediction
+FACTORS = (1e-6, 1.0, 1e6)  # of the λ that training begins with
+CHOSEN_ON = (
+    "permuted",
+    "permuted_deep",
+    "permuted_sgd",
+    "rotated",
+    "rotated_cnn",
+    "split",
+    "incremental",
+)  # the default budget and its slack; the other half judges them
 PATCH = 7
 
 

@@ -1,4 +1,4 @@
-"""Every problem with every λ and every drift, with several seeds, a process per core."""
+"""Every problem with every λ and with a drift budget, with several seeds, a process per core."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import torch
 
 from benchmarks.benchmark import Benchmark, Options, Result
 from benchmarks.drift.learning import Learner
-from benchmarks.drift.problems import DRIFTS, PROBLEMS, QUICK
-from benchmarks.drift.summary import DEFAULT_DRIFT, FREE
+from benchmarks.drift.problems import FACTORS, LIMITS, PROBLEMS, QUICK, Problem
+from benchmarks.drift.summary import BOTH, FREE
+from mas_ext import DriftBudget
 from mas_ext.demo.data import load_digits
 
 TASKS = 5
@@ -45,18 +46,44 @@ def _start_worker() -> None:
 
 
 def _outcomes(name: str, seed: int, quick: bool) -> Result:
-    """Of one seed: without a penalty, with every λ and with every drift."""
+    """Of one seed: without protection, with every λ, and in every way to use a budget."""
     problem = replace(PROBLEMS[name], epochs=1, images=300) if quick else PROBLEMS[name]
-    start = Learner.after_first_task(problem, seed, 2 if quick else TASKS)
-    every = 3 if quick else 1
-    drifts = [DEFAULT_DRIFT, *(value for value in DRIFTS[::every] if value != DEFAULT_DRIFT)]
+    count = 2 if quick else TASKS
+    start = Learner.after_first_task(problem, seed, count)
     return {
-        "found": start.strength,
         "parameters": sum(p.numel() for p in start.model.parameters()),
         FREE: start.outcome(lambda_reg=0.0),
-        "lambda": {f"{v:g}": start.outcome(lambda_reg=v) for v in problem.lambdas[::every]},
-        "drift": {f"{v:g}": start.outcome(drift=v) for v in drifts},
+        "lambda": {
+            f"{value:g}": start.outcome(lambda_reg=value)
+            for value in problem.lambdas[:: 3 if quick else 1]
+        },
+        "recipes": {"auto": start.outcome(), **_recipes(problem, seed, count)},
+        "limits": _limits(problem, seed, count, quick),
     }
+
+
+def _recipes(problem: Problem, seed: int, count: int) -> Result:
+    """The penalty in training, settling after it, and both, with the default budget."""
+    start = Learner.after_first_task(problem, seed, count, DriftBudget())
+    strict = Learner.after_first_task(problem, seed, count, DriftBudget(slack=1.0))
+    return {
+        "penalty": strict.outcome(),
+        "settling": start.outcome(penalty=False, settle="importance"),
+        "interpolation": start.outcome(penalty=False, settle="uniform"),
+        BOTH: start.outcome(settle="importance"),
+    }
+
+
+def _limits(problem: Problem, seed: int, count: int, quick: bool) -> Result:
+    """The drift of unseen samples, also where λ begins a million times too small or too large."""
+    found: Result = {}
+    for limit in LIMITS[:: 3 if quick else 1]:
+        start = Learner.after_first_task(problem, seed, count, DriftBudget(limit), held_out=True)
+        found[f"{limit:g}"] = {
+            f"{factor:g}": start.outcome(settle="importance", lambda_reg=factor * start.strength)
+            for factor in (FACTORS if seed == 0 else (1.0,))
+        }
+    return found
 
 
 # -- put together ----------------------------------------------------------------------------------
@@ -69,19 +96,22 @@ def _problem(name: str, seeds: list[Result]) -> Result:
         "mode": problem.mode,
         "parameters": seeds[0]["parameters"],
         FREE: [each[FREE] for each in seeds],
-        "found": [each["found"] for each in seeds],
         **{
             kind: {value: [each[kind][value] for each in seeds] for value in seeds[0][kind]}
-            for kind in ("lambda", "drift")
+            for kind in ("lambda", "recipes")
+        },
+        "limits": {
+            limit: [run for each in seeds for run in each["limits"][limit].values()]
+            for limit in seeds[0]["limits"]
         },
     }
 
 
 BENCHMARK = Benchmark(
     name="drift",
-    title="How strong: λ, or how far the output may drift",
-    about="Sequences of tasks on real digits with every λ of a grid and every drift of another: "
-    "several scenarios, networks, optimizers and seeds.",
+    title="How strong: λ, or a budget of drift",
+    about="Sequences of tasks on real digits with every λ of a grid and with a drift budget, in "
+    "training, after it, and both: several scenarios, networks, optimizers and seeds.",
     run=run,
     on_request=True,
 )

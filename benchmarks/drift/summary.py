@@ -1,17 +1,19 @@
-"""Statistics of the study: means over seeds, the best λ of the grid, and the distance from it."""
+"""Statistics of the study: means over seeds, the best λ of the grid, and the recipes beside it."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from benchmarks.benchmark import Result
 from benchmarks.measure import deviation
-from mas_ext._strength.auto import DEFAULT_DRIFT
 
 FREE = "fine-tuning"
-CLOSE = 0.03  # goal: the default drift's accuracy comes that close to the best λ's
-Runs = Sequence[Mapping[str, float] | None]  # a run per seed; None: did not stay finite
+BOTH = "both"  # the penalty in training, and settling: the default recipe
+RECIPES = ("auto", "penalty", "settling", "interpolation", BOTH)
+CLOSE = 0.01  # goal: the default recipe's accuracy is at most that much below the best λ's
+Runs = Sequence[Mapping[str, Any] | None]  # a run per seed; None: did not stay finite
 
 
 def accuracy(runs: Runs) -> float | None:
@@ -33,29 +35,41 @@ def deviation_of(runs: Runs) -> float:
     return deviation([run["average_accuracy"] for run in runs if run is not None])
 
 
-def curve(problem: Result, kind: str) -> dict[float, float]:
-    """``"lambda"`` or ``"drift"`` → mean accuracy, if all networks stayed finite."""
-    means = {float(value): accuracy(runs) for value, runs in problem[kind].items()}
+def curve(problem: Result) -> dict[float, float]:
+    """λ → mean accuracy, if all networks stayed finite."""
+    means = {float(value): accuracy(runs) for value, runs in problem["lambda"].items()}
     return {value: mean for value, mean in sorted(means.items()) if mean is not None}
 
 
 def best(problem: Result) -> tuple[float, float]:
     """The λ of the grid with the highest accuracy, and that accuracy."""
-    found = curve(problem, "lambda")
+    found = curve(problem)
     value = max(found, key=lambda number: found[number])
     return value, found[value]
 
 
-def at_default(problem: Result) -> Runs:
-    runs: Runs = problem["drift"][f"{DEFAULT_DRIFT:g}"]
+def recipe(problem: Result, name: str = BOTH) -> Runs:
+    runs: Runs = problem["recipes"][name]
     return runs
 
 
-def behind(problem: Result) -> float:
-    """Accuracy of the best λ of the grid minus that of the default drift."""
-    return best(problem)[1] - (accuracy(at_default(problem)) or 0.0)
+def gain(problem: Result, name: str = BOTH) -> float:
+    """Accuracy of a recipe minus that of the best λ of the grid."""
+    return (accuracy(recipe(problem, name)) or 0.0) - best(problem)[1]
 
 
-def gain(problem: Result) -> float:
-    """Accuracy of the default drift minus that of fine-tuning."""
-    return (accuracy(at_default(problem)) or 0.0) - (accuracy(problem[FREE]) or 0.0)
+def over_fine_tuning(problem: Result) -> float:
+    """Accuracy of the default recipe minus that of fine-tuning."""
+    return (accuracy(recipe(problem)) or 0.0) - (accuracy(problem[FREE]) or 0.0)
+
+
+def drift_over_limit(problem: Result, limit: str) -> list[float]:
+    """Of every run: the mean drift of unseen samples over its tasks, divided by the limit."""
+    runs = [run for run in problem["limits"][limit] if run is not None]
+    return [statistics.mean(run["drifts"]) / float(limit) for run in runs]
+
+
+def largest_over_limit(problem: Result, limit: str) -> list[float]:
+    """Of every run: the largest drift of unseen samples of any task, divided by the limit."""
+    runs = [run for run in problem["limits"][limit] if run is not None]
+    return [max(run["drifts"]) / float(limit) for run in runs]

@@ -53,7 +53,7 @@ class Controller:
         return math.exp(self.log_factor)
 
     def begin_task(self) -> Controller:
-        """For the next task, which may conflict more than the last: λ starts no lower than given."""
+        """For the next task, which may conflict more: λ begins no lower than it was given."""
         return Controller(max(self.log_factor, 0.0))
 
     def is_due(self, every: int) -> bool:

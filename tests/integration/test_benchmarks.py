@@ -30,7 +30,6 @@ from benchmarks import (
     training,
 )
 from benchmarks.benchmark import Options
-from benchmarks.drift import summary
 from benchmarks.drift.learning import Learner, tasks_of
 from benchmarks.drift.problems import PROBLEMS, seeded
 from benchmarks.job import Provider
@@ -279,7 +278,7 @@ def test_outcomes_start_from_the_same_state():
     free, strong = start.outcome(lambda_reg=0.0), start.outcome(lambda_reg=1e6)
     assert all(map(torch.equal, before, start.model.parameters()))
     assert strong["forgetting"] < free["forgetting"]
-    assert start.outcome() == start.outcome(drift=summary.DEFAULT_DRIFT)
+    assert start.outcome() == start.outcome(drift=start.mas.drift)
     explosive = replace(PROBLEMS["permuted_sgd"], **SMALL)
     assert Learner.after_first_task(explosive, 0, 2).outcome(lambda_reg=1e35) is None
 
