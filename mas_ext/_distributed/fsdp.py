@@ -111,6 +111,12 @@ class ShardedModel:
             yield
 
     @contextmanager
+    def in_evaluation(self) -> Iterator[None]:
+        """Unshards parameters when they are needed, in forward passes alone."""
+        with self._restored({}):
+            yield
+
+    @contextmanager
     def _restored(self, settings: Mapping[str, Any]) -> Iterator[list[Any]]:
         """FSDP's modules with these settings; afterwards, also after an error, all as before."""
         states, groups = _states(self.model), _groups(self.model)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from mas_ext._distributed.fsdp import find_sharded_model
 from mas_ext._distributed.ranks import Ranks
 from mas_ext._drift.metrics import Comparison
 from mas_ext.importance.batches import Batch, CannotSplit, CustomBatch, Forward, Inputs, tensors_in
@@ -280,8 +281,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     has switched on when they are computed again.
     """
     device = next(model.parameters()).device.type
-    off = [torch.autocast(kind, enabled=False) for kind in {"cpu", device}]
-    with undisturbed(model), torch.no_grad(), off[0], off[-1]:
+    whole = find_sharded_model(model)
+    with ExitStack() as stack:
+        if whole is not None:
+            stack.enter_context(whole.in_evaluation())
+        for kind in {"cpu", device}:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.enter_context(undisturbed(model))
+        stack.enter_context(torch.no_grad())
         yield
 
 

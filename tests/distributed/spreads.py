@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from mas_ext import MAS, estimate_importance
+from mas_ext import MAS, DriftBudget, estimate_importance
 from tests.distributed.models import (
     IDLE,
     IN_STEP,
@@ -30,11 +30,13 @@ from tests.distributed.models import (
     batches,
     exact,
     net,
+    parameters,
     samples,
     sharded,
     tensor_parallel,
+    whole,
 )
-from tests.distributed.training import check_every_way
+from tests.distributed.training import check_every_way, loss
 from tests.support.processes import World
 
 SLOW = "one sample at a time"
@@ -173,6 +175,56 @@ def check_training(world: World) -> None:
             with named(name), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that tensor parallelism is slow
                 check_every_way(spread.prepared, spread.rank, spread.size)
+
+
+def check_a_drift_budget(world: World) -> None:
+    """The drift is that of a whole model on all samples, and λ and θ the same on all ranks."""
+    x = samples()
+    for name, spread in spreads(world).items():
+        if not spread.trains:
+            continue
+        with named(name), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that tensor parallelism is slow
+            for sizes in (RAGGED, IDLE) if name == "FSDP2" else (RAGGED,):
+                own = batches(x, sizes[spread.size])[spread.rank]
+                assert_the_budget_is_kept(spread, own, x)
+
+
+def assert_the_budget_is_kept(spread: Spread, own: list[Tensor], x: Tensor) -> None:
+    before, model = net(), spread.prepared(net())
+    mas = MAS(model, budget=DriftBudget(0.01, samples=len(x), every=2, slack=3.0))
+    mas.consolidate(own)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    mas.attach(optimizer, mode="proximal")
+    for share in samples(8 * 3 * spread.size, seed=5).split(3 * spread.size):
+        optimizer.zero_grad()
+        loss(model, share.split(3)[spread.rank]).backward()
+        optimizer.step()
+    moved = {name: p.clone() for name, p in parameters(model).items()}
+    drift = mas.drift_measured()
+    assert drift == pytest.approx(kl(before, moved, x), rel=1e-3)
+    told = [drift, *(number for record in mas.drift_trace for number in record)]
+    everyone: list[list[float]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(everyone, told)
+    assert all(other == told for other in everyone)
+    assert len(mas.drift_trace) >= 4
+    settled = mas.settle()
+    assert settled.after <= 0.01 < settled.before
+    omega, anchor = whole(mas.importance), whole(mas.anchor)
+    expected = {
+        n: (p + settled.c * omega[n] * anchor[n]) / (1 + settled.c * omega[n])
+        for n, p in moved.items()
+    }
+    assert_same(parameters(model), expected, 1e-5)
+    assert kl(before, expected, x) == pytest.approx(settled.after, rel=1e-2)
+
+
+def kl(before: Net, after: dict[str, Tensor], x: Tensor) -> float:
+    """Of a whole model, in float64."""
+    p = before.double()(x.double()).log_softmax(1)
+    parts = {name: tensor.double() for name, tensor in after.items()}
+    q = torch.func.functional_call(before.double(), parts, (x.double(),)).log_softmax(1)
+    return float((p.exp() * (p - q)).sum(1).mean().detach())
 
 
 def check_other_estimators(world: World) -> None:
