@@ -463,7 +463,9 @@ class MAS:
         Returns:
             The penalty, a 0-dim tensor. Never waits for the device.
         """
-        return self.protected.add_penalty_grad_(grad_scale)
+        value = self.protected.add_penalty_grad_(grad_scale)
+        self.protected.after_step(None, "gradient")
+        return value
 
     def proximal_step_(self, lr: Scalar) -> Tensor:
         r"""After ``optimizer.step()``: the step that is stable at any λ.
@@ -478,7 +480,9 @@ class MAS:
         Returns:
             The penalty after the step, a 0-dim tensor. Never waits for the device.
         """
-        return self.protected.proximal_step_(lr)
+        value = self.protected.proximal_step_(lr)
+        self.protected.after_step(None, "proximal")
+        return value
 
     def attach(self, optimizer: Optimizer | None = None, mode: str = "gradient") -> Attachment:
         """Includes the penalty in every ``optimizer.step()``; the training loop stays as it is.

@@ -179,21 +179,29 @@ class DriftTracker:
                 "DriftBudget's slack times the limit"
             )
 
-    def after_step(self, protected: ProtectedParameters, optimizer: Optimizer, mode: str) -> None:
-        """Counts a step of an optimizer; if it is time, measures the drift and changes λ."""
+    def after_step(
+        self, protected: ProtectedParameters, optimizer: Optimizer | None, mode: str
+    ) -> None:
+        """Counts a step of an optimizer; if it is time, measures the drift and changes λ.
+
+        None: the user takes the steps, with one call in each.
+        """
         drift = protected.state.drift
         if drift.references is None:
             return
-        if self._round and optimizer not in self._round:
-            self._round.add(optimizer)  # one of several that together take a step
-            return
-        self._round = WeakSet([optimizer])
+        if optimizer is not None:
+            if self._round and optimizer not in self._round:
+                self._round.add(optimizer)  # one of several that together take a step
+                return
+            self._round = WeakSet([optimizer])
         drift.controller.steps += 1
         if drift.controller.is_due(self.budget.every or REGULAR):
             self._follow(protected, optimizer, mode)
 
     @torch.no_grad()
-    def _follow(self, protected: ProtectedParameters, optimizer: Optimizer, mode: str) -> None:
+    def _follow(
+        self, protected: ProtectedParameters, optimizer: Optimizer | None, mode: str
+    ) -> None:
         state = protected.state
         controller, references = state.drift.controller, state.drift.references
         assert references is not None
@@ -202,7 +210,7 @@ class DriftTracker:
         controller.follow(
             drift, penalty / state.strength.factor, self.budget.limit * self.budget.slack
         )
-        if mode == "gradient" and not normalizes_updates(optimizer):
+        if mode == "gradient" and optimizer is not None and not normalizes_updates(optimizer):
             controller.limit_factor(self._stable_factor(protected, optimizer))
         state.follow_controller()
         numbers = state.strength.numbers("gradient")

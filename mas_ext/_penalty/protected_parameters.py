@@ -89,7 +89,7 @@ class ProtectedParameters:
         self.has_acted |= bool(groups)
         return self.sum([group.proximal_step_(lr) for group in groups])
 
-    def after_step(self, optimizer: Optimizer, mode: str) -> None:
+    def after_step(self, optimizer: Optimizer | None, mode: str) -> None:
         """To be called after each step that includes the penalty: λ follows the drift."""
         if self.tracker is not None:
             self.tracker.after_step(self, optimizer, mode)
