@@ -147,6 +147,12 @@ def training(models: Results) -> list[Table]:
             frozenset(filter(_is_ours, names)),
         ),
         Table(
+            "What it costs that λ follows a drift budget, with the default of a measurement in "
+            "every 20 steps: milliseconds per measurement, and percent of the training.",
+            columns,
+            [["λ follows the drift", *map(_following, models.values())]],
+        ),
+        Table(
             "The end of a task: milliseconds, and the time relative to mas_ext, exact.",
             columns,
             [samples, *([n, *(_end(found[n], n) for found in ends.values())] for n in end_names)],
@@ -162,6 +168,14 @@ def _added(row: Result | None, name: str) -> str:
         return f"a step takes {three_digits(row['seconds']['median'] * 1e3)}"
     added = minus(three_digits(row["added_seconds"]["median"] * 1e3))
     return f"{added} ({percent(row['added_share']['median'])})"
+
+
+def _following(result: Result) -> str:
+    found = result.get("following")
+    if found is None:
+        return "–"
+    milliseconds = three_digits(found["seconds"]["median"] * 1e3)
+    return f"{milliseconds} ({percent(found['share']['median'])})"
 
 
 def _share(result: Result) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 from benchmarks.benchmark import Benchmark, Options, Result
 from benchmarks.measure import interleave, ratios, spread
 from benchmarks.models import TRAINING, Workload
-from benchmarks.training import task_end
+from benchmarks.training import following, task_end
 from benchmarks.training.providers import PLAIN, PROVIDERS, PROXIMAL, Step
 from benchmarks.training.setting import Setting, make
 from benchmarks.training.task_end import AVALANCHE, BATCH, BATCH_SIZE_1, EXACT
@@ -143,7 +143,7 @@ def measure(name: str, options: Options, budget: float) -> Result:
     steps = {provider: PROVIDERS[provider](s) for provider, s in settings.items()}
     options.progress(f"{workload.title}: timing steps")
     # More rounds than elsewhere, because what is added is small compared with a step.
-    seconds = interleave(steps, 3 * options.rounds, budget=0.8 * budget, sample=sample)
+    seconds = interleave(steps, 3 * options.rounds, budget=0.7 * budget, sample=sample)
     for provider, s in settings.items():
         assert all(p.isfinite().all() for p in s.state.params), f"{provider}: training diverged"
     params = settings[PLAIN].state.params
@@ -157,6 +157,7 @@ def measure(name: str, options: Options, budget: float) -> Result:
             provider: _summary(seconds[provider], seconds[PLAIN], step.in_the_loss)
             for provider, step in steps.items()
         },
+        "following": following.measure(workload, options.rounds, 0.1 * budget),
         "task_end": measure_task_end(workload, options.rounds, 0.2 * budget),
         "skipped": skipped,
     }

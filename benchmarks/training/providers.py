@@ -74,7 +74,7 @@ def fused_optimizer_uint8(s: Setting) -> Step:
     return fused_optimizer(s)
 
 
-def _attached(s: Setting, mode: str) -> Step:
+def attached(s: Setting, mode: str) -> Step:
     s.mas.attach(s.optimizer, mode=mode)
     return _step(s)
 
@@ -133,8 +133,8 @@ PROVIDERS: dict[str, Provider] = {
     PLAIN: _step,
     "mas_ext, optimizer": fused_optimizer,
     "mas_ext, optimizer, Ω in uint8": fused_optimizer_uint8,
-    "mas_ext, attach": lambda s: _attached(s, "gradient"),
-    PROXIMAL: lambda s: _attached(s, "proximal"),
+    "mas_ext, attach": lambda s: attached(s, "gradient"),
+    PROXIMAL: lambda s: attached(s, "proximal"),
     "mas_ext, penalty() in the loss": lambda s: _with_term(s, s.mas.penalty),
     # Arithmetic on the gradients after backward. Compiled, it is the fastest code to write by hand.
     "torch.compile, gradient": lambda s: _step(s, lambda: penalty.torch_compile(s.state)),

@@ -16,7 +16,7 @@ import math
 from dataclasses import dataclass
 
 FALL, RISE = 0.25, 0.5  # of log(d/L), how much log λ changes; balance would call for 0.5
-HORIZON = 17.0  # steps over which the growth of d is extrapolated
+HORIZON = 20.0  # steps over which the growth of d is extrapolated
 AHEAD = 0.7  # what growth may add to log(d/L) where d is above L
 STREAK = 4  # measurements above L in a row, after which λ is raised faster
 AVERAGED = 0.2  # weight of a new measurement in d/Q

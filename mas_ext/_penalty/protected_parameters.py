@@ -91,8 +91,12 @@ class ProtectedParameters:
 
     def after_step(self, optimizer: Optimizer | None, mode: str) -> None:
         """To be called after each step that includes the penalty: λ follows the drift."""
-        if self.tracker is not None:
-            self.tracker.after_step(self, optimizer, mode)
+        if self.tracker is None:
+            return
+        after_step = self.tracker.after_step
+        if torch.compiler.is_compiling():  # counting and measuring stay outside of compiled code
+            after_step = torch.compiler.disable(after_step)
+        after_step(self, optimizer, mode)
 
     def sum(self, values: list[Tensor]) -> Tensor:
         """The sum of 0-dim values, which may be on several devices; zero for none."""
