@@ -45,7 +45,7 @@ class DriftBudget:
         samples: how many references to keep of each task (of all processes together), chosen at
             random; of ``reference``, at most so many are used.
         every: measure in every so many steps of the optimizer. None: such that the forward passes
-            take less than 2 % of the training time, if the data has batches as large as in training.
+            take less than 2 % of the time, if the data has batches as large as in training.
         slack: during training λ holds the drift at this many times the limit, at least 1. Going
             further and coming back by settling learns more than staying within the limit all the
             time; with 1, λ holds the limit itself.

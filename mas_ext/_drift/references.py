@@ -399,9 +399,14 @@ def batch_of(tree: Any, forward: Forward | None) -> Batch:
 
 def _mapped(function: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
     leaves, structure = tree_flatten(tree_of(batch))
-    leaves = [function(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    leaves = [function(leaf) if isinstance(leaf, Tensor) else _copied(leaf) for leaf in leaves]
     forward = batch.function if isinstance(batch, CustomBatch) else None
     return batch_of(tree_unflatten(leaves, structure), forward)
+
+
+def _copied(leaf: Any) -> Any:
+    """A copy of a NumPy array; anything else as it is."""
+    return leaf.copy() if hasattr(leaf, "__array__") and hasattr(leaf, "copy") else leaf
 
 
 def _cloned(batch: Batch) -> Batch:

@@ -63,9 +63,10 @@ class DriftState:
         if references is not None:
             tensors |= {f"buffers/{n}": b.clone() for n, b in references.buffers.items()}
         if sampler is not None:
-            parts = [_part(part, f"open/{k}", tensors) for k, part in enumerate(sampler.kept)]
             about = {"batches": sampler.batches, "largest": sampler.largest, "seed": sampler.seed}
-            settings["open"] = {**about, "parts": parts, "custom": sampler.forward is not None}
+            parts = _parts(sampler.kept, "open", "the task that has not ended", tensors)
+            custom = sampler.forward is not None
+            settings["open"] = {**about, "parts": parts or [], "custom": custom}
         return {**settings, "tensors": sorted(tensors)}, tensors
 
     @classmethod
@@ -88,7 +89,7 @@ class DriftState:
         if not settings:  # of a MAS without a budget
             return cls()
         try:
-            state = cls(None, None, Controller(**settings["controller"]))
+            state = cls(None, None, _controller(settings["controller"]))
             tasks = [_task(one, tensors, forward) for one in settings["tasks"]]
             if tasks:
                 begins = "buffers/"
@@ -114,17 +115,9 @@ def without_references(settings: Mapping[str, Any]) -> dict[str, Any]:
 def _tasks(tasks: list[TaskReferences], tensors: Tensors) -> list[dict[str, Any]]:
     stored = []
     for number, task in enumerate(tasks):
-        own: Tensors = {}
-        try:
-            parts = [_part(part, f"{number}/{k}", own) for k, part in enumerate(task.parts)]
-        except _Unstorable as problem:
-            warn(
-                f"the references of task {number + 1} have {problem}, which a state cannot hold: "
-                "they are left out, and after loading the drift is measured without them. Keep "
-                "batches of tensors, numbers and strings, or pass DriftBudget(reference=...)"
-            )
+        parts = _parts(task.parts, str(number), f"task {number + 1}", tensors)
+        if parts is None:
             continue
-        tensors |= own
         stored.append(
             {
                 "parts": parts,
@@ -133,6 +126,31 @@ def _tasks(tasks: list[TaskReferences], tensors: Tensors) -> list[dict[str, Any]
                 "outputs": None if task.outputs is None else asdict(task.outputs),
             }
         )
+    return stored
+
+
+def _controller(numbers: Mapping[str, Any]) -> Controller:
+    controller = Controller(**numbers)
+    if not all(isinstance(value, (int, float)) for value in asdict(controller).values()):
+        raise TypeError("numbers of the controller")
+    return controller
+
+
+def _parts(
+    parts: list[Reference], prefix: str, whose: str, tensors: Tensors
+) -> list[dict[str, Any]] | None:
+    """None, with a warning, if one of them cannot be stored."""
+    own: Tensors = {}
+    try:
+        stored = [_part(part, f"{prefix}/{k}", own) for k, part in enumerate(parts)]
+    except _Unstorable as problem:
+        warn(
+            f"the references of {whose} have {problem}, which a state cannot hold: they are left "
+            "out, and after loading the drift is measured without them. Keep batches of tensors, "
+            "numbers and strings, or pass DriftBudget(reference=...)"
+        )
+        return None
+    tensors |= own
     return stored
 
 
@@ -185,10 +203,10 @@ def _encoded(value: Any, name: str, tensors: Tensors) -> dict[str, Any]:
         return {"tensor": name}
     for kind, container in _CONTAINERS.items():
         if type(value) is container and isinstance(value, (tuple, list)):
-            items = [_encoded(v, f"{name}.{k}", tensors) for k, v in enumerate(value)]
-            return {kind: items}
+            return {kind: [_encoded(v, f"{name}.{k}", tensors) for k, v in enumerate(value)]}
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
-        return {"dict": {k: _encoded(v, f"{name}.{k}", tensors) for k, v in value.items()}}
+        items = enumerate(value.items())  # a name by the key could be that of another item
+        return {"dict": {key: _encoded(v, f"{name}.{k}", tensors) for k, (key, v) in items}}
     if value is None or isinstance(value, (bool, int, float, str)):
         return {"value": value}
     raise _Unstorable(f"a {type(value).__name__}")

@@ -72,14 +72,16 @@ class DriftTracker:
         self.trace: list[DriftRecord] = []
         self._process_group = process_group
         self._fixed: list[TaskReferences] | None = None  # of budget.reference, once they are read
-        self._round: WeakSet[Optimizer] = WeakSet()  # the optimizers that have taken this step
-        self._largest: tuple[int, float] | None = None  # max λΩ / factor, and of which task
+        # The optimizers that have taken this step, and those that took the last one.
+        self._round: WeakSet[Optimizer] = WeakSet()
+        self._last_round: WeakSet[Optimizer] = WeakSet()
+        self._largest: tuple[Any, int, float] = (None, 0, 0.0)  # λ, task, and max λΩ / factor
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_round": None}
+        return {**self.__dict__, "_round": None, "_last_round": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update({**state, "_round": WeakSet()})
+        self.__dict__.update({**state, "_round": WeakSet(), "_last_round": WeakSet()})
 
     # -- the references ------------------------------------------------------------------------
 
@@ -91,7 +93,7 @@ class DriftTracker:
 
     def references(
         self, model: nn.Module, state: RegularizerState, own: Iterable[Any] | None
-    ) -> References:
+    ) -> References | None:
         """The references for the next task, which begins with the model as it is now.
 
         Args:
@@ -103,25 +105,31 @@ class DriftTracker:
         """
         placement = self._placement(model)
         before, sampler = state.drift.references, state.drift.sampler
-        assert sampler is not None
         tasks = [] if before is None else before.tasks
-        if self.budget.reference is not None:
+        if sampler is None:  # nothing was measured since the last task, or it was not saved
+            pass
+        elif self.budget.reference is not None:
             if self._fixed is None:
-                self._fixed = [self._kept(sampler, self.budget.reference, placement.ranks)]
+                rank = sampler.seed[-1:]
+                self._fixed = [self._kept(sampler, self.budget.reference, rank, placement.ranks)]
             tasks = self._fixed
         elif own is not None:
-            tasks = [*tasks, self._kept(sampler, own, placement.ranks)]
+            tasks = [*tasks, self._kept(sampler, own, sampler.seed, placement.ranks)]
         else:
             tasks = [*tasks, _gathered(sampler, placement.ranks, "data")]
+        if not tasks:
+            return None
         recorded: list[References] = []
         placement.ranks.attempt(
             lambda: recorded.append(References.of(placement.model, tasks, self.comparison))
         )
         return recorded[0]
 
-    def _kept(self, like: ReferenceSampler, data: Iterable[Any], ranks: Ranks) -> TaskReferences:
+    def _kept(
+        self, like: ReferenceSampler, data: Iterable[Any], seed: tuple[int, ...], ranks: Ranks
+    ) -> TaskReferences:
         """Samples of batches that the user has passed as references."""
-        sampler = ReferenceSampler(like.count, like.forward, like.seed)
+        sampler = ReferenceSampler(like.count, like.forward, seed)
         for batch in data:
             sampler.add(batch)
         return _gathered(sampler, ranks, "reference")
@@ -193,7 +201,7 @@ class DriftTracker:
             if self._round and optimizer not in self._round:
                 self._round.add(optimizer)  # one of several that together take a step
                 return
-            self._round = WeakSet([optimizer])
+            self._last_round, self._round = self._round, WeakSet([optimizer])
         drift.controller.steps += 1
         if drift.controller.is_due(self.budget.every or REGULAR):
             self._follow(protected, optimizer, mode)
@@ -219,12 +227,13 @@ class DriftTracker:
     def _stable_factor(self, protected: ProtectedParameters, optimizer: Optimizer) -> float:
         """Up to which factor of λ steps of this learning rate do not diverge."""
         state = protected.state
-        if self._largest is None or self._largest[0] != state.num_tasks:
+        if self._largest[:2] != (state.strength, state.num_tasks):
             ranks = self._placement(protected.index.model).ranks
             largest = largest_of((one.largest() for one in protected.find()), ranks)
-            self._largest = state.num_tasks, largest / state.strength.factor
-        rates = [float(group["lr"]) for group in optimizer.param_groups]
-        return step_is_stable_up_to(max(rates) * self._largest[1])
+            self._largest = state.strength, state.num_tasks, largest / state.strength.factor
+        optimizers = {optimizer, *self._last_round}
+        rates = [float(group["lr"]) for one in optimizers for group in one.param_groups]
+        return step_is_stable_up_to(max(rates) * self._largest[2])
 
     @torch.no_grad()
     def settle(self, protected: ProtectedParameters, limit: float, weights: str) -> Settled:
