@@ -18,7 +18,7 @@ from benchmarks.drift.problems import Problem, seeded
 from mas_ext import MAS
 from mas_ext._strength.auto import update_kind
 from mas_ext.demo.data import Digits, load_digits
-from mas_ext.demo.learning import accuracy, batches_of, measured_objective
+from mas_ext.demo.learning import accuracy, batches_of, forward_of
 from mas_ext.demo.metrics import average_accuracy, forgetting
 from mas_ext.demo.scenarios import Task, make_tasks
 
@@ -88,7 +88,7 @@ class Learner:
         handle.remove()
         measured = task.train.images[:: max(1, len(task.train) // MEASURED)]
         batches = measured.split(problem.batch_size)
-        self.mas.consolidate(batches, objective=measured_objective(task))
+        self.mas.consolidate(batches, forward=forward_of(task))
         self.matrix.append([accuracy(self.model, self.as_tested(task)) for task in self.tasks])
 
     def as_tested(self, task: Task) -> Task:

@@ -17,6 +17,7 @@ import mas_ext
 from mas_ext.demo.data import CLASSES, PIXELS
 from mas_ext.demo.scenarios import Task
 from mas_ext.demo.settings import Settings
+from mas_ext.importance.batches import Forward
 
 HIDDEN = 256
 Batches = list[tuple[Tensor, Tensor]]
@@ -108,8 +109,8 @@ class Mas(FineTuning):
     def end_task(self, task: Task, batches: Batches, tick: Tick) -> None:
         """Measures the exact Ω on the task's images, merges it, and takes θ* ← θ."""
         self.mas.consolidate(
-            batches,
-            objective=measured_objective(task),
+            [images for images, _ in batches],
+            forward=forward_of(task),
             progress=steps(tick, "measuring Ω"),
         )
 
@@ -250,12 +251,12 @@ def accuracy(model: nn.Module, task: Task) -> float:
     return float((predicted == within(task, task.test.labels)).double().mean())
 
 
-def measured_objective(task: Task) -> str | Callable[[Tensor], Tensor]:
-    """‖F‖² of the outputs that a task reads; the other outputs were not trained on it."""
+def forward_of(task: Task) -> Forward | None:
+    """Gives only the outputs that a task reads, as the others were not trained on it; None: all."""
     if len(task.classes) == CLASSES:
-        return "squared_l2"
-    columns = list(task.classes)
-    return lambda output: output[:, columns].square().sum(dim=1)
+        return None
+    classes = list(task.classes)
+    return lambda model, images: model(images)[:, classes]
 
 
 def steps(tick: Tick, doing: str) -> Callable[[int], None]:

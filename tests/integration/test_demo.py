@@ -13,9 +13,17 @@ import torch
 
 pytest.importorskip("mlxtend", reason="needs mas_ext[demo]")
 
+from mas_ext import estimate_importance
 from mas_ext.demo import Run, Settings, comparison, metrics, run_demo, sweep
 from mas_ext.demo.data import Digits, load_digits, split_by_class
-from mas_ext.demo.learning import METHODS, accuracy, make_model, measured_batches, within
+from mas_ext.demo.learning import (
+    METHODS,
+    accuracy,
+    forward_of,
+    make_model,
+    measured_batches,
+    within,
+)
 from mas_ext.demo.scenarios import make_tasks, permutations, rotate
 from tests.support.regularizers import assert_refused, refusal
 
@@ -282,6 +290,17 @@ def test_split_tasks_share_no_class(digits: tuple[Digits, Digits]) -> None:
             set(task.train.labels.tolist()) == set(task.classes) == set(task.test.labels.tolist())
         )
         assert set(within(task, task.test.labels).tolist()) == {0, 1}
+
+
+def test_a_split_task_is_measured_by_the_outputs_that_it_reads(
+    digits: tuple[Digits, Digits],
+) -> None:
+    task, model = make_tasks("split", 2, 0, *digits)[1], make_model(0)
+    images = [task.train.images[:64]]
+    found = estimate_importance(model, images, forward=forward_of(task))
+    right = estimate_importance(model, images, objective=lambda out: out[:, 2:4].square().sum(1))
+    for name, omega in right.items():
+        torch.testing.assert_close(found[name], omega)
 
 
 def test_importance_of_a_part_is_measured_on_every_class(digits: tuple[Digits, Digits]) -> None:
