@@ -20,6 +20,7 @@ from mas_ext.demo.learning import (
     METHODS,
     accuracy,
     forward_of,
+    learn,
     make_model,
     measured_batches,
     within,
@@ -28,7 +29,8 @@ from mas_ext.demo.scenarios import make_tasks, permutations, rotate
 from tests.support.regularizers import assert_refused, refusal
 
 QUICK = Settings(tasks=2, epochs=1, importance_samples=128)
-FILES = {"results.json", "accuracy.png", "importance.png", "estimators.png", "report.html"}
+PICTURES = {"accuracy.png", "drift.png", "importance.png", "estimators.png"}
+FILES = PICTURES | {"results.json", "report.html"}
 NUMBERS = {"average_accuracy", "forgetting", "backward_transfer", "accuracy_matrix", "seconds"}
 
 
@@ -55,7 +57,7 @@ def test_results_have_the_documented_form(run: Run, folder: Path) -> None:
     assert results == json.loads(json.dumps(run.results))
     assert results["scenario"] == "permuted"
     assert results["settings"]["tasks"] == 2
-    assert list(results["methods"]) == ["finetune", "l2", "mas", "mas_proximal"]
+    assert list(results["methods"]) == ["finetune", "interpolated", "mas", "mas_proximal"]
     for numbers in results["methods"].values():
         assert set(numbers) >= NUMBERS
         matrix = numbers["accuracy_matrix"]
@@ -79,6 +81,28 @@ def test_mas_remembers_more_than_fine_tuning(run: Run) -> None:
     methods = run.results["methods"]
     assert methods["mas"]["forgetting"] < methods["finetune"]["forgetting"]
     assert methods["mas_proximal"]["forgetting"] < methods["finetune"]["forgetting"]
+
+
+def test_every_method_with_a_budget_keeps_it(run: Run) -> None:
+    for method, outcome in run.outcomes.items():
+        drifts = run.results["methods"][method].get("drift")
+        assert drifts == ([[d.before, d.after] for d in outcome.drifts] if drifts else None)
+        assert (drifts is None) == (method == "finetune")
+        assert not drifts or (drifts[0] == [0, 0] and 0 < drifts[1][1] <= QUICK.budget)
+        assert bool(outcome.trace) == METHODS[method].measures
+        assert all(record.drift > 0 for record in outcome.trace)
+    for method in ("mas", "mas_proximal"):  # its λ, and not that of the other mode
+        outcome = run.outcomes[method]
+        assert outcome.trace[0].lambda_reg == pytest.approx(outcome.lambdas[0])
+
+
+@pytest.mark.parametrize("strength", [0.5, "auto"])
+def test_a_fixed_strength_is_without_a_budget(strength: float | str, run: Run) -> None:
+    settings = replace(QUICK, lambda_reg=strength)
+    outcome = learn("mas", run.tasks, settings, lambda doing, step: None)
+    assert outcome.drifts == [None, None]
+    assert outcome.trace == []
+    assert strength == "auto" or outcome.lambdas == [strength, strength]
 
 
 def test_same_seed_same_numbers_and_another_seed_others(run: Run) -> None:
@@ -106,7 +130,7 @@ def test_global_state_stays(digits: tuple[Digits, Digits]) -> None:
     [
         {"scenario": "rotated", "tasks": 2, "batch_size": 256},
         {"scenario": "split", "tasks": 2, "batch_size": 256},
-        {"tasks": 1, "methods": ("l2",)},
+        {"tasks": 1, "methods": ("interpolated",)},
     ],
     ids=str,
 )
@@ -121,7 +145,7 @@ def test_other_scenarios_run_and_report(options: dict, tmp_path: Path) -> None:
     assert done.tasks[-1].name in page
     assert settings.command() in re.sub(r"</?span>", "", page)
     if settings.tasks == 1:
-        numbers = done.results["methods"]["l2"]
+        numbers = done.results["methods"]["interpolated"]
         assert numbers["forgetting"] == numbers["backward_transfer"] == 0
         assert numbers["average_accuracy"] == numbers["accuracy_matrix"][0][0]
 
@@ -148,7 +172,8 @@ def test_report_says_what_matters(run: Run, folder: Path) -> None:
         assert words in page
     assert QUICK.command() in re.sub(r"</?span>", "", page)
     assert run.results["versions"]["torch"] in page
-    assert page.count("<svg") == 5
+    assert page.count("<svg") == 6
+    assert "λ, MAS" not in page, "none was chosen"
 
 
 # -- The exact Ω against that of batches -----------------------------------------------------------
@@ -320,17 +345,17 @@ def test_same_start_for_the_same_seed() -> None:
 
 def test_a_sweep_is_over_strengths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweep, "LAMBDAS", (1.0, 1e9))
-    monkeypatch.setattr(sweep, "DRIFTS", (0.2, 1e-9))
+    monkeypatch.setattr(sweep, "BUDGETS", (QUICK.budget, 1e-4))
     settings = replace(QUICK, sweep=True, methods=("mas_proximal",))
     run = run_demo(settings, tmp_path, progress=False)
     found = json.loads((tmp_path / "results.json").read_text("utf-8"))["sweep"]
     assert found == run.sweep
-    for kind in ("lambda", "drift"):
+    for kind in ("lambda", "budget"):
         weak, strong = found[kind]["average_accuracy"]
         assert strong < weak, "what is held altogether learns nothing"
         assert found[kind]["forgetting"][1] == pytest.approx(0, abs=0.01)
     (default,) = run.results["methods"].values()
-    assert found["drift"]["average_accuracy"][0] == default["average_accuracy"]
+    assert found["budget"]["average_accuracy"][0] == default["average_accuracy"]
     assert (tmp_path / "sweep.png").stat().st_size > 10_000
     assert "How strong" in (tmp_path / "report.html").read_text("utf-8")
 
@@ -351,6 +376,7 @@ WRONG = {
     "lr": ({"lr": 0.0}, "0"),
     "lambda_reg": ({"lambda_reg": -1.0}, "-1"),
     "lambda_proximal": ({"lambda_proximal": float("nan")}, "nan"),
+    "budget": ({"budget": 0.0}, "0"),
     "drift": ({"drift": 0.0}, "0"),
 }
 
