@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mas_ext import build_info
+from mas_ext._drift.budget import DEFAULT_LIMIT
 
 if TYPE_CHECKING:
     from mas_ext.demo import Settings
@@ -57,8 +58,8 @@ def _add_demo(commands: Any) -> None:
     demo = commands.add_parser(
         "demo",
         help="learn a sequence of tasks with and without MAS, and write a report",
-        description="Learns tasks in turn with fine-tuning, L2 and MAS, and writes results.json, "
-        "accuracy.png, importance.png, estimators.png and report.html.",
+        description="Learns tasks in turn with fine-tuning, interpolation and MAS, and writes "
+        "results.json, accuracy.png, drift.png, importance.png, estimators.png and report.html.",
         argument_default=argparse.SUPPRESS,  # the defaults are those of Settings
     )
     demo.set_defaults(run=_demo, usage_error=demo.error)
@@ -72,18 +73,27 @@ def _add_demo(commands: Any) -> None:
     demo.add_argument("--lr", type=float, help="Adam's learning rate (default: the scenario's)")
     demo.add_argument("--batch-size", type=int, help="default: 64")
     demo.add_argument(
-        "--lambda", dest="lambda_reg", type=_strength, help="MAS's λ (default: auto, from drift)"
+        "--budget",
+        type=float,
+        help="how far a task may change what was learned, in nats per prediction "
+        f"(default: {DEFAULT_LIMIT:g})",
     )
     demo.add_argument(
-        "--lambda-proximal", type=_strength, help="λ of MAS's proximal step (default: auto)"
+        "--lambda",
+        dest="lambda_reg",
+        type=_strength,
+        help="a fixed λ for MAS, or auto: from drift, without a budget (default: as the budget "
+        "needs it)",
+    )
+    demo.add_argument("--lambda-proximal", type=_strength, help="the same for MAS's proximal step")
+    demo.add_argument(
+        "--drift",
+        type=float,
+        help="for λ auto: how far a task may change the output, as a fraction (default: 0.2)",
     )
     demo.add_argument(
-        "--drift", type=float, help="how far a task may change what was learned (default: 0.2)"
+        "--sweep", action="store_true", help="try fixed λ and other budgets, too (a minute more)"
     )
-    demo.add_argument(
-        "--sweep", action="store_true", help="try other λ and other drifts, too (a minute more)"
-    )
-    demo.add_argument("--lambda-l2", type=float, help="λ of L2 (default: the scenario's)")
     demo.add_argument(
         "--state-dtype", help="what Ω is kept in: float32, bfloat16 or uint8 (default: float32)"
     )
@@ -95,7 +105,7 @@ def _add_demo(commands: Any) -> None:
         "--methods",
         nargs="+",
         metavar="METHOD",
-        help="any of finetune, l2, mas, mas_proximal (default: all)",
+        help="any of finetune, interpolated, mas, mas_proximal (default: all)",
     )
     demo.add_argument("--out", default="mas-demo", help="folder for the report (default: mas-demo)")
     demo.add_argument("--quiet", action="store_true", default=False, help="no progress bars")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import mas_ext
-from mas_ext.demo.learning import Tick, measured_objective, steps
+from mas_ext.demo.learning import Tick, forward_of, steps
 from mas_ext.demo.scenarios import Task
 from mas_ext.demo.settings import Settings
 
@@ -52,7 +52,7 @@ def compare(network: nn.Module, task: Task, settings: Settings, tick: Tick) -> d
             network,
             images.split(batch_size),
             estimator=estimator,
-            objective=measured_objective(task),
+            forward=forward_of(task),
             progress=steps(tick, "comparing"),
         )
         return torch.cat([values.flatten() for values in omega.values()]).double().numpy()

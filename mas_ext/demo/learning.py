@@ -14,9 +14,11 @@ from torch.nn.functional import cross_entropy
 from torch.optim import Adam, Optimizer
 
 import mas_ext
+from mas_ext import DriftRecord, Settled
 from mas_ext.demo.data import CLASSES, PIXELS
 from mas_ext.demo.scenarios import Task
 from mas_ext.demo.settings import Settings
+from mas_ext.importance.batches import Forward
 
 HIDDEN = 256
 Batches = list[tuple[Tensor, Tensor]]
@@ -37,6 +39,14 @@ class FineTuning:
     def begin_task(self, optimizer: Optimizer) -> None:
         """Called before each task with the optimizer that will learn it."""
 
+    def settle(self) -> Settled | None:
+        """Called after the training of each task; None for a method without a budget."""
+        return None
+
+    def trace(self) -> list[DriftRecord]:
+        """The measurements of the drift during the present task."""
+        return []
+
     def end_task(self, task: Task, batches: Batches, tick: Tick) -> None:
         """Called after each task with the batches on which to measure Ω."""
 
@@ -49,35 +59,30 @@ class FineTuning:
         return None
 
 
-class L2(FineTuning):
-    """The same penalty with Ω = 1: all parameters are protected equally after each task."""
+class Interpolated(FineTuning):
+    """Fine-tuning, then back on the straight line to the old parameters until within the budget.
 
-    label = "L2"
+    This is WiSE-FT (Wortsman et al., CVPR 2022) with the share of the old parameters found by
+    measuring: a baseline that needs neither λ nor Ω.
+    """
+
+    label = "Interpolated"
 
     def __init__(self, model: nn.Module, settings: Settings) -> None:
         super().__init__(model, settings)
-        self._params = list(model.parameters())
-        self._ones = [torch.ones_like(p) for p in self._params]
-        self._anchors: list[Tensor] = []
+        self.mas = mas_ext.MAS(model, budget=settings.budget)  # never attached: no penalty
 
-    def begin_task(self, optimizer: Optimizer) -> None:
-        """Attaches the penalty to the optimizer."""
-        optimizer.register_step_pre_hook(self._add_penalty)
-
-    def _add_penalty(self, *_: object) -> None:
-        if self._anchors:
-            grads = [p.grad for p in self._params if p.grad is not None]
-            mas_ext.functional.add_penalty_grad_(
-                grads, self._params, self._anchors, self._ones, self.settings.lambda_l2 or 0.0
-            )
+    def settle(self) -> Settled | None:
+        """Interpolates between the parameters after and before the task."""
+        return self.mas.settle(weights="uniform")
 
     def end_task(self, task: Task, batches: Batches, tick: Tick) -> None:
-        """Takes θ* ← θ."""
-        self._anchors = [p.detach().clone() for p in self._params]
-
-    def lambda_reg(self) -> float | None:
-        """λ, which is the same for every task."""
-        return self.settings.lambda_l2
+        """Keeps references of the task, and takes θ* ← θ."""
+        images = [images for images, _ in batches]
+        # A MAS cannot end a task without an Ω, so it gets one that costs little and is not used.
+        self.mas.consolidate(
+            images[:1], estimator="batch", reference=images, forward=forward_of(task)
+        )
 
 
 class Mas(FineTuning):
@@ -89,27 +94,40 @@ class Mas(FineTuning):
 
     def __init__(self, model: nn.Module, settings: Settings) -> None:
         super().__init__(model, settings)
+        strength = self.strength(settings)
         self.mas = mas_ext.MAS(
-            model, self.strength(settings), drift=settings.drift, state_dtype=settings.state_dtype
+            model,
+            strength,
+            budget=settings.budget if strength is None else None,
+            drift=settings.drift,
+            state_dtype=settings.state_dtype,
         )
 
     def begin_task(self, optimizer: Optimizer) -> None:
         """Attaches MAS to the optimizer."""
         self.mas.attach(optimizer, mode=self.mode)
 
-    def strength(self, settings: Settings) -> float | str:
-        """This mode's λ, as it was set."""
+    def strength(self, settings: Settings) -> float | str | None:
+        """This mode's λ, as it was set; None: it follows the budget."""
         return settings.lambda_reg
 
     def lambda_reg(self) -> float:
         """This mode's λ, as it is."""
         return float(self.mas.lambda_reg)  # type: ignore[arg-type]
 
+    def settle(self) -> Settled | None:
+        """Moves the parameters back towards θ*, the more important ones further."""
+        return None if self.mas.budget is None else self.mas.settle()
+
+    def trace(self) -> list[DriftRecord]:
+        """The measurements of the drift during the present task, with this mode's λ."""
+        return [one for one in self.mas.drift_trace if one.task == self.mas.num_tasks]
+
     def end_task(self, task: Task, batches: Batches, tick: Tick) -> None:
         """Measures the exact Ω on the task's images, merges it, and takes θ* ← θ."""
         self.mas.consolidate(
-            batches,
-            objective=measured_objective(task),
+            [images for images, _ in batches],
+            forward=forward_of(task),
             progress=steps(tick, "measuring Ω"),
         )
 
@@ -124,18 +142,25 @@ class MasProximal(Mas):
     label = "MAS, proximal"
     mode = "proximal"
 
-    def strength(self, settings: Settings) -> float | str:
-        """This mode's λ, as it was set."""
+    def strength(self, settings: Settings) -> float | str | None:
+        """This mode's λ, as it was set; None: it follows the budget."""
         return settings.lambda_proximal
 
     def lambda_reg(self) -> float:
         """This mode's λ, as it is."""
         return float(self.mas.lambda_proximal)  # type: ignore[arg-type]
 
+    def trace(self) -> list[DriftRecord]:
+        """The measurements of the drift during the present task, with this mode's λ."""
+        records = super().trace()
+        # The records have the λ for gradients, to which this one is in proportion during a task.
+        ratio = self.lambda_reg() / super().lambda_reg() if records else 1.0
+        return [one._replace(lambda_reg=ratio * one.lambda_reg) for one in records]
+
 
 METHODS: dict[str, type[FineTuning]] = {
     "finetune": FineTuning,
-    "l2": L2,
+    "interpolated": Interpolated,
     "mas": Mas,
     "mas_proximal": MasProximal,
 }
@@ -150,6 +175,8 @@ class Outcome:
         seconds: the time to learn and to measure Ω, without tests.
         importance_seconds: the time to measure Ω.
         lambdas: λ after each task; None for a method without λ.
+        drifts: for each task, the drift before and after settling; None without a budget.
+        trace: the measurements of the drift during all tasks; empty if no λ follows a budget.
         importance: for each task, Ω by parameter name after it; empty for a method without Ω.
         first_network: a copy of the network after the first task.
     """
@@ -158,6 +185,8 @@ class Outcome:
     seconds: float = 0.0
     importance_seconds: float = 0.0
     lambdas: list[float | None] = field(default_factory=list)
+    drifts: list[Settled | None] = field(default_factory=list)
+    trace: list[DriftRecord] = field(default_factory=list)
     importance: list[dict[str, Tensor]] = field(default_factory=list)
     first_network: nn.Module | None = None
 
@@ -173,6 +202,8 @@ def learn(method: str, tasks: list[Task], settings: Settings, tick: Tick) -> Out
         optimizer = Adam(model.parameters(), lr=settings.lr or 0.0)
         learner.begin_task(optimizer)
         train(model, optimizer, task, number, settings, tick)
+        outcome.trace += learner.trace()
+        outcome.drifts.append(learner.settle())
         trained = time.perf_counter()
         learner.end_task(task, measured_batches(task, settings), tick)
         outcome.importance_seconds += time.perf_counter() - trained
@@ -250,12 +281,12 @@ def accuracy(model: nn.Module, task: Task) -> float:
     return float((predicted == within(task, task.test.labels)).double().mean())
 
 
-def measured_objective(task: Task) -> str | Callable[[Tensor], Tensor]:
-    """‖F‖² of the outputs that a task reads; the other outputs were not trained on it."""
+def forward_of(task: Task) -> Forward | None:
+    """Gives only the outputs that a task reads, as the others were not trained on it; None: all."""
     if len(task.classes) == CLASSES:
-        return "squared_l2"
-    columns = list(task.classes)
-    return lambda output: output[:, columns].square().sum(dim=1)
+        return None
+    classes = list(task.classes)
+    return lambda model, images: model(images)[:, classes]
 
 
 def steps(tick: Tick, doing: str) -> Callable[[int], None]:

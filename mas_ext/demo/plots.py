@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +19,25 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import LogLocator
 
-from mas_ext._strength.auto import DEFAULT_DRIFT
+from mas_ext._drift.budget import DEFAULT_LIMIT, SLACK
 from mas_ext.demo import comparison, metrics
 from mas_ext.demo.data import SIDE
 from mas_ext.demo.learning import METHODS
 from mas_ext.demo.results import Run
 
 INK, MUTED, GRID = "#1d2433", "#667085", "#d9dde5"
-COLOURS = {"finetune": "#d1495b", "l2": "#b9770e", "mas": "#2f6fde", "mas_proximal": "#12876f"}
+COLOURS = {
+    "finetune": "#d1495b",
+    "interpolated": "#b9770e",
+    "mas": "#2f6fde",
+    "mas_proximal": "#12876f",
+}
 THEMED = {INK: "--ink", MUTED: "--muted", GRID: "--line"} | {
     colour: f"--{method.replace('_', '-')}" for method, colour in COLOURS.items()
 }
-MARKERS = {"finetune": "o", "l2": "s", "mas": "D", "mas_proximal": "^"}
+MARKERS = {"finetune": "o", "interpolated": "s", "mas": "D", "mas_proximal": "^"}
 ACCURACY = LinearSegmentedColormap.from_list(
     "accuracy", ["#f3e3d7", "#9db8dd", "#3f6fc0", "#1c3a80"]
 )
@@ -63,6 +69,12 @@ STYLE: Any = {
 def _figure(width: float, height: float, w_pad: float = 0.05) -> Figure:
     # Without pyplot, nothing is shown, and the figures of a notebook are not affected.
     return Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=w_pad))
+
+
+def _empty(why: str) -> Figure:
+    figure = _figure(6, 1.2)
+    figure.text(0.5, 0.5, why, ha="center", color=MUTED)
+    return figure
 
 
 def accuracy_matrices(run: Run) -> Figure:
@@ -154,9 +166,79 @@ def learning_curves(run: Run) -> Figure:
     return figure
 
 
+def drift(run: Run) -> Figure:
+    """The drift and λ, step by step, of the methods whose λ follows the budget."""
+    following = [method for method, outcome in run.outcomes.items() if outcome.trace]
+    with matplotlib.rc_context(STYLE):
+        if not following:
+            return _empty("no λ followed the budget")
+        figure = _figure(10.5, 5.4)
+        axes = figure.subplots(2, len(following), sharex=True, squeeze=False)
+        for (above, below), method in zip(axes.T, following, strict=True):
+            above.set_title(METHODS[method].label, loc="left", pad=20)
+            _draw_by_step(above, run, method, "drift")
+            _draw_budget(above, run, method)
+            _draw_by_step(below, run, method, "lambda_reg")
+            below.set_xlabel("steps of the optimizer")
+            above.set_ylim(_drift_range(run, following))
+        axes[0, 0].set_ylabel("drift, nats (log scale)")
+        axes[1, 0].set_ylabel("λ (log scale)")
+        lines = axes[0, 0].get_legend_handles_labels()
+        figure.legend(*lines, frameon=False, loc="outside lower center", ncols=3)
+    return figure
+
+
+def _draw_by_step(ax: Axes, run: Run, method: str, name: str) -> None:
+    """What was recorded, as a line for each task but the first, when nothing can drift yet."""
+    ends = _ends(run)
+    for number, start in enumerate(ends[:-1], start=1):
+        records = [one for one in run.outcomes[method].trace if one.task == number]
+        steps = [start + one.step for one in records]
+        values = [getattr(one, name) for one in records]
+        ax.plot(steps, values, color=COLOURS[method], linewidth=1.3)
+        ax.axvline(start, color=GRID, linewidth=1, zorder=0)
+    ax.set_yscale("log")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.minorticks_off()
+    ax.set_xlim(ends[0], ends[-1])
+    ax.tick_params(which="both", length=0)
+    ax.spines[["left"]].set_visible(False)
+
+
+def _draw_budget(ax: Axes, run: Run, method: str) -> None:
+    """The budget, what λ aims for, where settling left the drift, and the tasks' numbers."""
+    budget, ends = run.settings.budget, _ends(run)
+    after = [settled.after for settled in run.outcomes[method].drifts[1:] if settled]
+    dashed: Any = {"color": MUTED, "linewidth": 1, "linestyle": (0, (4, 3))}
+    dots: Any = {"color": INK, "marker": "o", "markersize": 5, "linestyle": "none"}
+    ax.axhline(SLACK * budget, label=f"{SLACK:g} × budget, which λ aims for in training", **dashed)
+    ax.axhline(budget, label=f"budget: {budget:g} nats per prediction", color=INK, linewidth=1)
+    ax.plot(ends[1:], after, label="the task’s end, after settling", clip_on=False, **dots)
+    for number, (start, end) in enumerate(pairwise(ends), start=2):
+        middle, where = (start + end) / 2, ax.get_xaxis_transform()
+        ax.text(middle, 1.02, f"task {number}", transform=where, ha="center", color=MUTED)
+
+
+def _drift_range(run: Run, methods: list[str]) -> tuple[float, float]:
+    """The drifts to show: all, but for those far below the budget, where a task begins."""
+    outcomes = [run.outcomes[method] for method in methods]
+    after = [one.after for o in outcomes for one in o.drifts if one and one.after > 0]
+    budget = run.settings.budget
+    found = [one.drift for o in outcomes for one in o.trace if math.isfinite(one.drift)]
+    high = max(SLACK * budget, *found)
+    return min(budget / 20, *(value / 2 for value in after)), 1.5 * high
+
+
+def _ends(run: Run) -> list[int]:
+    """The step at which each task ended, counted from the start of the first."""
+    epochs, size = run.settings.epochs or 0, run.settings.batch_size
+    return list(accumulate(epochs * math.ceil(len(task.train) / size) for task in run.tasks))
+
+
 def sweep(found: dict[str, Any]) -> Figure:
-    """Accuracy and forgetting as functions of λ and of drift."""
-    names = {"lambda": "λ", "drift": "drift"}
+    """Accuracy and forgetting as functions of λ and of the budget."""
+    names = {"lambda": "λ, fixed", "budget": "budget, nats per prediction"}
     with matplotlib.rc_context(STYLE):
         figure = _figure(10.5, 3.7)
         axes = figure.subplots(1, 2, sharey=True)
@@ -182,7 +264,7 @@ def sweep(found: dict[str, Any]) -> Figure:
             ax.tick_params(length=0)
             ax.grid(axis="y")
             ax.spines[["left"]].set_visible(False)
-        axes[1].axvline(DEFAULT_DRIFT, color=MUTED, linewidth=1, zorder=0)
+        axes[1].axvline(DEFAULT_LIMIT, color=MUTED, linewidth=1, zorder=0)
         axes[0].legend(frameon=False, loc="center left")
     return figure
 
@@ -192,9 +274,7 @@ def importance(run: Run) -> Figure:
     measured = [m for m, o in run.outcomes.items() if o.importance[-1]]
     with matplotlib.rc_context(STYLE):
         if not measured:
-            figure = _figure(6, 1.2)
-            figure.text(0.5, 0.5, "none of these methods measures Ω", ha="center", color=MUTED)
-            return figure
+            return _empty("none of these methods measures Ω")
         maps = pixel_maps(run, measured[0])
         figure = _figure(10.5, 5.6)
         grid = figure.add_gridspec(2, 1, height_ratios=[1.5, 1])

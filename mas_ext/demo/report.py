@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from importlib import resources
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from mas_ext._drift.budget import SLACK
 from mas_ext._strength.strength import AUTO
 from mas_ext.demo import comparison, metrics, plots
 from mas_ext.demo.learning import HIDDEN, METHODS
@@ -22,8 +24,8 @@ SCENARIO_IN_WORDS = {
 }
 METHODS_IN_WORDS = {
     "finetune": "goes on training; nothing is held in place",
-    "l2": "holds every parameter equally: the same penalty with Ω = 1, towards where the last "
-    "task ended",
+    "interpolated": "fine-tuning; then the parameters go back in a straight line towards the old "
+    "ones, until the drift is within the budget (WiSE-FT)",
     "mas": "holds each parameter as firmly as the output depends on it; the penalty’s gradient "
     "joins the loss’s",
     "mas_proximal": "the same penalty as a proximal step after the optimizer’s, stable at any "
@@ -84,13 +86,21 @@ def facts(run: Run) -> dict[str, str]:
         "Optimizer": f"Adam, learning rate {settings.lr:g}, a new one for each task",
         "Epochs a task": str(settings.epochs),
         "Batch size": str(settings.batch_size),
-        "λ, MAS": _strength(run, "mas", settings.lambda_reg),
-        "λ, MAS proximal": _strength(run, "mas_proximal", settings.lambda_proximal)
-        + " (Adam rescales a penalty’s gradient but not this step, so its λ is on another scale)",
-        "λ, L2": f"{settings.lambda_l2:g}",
+        "Budget": f"{settings.budget:g} nats per prediction, for each task",
+        **_strengths(run),
         "Ω kept in": settings.state_dtype,
         "Ω measured on": "all training images" if samples is None else f"{samples:,} images a task",
         "Seed": str(settings.seed),
+    }
+
+
+def _strengths(run: Run) -> dict[str, str]:
+    """A row for each λ that does not follow the budget."""
+    given = {"mas": run.settings.lambda_reg, "mas_proximal": run.settings.lambda_proximal}
+    return {
+        f"λ, {METHODS[method].label}": _strength(run, method, value) + ", without a budget"
+        for method, value in given.items()
+        if value is not None
     }
 
 
@@ -127,7 +137,13 @@ def _values(run: Run) -> dict[str, Any]:
         "comparison_words": {
             comparison.LABELS[name]: words for name, words in comparison.DEFINITIONS.items()
         },
-        "sweep_svg": _svg(plots.sweep(run.sweep), "Accuracy over λ and drift") if run.sweep else "",
+        "follows": any(outcome.trace for outcome in run.outcomes.values()),
+        "kept": f"{math.exp(-run.settings.budget):.2f}",
+        "slack": f"{SLACK:g}",
+        "sweep_svg": _svg(plots.sweep(run.sweep), "Accuracy over λ and budget")
+        if run.sweep
+        else "",
+        "drift_svg": _svg(plots.drift(run), "Drift and λ in every step"),
         "samples_svg": _svg(plots.samples(run), "Images of every task"),
         "accuracy_svg": _svg(plots.accuracy_matrices(run), "Accuracy matrices of every method"),
         "curves_svg": _svg(plots.learning_curves(run), "Accuracy after each task"),

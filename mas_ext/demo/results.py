@@ -20,7 +20,7 @@ class Run:
     Attributes:
         settings: the settings of the run.
         tasks: the tasks in the order in which they were learned.
-        outcomes: method → accuracies, times and Ω.
+        outcomes: method → accuracies, times, drift and Ω.
         estimators: see :func:`mas_ext.demo.comparison.compare`.
         sweep: see :func:`mas_ext.demo.sweep.sweep`; None if ``settings.sweep`` is False.
     """
@@ -58,6 +58,9 @@ def _summary(outcome: Outcome) -> dict[str, Any]:
     }
     if outcome.lambdas[-1] is not None:
         summary["lambda"] = outcome.lambdas
+    drifts = [[one.before, one.after] for one in outcome.drifts if one is not None]
+    if drifts:
+        summary["drift"] = drifts
     if outcome.importance[-1]:
         summary["importance_seconds"] = outcome.importance_seconds
         summary["importance"] = {

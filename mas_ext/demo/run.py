@@ -25,9 +25,9 @@ def run_demo(
 
     Args:
         settings: the settings; None for the permuted scenario with its defaults.
-        out: the folder for ``results.json``, ``accuracy.png``, ``importance.png``,
-            ``estimators.png``, ``report.html``, and with ``settings.sweep`` also ``sweep.png``. It
-            is created if it does not exist. None: nothing is written.
+        out: the folder for ``results.json``, ``accuracy.png``, ``drift.png``,
+            ``importance.png``, ``estimators.png``, ``report.html``, and with ``settings.sweep``
+            also ``sweep.png``. It is created if it does not exist. None: nothing is written.
         progress: whether to show progress bars.
 
     Returns:
@@ -47,7 +47,7 @@ def run_demo(
             estimators = comparison.compare(network, tasks[0], settings, tick)
         found = None
         if settings.sweep:
-            with bar("λ and drift", sweep.RUNS * _work(sweep.METHOD, tasks, settings)) as tick:
+            with bar("λ and budget", sweep.RUNS * _work(sweep.METHOD, tasks, settings)) as tick:
                 found = sweep.sweep(tasks, settings, tick)
     run = Run(settings, tasks, outcomes, estimators, found)
     if out is not None:
@@ -67,6 +67,7 @@ def write(run: Run, folder: Path) -> None:
     text = json.dumps(run.results, indent=2, ensure_ascii=False)
     (folder / "results.json").write_text(text + "\n", encoding="utf-8")
     plots.save_png(plots.accuracy_matrices(run), folder / "accuracy.png")
+    plots.save_png(plots.drift(run), folder / "drift.png")
     plots.save_png(plots.importance(run), folder / "importance.png")
     plots.save_png(plots.estimators(run), folder / "estimators.png")
     if run.sweep is not None:

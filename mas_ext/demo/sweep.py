@@ -1,11 +1,11 @@
-"""The sweep: the results of the proximal step with several λ, and with several drifts."""
+"""The sweep: the results of the proximal step with several λ, and with several budgets."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
 
-from mas_ext._strength.auto import DEFAULT_DRIFT
+from mas_ext._drift.budget import DEFAULT_LIMIT
 from mas_ext.demo import metrics
 from mas_ext.demo.learning import Tick, learn
 from mas_ext.demo.scenarios import Task
@@ -13,22 +13,22 @@ from mas_ext.demo.settings import Settings
 
 METHOD = "mas_proximal"
 LAMBDAS = (1.0, 10.0, 30.0, 100.0, 1000.0)
-DRIFTS = (0.02, 0.06, DEFAULT_DRIFT, 0.6, 2.0)
-RUNS = len(LAMBDAS) + len(DRIFTS)
+BUDGETS = (0.02, 0.04, DEFAULT_LIMIT, 0.16, 0.32)
+RUNS = len(LAMBDAS) + len(BUDGETS)
 
 
 def sweep(tasks: list[Task], settings: Settings, tick: Tick) -> dict[str, Any]:
     """Learns the tasks with one strength after the other.
 
     Returns:
-        The content of ``results.json`` under ``"sweep"``: for ``"lambda"`` and for ``"drift"``, the
-        values, and for each value the average accuracy and the forgetting.
+        The content of ``results.json`` under ``"sweep"``: for ``"lambda"`` and for ``"budget"``,
+        the values, and for each value the average accuracy and the forgetting.
     """
     by_lambda = [replace(settings, lambda_proximal=value) for value in LAMBDAS]
-    by_drift = [replace(settings, lambda_proximal="auto", drift=value) for value in DRIFTS]
+    by_budget = [replace(settings, lambda_proximal=None, budget=value) for value in BUDGETS]
     return {
         "lambda": _curve(LAMBDAS, by_lambda, tasks, tick),
-        "drift": _curve(DRIFTS, by_drift, tasks, tick),
+        "budget": _curve(BUDGETS, by_budget, tasks, tick),
     }
 
 

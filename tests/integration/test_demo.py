@@ -13,14 +13,23 @@ import torch
 
 pytest.importorskip("mlxtend", reason="needs mas_ext[demo]")
 
+from mas_ext import estimate_importance
 from mas_ext.demo import Run, Settings, comparison, metrics, run_demo, sweep
 from mas_ext.demo.data import Digits, load_digits, split_by_class
-from mas_ext.demo.learning import METHODS, accuracy, make_model, measured_batches, within
+from mas_ext.demo.learning import (
+    METHODS,
+    accuracy,
+    forward_of,
+    make_model,
+    measured_batches,
+    within,
+)
 from mas_ext.demo.scenarios import make_tasks, permutations, rotate
 from tests.support.regularizers import assert_refused, refusal
 
 QUICK = Settings(tasks=2, epochs=1, importance_samples=128)
-FILES = {"results.json", "accuracy.png", "importance.png", "estimators.png", "report.html"}
+PICTURES = {"accuracy.png", "drift.png", "importance.png", "estimators.png"}
+FILES = PICTURES | {"results.json", "report.html"}
 NUMBERS = {"average_accuracy", "forgetting", "backward_transfer", "accuracy_matrix", "seconds"}
 
 
@@ -47,7 +56,7 @@ def test_results_have_the_documented_form(run: Run, folder: Path) -> None:
     assert results == json.loads(json.dumps(run.results))
     assert results["scenario"] == "permuted"
     assert results["settings"]["tasks"] == 2
-    assert list(results["methods"]) == ["finetune", "l2", "mas", "mas_proximal"]
+    assert list(results["methods"]) == ["finetune", "interpolated", "mas", "mas_proximal"]
     for numbers in results["methods"].values():
         assert set(numbers) >= NUMBERS
         matrix = numbers["accuracy_matrix"]
@@ -71,6 +80,19 @@ def test_mas_remembers_more_than_fine_tuning(run: Run) -> None:
     methods = run.results["methods"]
     assert methods["mas"]["forgetting"] < methods["finetune"]["forgetting"]
     assert methods["mas_proximal"]["forgetting"] < methods["finetune"]["forgetting"]
+
+
+def test_every_method_with_a_budget_keeps_it(run: Run) -> None:
+    for method, outcome in run.outcomes.items():
+        (first, last), numbers = outcome.drifts, run.results["methods"][method]
+        assert (last is None) == ("drift" not in numbers) == (method == "finetune")
+        if last is not None:
+            assert (first.before, first.after) == (0, 0)
+            assert 0 < last.after <= QUICK.budget
+            assert numbers["drift"][1] == [last.before, last.after]
+        assert bool(outcome.trace) == METHODS[method].measures
+        if outcome.trace:  # with its own λ, and not that of the other mode
+            assert outcome.trace[0].lambda_reg == pytest.approx(outcome.lambdas[0])
 
 
 def test_same_seed_same_numbers_and_another_seed_others(run: Run) -> None:
@@ -98,12 +120,18 @@ def test_global_state_stays(digits: tuple[Digits, Digits]) -> None:
     [
         {"scenario": "rotated", "tasks": 2, "batch_size": 256},
         {"scenario": "split", "tasks": 2, "batch_size": 256},
-        {"tasks": 1, "methods": ("l2",)},
+        {
+            "tasks": 2,
+            "lambda_reg": "auto",
+            "lambda_proximal": 20.0,
+            "methods": ("mas", "mas_proximal"),
+        },
+        {"tasks": 1, "methods": ("interpolated",)},
     ],
     ids=str,
 )
 def test_other_scenarios_run_and_report(options: dict, tmp_path: Path) -> None:
-    """Also of one task and no importance."""
+    """Also with λ in place of a budget, and of one task and no importance."""
     settings = Settings(epochs=1, importance_samples=32, **options)
     done = run_demo(settings, tmp_path, progress=False)
     assert {path.name for path in tmp_path.iterdir()} == FILES
@@ -112,8 +140,12 @@ def test_other_scenarios_run_and_report(options: dict, tmp_path: Path) -> None:
     page = (tmp_path / "report.html").read_text("utf-8")
     assert done.tasks[-1].name in page
     assert settings.command() in re.sub(r"</?span>", "", page)
+    fixed = settings.lambda_reg is not None
+    assert ("λ, MAS" in page) == fixed
+    assert ("How far it drifted" in page) == (not fixed and settings.tasks > 1)
+    assert not fixed or not any("drift" in one for one in done.results["methods"].values())
     if settings.tasks == 1:
-        numbers = done.results["methods"]["l2"]
+        numbers = done.results["methods"]["interpolated"]
         assert numbers["forgetting"] == numbers["backward_transfer"] == 0
         assert numbers["average_accuracy"] == numbers["accuracy_matrix"][0][0]
 
@@ -140,7 +172,7 @@ def test_report_says_what_matters(run: Run, folder: Path) -> None:
         assert words in page
     assert QUICK.command() in re.sub(r"</?span>", "", page)
     assert run.results["versions"]["torch"] in page
-    assert page.count("<svg") == 5
+    assert page.count("<svg") == 6
 
 
 # -- The exact Ω against that of batches -----------------------------------------------------------
@@ -284,6 +316,17 @@ def test_split_tasks_share_no_class(digits: tuple[Digits, Digits]) -> None:
         assert set(within(task, task.test.labels).tolist()) == {0, 1}
 
 
+def test_a_split_task_is_measured_by_the_outputs_that_it_reads(
+    digits: tuple[Digits, Digits],
+) -> None:
+    task, model = make_tasks("split", 2, 0, *digits)[1], make_model(0)
+    images = [task.train.images[:64]]
+    found = estimate_importance(model, images, forward=forward_of(task))
+    right = estimate_importance(model, images, objective=lambda out: out[:, 2:4].square().sum(1))
+    for name, omega in right.items():
+        torch.testing.assert_close(found[name], omega)
+
+
 def test_importance_of_a_part_is_measured_on_every_class(digits: tuple[Digits, Digits]) -> None:
     (task,) = make_tasks("permuted", 1, 0, *digits)
     labels = torch.cat([y for _, y in measured_batches(task, QUICK)])
@@ -301,17 +344,17 @@ def test_same_start_for_the_same_seed() -> None:
 
 def test_a_sweep_is_over_strengths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweep, "LAMBDAS", (1.0, 1e9))
-    monkeypatch.setattr(sweep, "DRIFTS", (0.2, 1e-9))
+    monkeypatch.setattr(sweep, "BUDGETS", (QUICK.budget, 1e-4))
     settings = replace(QUICK, sweep=True, methods=("mas_proximal",))
     run = run_demo(settings, tmp_path, progress=False)
     found = json.loads((tmp_path / "results.json").read_text("utf-8"))["sweep"]
     assert found == run.sweep
-    for kind in ("lambda", "drift"):
+    for kind in ("lambda", "budget"):
         weak, strong = found[kind]["average_accuracy"]
         assert strong < weak, "what is held altogether learns nothing"
         assert found[kind]["forgetting"][1] == pytest.approx(0, abs=0.01)
     (default,) = run.results["methods"].values()
-    assert found["drift"]["average_accuracy"][0] == default["average_accuracy"]
+    assert found["budget"]["average_accuracy"][0] == default["average_accuracy"]
     assert (tmp_path / "sweep.png").stat().st_size > 10_000
     assert "How strong" in (tmp_path / "report.html").read_text("utf-8")
 
@@ -332,6 +375,7 @@ WRONG = {
     "lr": ({"lr": 0.0}, "0"),
     "lambda_reg": ({"lambda_reg": -1.0}, "-1"),
     "lambda_proximal": ({"lambda_proximal": float("nan")}, "nan"),
+    "budget": ({"budget": 0.0}, "0"),
     "drift": ({"drift": 0.0}, "0"),
 }
 

@@ -1,0 +1,384 @@
+"""What the drift is: how outputs are compared, and on which samples."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import log_softmax
+
+from mas_ext import MAS, DriftBudget
+from mas_ext._drift.references import ReferenceSampler
+from tests.support.regularizers import assert_refused, assert_states_equal, move, refusal
+from tests.support.zoo.layers import Net
+from tests.support.zoo.small import images, mlp, vectors
+
+X = vectors(12)
+
+
+def began(model, data, budget=0.1, **options):
+    """Its first task has ended."""
+    mas = MAS(model, 1.0, budget=budget)
+    mas.consolidate(data, **options)
+    return mas
+
+
+def seen(model, mas):
+    """What the model is run on to measure the drift, in the order of the first numbers."""
+    inputs = []
+    hook = model.register_forward_pre_hook(
+        lambda m, args, kwargs: inputs.append(next(iter([*args, *kwargs.values()]))),
+        with_kwargs=True,
+    )
+    mas.drift_measured()
+    hook.remove()
+    assert all(isinstance(x, torch.Tensor) for x in inputs)
+    return inputs
+
+
+def rows(inputs):
+    return sorted(row.flatten().tolist() for batch in inputs for row in batch)
+
+
+# -- metrics ---------------------------------------------------------------------------------------
+def kl(before, now, keep):
+    """Mean over predictions, the classes being last."""
+    p, q = log_softmax(before, -1), log_softmax(now, -1)
+    return (p.exp() * (p - q)).sum(-1)[keep].mean().item()
+
+
+def relative(before, now, keep):
+    return float((now - before)[keep].square().sum() / before[keep].square().sum())
+
+
+def tagger():
+    torch.manual_seed(0)
+    return Net(lambda m, x, attention_mask=None: m.head(x), head=nn.Linear(6, 4)).double()
+
+
+def segmenter():
+    torch.manual_seed(0)
+    return nn.Conv2d(2, 5, 3).double()
+
+
+TOKENS = torch.randn(6, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+MASK = torch.arange(5) < torch.tensor([5, 1, 3, 2, 5, 4])[:, None]
+# model, batch, where the classes are, which predictions count
+FORMS = {
+    "[B, C]": (mlp, X, -1, None),
+    "[B, T, C]": (tagger, {"x": TOKENS}, -1, None),
+    "[B, T, C], masked": (tagger, {"x": TOKENS, "attention_mask": MASK.long()}, -1, MASK),
+    "[B, C, H, W]": (segmenter, images(4), 1, None),
+}
+METRICS = {"kl": (kl, 5e-3), "relative": (relative, 1e-12)}
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("form", FORMS)
+def test_the_drift_is_that_of_its_definition(form, metric):
+    make, batch, dim, keep = FORMS[form]
+    oracle, within = METRICS[metric]
+    model = make()
+
+    def output():
+        with torch.no_grad():
+            found = model(**batch) if isinstance(batch, dict) else model(batch)
+        return found.movedim(dim, -1)
+
+    before = output()
+    keep = torch.ones(before.shape[:-1], dtype=torch.bool) if keep is None else keep
+    mas = began(model, [batch], DriftBudget(0.1, metric))
+    assert mas.drift_measured() == pytest.approx(0, abs=1e-5)
+    move(model, 0.3)
+    expected = oracle(before, output(), keep)
+    assert expected > 0.01
+    assert mas.drift_measured() == pytest.approx(expected, rel=within)
+
+
+def test_a_callable_is_averaged_over_samples():
+    model = mlp()
+    mas = began(model, X.split(5), DriftBudget(0.1, lambda a, b: (b - a).abs().amax(1)))
+    before = model(X)
+    move(model)
+    expected = (model(X) - before).abs().amax(1).mean().item()
+    assert mas.drift_measured() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 20.0])
+@pytest.mark.parametrize("classes", [2, 1000, 50_000])
+def test_what_is_kept_in_float16_adds_little(classes, scale):
+    model = nn.Linear(4, classes, dtype=torch.float32)
+    nn.init.normal_(model.weight, std=scale)
+    mas = began(model, [torch.randn(8, 4)])
+    assert 0 <= mas.drift_measured() + 1e-7 < 1e-5
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_only_the_former_outputs_of_a_head_that_grew_count(metric):
+    model = mlp()
+    mas = began(model, [X], DriftBudget(0.1, metric))
+    head, old = nn.Linear(8, 7).double(), model[2]
+    before = model(X)
+    with torch.no_grad():
+        head.weight[:4], head.bias[:4] = old.weight, old.bias
+    model[2] = head
+    assert mas.drift_measured() == pytest.approx(0, abs=1e-5)
+    move(model)
+    oracle, within = METRICS[metric]
+    expected = oracle(before, model(X)[:, :4], torch.ones(12, dtype=torch.bool))
+    assert mas.drift_measured() == pytest.approx(expected, rel=within)
+    model[2] = nn.Linear(8, 3).double()
+    assert_refused(refusal(mas.drift_measured, ValueError, "budget"))
+
+
+@pytest.mark.parametrize("metric", [*METRICS, lambda a, b: (b - a).square().sum(1)])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_outputs_that_are_not_finite_have_drifted_infinitely(metric, value):
+    model = mlp()
+    mas = began(model, [X], DriftBudget(0.1, metric))
+    with torch.no_grad():
+        model[2].weight[0, 0] = value
+    assert mas.drift_measured() == math.inf
+
+
+def single():
+    return nn.Linear(6, 1).double()
+
+
+REFUSED_OUTPUTS = {
+    "one output": (single, X, "kl", ("kl", "relative")),
+    "not finite": (mlp, torch.full_like(X, math.nan), "kl", ("budget",)),
+    "infinite": (mlp, torch.full_like(X, math.inf), "relative", ("budget",)),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_OUTPUTS)
+def test_references_without_a_drift_are_refused_and_change_nothing(case):
+    make, reference, metric, words = REFUSED_OUTPUTS[case]
+    model = make()
+    mas = MAS(model, 1.0, budget=DriftBudget(0.1, metric))
+    mas.update_importance([X[:3]])
+    refused = refusal(lambda: mas.consolidate([X], reference=[reference]), ValueError, *words)
+    assert_refused(refused, unchanged=(mas, model))
+    assert (mas.num_tasks, mas.drift_measured()) == (0, 0.0)
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (12, 4), (12, 1), None], ids=str)
+def test_a_callable_of_another_shape_is_refused(shape):
+    result = 0.5 if shape is None else torch.zeros(shape)
+    mas = began(mlp(), [X], DriftBudget(0.1, lambda a, b: result))
+    assert_refused(refusal(mas.drift_measured, ValueError, "metric", "[12]"))
+
+
+BAD_BUDGETS = {
+    "text": (lambda: MAS(mlp(), budget="x"), TypeError, "budget"),
+    "True": (lambda: MAS(mlp(), budget=True), TypeError, "budget"),
+    "0": (lambda: DriftBudget(0), ValueError, "budget"),
+    "negative": (lambda: DriftBudget(-0.1), ValueError, "budget"),
+    "NaN": (lambda: DriftBudget(math.nan), ValueError, "budget"),
+    "Inf": (lambda: DriftBudget(math.inf), ValueError, "budget"),
+    "metric": (lambda: DriftBudget(0.1, "l2"), ValueError, "metric"),
+    "samples": (lambda: DriftBudget(0.1, samples=0), ValueError, "samples"),
+    "samples 1.5": (lambda: DriftBudget(0.1, samples=1.5), ValueError, "samples"),
+    "every": (lambda: DriftBudget(0.1, every=0), ValueError, "every"),
+    "every True": (lambda: DriftBudget(0.1, every=True), ValueError, "every"),
+    "slack": (lambda: DriftBudget(0.1, slack=0.9), ValueError, "slack"),
+    "slack NaN": (lambda: DriftBudget(0.1, slack=math.nan), ValueError, "slack"),
+    "slack True": (lambda: DriftBudget(0.1, slack=True), TypeError, "slack"),
+    "reference": (lambda: DriftBudget(0.1, reference=3), TypeError, "reference"),
+    "forward": (lambda: DriftBudget(0.1, forward=3), TypeError, "forward"),
+    "no budget": (lambda: MAS(mlp()).drift_measured(), ValueError, "budget"),
+    "no budget, settle": (lambda: MAS(mlp()).settle(), ValueError, "budget"),
+    "no budget, reference": (lambda: began(mlp(), [X], None, reference=[X]), ValueError, "budget"),
+    "empty reference": (lambda: began(mlp(), [X], reference=[]), ValueError, "reference"),
+    "empty, too": (
+        lambda: began(mlp(), [X], DriftBudget(0.1, reference=[])),
+        *(ValueError, "reference"),
+    ),
+    "no data": (lambda: began(mlp(), None), RuntimeError, "data"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_BUDGETS)
+def test_refusals(case):
+    assert_refused(refusal(*BAD_BUDGETS[case]))
+
+
+# -- references ------------------------------------------------------------------------------------
+def test_every_sample_and_every_pair_is_kept_as_often():
+    """In batches of any size: 3 of 12 samples, by many seeds."""
+    count, seeds = torch.zeros(12, 12), 4000
+    for seed in range(seeds):
+        sampler = ReferenceSampler(3, seed=(seed, 0))
+        for batch in torch.arange(12.0)[:, None].split([5, 1, 4, 2]):
+            sampler.add(batch)
+        kept = torch.cat([one.batch.args[0][:, 0] for one in sampler.kept]).long()
+        assert len(kept.unique()) == 3
+        count[kept[:, None], kept] += 1
+    for pairs, p in (
+        (count.diag(), 3 / 12),
+        (count[tuple(torch.triu_indices(12, 12, 1))], 6 / 132),
+    ):
+        assert (pairs - seeds * p).abs().max() < 4.5 * math.sqrt(seeds * p * (1 - p))
+
+
+@pytest.mark.parametrize("samples", [1, 5, 12, 100])
+@pytest.mark.parametrize("sizes", [[12], [1] * 12, [5, 1, 4, 2], [2, 8, 2]], ids=str)
+def test_at_most_so_many_in_batches_no_larger_than_the_datas(sizes, samples):
+    model = mlp()
+    inputs = seen(model, began(model, X.split(sizes), DriftBudget(0.1, samples=samples)))
+    assert max(map(len, inputs)) <= max(sizes)
+    kept = rows(inputs)
+    assert len(kept) == min(samples, 12)
+    assert all(row in rows([X]) for row in kept)
+    assert len({tuple(row) for row in kept}) == len(kept)
+
+
+def array_forward(model, batch):
+    return model(torch.from_numpy(batch["x"]))
+
+
+# Batches that hold the tensor x, and forward=.
+FORMATS = {
+    "tensor": (lambda x: x, None),
+    "tuple": (lambda x: (x, x[:, :1]), None),
+    "list": (lambda x: [x, None], None),
+    "dict": (lambda x: {"input": x}, None),
+    "forward": (lambda x: {"x": x, "n": 3}, lambda m, b: m(b["x"])),
+    "array": (lambda x: {"x": x.numpy()}, array_forward),
+}
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_references_have_memory_of_their_own(form):
+    """The loader may write its next batch to the same tensors."""
+    make, forward = FORMATS[form]
+    model, x = mlp(), X.clone()
+    mas = began(model, [make(x)], forward=forward)
+    x.zero_()
+    inputs = seen(model, mas)
+    assert rows(inputs) == rows([X])
+    before = model(X)
+    move(model)
+    expected = kl(before, model(X), slice(None))
+    assert mas.drift_measured() == pytest.approx(expected, rel=5e-3)
+
+
+def test_sequences_of_any_length_are_kept():
+    model = tagger()
+    batches = [{"x": TOKENS[k : k + 2, : k + 1]} for k in (0, 2, 4)]
+    batches.append({"x": TOKENS[2:3, :3]})
+    assert rows(seen(model, began(model, batches))) == rows(b["x"] for b in batches)
+
+
+def pooled(m, images):
+    """[B, C] of a list of images, whatever their sizes."""
+    return m.head(torch.stack([image.mean((1, 2)) for image in images]))
+
+
+@pytest.mark.parametrize("channels", [1, 3])  # fault: lists of one grey image become one image
+def test_lists_of_images_are_kept_whole(channels):
+    pictures = [torch.rand(channels, 4 + k, 5, dtype=torch.float64) for k in (0, 0, 1, 2)]
+    found = []
+
+    def forward(m, images):
+        found.append([image.clone() for image in images])
+        return pooled(m, images)
+
+    model = Net(forward, head=nn.Linear(channels, 3)).double()
+    mas = began(model, [{"images": pictures[a:b]} for a, b in ((0, 1), (1, 2), (2, 4))])
+    found.clear()
+    mas.drift_measured()
+    given, kept = (
+        sorted(image.flatten().tolist() for one in lists for image in one)
+        for lists in ([pictures], found)
+    )
+    assert kept == given
+
+
+@pytest.mark.parametrize("count", [1, 3, 4])  # fault: as many rows as samples are taken apart
+def test_what_all_samples_share_stays_whole(count):
+    """Also where it has as many rows as there are samples."""
+    table = torch.randn(count, 6, dtype=torch.float64)
+    model = Net(lambda m, x, table: m.head(x @ table.T), head=nn.Linear(count, 3)).double()
+    mas = began(model, [{"x": x, "table": table} for x in X.split(4)], DriftBudget(0.1, samples=5))
+    assert mas.drift_measured() == pytest.approx(0, abs=1e-5)
+    tables = []
+    model.register_forward_pre_hook(
+        lambda m, args, kwargs: tables.append(kwargs["table"]), with_kwargs=True
+    )
+    mas.drift_measured()
+    assert_states_equal(tables, [table] * len(tables))
+
+
+def test_labels_are_not_kept():
+    model, labels = mlp(), torch.full((12,), 77)
+    for batch in ((X, labels), {"input": X, "labels": labels}):
+        state = began(model, [batch]).state_dict()
+        assert all(not (t == 77).any() for t in state["references"].values())
+
+
+def test_calls_in_one_task_add_up():
+    model = mlp()
+    mas = MAS(model, budget=0.1)
+    mas.update_importance([X[:3]])
+    mas.update_importance(X[3:7].split(2))
+    mas.consolidate([X[7:]])
+    assert rows(seen(model, mas)) == rows([X])
+    with pytest.raises(RuntimeError, match="broken"):
+        mas.update_importance(broken())
+    mas.consolidate([-X])
+    assert rows(seen(model, mas)) == rows([X, -X])
+
+
+def broken():
+    yield 5 * X
+    raise RuntimeError("broken")
+
+
+def test_calls_in_one_task_may_have_different_forms():
+    """fault: the forward= of the first call is used for all."""
+    model = mlp()
+    mas = MAS(model, budget=0.1)
+    mas.update_importance([X[:3]])
+    mas.consolidate([{"x": X[3:]}], forward=lambda m, b: m(b["x"]))
+    assert rows(seen(model, mas)) == rows([X])
+
+
+def test_references_of_ones_own_replace_samples_of_the_data():
+    model, held_out = mlp(), 3 * X
+    mas = began(model, [X], reference=[held_out[:5], (held_out[5:7], 0)])
+    assert rows(seen(model, mas)) == rows([held_out[:7]])
+    mas.consolidate([X])
+    assert rows(seen(model, mas)) == rows([held_out[:7], X])
+    fixed = began(model, [X], DriftBudget(0.1, reference=iter(held_out.split(5)), samples=7))
+    first = rows(seen(model, fixed))
+    assert len(first) == 7
+    assert all(row in rows([held_out]) for row in first)
+    fixed.consolidate([X])
+    assert rows(seen(model, fixed)) == first
+
+
+def test_references_of_ones_own_do_without_samples_of_the_data():
+    """fault: of a task that was measured without a budget, reference= is silently ignored."""
+    model = mlp()
+    plain = MAS(model, 1.0)
+    plain.update_importance([X])
+    mas = MAS(model, budget=0.1)
+    mas.load_state_dict(plain.state_dict())
+    mas.consolidate(reference=[X])
+    assert rows(seen(model, mas)) == rows([X])
+
+
+def test_a_task_begins_where_the_model_then_is():
+    model = mlp()
+    mas = began(model, [X])
+    move(model)
+    other = copy.deepcopy(model)
+    mas.consolidate([-X])
+    assert mas.drift_measured() == pytest.approx(0, abs=1e-5)
+    move(model)
+    both = torch.cat([X, -X])
+    expected = kl(other(both), model(both), slice(None))
+    assert mas.drift_measured() == pytest.approx(expected, rel=5e-3)
