@@ -37,6 +37,7 @@ from mas_ext._state.task_accumulator import FLOOR, check_floor
 from mas_ext._strength.auto import DEFAULT_DRIFT
 from mas_ext._strength.strength import AUTO, Drift, Lambda, RegularizationStrength
 from mas_ext.importance import add_importance_
+from mas_ext.importance.batches import Forward
 from mas_ext.importance.estimation import UNREACHED, SampleStatistics
 from mas_ext.importance.measurement_checkpoint import MeasurementCheckpoint, make_checkpoint
 from mas_ext.importance.options import (
@@ -118,6 +119,8 @@ class MAS:
 
     Source: Aljundi et al., ECCV 2018, https://arxiv.org/abs/1711.09601.
     """
+
+    _budget: DriftBudget | None = None  # of an instance that an earlier mas_ext has pickled
 
     def __init__(
         self,
@@ -280,9 +283,10 @@ class MAS:
 
         Args:
             data: as for :func:`mas_ext.estimate_importance`.
-            reference: batches to measure the drift of later tasks on, in the form of ``data``; None
-                keeps samples of ``data``. On data that the model was trained on the drift is often
-                smaller than on new data, so pass some that was held out if there is enough.
+            reference: batches to measure the drift of later tasks on, in the form of ``data``, used
+                as they are; None keeps samples of ``data``. On data that the model was trained on
+                the drift is often smaller than on new data, so pass some that was held out if there
+                is enough.
             options: as for :meth:`update_importance`.
 
         Raises:
@@ -294,15 +298,15 @@ class MAS:
         and, once for each parameter, if no measured output depends on it.
         """
         measurement = Measurement.from_options(options, CheckpointedMeasurementOptions)
-        if reference is not None:
-            self._tracker()  # raises without a budget
+        if reference is not None and self._tracker().budget.reference is not None:
+            raise ValueError("reference: the budget has references already; leave one of them out")
         self.protected.warn_if_never_applied()
         if self.protected.tracker is not None:
             self.protected.tracker.warn_if_over(self.protected)
         with self._state.unchanged_after_an_error():
             saved = MeasurementCheckpoint() if data is None else self._measure(data, measurement)
             self.protected.warn_of_no_importance()
-            references = self._next_references(reference)
+            references = self._next_references(reference, measurement.forward)
             self._state.end_task(self._named(), self._selected())
         self._state.begin_task(references)
         self.protected.has_acted = False
@@ -346,14 +350,17 @@ class MAS:
             if sampler is None
             else sampler.copy()
         )
+        state.drift.sampler.forward = tracker.budget.forward or measurement.forward
         return state.drift.sampler.watch(data)
 
-    def _next_references(self, own: Iterable[Any] | None) -> References | None:
+    def _next_references(
+        self, own: Iterable[Any] | None, forward: Forward | None
+    ) -> References | None:
         """What the drift of the next task is measured on; None without a drift budget."""
         tracker = self.protected.tracker
         if tracker is None:
             return None
-        return tracker.references(self.protected.index.model, self._state, own)
+        return tracker.references(self.protected.index.model, self._state, own, forward)
 
     # -- the drift ---------------------------------------------------------------------------------
 

@@ -33,6 +33,7 @@ class Controller:
         drift, size: averages of d and Q over the measurements of this task.
         last_size: Q at the last measurement.
         steps: of the optimizer since the task began.
+        start: after how many of them λ was last given anew.
         step: after which the last measurement was.
         measured: the measurements since the task began.
         streak: how many of them in a row, up to the last, were above the limit.
@@ -43,6 +44,7 @@ class Controller:
     size: float = 0.0
     last_size: float = 0.0
     steps: int = 0
+    start: int = 0
     step: int = 0
     measured: int = 0
     streak: int = 0
@@ -56,12 +58,16 @@ class Controller:
         """For the next task, which may conflict more: λ begins no lower than it was given."""
         return Controller(max(self.log_factor, 0.0))
 
+    def begin_anew(self) -> Controller:
+        """Within a task, for a λ that was given anew."""
+        return Controller(steps=self.steps, start=self.steps, step=self.steps)
+
     def is_due(self, every: int) -> bool:
-        """Whether to measure after this step: 1, 2, 4, 8, … and then in every ``every`` steps.
+        """Whether to measure now: after 1, 2, 4, 8, … steps and then in every ``every`` steps.
 
         Above the limit sooner, since λ may be far too small.
         """
-        wait = min(every, max(1, self.step))
+        wait = min(every, max(1, self.step - self.start))
         if self.streak:
             wait = min(wait, max(1, every // 4))
         return self.steps >= self.step + wait
@@ -76,7 +82,9 @@ class Controller:
         """
         steps, self.step = self.steps - self.step, self.steps
         self.measured += 1
-        if not (math.isfinite(drift) and math.isfinite(size)):
+        if not math.isfinite(size):  # no λ brings such parameters back
+            return
+        if not math.isfinite(drift):
             self.streak += 1
             self._change(LARGEST_CHANGE)
             return
@@ -103,6 +111,10 @@ class Controller:
     def limit_factor(self, largest: float) -> None:
         """Lowers λ where its factor is above ``largest``."""
         self.log_factor = min(self.log_factor, math.log(largest))
+
+    def raise_factor(self, least: float) -> None:
+        """Raises λ where its factor is below ``least``."""
+        self.log_factor = max(self.log_factor, math.log(least))
 
 
 def step_is_stable_up_to(scale: float) -> float:

@@ -32,27 +32,66 @@ class Reference:
 
     Attributes:
         batch: their inputs.
-        keys: a random number for each sample, or one for all if they cannot be divided.
+        keys: a random number for each sample, or one for all if they stay together.
         samples: how many there are.
+        divides: whether samples can be taken out of it.
+        outputs: which of the model's outputs are compared; None before they were first computed.
         before: what the metric keeps of each output at the beginning of the task.
     """
 
     batch: Batch
     keys: Tensor
     samples: int
+    divides: bool = True
+    outputs: Outputs | None = None
     before: tuple[Tensor, ...] = ()
-
-    @property
-    def divides(self) -> bool:
-        """Whether samples can be taken out of it."""
-        return len(self.keys) == self.samples
 
     def take(self, rows: Sequence[int]) -> Reference:
         """Some of the samples, in memory of their own."""
         batch = _cloned(self.batch.take(rows, self.samples))
         chosen = torch.tensor(rows)
         before = tuple(b[chosen.to(b.device)] for b in self.before)
-        return Reference(batch, self.keys[chosen], len(rows), before)
+        return Reference(batch, self.keys[chosen], len(rows), True, self.outputs, before)
+
+    def recorded(self, model: nn.Module, comparison: Comparison) -> Reference:
+        """The same with the outputs of the model as it is now."""
+        try:
+            outputs, found = self._run(model)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as problem:
+            if not self.divides:
+                raise
+            raise ValueError(
+                f"budget: the model raised {type(problem).__name__} ({problem}) on samples of the "
+                "data that were put together to a new batch; pass reference=, whose batches are "
+                "used as they are"
+            ) from problem
+        if any(len(output) != self.samples for output in outputs) and self.divides:
+            raise ValueError(
+                f"budget: the model's output for {self.samples} references has {len(outputs[0])} "
+                "rows; dimension 0 must be the sample, or pass reference=batches"
+            )
+        _check_finite(outputs)
+        before = tuple(comparison.kept(output) for output in outputs)
+        return replace(self, outputs=found, before=before)
+
+    def compared(self, model: nn.Module, comparison: Comparison) -> Tensor:
+        """Distance and weight, [2], float64, on the CPU."""
+        total = torch.zeros(2, dtype=torch.float64)
+        for kept, output in zip(self.before, self._run(model)[0], strict=True):
+            mask = _mask_of(self.batch, output)
+            pair = comparison.compare(kept.to(output.device), output, mask)
+            total += torch.stack(pair).double().cpu()
+        return total
+
+    def _run(self, model: nn.Module) -> tuple[list[Tensor], Outputs]:
+        placed = _placed(self.batch, next(model.parameters()).device)
+        returned = placed.forward(model)
+        found = self.outputs
+        if found is None:
+            found = find_outputs(returned, placed, lambda other: other.forward(model))
+        return found.tensors(returned), found
 
     @property
     def nbytes(self) -> int:
@@ -95,8 +134,8 @@ class ReferenceSampler:
             return data  # the measurement says what is wrong with it
         return _Watched(data, self.add)
 
-    def add(self, raw: Any) -> None:
-        """Considers the samples of a batch."""
+    def add(self, raw: Any, whole: bool = False) -> None:
+        """Considers the samples of a batch; if ``whole``, it is kept as it is."""
         self.batches += 1
         batch = self._readable(raw)
         size = _size(batch)
@@ -104,11 +143,14 @@ class ReferenceSampler:
             return
         self.largest = max(self.largest, size)
         random = torch.Generator().manual_seed(hash((*self.seed, self.batches)) % 2**63)
+        if whole:
+            self.kept.append(Reference(_cloned(batch), torch.zeros(1), size, divides=False))
+            return
         divides = _can_be_divided(batch, size)
         keys = torch.rand(size if divides else 1, generator=random, dtype=torch.float64)
         smaller = keys < self._limit()
         if smaller.any():
-            found = Reference(batch, keys, size)
+            found = Reference(batch, keys, size, divides)
             rows = smaller.nonzero().flatten().tolist()
             self.kept.append(found.take(rows) if divides else replace(found, batch=_cloned(batch)))
             self.kept = _smallest(self.kept, self.count)
@@ -126,11 +168,18 @@ class ReferenceSampler:
         """What all data ranks have kept, in the form in which it is measured."""
         kept = self.kept
         if not ranks.is_alone:
-            own = [(tree_of(_on_cpu(one.batch)), one.keys, one.samples) for one in kept]
+            own = [
+                (
+                    isinstance(one.batch, CustomBatch),
+                    tree_of(_on_cpu(one.batch)),
+                    (one.keys, one.samples, one.divides),
+                )
+                for one in kept
+            ]
             everyone = [part for parts in ranks.attempt(lambda: own) for part in parts]
             kept = [
-                Reference(batch_of(tree, self.forward), keys, samples)
-                for tree, keys, samples in everyone
+                Reference(batch_of(tree, self.forward if is_custom else None), *rest)
+                for is_custom, tree, rest in everyone
             ]
             self.largest = max(ranks.attempt(lambda: self.largest))
         return _merged(_smallest(kept, self.count), self.largest)
@@ -154,12 +203,10 @@ class TaskReferences:
     Attributes:
         parts: the samples, in batches no larger than those of the data they come from.
         batch_size: the samples in the largest batch of that data.
-        outputs: which of the model's outputs are compared; None before they were first computed.
     """
 
     parts: list[Reference]
     batch_size: int
-    outputs: Outputs | None = None
 
     @property
     def samples(self) -> int:
@@ -173,23 +220,8 @@ class TaskReferences:
 
     def recorded(self, model: nn.Module, comparison: Comparison) -> TaskReferences:
         """The same with the outputs of the model as it is now."""
-        found = TaskReferences([], self.batch_size, self.outputs)
-        for part in self.parts:
-            outputs = found._run(model, part.batch)
-            _check_finite(outputs)
-            before = tuple(comparison.kept(output) for output in outputs)
-            found.parts.append(replace(part, before=before))
-        return found
-
-    def compared(self, model: nn.Module, comparison: Comparison, part: Reference) -> Tensor:
-        """Distance and weight of a part, [2], float64, on the CPU."""
-        total = torch.zeros(2, dtype=torch.float64)
-        now = self._run(model, part.batch)
-        for kept, output in zip(part.before, now, strict=True):
-            mask = _mask_of(part.batch, output)
-            pair = comparison.compare(kept.to(output.device), output, mask)
-            total += torch.stack(pair).double().cpu()
-        return total
+        parts = [part.recorded(model, comparison) for part in self.parts]
+        return replace(self, parts=parts)
 
     def window(self, start: int, count: int) -> Iterator[Reference]:
         """``count`` samples from position ``start`` on, beginning anew after the last."""
@@ -207,13 +239,6 @@ class TaskReferences:
                 position = 0
                 if left <= 0:
                     return
-
-    def _run(self, model: nn.Module, batch: Batch) -> list[Tensor]:
-        placed = _placed(batch, next(model.parameters()).device)
-        returned = placed.forward(model)
-        if self.outputs is None:
-            self.outputs = find_outputs(returned, placed, lambda other: other.forward(model))
-        return self.outputs.tensors(returned)
 
 
 @dataclass
@@ -266,11 +291,13 @@ class References:
                 chosen = task.parts if window is None else task.window(*window)
                 for part in chosen:
                     share, counts = _share(part, rank, world)
-                    total += counts * task.compared(model, self.comparison, share)
+                    total += counts * share.compared(model, self.comparison)
         distance, weight = _summed(total, ranks).tolist()
         if not math.isfinite(distance):
             return math.inf
-        return distance / weight if weight else 0.0
+        if not weight:
+            return math.inf if distance else 0.0
+        return distance / weight
 
 
 @contextmanager
@@ -308,8 +335,18 @@ def _size(batch: Batch) -> int:
     return sized[0] if sized and isinstance(batch, CustomBatch) else max(1, len(sized))
 
 
+def _has_lists(tree: Any) -> bool:
+    """Whether an item of a batch is a list of tensors, whose items may be the samples."""
+    items = tree.values() if isinstance(tree, Mapping) else tree
+    if not isinstance(tree, (Mapping, tuple, list)):
+        return False
+    return any(isinstance(item, (tuple, list)) and tensors_in(item) for item in items)
+
+
 def _can_be_divided(batch: Batch, size: int) -> bool:
     if isinstance(batch, Inputs) and batch.has_lists:
+        return False
+    if isinstance(batch, CustomBatch) and _has_lists(batch.batch):
         return False
     try:
         batch.take([0], size)
@@ -456,8 +493,8 @@ def _share(part: Reference, rank: int, world: int) -> tuple[Reference, float]:
     """
     if world == 1:
         return part, 1.0
-    if not part.divides:
-        return part, float(rank == 0)
+    if not part.divides:  # each has it whole, and each counts a part of it
+        return part, 1.0 / world
     rows = range(rank, part.samples, world)
     return (part.take(rows), 1.0) if len(rows) else (part.take([0]), 0.0)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +72,9 @@ class Path:
             that the parameters keep of theirs, measured by ‖θ − θ*‖.
         buffers: the model's buffers when the task began, by name.
         weights: ``"importance"`` or ``"uniform"``.
+
+    Attributes:
+        is_uniform: whether the weights are uniform.
     """
 
     def __init__(
@@ -83,7 +86,7 @@ class Path:
     ) -> None:
         self._moved = [one for one in protected if float(one.lambda_reg) > 0]
         self._groups = _relative(grouped(self._moved))
-        self._is_uniform = weights == "uniform"
+        self.is_uniform = weights == "uniform"
         self._end = [local(one.param).detach().clone() for one in self._moved]
         self._buffers = [
             (now, now.detach().clone(), buffers[name])
@@ -95,24 +98,38 @@ class Path:
     @torch.no_grad()
     def unit(self) -> float:
         """The c that moves the parameters about halfway."""
-        if self._is_uniform:
+        if self.is_uniform:
             return 1.0
         size = 2 * sum(float(group.penalty()) for group in self._groups)
-        return self._length**2 / size if size > 0 else 1.0
+        unit = self._length**2 / size if size > 0 else 1.0
+        return unit if 0 < unit < math.inf else 1.0
 
     @torch.no_grad()
     def put(self, c: float) -> None:
         """Sets the model to θ_c."""
-        straight = self._is_uniform or math.isinf(c)
-        way = (c / (1 + c) if math.isfinite(c) else 1.0) if straight else 0.0
         for one, end in zip(self._moved, self._end, strict=True):
-            local(one.param).copy_(torch.lerp(end, one.anchor, way) if way < 1 else one.anchor)
-        if not straight and c > 0:
+            local(one.param).copy_(one.anchor if math.isinf(c) else end)
+        if 0 < c < math.inf:
+            self._move(c)
+        kept = self._kept(c)
+        for now, end, begun in self._buffers:
+            now.copy_(end if kept == 1 else torch.lerp(begun, end, kept))
+
+    def _move(self, c: float) -> None:
+        if self.is_uniform:
+            for one in self._moved:
+                local(one.param).lerp_(one.anchor, c / (1 + c))
+        else:
             for group in self._groups:
                 group._replace(lambda_reg=group.lambda_reg * c).proximal_step_(1.0)
-        kept = self._distance() / self._length if self._length > 0 and c > 0 else 1.0
-        for now, end, begun in self._buffers:
-            now.copy_(end if kept == 1 else torch.lerp(begun, end, min(kept, 1.0)))
+
+    def _kept(self, c: float) -> float:
+        """The part of the change that is left, from 1 to 0."""
+        if c == 0 or math.isinf(c):
+            return 0.0 if c else 1.0
+        if not 0 < self._length < math.inf:
+            return 1 / (1 + c)
+        return min(self._distance() / self._length, 1.0)
 
     def _distance(self) -> float:
         """‖θ − θ*‖."""
@@ -131,10 +148,8 @@ def _relative(groups: list[ParameterGroup]) -> list[ParameterGroup]:
     return [group._replace(lambda_reg=group.lambda_reg / largest) for group in groups]
 
 
-def search(
-    path: Path, drift: Callable[[], float], limit: float, before: float
-) -> tuple[float, float] | None:
-    """The smallest c found whose drift is within the limit, and that drift.
+def search(path: Path, drift: Callable[[], float], limit: float, before: float) -> Found | None:
+    """The smallest c found whose drift is within the limit.
 
     The model is left at θ_c. The drift need not fall as c grows: what is returned was measured.
 
@@ -145,40 +160,46 @@ def search(
         before: the drift at c = 0, which is above the limit.
 
     Returns:
-        None if no c keeps within the limit.
+        None if no finite c keeps within the limit, and for ``"uniform"`` weights θ* neither.
     """
 
-    def at(c: float) -> float:
+    def at(c: float) -> Found:
         path.put(c)
-        return drift()
+        return Found(c, drift())
 
     unit = path.unit()
-    low, above = 0.0, before
-    high, below = unit, at(unit)
-    while below > limit:
-        if high >= LARGEST * unit:
+    low, high = Found(0.0, before), at(unit)
+    while high.drift > limit:
+        if math.isinf(high.c) or (high.c >= LARGEST * unit and not path.is_uniform):
             return None
-        low, above, high = high, below, high * FACTOR
-        below = at(high)
+        low, high = high, at(math.inf if high.c >= LARGEST * unit else high.c * FACTOR)
     for _ in range(MOST):
-        if below >= CLOSE * limit:
+        if high.drift >= CLOSE * limit or high.c <= unit / LARGEST:
             break
-        if low == 0.0 and high > unit / LARGEST:
-            c = high / FACTOR
+        middle = at(_between(low, high, limit))
+        if middle.drift > limit:
+            low = middle
         else:
-            c = _between(low, above, high, below, limit)
-        found = at(c)
-        if found > limit:
-            low, above = c, found
-        else:
-            high, below = c, found
-    path.put(high)
-    return high, below
+            high = middle
+    path.put(high.c)
+    return high
 
 
-def _between(low: float, above: float, high: float, below: float, limit: float) -> float:
+class Found(NamedTuple):
+    """A c, and the drift that was measured there."""
+
+    c: float
+    drift: float
+
+
+def _between(low: Found, high: Found, limit: float) -> float:
     """Where a straight line from the one to the other meets the limit, in logarithms."""
-    ways = [math.log(max(value, 1e-300)) for value in (above, limit * (1 + CLOSE) / 2, below)]
-    share = 0.5 if math.isinf(above) else (ways[0] - ways[1]) / (ways[0] - ways[2])
+    if low.c == 0:
+        return high.c / FACTOR
+    if math.isinf(high.c):
+        return low.c * FACTOR
+    aim = limit * (1 + CLOSE) / 2
+    ways = [math.log(max(value, 1e-300)) for value in (low.drift, aim, high.drift)]
+    share = 0.5 if math.isinf(low.drift) else (ways[0] - ways[1]) / (ways[0] - ways[2])
     share = min(max(share, 0.1), 0.9)
-    return math.exp(math.log(low) + share * (math.log(high) - math.log(low)))
+    return math.exp(math.log(low.c) + share * (math.log(high.c) - math.log(low.c)))

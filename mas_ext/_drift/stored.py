@@ -65,8 +65,7 @@ class DriftState:
         if sampler is not None:
             about = {"batches": sampler.batches, "largest": sampler.largest, "seed": sampler.seed}
             parts = _parts(sampler.kept, "open", "the task that has not ended", tensors)
-            custom = sampler.forward is not None
-            settings["open"] = {**about, "parts": parts or [], "custom": custom}
+            settings["open"] = {**about, "parts": parts or []}
         return {**settings, "tensors": sorted(tensors)}, tensors
 
     @classmethod
@@ -97,7 +96,6 @@ class DriftState:
                 buffers = {n.removeprefix(begins): b for n, b in buffers.items()}
                 state.references = References(comparison, tasks, buffers)
             if (about := settings.get("open")) is not None:
-                _check_forward(about["custom"], forward)
                 sampler = ReferenceSampler(count, forward, tuple(about["seed"]))
                 sampler.batches, sampler.largest = about["batches"], about["largest"]
                 sampler.kept = [_reference(part, tensors, forward) for part in about["parts"]]
@@ -118,14 +116,7 @@ def _tasks(tasks: list[TaskReferences], tensors: Tensors) -> list[dict[str, Any]
         parts = _parts(task.parts, str(number), f"task {number + 1}", tensors)
         if parts is None:
             continue
-        stored.append(
-            {
-                "parts": parts,
-                "batch_size": task.batch_size,
-                "custom": any(isinstance(part.batch, CustomBatch) for part in task.parts),
-                "outputs": None if task.outputs is None else asdict(task.outputs),
-            }
-        )
+        stored.append({"parts": parts, "batch_size": task.batch_size})
     return stored
 
 
@@ -158,19 +149,22 @@ def _part(part: Reference, name: str, tensors: Tensors) -> dict[str, Any]:
     tensors[f"{name}/keys"] = part.keys
     for k, output in enumerate(part.before):
         tensors[f"{name}/before/{k}"] = output
-    tree = _encoded(tree_of(part.batch), f"{name}/inputs", tensors)
-    return {"name": name, "samples": part.samples, "before": len(part.before), "inputs": tree}
+    return {
+        "name": name,
+        "inputs": _encoded(tree_of(part.batch), f"{name}/inputs", tensors),
+        "custom": isinstance(part.batch, CustomBatch),
+        "samples": part.samples,
+        "divides": part.divides,
+        "outputs": None if part.outputs is None else asdict(part.outputs),
+        "before": len(part.before),
+    }
 
 
 def _task(
     stored: Mapping[str, Any], tensors: Mapping[str, Tensor], forward: Forward | None
 ) -> TaskReferences:
-    _check_forward(stored["custom"], forward)
-    function = forward if stored["custom"] else None
-    parts = [_reference(part, tensors, function) for part in stored["parts"]]
-    found = stored["outputs"]
-    outputs = found and Outputs(tuple(map(tuple, found["paths"])), tuple(found["names"]))
-    return TaskReferences(parts, stored["batch_size"], outputs)
+    parts = [_reference(part, tensors, forward) for part in stored["parts"]]
+    return TaskReferences(parts, stored["batch_size"])
 
 
 def _reference(
@@ -178,16 +172,16 @@ def _reference(
 ) -> Reference:
     name = stored["name"]
     before = tuple(tensors[f"{name}/before/{k}"] for k in range(stored["before"]))
-    batch = batch_of(_decoded(stored["inputs"], tensors), forward)
-    return Reference(batch, tensors[f"{name}/keys"], stored["samples"], before)
-
-
-def _check_forward(custom: bool, forward: Forward | None) -> None:
-    if custom and forward is None:
+    if stored["custom"] and forward is None:
         raise ValueError(
             "the state's references were measured with forward=, and a state cannot hold a "
             "function: pass the same one as DriftBudget(limit, forward=...)"
         )
+    batch = batch_of(_decoded(stored["inputs"], tensors), forward if stored["custom"] else None)
+    found = stored["outputs"]
+    outputs = found and Outputs(tuple(map(tuple, found["paths"])), tuple(found["names"]))
+    keys = tensors[f"{name}/keys"]
+    return Reference(batch, keys, stored["samples"], stored["divides"], outputs, before)
 
 
 class _Unstorable(Exception):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakSet
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from mas_ext._distributed.ranks import ProcessGroup, Ranks
+from mas_ext._distributed.ranks import ProcessGroup
 from mas_ext._drift.budget import DriftBudget
 from mas_ext._drift.controller import step_is_stable_up_to
 from mas_ext._drift.metrics import resolve
@@ -23,7 +24,7 @@ from mas_ext._drift.references import (
 )
 from mas_ext._drift.settling import Path, Settled, search
 from mas_ext._drift.stored import DriftState
-from mas_ext._strength.auto import normalizes_updates
+from mas_ext._strength.auto import UpdateKind, normalizes_updates, update_kind
 from mas_ext._warnings import warn
 from mas_ext.importance.batches import Forward
 from mas_ext.importance.data_parallel import placement_of
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from mas_ext._penalty.protected_parameters import ProtectedParameters
     from mas_ext._state.regularizer_state import RegularizerState
 
+LOWEST = 0.03  # of a predicted λ: a task that needs less of the budget does not spend it all
 OVER = 1.01  # times the limit: what rounding may add after settling
 REGULAR = 20  # steps between measurements: one forward pass in 20 × 3 passes is less than 2 %
 
@@ -92,31 +94,38 @@ class DriftTracker:
         return ReferenceSampler(self.budget.samples, forward, seed=(task, rank))
 
     def references(
-        self, model: nn.Module, state: RegularizerState, own: Iterable[Any] | None
+        self,
+        model: nn.Module,
+        state: RegularizerState,
+        own: Iterable[Any] | None,
+        forward: Forward | None,
     ) -> References | None:
         """The references for the next task, which begins with the model as it is now.
 
         Args:
             state: with the references of earlier tasks, and the sampler of the one that has ended.
             own: batches to keep instead of samples of the task's data.
+            forward: runs the model on ``own``.
+
+        Returns:
+            None if there are none, since the state was loaded without them.
 
         Raises:
-            ValueError: there are none, or their outputs cannot be used.
+            ValueError: the data or ``own`` is empty, or the outputs cannot be used.
         """
         placement = self._placement(model)
         before, sampler = state.drift.references, state.drift.sampler
         tasks = [] if before is None else before.tasks
-        if sampler is None:  # nothing was measured since the last task, or it was not saved
-            pass
-        elif self.budget.reference is not None:
+        forward = self.budget.forward or forward
+        if self.budget.reference is not None:
             if self._fixed is None:
-                rank = sampler.seed[-1:]
-                self._fixed = [self._kept(sampler, self.budget.reference, rank, placement.ranks)]
+                self._fixed = [_whole(self.budget.reference, self.budget.samples, forward)]
             tasks = self._fixed
         elif own is not None:
-            tasks = [*tasks, self._kept(sampler, own, sampler.seed, placement.ranks)]
-        else:
-            tasks = [*tasks, _gathered(sampler, placement.ranks, "data")]
+            tasks = [*tasks, _whole(own, self.budget.samples, forward)]
+        elif sampler is not None:
+            parts = sampler.gathered(placement.ranks)
+            tasks = [*tasks, _checked(TaskReferences(parts, sampler.largest), "data")]
         if not tasks:
             return None
         recorded: list[References] = []
@@ -124,15 +133,6 @@ class DriftTracker:
             lambda: recorded.append(References.of(placement.model, tasks, self.comparison))
         )
         return recorded[0]
-
-    def _kept(
-        self, like: ReferenceSampler, data: Iterable[Any], seed: tuple[int, ...], ranks: Ranks
-    ) -> TaskReferences:
-        """Samples of batches that the user has passed as references."""
-        sampler = ReferenceSampler(like.count, like.forward, seed)
-        for batch in data:
-            sampler.add(batch)
-        return _gathered(sampler, ranks, "reference")
 
     def _placement(self, model: nn.Module) -> Any:
         return placement_of(model, self._process_group)
@@ -179,7 +179,12 @@ class DriftTracker:
         """Warns if a task is about to end above the limit."""
         if protected.state.drift.references is None:
             return
-        drift, limit = self.measured(protected), self.budget.limit
+        limit = self.budget.limit
+        try:
+            drift = self.measured(protected)
+        except ValueError as problem:  # an output has shrunk: the next task has new references
+            warn(f"the drift of this task could not be measured: {problem}")
+            return
         if drift > OVER * limit:
             warn(
                 f"budget: this task has drifted by {drift:.3g}, and the limit is {limit:g}; call "
@@ -214,25 +219,32 @@ class DriftTracker:
         controller, references = state.drift.controller, state.drift.references
         assert references is not None
         drift = self.measured(protected, references.batch_size)
-        penalty = float(protected.penalty())
+        kind = _kind(optimizer, mode)
+        penalty = float(protected.penalty(kind))
         controller.follow(
             drift, penalty / state.strength.factor, self.budget.limit * self.budget.slack
         )
-        if mode == "gradient" and optimizer is not None and not normalizes_updates(optimizer):
-            controller.limit_factor(self._stable_factor(protected, optimizer))
+        if state.strength.is_auto:
+            controller.raise_factor(LOWEST)
+        if mode == "gradient" and optimizer is not None:
+            controller.limit_factor(self._stable_factor(protected, {optimizer, *self._last_round}))
         state.follow_controller()
-        numbers = state.strength.numbers("gradient")
+        numbers = state.strength.numbers(kind)
         self.trace.append(DriftRecord(controller.steps, drift, numbers, penalty, state.num_tasks))
 
-    def _stable_factor(self, protected: ProtectedParameters, optimizer: Optimizer) -> float:
-        """Up to which factor of λ steps of this learning rate do not diverge."""
+    def _stable_factor(
+        self, protected: ProtectedParameters, optimizers: Iterable[Optimizer]
+    ) -> float:
+        """Up to which factor of λ the steps of these optimizers do not diverge."""
+        plain = [one for one in optimizers if not normalizes_updates(one)]
+        rates = [float(group["lr"]) for one in plain for group in one.param_groups]
+        if not rates:
+            return math.inf
         state = protected.state
         if self._largest[:2] != (state.strength, state.num_tasks):
             ranks = self._placement(protected.index.model).ranks
             largest = largest_of((one.largest() for one in protected.find()), ranks)
             self._largest = state.strength, state.num_tasks, largest / state.strength.factor
-        optimizers = {optimizer, *self._last_round}
-        rates = [float(group["lr"]) for one in optimizers for group in one.param_groups]
         return step_is_stable_up_to(max(rates) * self._largest[2])
 
     @torch.no_grad()
@@ -253,18 +265,35 @@ class DriftTracker:
                 if found is None:
                     path.put(0.0)
             if found is not None:
-                return Settled(before, found[1], found[0])
+                return Settled(before, found.drift, found.c)
         raise ValueError(
             f"budget: with every protected parameter back at θ* the drift would still be above "
-            f"{limit:g}: parameters that are not protected have changed. Nothing was changed here; "
-            "protect them with params= and λ above 0, or allow more"
+            f"{limit:g}. Either parameters that are not protected have changed: protect them with "
+            "params= and λ above 0; or the limit is below what can be measured, about 1e-5 nats, "
+            "since outputs are kept in float16. Nothing was changed"
         )
 
 
-def _gathered(sampler: ReferenceSampler, ranks: Ranks, argument: str) -> TaskReferences:
-    parts = sampler.gathered(ranks)
-    if not parts:
+def _kind(optimizer: Optimizer | None, mode: str) -> UpdateKind:
+    """For which updates λ is, where a step is taken by an optimizer, or by hand."""
+    if optimizer is None:
+        return "normalized" if mode == "proximal" else "gradient"
+    return update_kind(optimizer, mode)
+
+
+def _whole(data: Iterable[Any], count: int, forward: Forward | None) -> TaskReferences:
+    """The first batches that the user has passed as references, as they are."""
+    sampler = ReferenceSampler(count, forward)
+    for batch in data:
+        sampler.add(batch, whole=True)
+        if sum(one.samples for one in sampler.kept) >= count:
+            break
+    return _checked(TaskReferences(sampler.kept, sampler.largest), "reference")
+
+
+def _checked(task: TaskReferences, argument: str) -> TaskReferences:
+    if not task.parts:
         raise ValueError(
             f"{argument}: it gave no samples to keep as references of the drift budget"
         )
-    return TaskReferences(parts, sampler.largest)
+    return task

@@ -68,9 +68,9 @@ class ProtectedParameters:
 
     # -- the penalty -------------------------------------------------------------------------------
 
-    def penalty(self) -> Tensor:
-        """See :meth:`mas_ext.MAS.penalty`."""
-        values = [group.penalty() for group in self._groups()]
+    def penalty(self, update: UpdateKind = "gradient") -> Tensor:
+        """See :meth:`mas_ext.MAS.penalty`; with λ for this kind of update."""
+        values = [group.penalty() for group in self._groups(update=update)]
         return self.sum(values) if values else self._zero(torch.is_grad_enabled())
 
     def add_penalty_grad_(

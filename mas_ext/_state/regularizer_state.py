@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from mas_ext._distributed.shards import Shardings, local_parts
-from mas_ext._drift.controller import Controller
 from mas_ext._drift.references import References
 from mas_ext._drift.stored import DriftState
 from mas_ext._parameters import check_materialised
@@ -54,6 +53,9 @@ class RegularizerState:
     drift: DriftState = field(default_factory=DriftState)
     shardings: Shardings = field(default_factory=Shardings)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update({"drift": DriftState(), **state})  # a pickle of an earlier mas_ext
+
     @property
     def state_dtype(self) -> str:
         """The name of the dtype that Ω is stored in."""
@@ -87,7 +89,7 @@ class RegularizerState:
         strength.check_patterns(named)
         self._resolve(strength, named)
         self.strength = strength
-        self.drift.controller = Controller()  # which goes on from this λ
+        self.drift.controller = self.drift.controller.begin_anew()
 
     def follow_controller(self) -> None:
         """Takes over the λ of the controller."""
@@ -103,7 +105,8 @@ class RegularizerState:
                 "energy to find λ from; pass a number, and 'auto' after the next consolidate()"
             )
         check_energy(self.energy.mean)
-        known = {name: named[name] for name in self.consolidated.anchor if name in named}
+        # In the model's order, which a file does not keep: sums depend on it in their last bit.
+        known = {name: p for name, p in named.items() if name in self.consolidated.anchor}
         strength.resolve(self.consolidated.statistics(known, self.merge), self.energy.mean)
 
     def end_task(self, named: Mapping[str, Parameter], selected: Mapping[str, Parameter]) -> None:

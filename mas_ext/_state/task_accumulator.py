@@ -113,7 +113,8 @@ class TaskAccumulator:
         """
         if not fraction:
             return {}
-        sums = {name: total for name, total in self.measured_sums().items() if name in named}
+        measured = self.measured_sums()
+        sums = {name: measured[name] for name in named if name in measured}  # in the model's order
         omega = {
             name: float(Placement.of(named[name]).sum_over_shards(total.sum(dtype=torch.float64)))
             / self.counts[name]

@@ -47,6 +47,8 @@ class RegularizationStrength:
         TypeError: something other than numbers and strings.
     """
 
+    factor = 1.0  # of an instance that an earlier mas_ext has pickled
+
     def __init__(self, value: Any, drift: Any = DEFAULT_DRIFT) -> None:
         is_mapping = isinstance(value, Mapping)
         by_pattern = {
@@ -65,7 +67,6 @@ class RegularizationStrength:
         # Where λ is not found yet, nothing is protected: it is 0.
         self._tensors = {p: _scalars(self._lambdas.get(p, Lambdas(0.0, 0.0))) for p in by_pattern}
         self._pattern_of: dict[str, str] = {}
-        self.factor = 1.0
 
     def multiply_by(self, factor: float) -> None:
         """Multiplies every λ, as given or found, by a factor, which replaces the one before."""
