@@ -96,7 +96,7 @@ def test_a_second_start_from_another_lambda_does_not_diverge(learned):
 
 @pytest.mark.parametrize("first", ["SGD", "Adam"])
 def test_the_optimizer_with_the_larger_steps_does_not_diverge(learned, first):
-    """fault: if the first of a round is Adam, SGD's steps are not looked at."""
+    """Also where the first of a round is Adam, which cannot diverge."""
     model, mas = begun(learned, factor=1e6)
     halves = [getattr(torch.optim, first)(model[3].parameters(), 1e-5)]
     halves.append(torch.optim.SGD(model[0].parameters(), 0.1))
