@@ -19,10 +19,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 from mas_ext.integrations.transformers import MASCallback
 
 BLOCK = 64  # how many bytes the model sees at once
-METHODS = {  # how B is learned: λ, chosen from a few values by both perplexities, and the mode
-    "without MAS": None,
-    "with MAS": (3e-4, "gradient"),
-    "with MAS, proximal": (0.3, "proximal"),
+BUDGET = 0.08  # nats per byte: how far B may change what the model says about A
+METHODS = {  # how B is learned: the mode of the penalty in training, and whether it is settled
+    "without MAS": (None, False),
+    "settled": (None, True),
+    "with MAS, settled": ("gradient", True),
+    "with MAS, proximal, settled": ("proximal", True),
 }
 
 
@@ -92,11 +94,11 @@ def perplexity(model, samples):
 def learn_b(model, mas, method, samples, options):
     """Trains copies of the model and of its MAS, which have learned A, on B."""
     model, mas = copy.deepcopy((model, mas))
-    callbacks = []
-    if method is not None:
-        mas.lambda_reg, mode = method
-        callbacks = [MASCallback(mas=mas, mode=mode, consolidate=False)]
+    mode, settles = method
+    callbacks = [MASCallback(mas=mas, mode=mode, consolidate=False)] if mode else []
     learn(model, samples, 1e-3, options, callbacks)
+    if settles:
+        print(mas.settle())
     return model
 
 
@@ -105,7 +107,8 @@ def run(options):
     torch.manual_seed(options.seed)
     (train_a, test_a), (train_b, test_b) = map(blocks, standard_library())
     model = language_model()
-    callback = MASCallback(max_samples=options.samples)  # measures importance when A is learned
+    # It measures importance, and keeps references, when A is learned.
+    callback = MASCallback(budget=BUDGET, max_samples=options.samples)
     learn(model, train_a, 2e-3, options, [callback])
     models = {"A": model}
     for name, method in METHODS.items():

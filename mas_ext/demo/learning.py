@@ -120,7 +120,7 @@ class Mas(FineTuning):
         return None if self.mas.budget is None else self.mas.settle()
 
     def trace(self) -> list[DriftRecord]:
-        """The measurements of the drift during the present task, with this mode's λ."""
+        """The measurements of the drift during the present task."""
         return [one for one in self.mas.drift_trace if one.task == self.mas.num_tasks]
 
     def end_task(self, task: Task, batches: Batches, tick: Tick) -> None:
@@ -149,13 +149,6 @@ class MasProximal(Mas):
     def lambda_reg(self) -> float:
         """This mode's λ, as it is."""
         return float(self.mas.lambda_proximal)  # type: ignore[arg-type]
-
-    def trace(self) -> list[DriftRecord]:
-        """The measurements of the drift during the present task, with this mode's λ."""
-        records = super().trace()
-        # The records have the λ for gradients, to which this one is in proportion during a task.
-        ratio = self.lambda_reg() / super().lambda_reg() if records else 1.0
-        return [one._replace(lambda_reg=ratio * one.lambda_reg) for one in records]
 
 
 METHODS: dict[str, type[FineTuning]] = {

@@ -34,6 +34,6 @@ def test_a_language_model_is_fine_tuned_with_and_without_mas(tmp_path):
         row = f"| {learned} | {perplexity['A']:.1f} | {perplexity['B']:.1f} |"
         assert row in output
         assert 1 < perplexity["A"] < untrained / 2
-    without, held = (results[f"A, then B {how} MAS"] for how in ("without", "with"))
+    without, held = (results[f"A, then B {how}"] for how in ("without MAS", "with MAS, settled"))
     assert without["B"] < results["A"]["B"]
     assert held != without, "MAS did nothing"

@@ -181,7 +181,7 @@ def waves(before, now):
 
 
 def steps(before, now):
-    """Below 1 only at θ*. fault: which the search never tries (c = Inf)."""
+    """Below 1 only at θ*, which is c = Inf."""
     return (5 * (now - before)).abs().amax(1).ceil()
 
 
