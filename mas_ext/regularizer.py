@@ -283,8 +283,8 @@ class MAS:
 
         Args:
             data: as for :func:`mas_ext.estimate_importance`.
-            reference: batches to measure the drift of later tasks on, in the form of ``data``, used
-                as they are; None keeps samples of ``data``. On data that the model was trained on
+            reference: batches to measure the drift of later tasks on, in the form of ``data``; None
+                keeps samples of ``data``. On data that the model was trained on
                 the drift is often smaller than on new data, so pass some that was held out if there
                 is enough.
             options: as for :meth:`update_importance`.

@@ -17,6 +17,7 @@ from mas_ext import DriftBudget
 from mas_ext.demo.data import load_digits
 
 TASKS = 5
+REFERENCES = 500  # per task, where the drift of unseen samples is measured
 
 
 def run(options: Options) -> Iterator[tuple[str, Result]]:
@@ -78,7 +79,8 @@ def _limits(problem: Problem, seed: int, count: int, quick: bool) -> Result:
     """The drift of unseen samples, also where λ begins a million times too small or too large."""
     found: Result = {}
     for limit in LIMITS[:: 3 if quick else 1]:
-        start = Learner.after_first_task(problem, seed, count, DriftBudget(limit), held_out=True)
+        budget = DriftBudget(limit, samples=REFERENCES)
+        start = Learner.after_first_task(problem, seed, count, budget, held_out=True)
         found[f"{limit:g}"] = {
             f"{factor:g}": start.outcome(settle="importance", lambda_reg=factor * start.strength)
             for factor in (FACTORS if seed == 0 else (1.0,))

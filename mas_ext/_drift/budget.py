@@ -43,7 +43,7 @@ class DriftBudget:
             seen: text that it has written serves too. None: samples of each task's own data, which
             :meth:`mas_ext.MAS.consolidate` keeps.
         samples: how many references to keep of each task (of all processes together), chosen at
-            random; of ``reference``, the first batches that have as many.
+            random; of ``reference``, too.
         every: measure in every so many steps of the optimizer. None: such that the forward passes
             take less than 2 % of the time, if the data has batches as large as in training.
         slack: during training λ holds the drift at this many times the limit, at least 1. Going

@@ -65,7 +65,7 @@ class Reference:
             raise ValueError(
                 f"budget: the model raised {type(problem).__name__} ({problem}) on samples of the "
                 "data that were put together to a new batch; pass reference=, whose batches are "
-                "used as they are"
+                "used whole where they cannot be divided"
             ) from problem
         if any(len(output) != self.samples for output in outputs) and self.divides:
             raise ValueError(
@@ -108,21 +108,27 @@ class ReferenceSampler:
         count: how many samples to keep.
         forward: how the model is run on a batch, if not in the usual way.
         seed: of the random numbers; they do not disturb PyTorch's.
+        whole: whether batches stay as they are.
     """
 
     def __init__(
-        self, count: int, forward: Forward | None = None, seed: tuple[int, ...] = ()
+        self,
+        count: int,
+        forward: Forward | None = None,
+        seed: tuple[int, ...] = (),
+        whole: bool = False,
     ) -> None:
         self.count = count
         self.forward = forward
         self.seed = seed
+        self.whole = whole
         self.batches = 0  # seen so far
         self.largest = 1  # samples in the largest of them
         self.kept: list[Reference] = []
 
     def copy(self) -> ReferenceSampler:
         """A sampler that goes on from here without changing this one."""
-        other = ReferenceSampler(self.count, self.forward, self.seed)
+        other = ReferenceSampler(self.count, self.forward, self.seed, self.whole)
         other.batches, other.largest, other.kept = self.batches, self.largest, list(self.kept)
         return other
 
@@ -134,8 +140,8 @@ class ReferenceSampler:
             return data  # the measurement says what is wrong with it
         return _Watched(data, self.add)
 
-    def add(self, raw: Any, whole: bool = False) -> None:
-        """Considers the samples of a batch; if ``whole``, it is kept as it is."""
+    def add(self, raw: Any) -> None:
+        """Considers the samples of a batch."""
         self.batches += 1
         batch = self._readable(raw)
         size = _size(batch)
@@ -143,10 +149,7 @@ class ReferenceSampler:
             return
         self.largest = max(self.largest, size)
         random = torch.Generator().manual_seed(hash((*self.seed, self.batches)) % 2**63)
-        if whole:
-            self.kept.append(Reference(_cloned(batch), torch.zeros(1), size, divides=False))
-            return
-        divides = _can_be_divided(batch, size)
+        divides = not self.whole and _can_be_divided(batch, size)
         keys = torch.rand(size if divides else 1, generator=random, dtype=torch.float64)
         smaller = keys < self._limit()
         if smaller.any():

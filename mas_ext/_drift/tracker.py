@@ -119,15 +119,39 @@ class DriftTracker:
         forward = self.budget.forward or forward
         if self.budget.reference is not None:
             if self._fixed is None:
-                self._fixed = [_whole(self.budget.reference, self.budget.samples, forward)]
+                self._fixed = [self._given(self.budget.reference, (), forward, placement)]
             tasks = self._fixed
         elif own is not None:
-            tasks = [*tasks, _whole(own, self.budget.samples, forward)]
+            seed = (state.num_tasks,)
+            tasks = [*tasks, self._given(own, seed, forward, placement)]
         elif sampler is not None:
             parts = sampler.gathered(placement.ranks)
             tasks = [*tasks, _checked(TaskReferences(parts, sampler.largest), "data")]
         if not tasks:
             return None
+        return self._recorded(tasks, placement)
+
+    def _given(
+        self, data: Iterable[Any], seed: tuple[int, ...], forward: Forward | None, placement: Any
+    ) -> TaskReferences:
+        """Samples of what the user has passed as references; whole batches if they do not run."""
+        seed = (*seed, place_among(placement.ranks)[0])
+        samplers = [ReferenceSampler(self.budget.samples, forward, seed, w) for w in (False, True)]
+        for batch in data:
+            for sampler in samplers:
+                sampler.add(batch)
+        samples, batches = (
+            _checked(TaskReferences(each.gathered(placement.ranks), each.largest), "reference")
+            for each in samplers
+        )
+        try:
+            self._recorded([samples], placement)
+        except ValueError:
+            return batches
+        return samples
+
+    def _recorded(self, tasks: list[TaskReferences], placement: Any) -> References:
+        """With the outputs of the model as it is now; an error on one rank is raised on all."""
         recorded: list[References] = []
         placement.ranks.attempt(
             lambda: recorded.append(References.of(placement.model, tasks, self.comparison))
@@ -279,16 +303,6 @@ def _kind(optimizer: Optimizer | None, mode: str) -> UpdateKind:
     if optimizer is None:
         return "normalized" if mode == "proximal" else "gradient"
     return update_kind(optimizer, mode)
-
-
-def _whole(data: Iterable[Any], count: int, forward: Forward | None) -> TaskReferences:
-    """The first batches that the user has passed as references, as they are."""
-    sampler = ReferenceSampler(count, forward)
-    for batch in data:
-        sampler.add(batch, whole=True)
-        if sum(one.samples for one in sampler.kept) >= count:
-            break
-    return _checked(TaskReferences(sampler.kept, sampler.largest), "reference")
 
 
 def _checked(task: TaskReferences, argument: str) -> TaskReferences:
