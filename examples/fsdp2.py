@@ -1,4 +1,4 @@
-"""MAS on a model sharded by fully_shard (FSDP2): how much it forgets with and without MAS.
+"""MAS on a model sharded by fully_shard (FSDP2): how much it forgets with and without a budget.
 
     torchrun --nproc-per-node 2 examples/fsdp2.py
 
@@ -98,18 +98,19 @@ def evaluate(model: nn.Module, task: str) -> float:
     return float(value) / dist.get_world_size()
 
 
-def learn_both(lambda_reg: float) -> dict[str, float]:
+def learn_both(budget: float) -> dict[str, float]:
     """The loss of A before B is learned, and the loss of both afterwards."""
     model = sharded_model()
     torch.manual_seed(1 + dist.get_rank())  # every process its own samples
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
-    mas = mas_ext.MAS(model, lambda_reg)
-    mas.attach(optimizer)
+    mas = mas_ext.MAS(model, budget=budget)
+    mas.attach(optimizer, mode="proximal")
     train(model, optimizer, "A")
     learned = evaluate(model, "A")
     batches = 2 + dist.get_rank()  # processes need not have the same number
     mas.consolidate(sequences("A", 32)[:, :-1] for _ in range(batches))
     train(model, optimizer, "B")
+    mas.settle()
     return {"A": learned, "A after B": evaluate(model, "A"), "B": evaluate(model, "B")}
 
 
@@ -118,10 +119,11 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # nothing is done in place
     dist.init_process_group("gloo")
-    for name, lambda_reg in {"without MAS": 0.0, "with MAS": 0.02}.items():
-        losses = learn_both(lambda_reg)
+    # How far B may change what the model says about A, in nats per symbol.
+    for name, budget in {"without a limit": 1e9, "with a budget": 0.08}.items():
+        losses = learn_both(budget)
         if dist.get_rank() == 0:
-            print(f"{name:12}", "  ".join(f"{k}: {v:.3f}" for k, v in losses.items()))
+            print(f"{name:15}", "  ".join(f"{k}: {v:.3f}" for k, v in losses.items()))
     # A thread of gloo's that still holds the last tensor when Python leaves would abort the process
     # (pytorch/pytorch#190489): it needs a moment in which nothing else runs to let go of it.
     time.sleep(1)
