@@ -133,12 +133,11 @@ class ProtectedParameters:
         stored, strength = remembered.importance.stored, self.state.strength
         self._warn_of_missing([name for name in remembered.anchor if name not in named])
         # Selected before anything is looked up: with one optimizer per parameter each asks for one.
+        # In the model's order, which a file does not keep: sums depend on it in their last bit.
         names = [
             name
-            for name in remembered.anchor
-            if name in named
-            and named[name].requires_grad
-            and (only is None or id(named[name]) in only)
+            for name, p in named.items()
+            if name in remembered.anchor and p.requires_grad and (only is None or id(p) in only)
         ]
         return [
             ProtectedParameter(

@@ -260,10 +260,11 @@ def test_an_experience_that_is_broken_off_leaves_no_hook():
 # -- Keeping ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("budget", [None, 0.01])
 @pytest.mark.parametrize("mode", ["gradient", "proximal"])
-def test_avalanches_checkpoint_continues_to_the_same_bits(tmp_path, mode):
+def test_avalanches_checkpoint_continues_to_the_same_bits(tmp_path, mode, budget):
     experiences = permuted()
-    whole, model = MASPlugin(20.0, mode=mode), network()
+    whole, model = MASPlugin(20.0, mode=mode, budget=budget), network()
     strategy = naive(model, [whole])
     run(strategy, experiences[:2])
     # Without the optimizer: dill cannot pickle one under every torch and typing_extensions.
@@ -277,6 +278,10 @@ def test_avalanches_checkpoint_continues_to_the_same_bits(tmp_path, mode):
         run(one, experiences[2:])
     assert_same(omega(resumed), omega(whole), 0, 0)
     assert_same(dict(fresh.model.named_parameters()), dict(model.named_parameters()), 0, 0)
+    assert resumed.mas.drift_trace == whole.mas.drift_trace
+    if budget is not None:
+        assert {record.task for record in whole.mas.drift_trace} == {1, 2}
+        assert len({record.lambda_reg for record in whole.mas.drift_trace}) > 1
 
 
 def test_a_model_that_is_wrapped_anew_is_followed():

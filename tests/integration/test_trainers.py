@@ -6,6 +6,7 @@ import sys
 from functools import partial
 
 import pytest
+import torch
 from torch import nn
 
 import mas_ext
@@ -56,7 +57,7 @@ def test_a_trainer_is_the_loop_by_hand(library, tmp_path, mode, accumulate):
     assert_same(dict(model.named_parameters()), hand.theta)
     assert max(hand.penalties) > 1e-6
     # Lightning logs in float32.
-    assert recorder.penalties == pytest.approx(hand.penalties, rel=1e-6)
+    assert recorder.logged == pytest.approx(hand.penalties, rel=1e-6)
     if library.name == "transformers":
         logged = [entry["mas_penalty"] for entry in made.state.log_history if "loss" in entry]
         assert logged == pytest.approx(hand.penalties, rel=1e-12)
@@ -67,7 +68,7 @@ def test_before_the_first_task_a_trainer_trains_as_without(library, tmp_path):
     library.learn(models[0], library.data(1), library.Callback(), tmp_path)
     library.learn(models[1], library.data(1), library.MASCallback(9.0), tmp_path, others=[recorder])
     assert_states_equal(models[1].state_dict(), models[0].state_dict())
-    assert recorder.penalties == [None] * 10
+    assert recorder.logged == [None] * 10
 
 
 # -- The end of a task -----------------------------------------------------------------------------
@@ -122,7 +123,7 @@ def test_a_model_that_was_made_anew_is_followed(library, tmp_path):
     before = {name: omega.clone() for name, omega in callback.mas.importance.items()}
     again = copy.deepcopy(model)
     library.learn(again, library.data(2), callback, tmp_path, others=[recorder])
-    assert recorder.penalties[-1] > 0
+    assert recorder.logged[-1] > 0
     assert callback.mas.num_tasks == 2
     assert all((callback.mas.importance[n] >= before[n]).all() for n in before)
 
@@ -182,12 +183,15 @@ STEPS = [
 
 
 @pytest.mark.parametrize(("library", "step"), STEPS, indirect=["library"])
-@pytest.mark.parametrize("mode", ["gradient", "proximal"])
+@pytest.mark.parametrize("mode", ["gradient", "proximal", "with a budget"])
 def test_a_training_resumed_from_its_checkpoint_ends_in_the_same_bits(
     library, tmp_path, mode, step
 ):
     data = (lambda: Resumable(2)) if library.name == "lightning" else partial(library.data, 2)
     options = {"mode": mode, "max_samples": 10}
+    if mode == "with a budget":
+        budget = mas_ext.DriftBudget(0.01, every=3, slack=2.0)
+        options |= {"mode": "gradient", "budget": budget}
     uninterrupted, folder = library.MASCallback(20.0, **options), tmp_path / "whole"
     whole, first = second_task(library, uninterrupted, folder, data())
     if step == STOP - 1:
@@ -204,7 +208,35 @@ def test_a_training_resumed_from_its_checkpoint_ends_in_the_same_bits(
     states = [library.optimizer(t).state_dict()["state"] for t in (made, first)]
     assert_states_equal(*states)
     assert_states_equal(callback.mas.state_dict(), uninterrupted.mas.state_dict())
-    assert (callback.mas.lambda_reg, callback.mas.num_tasks) == (20.0, 2)
+    assert (callback.mas.lambda_reg, callback.mas.num_tasks) == (uninterrupted.mas.lambda_reg, 2)
+    resumed, trace = callback.mas.drift_trace, uninterrupted.mas.drift_trace
+    assert resumed == trace[len(trace) - len(resumed) :]
+
+
+def test_a_budget_is_kept_and_logged(library, tmp_path):
+    """The same as in a loop of one's own."""
+    model, budget = library.model(), mas_ext.DriftBudget(0.01, every=2)
+    callback, recorder = library.MASCallback(budget=budget), library.Recorder("mas_drift")
+    for seed in (1, 2):
+        library.learn(model, library.data(seed), callback, tmp_path, others=[recorder])
+    trace = callback.mas.drift_trace
+    assert recorder.logged[-1] == pytest.approx(trace[-1].drift, rel=1e-6)
+    plain = library.model()
+    by_hand = mas_ext.MAS(plain, budget=budget)
+    for seed in (1, 2):
+        optimizer = torch.optim.SGD(plain.parameters(), lr=0.5)
+        handle = by_hand.attach(optimizer)
+        for batch in batches(seed) * EPOCHS:
+            optimizer.zero_grad()
+            loss_of(plain, batch).backward()
+            optimizer.step()
+        handle.remove()
+        assert by_hand.settle().after <= 0.01
+        by_hand.consolidate([x for x, _ in batches(seed)], forward=logits)
+    assert_same(dict(model.named_parameters()), dict(plain.named_parameters()))
+    assert len(trace) > 4
+    for record, other in zip(trace, by_hand.drift_trace, strict=True):
+        assert tuple(record) == pytest.approx(tuple(other))
 
 
 # -- Refusals --------------------------------------------------------------------------------------

@@ -74,7 +74,7 @@ def test_an_optimizer_that_has_the_penalty_is_not_given_it_twice(library, tmp_pa
         optimizer = mas_ext.optim.SGD(model.parameters(), 0.05, mas=mas) if is_ours else None
         options = {"optimizer": optimizer, "lr": 0.05, "others": [recorder]}
         library.learn(model, library.data(2), callback, tmp_path, **options)
-        runs.append((model, recorder.penalties))
+        runs.append((model, recorder.logged))
     assert_same(runs[0][0].state_dict(), runs[1][0].state_dict())
     assert runs[0][1] == pytest.approx(runs[1][1], rel=1e-12)
     assert runs[0][1][-1] > 1e-4
@@ -122,7 +122,7 @@ def test_only_the_adapters_of_a_peft_model(library, tmp_path):
     assert set(callback.mas.importance) == trained
     assert all("lora_" in name for name in trained)
     library.learn(model, texts(2), callback, tmp_path, **options)
-    assert recorder.penalties[-1] > 0
+    assert recorder.logged[-1] > 0
 
 
 # -- Folders that training resumes from ------------------------------------------------------------

@@ -83,12 +83,12 @@ class Transformers:
         class Recorder(outer.TrainerCallback):
             """What callbacks that come later are given to log."""
 
-            def __init__(self) -> None:
-                self.penalties: list[float] = []
+            def __init__(self, key: str = "mas_penalty") -> None:
+                self.key, self.logged = key, []
 
             def on_log(self, args, state, control, logs=None, **kwargs):
                 if "loss" in logs:
-                    self.penalties.append(logs.get("mas_penalty"))
+                    self.logged.append(logs.get(self.key))
 
         self.Sequential, self.Stopping, self.Recorder = Sequential, Stopping, Recorder
         self.Callback = outer.TrainerCallback
@@ -207,14 +207,14 @@ class Lightning:
         class Recorder(outer.Callback):
             """What is logged when a step has been taken."""
 
-            def __init__(self) -> None:
-                self.penalties: list[float] = []
+            def __init__(self, key: str = "mas_penalty") -> None:
+                self.key, self.logged = key, []
 
             def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
                 every = trainer.accumulate_grad_batches
                 if (batch_idx + 1) % every == 0 or batch_idx + 1 == trainer.num_training_batches:
-                    value = trainer.callback_metrics.get("mas_penalty")
-                    self.penalties.append(None if value is None else float(value))
+                    value = trainer.callback_metrics.get(self.key)
+                    self.logged.append(None if value is None else float(value))
 
         self.Module, self.Stopping, self.Recorder = Module, Stopping, Recorder
         self.Callback = outer.Callback
