@@ -13,11 +13,11 @@ from mas_ext._drift.metrics import Comparison
 from mas_ext._drift.references import (
     Reference,
     References,
-    ReferenceSampler,
     TaskReferences,
     batch_of,
     tree_of,
 )
+from mas_ext._drift.sampling import ReferenceSampler
 from mas_ext._warnings import warn
 from mas_ext.importance.batches import CustomBatch, Forward
 from mas_ext.importance.outputs import Outputs

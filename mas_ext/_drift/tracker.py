@@ -17,11 +17,11 @@ from mas_ext._drift.controller import step_is_stable_up_to
 from mas_ext._drift.metrics import resolve
 from mas_ext._drift.references import (
     References,
-    ReferenceSampler,
     TaskReferences,
     largest_of,
     place_among,
 )
+from mas_ext._drift.sampling import ReferenceSampler
 from mas_ext._drift.settling import Path, Settled, search
 from mas_ext._drift.stored import DriftState
 from mas_ext._strength.auto import UpdateKind, normalizes_updates, update_kind

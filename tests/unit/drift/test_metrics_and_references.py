@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.functional import log_softmax
 
 from mas_ext import MAS, DriftBudget
-from mas_ext._drift.references import ReferenceSampler
+from mas_ext._drift.sampling import ReferenceSampler
 from tests.support.regularizers import assert_refused, assert_states_equal, move, refusal
 from tests.support.zoo.layers import Net
 from tests.support.zoo.small import images, mlp, vectors
