@@ -19,6 +19,7 @@ FALL, RISE = 0.25, 0.5  # of log(d/L), how much log λ changes; balance would ca
 HORIZON = 20.0  # steps over which the growth of d is extrapolated
 AHEAD = 0.7  # what growth may add to log(d/L) where d is above L
 STREAK = 4  # measurements above L in a row, after which λ is raised faster
+FREQUENT = 12  # measurements of a task that may follow each other sooner
 AVERAGED = 0.2  # weight of a new measurement in d/Q
 LARGEST_CHANGE = math.log(100.0)  # of log λ, in one measurement
 RANGE = math.log(1e12)  # of λ's factor, up and down
@@ -65,10 +66,10 @@ class Controller:
     def is_due(self, every: int) -> bool:
         """Whether to measure now: after 1, 2, 4, 8, … steps and then in every ``every`` steps.
 
-        Above the limit sooner, since λ may be far too small.
+        At first sooner where d is above L, since λ may be far too small.
         """
         wait = min(every, max(1, self.step - self.start))
-        if self.streak:
+        if self.streak and self.measured < FREQUENT:
             wait = min(wait, max(1, every // 4))
         return self.steps >= self.step + wait
 
