@@ -22,8 +22,8 @@ class DriftBudget:
 
     With a budget, a MAS keeps a few unlabelled samples of every task, the references, and compares
     the model's outputs for them with those at the beginning of the present task. λ then follows the
-    measured drift (:meth:`mas_ext.MAS.attach`), and :meth:`mas_ext.MAS.settle` makes sure of the
-    limit when the task has been trained.
+    measured drift (:meth:`mas_ext.MAS.attach`), and :meth:`mas_ext.MAS.settle` enforces the limit
+    when the task has been trained.
 
     Args:
         limit: of the drift per task, above 0, in the unit of ``metric``. 0.1 nats is a small
@@ -36,7 +36,7 @@ class DriftBudget:
               are in the last dimension, [B, C] or [B, T, C], and in dimension 1 of images,
               [B, C, H, W]. Positions where a batch's ``attention_mask`` is 0 do not count.
             - ``"relative"``: :math:`E\lVert F - F_\text{before}\rVert^2 /
-              E\lVert F_\text{before}\rVert^2`, for outputs that are no logits.
+              E\lVert F_\text{before}\rVert^2`, for outputs that are not logits.
             - ``callable(before, now) -> [B]``: one number per sample, 0 where nothing changed.
         reference: the references, as unlabelled batches in the form of
             :func:`mas_ext.estimate_importance`'s data. They need not be data that the model has
@@ -44,11 +44,12 @@ class DriftBudget:
             :meth:`mas_ext.MAS.consolidate` keeps.
         samples: how many references to keep of each task (of all processes together), chosen at
             random; of ``reference``, too.
-        every: measure in every so many steps of the optimizer. None: such that the forward passes
-            take less than 2 % of the time, if the data has batches as large as in training.
-        slack: during training λ holds the drift at this many times the limit, at least 1. Going
-            further and coming back by settling learns more than staying within the limit all the
-            time; with 1, λ holds the limit itself.
+        every: how many steps of the optimizer lie between two measurements; at the beginning of a
+            task there are fewer. None: 20, which takes less than 2 % of the time, if the data that
+            importance is measured on has batches as large as in training.
+        slack: during training, λ steers the drift towards this many times the limit, at least 1.
+            Going beyond the limit and coming back by settling learns more than staying within it
+            throughout.
         forward: ``callable(model, batch)`` for references, as in
             :func:`mas_ext.estimate_importance`. None: that with which the task was measured.
 
