@@ -342,7 +342,7 @@ class MAS:
     def _sampled(self, data: Iterable[Any], measurement: Measurement) -> Iterable[Any]:
         """The data, of which references are kept when they are read; under a drift budget only."""
         tracker, state = self.protected.tracker, self._state
-        if tracker is None:
+        if tracker is None or tracker.budget.reference is not None:
             return data
         sampler = state.drift.sampler
         state.drift.sampler = (

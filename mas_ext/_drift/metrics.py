@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+AT_ONCE = 2**24  # outputs that are compared at a time, in float32
 Metric = str | Callable[[Tensor, Tensor], Tensor]
 
 
@@ -50,10 +51,14 @@ class KL:
 
     def compare(self, kept: Tensor, output: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """See :class:`Comparison`."""
-        before = kept.float().log_softmax(-1)
-        now = _as_before(_classes_last(output), before).float().log_softmax(-1)
-        kl = (before.exp() * (before - now)).sum(-1)
-        return _counted(kl, mask)
+        now = _as_before(_classes_last(output), kept)
+        rows = max(1, AT_ONCE // max(1, kept[0].numel()))
+        kl = [self._rows(*pair) for pair in zip(kept.split(rows), now.split(rows), strict=True)]
+        return _counted(torch.cat(kl), mask)
+
+    def _rows(self, kept: Tensor, output: Tensor) -> Tensor:
+        before, now = kept.float().log_softmax(-1), output.float().log_softmax(-1)
+        return (before.exp() * (before - now)).sum(-1)
 
 
 class Relative:

@@ -6,6 +6,7 @@ share.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -33,7 +34,9 @@ class Reference:
         batch: their inputs.
         keys: a random number for each sample, or one for all if they stay together.
         samples: how many there are.
-        divides: whether samples can be taken out of it.
+        rowwise: for each tensor and other leaf of ``batch``, whether it has a row per sample; None
+            if samples cannot be taken out of it.
+        accelerated: whether the data was on an accelerator.
         outputs: which of the model's outputs are compared; None before they were first computed.
         before: what the metric keeps of each output at the beginning of the task.
     """
@@ -41,16 +44,32 @@ class Reference:
     batch: Batch
     keys: Tensor
     samples: int
-    divides: bool = True
+    rowwise: tuple[bool, ...] | None
+    accelerated: bool = False
     outputs: Outputs | None = None
     before: tuple[Tensor, ...] = ()
 
     def take(self, rows: Sequence[int]) -> Reference:
         """Some of the samples, in memory of their own."""
-        batch = cloned(self.batch.take(rows, self.samples))
-        chosen = torch.tensor(rows)
-        before = tuple(b[chosen.to(b.device)] for b in self.before)
-        return Reference(batch, self.keys[chosen], len(rows), True, self.outputs, before)
+        assert self.rowwise is not None
+        leaves, structure = tree_flatten(tree_of(self.batch))
+        leaves = [
+            _rows(leaf, rows) if has_rows else copied(leaf)
+            for leaf, has_rows in zip(leaves, self.rowwise, strict=True)
+        ]
+        forward = self.batch.function if isinstance(self.batch, CustomBatch) else None
+        return replace(
+            self,
+            batch=batch_of(tree_unflatten(leaves, structure), forward),
+            keys=self.keys[torch.tensor(rows)],
+            samples=len(rows),
+            before=tuple(_rows(output, rows) for output in self.before),
+        )
+
+    @property
+    def divides(self) -> bool:
+        """Whether samples can be taken out of it."""
+        return self.rowwise is not None
 
     def recorded(self, model: nn.Module, comparison: Comparison) -> Reference:
         """The same with the outputs of the model as it is now."""
@@ -85,7 +104,7 @@ class Reference:
         return total
 
     def _run(self, model: nn.Module) -> tuple[list[Tensor], Outputs]:
-        placed = _placed(self.batch, next(model.parameters()).device)
+        placed = _placed(self.batch, next(model.parameters()).device, self.accelerated)
         returned = placed.forward(model)
         found = self.outputs
         if found is None:
@@ -241,32 +260,46 @@ def batch_of(tree: Any, forward: Forward | None) -> Batch:
     return Inputs(*tree) if forward is None else CustomBatch(tree, forward)
 
 
-def mapped(function: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
-    """A batch with other tensors."""
+def mapped(function: Callable[[Any], Any], batch: Batch) -> Batch:
+    """A batch with other leaves."""
     leaves, structure = tree_flatten(tree_of(batch))
-    leaves = [function(leaf) if isinstance(leaf, Tensor) else _copied(leaf) for leaf in leaves]
     forward = batch.function if isinstance(batch, CustomBatch) else None
-    return batch_of(tree_unflatten(leaves, structure), forward)
+    return batch_of(tree_unflatten([function(leaf) for leaf in leaves], structure), forward)
 
 
-def _copied(leaf: Any) -> Any:
-    """A copy of a NumPy array; anything else as it is."""
-    return leaf.copy() if hasattr(leaf, "__array__") and hasattr(leaf, "copy") else leaf
+def copied(leaf: Any) -> Any:
+    """A leaf in memory of its own; a tensor still requires gradients if it did."""
+    if isinstance(leaf, Tensor):
+        return leaf.detach().clone().requires_grad_(leaf.requires_grad)
+    try:
+        return copy.deepcopy(leaf)
+    except Exception:  # whatever the data's own objects do
+        return leaf
 
 
-def cloned(batch: Batch) -> Batch:
-    """A batch in memory of its own."""
-    return mapped(lambda tensor: tensor.detach().clone(), batch)
+def moved(batch: Batch, device: torch.device) -> Batch:
+    """A batch whose tensors are on a device."""
+    return mapped(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, batch)
 
 
-def _placed(batch: Batch, device: torch.device) -> Batch:
-    return batch.placed(device) if isinstance(batch, Inputs) else batch
+def _rows(tensor: Tensor, rows: Sequence[int]) -> Tensor:
+    chosen = torch.tensor(rows, device=tensor.device)
+    return tensor.detach()[chosen].requires_grad_(tensor.requires_grad)
+
+
+def _placed(batch: Batch, device: torch.device, accelerated: bool) -> Batch:
+    """On the model's device; what only the user's ``forward`` reads, if it was there before."""
+    if isinstance(batch, Inputs):
+        return batch.placed(device)
+    return moved(batch, device) if accelerated else batch
 
 
 def _mask_of(batch: Batch, output: Tensor) -> Tensor | None:
     """The attention mask of sequences whose positions the output has, [B, T]."""
     tree = batch.kwargs if isinstance(batch, Inputs) else tree_of(batch)
-    mask = tree.get("attention_mask") if isinstance(tree, Mapping) else None
+    tree = tree if isinstance(tree, Mapping) else {}
+    is_decoder = any(str(key).startswith("decoder_") for key in tree)
+    mask = tree.get("decoder_attention_mask" if is_decoder else "attention_mask")
     if isinstance(mask, Tensor) and output.dim() > 2 and mask.shape == output.shape[:2]:
         return mask.to(output.device)
     return None

@@ -12,9 +12,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from mas_ext._distributed.ranks import Ranks
-from mas_ext._drift.references import Reference, batch_of, cloned, mapped, tree_of
-from mas_ext.importance.batches import Batch, CannotSplit, CustomBatch, Forward, Inputs, tensors_in
+from mas_ext._drift.references import Reference, batch_of, copied, mapped, moved, tree_of
+from mas_ext.importance.batches import Batch, CustomBatch, Forward, Inputs, tensors_in
 from mas_ext.importance.loop import check_data
+
+SHARED = 4096  # elements of a tensor that all samples share, up to which it is compared
 
 
 class ReferenceSampler:
@@ -67,14 +69,18 @@ class ReferenceSampler:
             return
         self.largest = max(self.largest, size)
         random = torch.Generator().manual_seed(hash((*self.seed, self.batches)) % 2**63)
-        divides = not self.whole and _can_be_divided(batch, size)
-        keys = torch.rand(size if divides else 1, generator=random, dtype=torch.float64)
-        smaller = keys < self._limit()
-        if smaller.any():
-            found = Reference(batch, keys, size, divides)
-            rows = smaller.nonzero().flatten().tolist()
-            self.kept.append(found.take(rows) if divides else replace(found, batch=cloned(batch)))
-            self.kept = _smallest(self.kept, self.count)
+        rowwise = None if self.whole else _rowwise(batch, size)
+        keys = torch.rand(1 if rowwise is None else size, generator=random, dtype=torch.float64)
+        smallest = keys.argsort(stable=True)[: self.count]
+        rows = sorted(smallest[keys[smallest] < self._limit()].tolist())
+        if not rows:
+            return
+        found = Reference(batch, keys, size, rowwise, _is_accelerated(batch))
+        if rowwise is not None:
+            found = found.take(rows)
+        elif not self.whole:  # the loader may write its next batch to the same memory
+            found = replace(found, batch=mapped(copied, batch))
+        self.kept = _smallest([*self.kept, found], self.count)
 
     def _readable(self, raw: Any) -> Batch:
         return Inputs.of(raw) if self.forward is None else CustomBatch(raw, self.forward)
@@ -89,11 +95,12 @@ class ReferenceSampler:
         """What all data ranks have kept, in the form in which it is measured."""
         kept = self.kept
         if not ranks.is_alone:
+            cpu = torch.device("cpu")
             own = [
                 (
                     isinstance(one.batch, CustomBatch),
-                    tree_of(_on_cpu(one.batch)),
-                    (one.keys, one.samples, one.divides),
+                    tree_of(moved(one.batch, cpu)),
+                    (one.keys, one.samples, one.rowwise, one.accelerated),
                 )
                 for one in kept
             ]
@@ -121,29 +128,44 @@ def _size(batch: Batch) -> int:
     """The number of samples: the size of dimension 0 of the first tensor that has one."""
     if isinstance(batch, Inputs) and not batch.has_lists:
         return batch.size()
-    tree = tree_of(batch)
-    sized = [len(t) for t in tensors_in(tree) if t.dim() > 0]
+    found = tensors_in([_attributes(leaf) for leaf in tree_flatten(tree_of(batch))[0]])
+    sized = [len(t) for t in found if t.dim() > 0]
     return sized[0] if sized and isinstance(batch, CustomBatch) else max(1, len(sized))
 
 
-def _has_lists(tree: Any) -> bool:
-    """Whether an item of a batch is a list of tensors, whose items may be the samples."""
-    items = tree.values() if isinstance(tree, Mapping) else tree
-    if not isinstance(tree, (Mapping, tuple, list)):
-        return False
-    return any(isinstance(item, (tuple, list)) and tensors_in(item) for item in items)
+def _attributes(leaf: Any) -> Any:
+    """What an object of the data's own holds, such as a dataclass."""
+    if isinstance(leaf, Mapping):
+        return list(leaf.values())
+    return leaf if isinstance(leaf, Tensor) else list(getattr(leaf, "__dict__", {}).values())
 
 
-def _can_be_divided(batch: Batch, size: int) -> bool:
-    if isinstance(batch, Inputs) and batch.has_lists:
+def _is_accelerated(batch: Batch) -> bool:
+    return any(tensor.device.type != "cpu" for tensor in tensors_in(tree_of(batch)))
+
+
+def _rowwise(batch: Batch, size: int) -> tuple[bool, ...] | None:
+    """Which leaves have a row per sample; None if samples cannot be told apart by rows alone."""
+    if any(_is_list_of_samples(item, size) for item in _items(batch)):
+        return None
+    leaves = tree_flatten(tree_of(batch))[0]
+    found = tuple(isinstance(t, Tensor) and t.dim() > 0 and len(t) == size for t in leaves)
+    return found if any(found) else None
+
+
+def _items(batch: Batch) -> Iterable[Any]:
+    """The values that a batch consists of."""
+    if isinstance(batch, Inputs):
+        return (*batch.args, *batch.kwargs.values())
+    tree = tree_of(batch)
+    return tree.values() if isinstance(tree, dict) else tree if type(tree) in (tuple, list) else ()
+
+
+def _is_list_of_samples(item: Any, size: int) -> bool:
+    """Whether an item may have an entry per sample: images of different sizes, lengths, names."""
+    if not isinstance(item, (tuple, list)):
         return False
-    if isinstance(batch, CustomBatch) and _has_lists(batch.batch):
-        return False
-    try:
-        batch.take([0], size)
-    except CannotSplit:
-        return False
-    return True
+    return bool(tensors_in(list(item))) or len(item) == size
 
 
 def _smallest(kept: Sequence[Reference], count: int) -> list[Reference]:
@@ -186,32 +208,32 @@ def _merged(parts: Sequence[Reference], limit: int) -> list[Reference]:
 
 def _signature(part: Reference) -> Any:
     """Equal for samples that can be in one batch; None if they are all for themselves."""
+    if part.rowwise is None:
+        return None
     leaves, structure = tree_flatten(tree_of(part.batch))
-    described: list[Any] = [str(structure), type(part.batch)]
-    for leaf in leaves:
-        if isinstance(leaf, Tensor):
-            if leaf.dim() == 0 or len(leaf) != part.samples:
-                return None
+    described: list[Any] = [str(structure), type(part.batch), part.rowwise]
+    for leaf, has_rows in zip(leaves, part.rowwise, strict=True):
+        if has_rows:
             described.append((leaf.shape[1:], leaf.dtype, leaf.device))
+        elif isinstance(leaf, Tensor) and leaf.numel() <= SHARED:
+            described.append((leaf.shape, leaf.dtype, leaf.device, tuple(leaf.flatten().tolist())))
         elif leaf is None or isinstance(leaf, (bool, int, float, str)):
             described.append(leaf)
         else:
             return None
-    return tuple(described) if part.divides else None
+    return tuple(described)
 
 
 def _concatenated(parts: Sequence[Reference]) -> Reference:
+    first = parts[0]
+    assert first.rowwise is not None
     flat = [tree_flatten(tree_of(part.batch)) for part in parts]
+    columns = zip(*(leaves for leaves, _ in flat), strict=True)
     leaves = [
-        torch.cat(column) if isinstance(column[0], Tensor) else column[0]
-        for column in zip(*(leaves for leaves, _ in flat), strict=True)
+        torch.cat(column) if has_rows else column[0]
+        for column, has_rows in zip(columns, first.rowwise, strict=True)
     ]
-    first = parts[0].batch
-    forward = first.function if isinstance(first, CustomBatch) else None
+    forward = first.batch.function if isinstance(first.batch, CustomBatch) else None
     batch = batch_of(tree_unflatten(leaves, flat[0][1]), forward)
     keys = torch.cat([part.keys for part in parts])
-    return Reference(batch, keys, sum(part.samples for part in parts))
-
-
-def _on_cpu(batch: Batch) -> Batch:
-    return mapped(lambda tensor: tensor.cpu(), batch)
+    return replace(first, batch=batch, keys=keys, samples=sum(part.samples for part in parts))

@@ -89,7 +89,7 @@ class Path:
         self.is_uniform = weights == "uniform"
         self._end = [local(one.param).detach().clone() for one in self._moved]
         self._buffers = [
-            (now, now.detach().clone(), buffers[name])
+            (now, now.detach().clone(), buffers[name].to(now))
             for name, now in model.named_buffers()
             if name in buffers and buffers[name].shape == now.shape
         ]

@@ -18,6 +18,7 @@ from mas_ext._drift.references import (
     tree_of,
 )
 from mas_ext._drift.sampling import ReferenceSampler
+from mas_ext._storage.tensor_file import DTYPES
 from mas_ext._warnings import warn
 from mas_ext.importance.batches import CustomBatch, Forward
 from mas_ext.importance.outputs import Outputs
@@ -154,7 +155,8 @@ def _part(part: Reference, name: str, tensors: Tensors) -> dict[str, Any]:
         "inputs": _encoded(tree_of(part.batch), f"{name}/inputs", tensors),
         "custom": isinstance(part.batch, CustomBatch),
         "samples": part.samples,
-        "divides": part.divides,
+        "rowwise": part.rowwise,
+        "accelerated": part.accelerated,
         "outputs": None if part.outputs is None else asdict(part.outputs),
         "before": len(part.before),
     }
@@ -181,7 +183,9 @@ def _reference(
     found = stored["outputs"]
     outputs = found and Outputs(tuple(map(tuple, found["paths"])), tuple(found["names"]))
     keys = tensors[f"{name}/keys"]
-    return Reference(batch, keys, stored["samples"], stored["divides"], outputs, before)
+    rowwise = stored["rowwise"] and tuple(stored["rowwise"])
+    about = (stored["samples"], rowwise, stored["accelerated"], outputs)
+    return Reference(batch, keys, *about, before)
 
 
 class _Unstorable(Exception):
@@ -193,12 +197,14 @@ _CONTAINERS: dict[str, type] = {"tuple": tuple, "list": list}
 
 def _encoded(value: Any, name: str, tensors: Tensors) -> dict[str, Any]:
     if isinstance(value, Tensor):
+        if value.dtype not in DTYPES:
+            raise _Unstorable(f"a tensor of {value.dtype}")
         tensors[name] = value
         return {"tensor": name}
     for kind, container in _CONTAINERS.items():
         if type(value) is container and isinstance(value, (tuple, list)):
             return {kind: [_encoded(v, f"{name}.{k}", tensors) for k, v in enumerate(value)]}
-    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+    if type(value) is dict and all(isinstance(key, str) for key in value):
         items = enumerate(value.items())  # a name by the key could be that of another item
         return {"dict": {key: _encoded(v, f"{name}.{k}", tensors) for k, (key, v) in items}}
     if value is None or isinstance(value, (bool, int, float, str)):

@@ -77,6 +77,7 @@ class DriftTracker:
         # The optimizers that have taken this step, and those that took the last one.
         self._round: WeakSet[Optimizer] = WeakSet()
         self._last_round: WeakSet[Optimizer] = WeakSet()
+        self._rate = 0.0  # the largest learning rate that λ has been limited for
         self._largest: tuple[Any, int, float] = (None, 0, 0.0)  # λ, task, and max λΩ / factor
 
     def __getstate__(self) -> dict[str, Any]:
@@ -235,6 +236,20 @@ class DriftTracker:
         if drift.controller.is_due(self.budget.every or REGULAR):
             self._follow(protected, optimizer, mode)
 
+    def before_step(self, protected: ProtectedParameters, optimizer: Optimizer) -> None:
+        """Lowers λ where a gradient step diverges, now that the learning rate has grown."""
+        if protected.state.drift.references is None or normalizes_updates(optimizer):
+            return
+        rate = max(float(group["lr"]) for group in optimizer.param_groups)
+        if rate > self._rate:
+            self._rate = rate
+            self._limit(protected, {optimizer})
+
+    def _limit(self, protected: ProtectedParameters, optimizers: Iterable[Optimizer]) -> None:
+        state = protected.state
+        state.drift.controller.limit_factor(self._stable_factor(protected, optimizers))
+        state.follow_controller()
+
     @torch.no_grad()
     def _follow(
         self, protected: ProtectedParameters, optimizer: Optimizer | None, mode: str
@@ -250,9 +265,9 @@ class DriftTracker:
         )
         if state.strength.is_auto:
             controller.raise_factor(LOWEST)
-        if mode == "gradient" and optimizer is not None:
-            controller.limit_factor(self._stable_factor(protected, {optimizer, *self._last_round}))
         state.follow_controller()
+        if mode == "gradient" and optimizer is not None:
+            self._limit(protected, {optimizer, *self._last_round})
         numbers = state.strength.numbers(kind)
         self.trace.append(DriftRecord(controller.steps, drift, numbers, penalty, state.num_tasks))
 

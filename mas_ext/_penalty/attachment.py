@@ -136,6 +136,7 @@ class Attachment:
         # The optimizer leaves a parameter without a gradient alone, and so do we: a gradient of
         # zero would let weight decay and momentum move it.
         params = [p for _, group in _groups(optimizer) for p in group if p.grad is not None]
+        self._protected.before_step(optimizer)
         self.last_penalty = self._protected.add_penalty_grad_(grad_scale, {id(p) for p in params})
         scaled = scaled_step(optimizer)
         if scaled is not None and scaled.skips([p.grad for p in params]):  # type: ignore[misc]

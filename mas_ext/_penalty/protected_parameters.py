@@ -89,6 +89,14 @@ class ProtectedParameters:
         self.has_acted |= bool(groups)
         return self.sum([group.proximal_step_(lr) for group in groups])
 
+    def before_step(self, optimizer: Optimizer) -> None:
+        """To be called before each step that adds the penalty's gradient."""
+        if self.tracker is not None:
+            before_step = self.tracker.before_step
+            if torch.compiler.is_compiling():
+                before_step = torch.compiler.disable(before_step)
+            before_step(self, optimizer)
+
     def after_step(self, optimizer: Optimizer | None, mode: str) -> None:
         """To be called after each step that includes the penalty: λ follows the drift."""
         if self.tracker is None:

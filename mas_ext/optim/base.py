@@ -107,6 +107,8 @@ class PenaltyOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self.mode == "gradient":
+            self.mas.protected.before_step(self)
         protected = self._protected()
         if self._overflows(protected):
             return loss

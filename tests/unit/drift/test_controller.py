@@ -106,6 +106,16 @@ def test_the_optimizer_with_the_larger_steps_does_not_diverge(learned, first):
     assert mas.drift_measured() < 2 * SLACK * LIMIT
 
 
+def test_a_learning_rate_that_grows_between_measurements_does_not_diverge(learned):
+    model, mas = begun(learned, factor=1e6)
+    (optimizer,) = [torch.optim.SGD(model.parameters(), 1e-4)]
+    mas.attach(optimizer)
+    train(model, [optimizer], 25)
+    optimizer.param_groups[0]["lr"] = 0.1
+    train(model, [optimizer], 10)
+    assert mas.drift_measured() < 2 * SLACK * LIMIT
+
+
 # -- when it is measured, and what is noted --------------------------------------------------------
 def steps_of(mas):
     return [record.step for record in mas.drift_trace]

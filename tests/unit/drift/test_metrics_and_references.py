@@ -297,8 +297,9 @@ def test_lists_of_images_are_kept_whole(channels):
     assert kept == given
 
 
-@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("count", [1, 2, 3])
 def test_what_all_samples_share_stays_whole(count):
+    """Also where a part of a batch has as many samples as it has rows."""
     table = torch.randn(count, 6, dtype=torch.float64)
     model = Net(lambda m, x, table: m.head(x @ table.T), head=nn.Linear(count, 3)).double()
     mas = began(model, [{"x": x, "table": table} for x in X.split(4)], DriftBudget(0.1, samples=5))
@@ -320,6 +321,30 @@ def test_what_cannot_be_told_from_samples_is_refused_unless_batches_stay_as_they
         began(model, data, DriftBudget(0.1, samples=5))
     mas = began(model, data, DriftBudget(0.1, samples=5), reference=data)
     assert mas.drift_measured() == pytest.approx(0, abs=1e-5)
+
+
+def test_each_sample_keeps_its_own_entry_of_a_list():
+    lengths = [1, 2, 3, 4]
+    batches = [(TOKENS[:4, :5], lengths), (TOKENS[2:6, :5], lengths[::-1])]
+    found = []
+
+    def forward(m, batch):
+        found.append(batch)
+        return m(batch[0]).mean(1)
+
+    mas = began(tagger(), batches, DriftBudget(0.1, samples=3), forward=forward)
+    found.clear()
+    mas.drift_measured()
+    given = [(row.tolist(), n) for x, ns in batches for row, n in zip(x, ns, strict=True)]
+    kept = [(row.tolist(), n) for x, ns in found for row, n in zip(x, ns, strict=True)]
+    assert len(kept) >= 3
+    assert all(sample in given for sample in kept)
+
+
+def test_references_of_ones_own_leave_no_data_behind():
+    mas = MAS(mlp(), budget=DriftBudget(0.1, reference=[X]))
+    mas.update_importance([X + 77])
+    assert not mas.state_dict().get("references")
 
 
 def test_labels_are_not_kept():
