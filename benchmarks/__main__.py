@@ -14,6 +14,7 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks import report, runner
+from benchmarks.drift.problems import PROBLEMS
 from benchmarks.models import WORKLOADS
 from benchmarks.registry import BENCHMARKS, JOBS
 from benchmarks.state import SIZES
@@ -30,7 +31,12 @@ def _parse(words: Sequence[str] | None) -> argparse.Namespace:
         "--sizes", nargs="+", choices=SIZES, default=(), help=f"for {', '.join(JOBS)}"
     )
     parser.add_argument(
-        "--workloads", nargs="+", choices=WORKLOADS, default=(), help="for per_sample"
+        "--workloads",
+        nargs="+",
+        choices=(*WORKLOADS, *PROBLEMS),
+        default=(),
+        metavar="NAME",
+        help=f"for per_sample: {', '.join(WORKLOADS)}; for drift: {', '.join(PROBLEMS)}",
     )
     parser.add_argument("--repeats", type=int, metavar="N", help="most rounds (20; 3 if quick)")
     parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2), help="for training runs")

@@ -22,7 +22,8 @@ REFERENCES = 500  # per task, where the drift of unseen samples is measured
 
 def run(options: Options) -> Iterator[tuple[str, Result]]:
     """Yields the result of each problem."""
-    names = QUICK if options.quick else tuple(PROBLEMS)
+    chosen = options.workloads or tuple(PROBLEMS)
+    names = QUICK if options.quick else tuple(name for name in PROBLEMS if name in chosen)
     load_digits("bundled", "")  # raises here, and not in a worker
     context = multiprocessing.get_context("spawn")
     with context.Pool(os.cpu_count(), _start_worker) as workers:

@@ -45,7 +45,7 @@ class DriftBudget:
         samples: how many references to keep of each task (of all processes together), chosen at
             random; of ``reference``, too.
         every: how many steps of the optimizer lie between two measurements; at the beginning of a
-            task there are fewer. None: 20, which takes less than 2 % of the time, if the data that
+            task there are fewer. None: 20, which takes 2 to 4 % of the time, if the data that
             importance is measured on has batches as large as in training.
         slack: during training, λ steers the drift towards this many times the limit, at least 1.
             Going beyond the limit and coming back by settling learns more than staying within it

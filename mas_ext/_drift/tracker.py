@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 LOWEST = 0.03  # of a predicted λ: a task that needs less of the budget does not spend it all
 OVER = 1.01  # times the limit: what rounding may add after settling
-REGULAR = 20  # steps between measurements: one forward pass in 20 × 3 passes is less than 2 %
+REGULAR = 20  # steps between measurements: a forward pass for 20 that are also differentiated
 
 
 class DriftRecord(NamedTuple):

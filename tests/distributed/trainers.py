@@ -51,7 +51,7 @@ def check(library, folder):
     options |= {"saves": True}
     data = library.data(2, SAMPLES)
     library.learn(model, data, callback, folder, others=[recorder], **options)
-    assert recorder.penalties[-1] > 0
+    assert recorder.logged[-1] > 0
     new = exact(model, 2)
     assert_whole(callback.mas, {name: first[name] + new[name] for name in first}, model)
     # And from the middle, in a model and a callback that know nothing.
