@@ -246,9 +246,9 @@ SCENARIOS = dict(zip(("permuted", "rotated", "split", "incremental"), PALETTE, s
 
 
 def drift(found: Results, machine: str) -> Figure:
-    """Every λ relative to the best, the recipes beside it, and the drift of unseen samples."""
-    figure, (left, middle, right) = panels(3, 4.4, 4.4)
-    for axes in (left, middle):
+    """Every λ relative to the best, and the recipes beside it."""
+    figure, (left, right) = panels(2, 5, 4.2)
+    for axes in (left, right):
         axes.axhspan(-100 * summary.CLOSE, 12, color=GREEN, alpha=0.08, lw=0)
         axes.set_ylim(-20, 12)
     for problem in found.values():
@@ -263,20 +263,12 @@ def drift(found: Results, machine: str) -> Figure:
         }
         left.plot(list(points), [100 * (value - top) for value in points.values()], **look)
         gains = [100 * summary.gain(problem, name) for name in summary.RECIPES]
-        middle.plot(range(len(gains)), gains, **look)
-        for limit in problem["limits"]:
-            values = summary.drift_over_limit(problem, limit)
-            right.plot([float(limit)] * len(values), values, **{**look, "ls": ""})
+        right.plot(range(len(gains)), gains, **look)
     _log(left)
-    _log(right)
     left.set_xlabel("fixed λ (logarithmic)")
     left.set_ylabel("accuracy minus that of the best λ,\nin percentage points")
-    middle.set_xticks(range(len(summary.RECIPES)), summary.RECIPES, rotation=30, ha="right")
-    middle.spines[["top", "right"]].set_visible(False)
-    right.axhspan(0, 1.1, color=GREEN, alpha=0.08, lw=0)
-    right.set_ylim(0, 2)
-    right.set_xlabel("limit, nats per prediction (logarithmic)")
-    right.set_ylabel("drift of unseen samples / limit")
+    right.set_xticks(range(len(summary.RECIPES)), summary.RECIPES)
+    right.spines[["top", "right"]].set_visible(False)
     present = {p["title"].split(",")[0]: SCENARIOS[p["scenario"]] for p in found.values()}
     lines = [Line2D([], [], color=colour, label=label) for label, colour in present.items()]
     lines.append(Line2D([], [], color=INK, ls=DASHED, label="in gradient mode"))
