@@ -67,9 +67,3 @@ def drift_over_limit(problem: Result, limit: str) -> list[float]:
     """Of every run: the mean drift of unseen samples over its tasks, divided by the limit."""
     runs = [run for run in problem["limits"][limit] if run is not None]
     return [statistics.mean(run["drifts"]) / float(limit) for run in runs]
-
-
-def largest_over_limit(problem: Result, limit: str) -> list[float]:
-    """Of every run: the largest drift of unseen samples of any task, divided by the limit."""
-    runs = [run for run in problem["limits"][limit] if run is not None]
-    return [max(run["drifts"]) / float(limit) for run in runs]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -36,6 +37,28 @@ class Ranks:
     def is_first(self) -> bool:
         """Whether this is the data rank that contributes the sums from before the measurement."""
         return all(dist.get_rank(group) == 0 for group in self.data)
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """The number of this rank among the data ranks, and how many there are."""
+        rank, world = 0, 1
+        for group in self.data:
+            rank = rank * dist.get_world_size(group) + dist.get_rank(group)
+            world *= dist.get_world_size(group)
+        return rank, world
+
+    def summed(self, values: Tensor) -> Tensor:
+        """A few numbers on the CPU, summed over all data ranks."""
+        for group in self.data:
+            values = _reduced(values, group, dist.ReduceOp.SUM)
+        return values
+
+    def largest(self, value: float) -> float:
+        """The largest value of all ranks."""
+        values = torch.tensor([value], dtype=torch.float64)
+        for group in (*self.data, *self.model):
+            values = _reduced(values, group, dist.ReduceOp.MAX)
+        return values.item()
 
     def progress(self, wanted: Any) -> Any:
         """The ``progress`` argument for this rank: one rank shows a bar, all call a callable."""
@@ -110,6 +133,12 @@ def _gathered(items: list[T], groups: Iterable[ProcessGroup]) -> list[T]:
         dist.all_gather_object(parts, items, group=group)
         items = [item for part in parts for item in part]
     return items
+
+
+def _reduced(values: Tensor, group: ProcessGroup, operation: Any) -> Tensor:
+    shared = values.cuda() if dist.get_backend(group) == "nccl" else values
+    dist.all_reduce(shared, operation, group=group)
+    return shared.cpu()
 
 
 def _flat(tensor: Tensor) -> Tensor:

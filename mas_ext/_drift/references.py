@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_structure, tree_unflatten
 
 from mas_ext._distributed.fsdp import find_sharded_model
 from mas_ext._distributed.ranks import Ranks
 from mas_ext._drift.metrics import Comparison
-from mas_ext.importance.batches import Batch, CustomBatch, Forward, Inputs, tensors_in
+from mas_ext.importance.batches import Batch, CustomBatch, Forward, Inputs
 from mas_ext.importance.isolation import undisturbed
 from mas_ext.importance.outputs import Outputs, find_outputs
 
@@ -52,15 +51,13 @@ class Reference:
     def take(self, rows: Sequence[int]) -> Reference:
         """Some of the samples, in memory of their own."""
         assert self.rowwise is not None
-        leaves, structure = tree_flatten(tree_of(self.batch))
         leaves = [
             _rows(leaf, rows) if has_rows else copied(leaf)
-            for leaf, has_rows in zip(leaves, self.rowwise, strict=True)
+            for leaf, has_rows in zip(leaves_of(self.batch), self.rowwise, strict=True)
         ]
-        forward = self.batch.function if isinstance(self.batch, CustomBatch) else None
         return replace(
             self,
-            batch=batch_of(tree_unflatten(leaves, structure), forward),
+            batch=with_leaves(self.batch, leaves),
             keys=self.keys[torch.tensor(rows)],
             samples=len(rows),
             before=tuple(_rows(output, rows) for output in self.before),
@@ -111,11 +108,6 @@ class Reference:
             found = find_outputs(returned, placed, lambda other: other.forward(model))
         return found.tensors(returned), found
 
-    @property
-    def nbytes(self) -> int:
-        """Of inputs and outputs."""
-        return sum(t.nbytes for t in (*tensors_in(tree_of(self.batch)), *self.before))
-
 
 @dataclass
 class TaskReferences:
@@ -133,11 +125,6 @@ class TaskReferences:
     def samples(self) -> int:
         """How many there are."""
         return sum(part.samples for part in self.parts)
-
-    @property
-    def nbytes(self) -> int:
-        """Of inputs and outputs."""
-        return sum(part.nbytes for part in self.parts)
 
     def recorded(self, model: nn.Module, comparison: Comparison) -> TaskReferences:
         """The same with the outputs of the model as it is now."""
@@ -190,11 +177,6 @@ class References:
         return cls(comparison, recorded, buffers_of(model))
 
     @property
-    def nbytes(self) -> int:
-        """Of inputs and outputs."""
-        return sum(task.nbytes for task in self.tasks)
-
-    @property
     def batch_size(self) -> int:
         """The samples in the largest batch of any task's data."""
         return max(task.batch_size for task in self.tasks)
@@ -206,14 +188,14 @@ class References:
             window: the position and the number of the samples per task; None: all of them.
         """
         total = torch.zeros(2, dtype=torch.float64)
-        rank, world = place_among(ranks)
+        rank, world = ranks.place
         with evaluating(model):
             for task in self.tasks:
                 chosen = task.parts if window is None else task.window(*window)
                 for part in chosen:
                     share, counts = _share(part, rank, world)
                     total += counts * share.compared(model, self.comparison)
-        distance, weight = _summed(total, ranks).tolist()
+        distance, weight = ranks.summed(total).tolist()
         if not math.isfinite(distance):
             return math.inf
         if not weight:
@@ -260,11 +242,20 @@ def batch_of(tree: Any, forward: Forward | None) -> Batch:
     return Inputs(*tree) if forward is None else CustomBatch(tree, forward)
 
 
-def mapped(function: Callable[[Any], Any], batch: Batch) -> Batch:
-    """A batch with other leaves."""
-    leaves, structure = tree_flatten(tree_of(batch))
+def leaves_of(batch: Batch) -> list[Any]:
+    """The tensors and other values inside the containers."""
+    return tree_leaves(tree_of(batch))
+
+
+def with_leaves(batch: Batch, leaves: Sequence[Any]) -> Batch:
+    """A batch of the same structure with other leaves."""
     forward = batch.function if isinstance(batch, CustomBatch) else None
-    return batch_of(tree_unflatten([function(leaf) for leaf in leaves], structure), forward)
+    return batch_of(tree_unflatten(leaves, tree_structure(tree_of(batch))), forward)
+
+
+def mapped(function: Callable[[Any], Any], batch: Batch) -> Batch:
+    """A batch with the leaves that a function makes of its own."""
+    return with_leaves(batch, [function(leaf) for leaf in leaves_of(batch)])
 
 
 def copied(leaf: Any) -> Any:
@@ -313,16 +304,6 @@ def _check_finite(outputs: Sequence[Tensor]) -> None:
         )
 
 
-# -- processes -------------------------------------------------------------------------------------
-def place_among(ranks: Ranks) -> tuple[int, int]:
-    """The number of this rank among the data ranks, and how many there are."""
-    rank, world = 0, 1
-    for group in ranks.data:
-        rank = rank * dist.get_world_size(group) + dist.get_rank(group)
-        world *= dist.get_world_size(group)
-    return rank, world
-
-
 def _share(part: Reference, rank: int, world: int) -> tuple[Reference, float]:
     """This rank's samples of a part, and 1.
 
@@ -335,23 +316,3 @@ def _share(part: Reference, rank: int, world: int) -> tuple[Reference, float]:
         return part, 1.0 / world
     rows = range(rank, part.samples, world)
     return (part.take(rows), 1.0) if len(rows) else (part.take([0]), 0.0)
-
-
-def largest_of(values: Iterable[float], ranks: Ranks) -> float:
-    """The largest value of all ranks; 0 for none."""
-    largest = torch.tensor([max(values, default=0.0)], dtype=torch.float64)
-    for group in (*ranks.data, *ranks.model):
-        largest = _reduced(largest, group, dist.ReduceOp.MAX)
-    return largest.item()
-
-
-def _summed(total: Tensor, ranks: Ranks) -> Tensor:
-    for group in ranks.data:
-        total = _reduced(total, group, dist.ReduceOp.SUM)
-    return total
-
-
-def _reduced(values: Tensor, group: Any, operation: Any) -> Tensor:
-    shared = values.cuda() if dist.get_backend(group) == "nccl" else values
-    dist.all_reduce(shared, operation, group=group)
-    return shared.cpu()

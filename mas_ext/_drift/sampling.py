@@ -9,10 +9,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_structure
 
 from mas_ext._distributed.ranks import Ranks
-from mas_ext._drift.references import Reference, batch_of, copied, mapped, moved, tree_of
+from mas_ext._drift.references import (
+    Reference,
+    batch_of,
+    copied,
+    leaves_of,
+    mapped,
+    moved,
+    tree_of,
+    with_leaves,
+)
 from mas_ext.importance.batches import Batch, CustomBatch, Forward, Inputs, tensors_in
 from mas_ext.importance.loop import check_data
 
@@ -128,7 +137,7 @@ def _size(batch: Batch) -> int:
     """The number of samples: the size of dimension 0 of the first tensor that has one."""
     if isinstance(batch, Inputs) and not batch.has_lists:
         return batch.size()
-    found = tensors_in([_attributes(leaf) for leaf in tree_flatten(tree_of(batch))[0]])
+    found = tensors_in([_attributes(leaf) for leaf in leaves_of(batch)])
     sized = [len(t) for t in found if t.dim() > 0]
     return sized[0] if sized and isinstance(batch, CustomBatch) else max(1, len(sized))
 
@@ -148,7 +157,7 @@ def _rowwise(batch: Batch, size: int) -> tuple[bool, ...] | None:
     """Which leaves have a row per sample; None if samples cannot be told apart by rows alone."""
     if any(_is_list_of_samples(item, size) for item in _items(batch)):
         return None
-    leaves = tree_flatten(tree_of(batch))[0]
+    leaves = leaves_of(batch)
     found = tuple(isinstance(t, Tensor) and t.dim() > 0 and len(t) == size for t in leaves)
     return found if any(found) else None
 
@@ -210,9 +219,9 @@ def _signature(part: Reference) -> Any:
     """Equal for samples that can be in one batch; None if they are all for themselves."""
     if part.rowwise is None:
         return None
-    leaves, structure = tree_flatten(tree_of(part.batch))
-    described: list[Any] = [str(structure), type(part.batch), part.rowwise]
-    for leaf, has_rows in zip(leaves, part.rowwise, strict=True):
+    structure = str(tree_structure(tree_of(part.batch)))
+    described: list[Any] = [structure, type(part.batch), part.rowwise]
+    for leaf, has_rows in zip(leaves_of(part.batch), part.rowwise, strict=True):
         if has_rows:
             described.append((leaf.shape[1:], leaf.dtype, leaf.device))
         elif isinstance(leaf, Tensor) and leaf.numel() <= SHARED:
@@ -227,13 +236,11 @@ def _signature(part: Reference) -> Any:
 def _concatenated(parts: Sequence[Reference]) -> Reference:
     first = parts[0]
     assert first.rowwise is not None
-    flat = [tree_flatten(tree_of(part.batch)) for part in parts]
-    columns = zip(*(leaves for leaves, _ in flat), strict=True)
+    columns = zip(*(leaves_of(part.batch) for part in parts), strict=True)
     leaves = [
         torch.cat(column) if has_rows else column[0]
         for column, has_rows in zip(columns, first.rowwise, strict=True)
     ]
-    forward = first.batch.function if isinstance(first.batch, CustomBatch) else None
-    batch = batch_of(tree_unflatten(leaves, flat[0][1]), forward)
+    batch = with_leaves(first.batch, leaves)
     keys = torch.cat([part.keys for part in parts])
     return replace(first, batch=batch, keys=keys, samples=sum(part.samples for part in parts))

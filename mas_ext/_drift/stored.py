@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -18,7 +18,7 @@ from mas_ext._drift.references import (
     tree_of,
 )
 from mas_ext._drift.sampling import ReferenceSampler
-from mas_ext._storage.tensor_file import DTYPES
+from mas_ext._storage.tensor_file import DTYPES, under
 from mas_ext._warnings import warn
 from mas_ext.importance.batches import CustomBatch, Forward
 from mas_ext.importance.outputs import Outputs
@@ -39,10 +39,7 @@ class DriftState:
 
     references: References | None = None
     sampler: ReferenceSampler | None = None
-    controller: Controller = None  # type: ignore[assignment]
-
-    def __post_init__(self) -> None:
-        self.controller = self.controller or Controller()
+    controller: Controller = field(default_factory=Controller)
 
     def begin_task(self, references: References | None) -> DriftState:
         """For the next task."""
@@ -92,10 +89,7 @@ class DriftState:
             state = cls(None, None, _controller(settings["controller"]))
             tasks = [_task(one, tensors, forward) for one in settings["tasks"]]
             if tasks:
-                begins = "buffers/"
-                buffers = {n: b for n, b in tensors.items() if n.startswith(begins)}
-                buffers = {n.removeprefix(begins): b for n, b in buffers.items()}
-                state.references = References(comparison, tasks, buffers)
+                state.references = References(comparison, tasks, under("buffers", tensors))
             if (about := settings.get("open")) is not None:
                 sampler = ReferenceSampler(count, forward, tuple(about["seed"]))
                 sampler.batches, sampler.largest = about["batches"], about["largest"]

@@ -15,12 +15,7 @@ from mas_ext._distributed.ranks import ProcessGroup
 from mas_ext._drift.budget import DriftBudget
 from mas_ext._drift.controller import step_is_stable_up_to
 from mas_ext._drift.metrics import resolve
-from mas_ext._drift.references import (
-    References,
-    TaskReferences,
-    largest_of,
-    place_among,
-)
+from mas_ext._drift.references import References, TaskReferences
 from mas_ext._drift.sampling import ReferenceSampler
 from mas_ext._drift.settling import Path, Settled, search
 from mas_ext._drift.stored import DriftState
@@ -90,7 +85,7 @@ class DriftTracker:
 
     def sampler(self, model: nn.Module, task: int, forward: Forward | None) -> ReferenceSampler:
         """For this process's data of a task, which is run by ``forward``."""
-        rank, _ = place_among(self._placement(model).ranks)
+        rank, _ = self._placement(model).ranks.place
         forward = self.budget.forward or forward
         return ReferenceSampler(self.budget.samples, forward, seed=(task, rank))
 
@@ -136,7 +131,7 @@ class DriftTracker:
         self, data: Iterable[Any], seed: tuple[int, ...], forward: Forward | None, placement: Any
     ) -> TaskReferences:
         """Samples of what the user has passed as references; whole batches if they do not run."""
-        seed = (*seed, place_among(placement.ranks)[0])
+        seed = (*seed, placement.ranks.place[0])
         samplers = [ReferenceSampler(self.budget.samples, forward, seed, w) for w in (False, True)]
         for batch in data:
             for sampler in samplers:
@@ -190,8 +185,8 @@ class DriftTracker:
         if references is None:
             raise RuntimeError(
                 "the drift cannot be measured: the loaded state has no references. They are kept "
-                "again when the next task ends; torch.distributed.checkpoint does not save them, "
-                "and neither does a MAS without a budget"
+                "again when the next task ends; torch.distributed.checkpoint does not load "
+                "them, and a MAS without a budget does not keep them"
             )
         placement = self._placement(protected.index.model)
         window = None
@@ -213,8 +208,8 @@ class DriftTracker:
         if drift > OVER * limit:
             warn(
                 f"budget: this task has drifted by {drift:.3g}, and the limit is {limit:g}; call "
-                "mas.settle() before consolidate(). During training, λ holds the drift at "
-                "DriftBudget's slack times the limit"
+                "mas.settle() before consolidate(). During training, λ steers the drift "
+                "towards DriftBudget's slack times the limit"
             )
 
     def after_step(
@@ -282,7 +277,7 @@ class DriftTracker:
         state = protected.state
         if self._largest[:2] != (state.strength, state.num_tasks):
             ranks = self._placement(protected.index.model).ranks
-            largest = largest_of((one.largest() for one in protected.find()), ranks)
+            largest = ranks.largest(max((one.largest() for one in protected.find()), default=0.0))
             self._largest = state.strength, state.num_tasks, largest / state.strength.factor
         return step_is_stable_up_to(max(rates) * self._largest[2])
 
