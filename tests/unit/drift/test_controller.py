@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy
 import mas_ext
 from mas_ext import MAS, DriftBudget
 from mas_ext._drift.budget import SLACK
+from mas_ext._drift.tracker import LOWEST
 from tests.support.regularizers import assert_bits, assert_states_equal, move, penalty_by_hand
 from tests.support.unchanged import snapshot, used_model
 from tests.support.zoo.small import images
@@ -114,6 +115,20 @@ def test_a_learning_rate_that_grows_between_measurements_does_not_diverge(learne
     optimizer.param_groups[0]["lr"] = 0.1
     train(model, [optimizer], 10)
     assert mas.drift_measured() < 2 * SLACK * LIMIT
+
+
+@pytest.mark.parametrize("mode", ["gradient", "proximal"])
+def test_a_predicted_lambda_falls_so_far_and_a_given_one_further(learned, mode):
+    """Under a budget that no training of this length spends."""
+    lowest = {}
+    for factor in (1.0, 1.001):  # predicted, and given as a number
+        model, mas = begun(learned, budget=100.0, factor=factor)
+        kind = "lambda_proximal" if mode == "proximal" else "lambda_reg"
+        predicted = getattr(mas, kind)
+        train(model, [optimizer_of("Adam", mode, model, mas)], 400)
+        lowest[factor] = getattr(mas, kind) / predicted
+    assert lowest[1.0] == pytest.approx(LOWEST)
+    assert lowest[1.001] < LOWEST / 10
 
 
 # -- when it is measured, and what is noted --------------------------------------------------------
