@@ -8,6 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from mas_ext.importance.outputs import classes_last
+
 AT_ONCE = 2**24  # outputs that are compared at a time, in float32
 Metric = str | Callable[[Tensor, Tensor], Tensor]
 
@@ -40,7 +42,7 @@ class KL:
 
         What the rounding adds is below 1e-5 nats, also with 100,000 classes.
         """
-        logits = _classes_last(output)
+        logits = classes_last(output)
         if logits.shape[-1] < 2:
             raise ValueError(
                 f"budget: the metric 'kl' compares probabilities of classes, and an output of "
@@ -51,7 +53,7 @@ class KL:
 
     def compare(self, kept: Tensor, output: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """See :class:`Comparison`."""
-        now = _as_before(_classes_last(output), kept)
+        now = _as_before(classes_last(output), kept)
         rows = max(1, AT_ONCE // max(1, kept[0].numel()))
         kl = [self._rows(*pair) for pair in zip(kept.split(rows), now.split(rows), strict=True)]
         return _counted(torch.cat(kl), mask)
@@ -105,13 +107,6 @@ def resolve(metric: Any) -> Comparison:
     if metric not in ("kl", "relative"):
         raise ValueError(f"metric: {metric!r} is unknown; use 'kl', 'relative' or a callable")
     return KL() if metric == "kl" else Relative()
-
-
-def _classes_last(output: Tensor) -> Tensor:
-    """[B, C], [B, T, C] as they are; [B, C, H, W] with the classes last."""
-    if output.dim() == 1:
-        return output.unsqueeze(1)
-    return output if output.dim() < 4 else output.movedim(1, -1)
 
 
 def _as_before(now: Tensor, before: Tensor) -> Tensor:

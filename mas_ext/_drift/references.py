@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_structure, tree_unflatten
 from mas_ext._distributed.fsdp import find_sharded_model
 from mas_ext._distributed.ranks import Ranks
 from mas_ext._drift.metrics import Comparison
-from mas_ext.importance.batches import Batch, CustomBatch, Forward, Inputs
+from mas_ext.importance.batches import Batch, CustomBatch, Forward, Inputs, mask_in
 from mas_ext.importance.isolation import undisturbed
 from mas_ext.importance.outputs import Outputs, find_outputs
 
@@ -95,7 +95,7 @@ class Reference:
         """Distance and weight, [2], float64, on the CPU."""
         total = torch.zeros(2, dtype=torch.float64)
         for kept, output in zip(self.before, self._run(model)[0], strict=True):
-            mask = _mask_of(self.batch, output)
+            mask = mask_in(self.batch.content, output)
             pair = comparison.compare(kept.to(output.device), output, mask)
             total += torch.stack(pair).double().cpu()
         return total
@@ -283,17 +283,6 @@ def _placed(batch: Batch, device: torch.device, accelerated: bool) -> Batch:
     if isinstance(batch, Inputs):
         return batch.placed(device)
     return moved(batch, device) if accelerated else batch
-
-
-def _mask_of(batch: Batch, output: Tensor) -> Tensor | None:
-    """The attention mask of sequences whose positions the output has, [B, T]."""
-    tree = batch.kwargs if isinstance(batch, Inputs) else tree_of(batch)
-    tree = tree if isinstance(tree, Mapping) else {}
-    is_decoder = any(str(key).startswith("decoder_") for key in tree)
-    mask = tree.get("decoder_attention_mask" if is_decoder else "attention_mask")
-    if isinstance(mask, Tensor) and output.dim() > 2 and mask.shape == output.shape[:2]:
-        return mask.to(output.device)
-    return None
 
 
 def _check_finite(outputs: Sequence[Tensor]) -> None:

@@ -22,6 +22,17 @@ _LABELS = ("labels", "label")
 class Batch(Protocol):
     """Some samples in a form that the model can be run on."""
 
+    @property
+    def target(self) -> Target | None:
+        """What the outputs are compared with; None where nothing is, or not yet."""
+
+    def with_target(self, target: Target) -> Batch:
+        """The same samples with a target."""
+
+    @property
+    def content(self) -> Any:
+        """The samples in the form in which the data yielded them."""
+
     def forward(self, model: nn.Module) -> Any:
         """Runs the model on the samples and returns its output."""
 
@@ -36,6 +47,24 @@ class Batch(Protocol):
         """
 
 
+@dataclass(frozen=True)
+class Target:
+    """What the outputs of a batch are compared with, such as their labels.
+
+    Attributes:
+        values: [B, …].
+        weight: [B], how much the target counts in Ω.
+    """
+
+    values: Tensor
+    weight: Tensor
+
+    def take(self, indices: Sequence[int]) -> Target:
+        """The targets of the chosen samples."""
+        rows = torch.tensor(indices, device=self.values.device)
+        return Target(self.values[rows], self.weight[rows])
+
+
 class CannotSplit(ValueError):
     """A batch cannot be divided into samples; the message says why."""
 
@@ -48,12 +77,17 @@ class Inputs:
         args, kwargs: the arguments.
         rows: the number of samples, if this is a part of a larger batch; otherwise None.
         taken: what was taken of the larger batch, in words.
+        others: what the batch has beside the inputs, such as labels: the items of a tuple or list
+            after the first, or of a mapping; None for a batch that is a tensor.
+        target: see :class:`Batch`.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     rows: int | None = None
     taken: str = ""
+    others: Any = None
+    target: Target | None = None
 
     @classmethod
     def of(cls, batch: Any) -> Inputs:
@@ -72,6 +106,27 @@ class Inputs:
             f"data: a batch is {_describe(batch)}; yield a tensor, a non-empty tuple or list whose "
             "first item is the input, a mapping of keyword arguments, or pass forward="
         )
+
+    @classmethod
+    def with_others(cls, batch: Any) -> Inputs:
+        """The same, with what the batch has beside the inputs."""
+        others: Any = None
+        if isinstance(batch, Mapping):
+            others = {key: batch[key] for key in _LABELS if key in batch}
+        elif isinstance(batch, (tuple, list)):
+            others = tuple(batch[1:])
+        return replace(cls.of(batch), others=others)
+
+    @property
+    def content(self) -> Any:
+        """The batch: a tensor, a tuple or a mapping."""
+        if not self.args:
+            return {**self.kwargs, **(self.others or {})}
+        return self.args[0] if self.others is None else (*self.args, *self.others)
+
+    def with_target(self, target: Target) -> Inputs:
+        """The same samples with a target."""
+        return replace(self, target=target)
 
     @staticmethod
     def ignored(batch: Any, model: nn.Module) -> str:
@@ -179,7 +234,14 @@ class Inputs:
             name: _items(_divided(value, division.get(name), indices, size), indices, size)
             for name, value in self.kwargs.items()
         }
-        return Inputs(args, kwargs, len(indices), self._described(len(indices), size, division))
+        return Inputs(
+            args,
+            kwargs,
+            len(indices),
+            self._described(len(indices), size, division),
+            _divided(self.others, None, indices, size),
+            self.target and self.target.take(indices),
+        )
 
     def divisions(self, size: int) -> Iterator[Division]:
         """Other ways to divide the arguments into ``size`` samples, the likelier ones first."""
@@ -229,8 +291,8 @@ class Inputs:
         return f"{count} of a batch's {size} samples ({'; '.join(taken)})"
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Inputs:
-        args, kwargs = _map_tensors(function, (self.args, self.kwargs))
-        return replace(self, args=args, kwargs=kwargs)
+        args, kwargs, others = _map_tensors(function, (self.args, self.kwargs, self.others))
+        return replace(self, args=args, kwargs=kwargs, others=others)
 
 
 @dataclass(frozen=True)
@@ -241,11 +303,22 @@ class CustomBatch:
         batch: the batch, as the data yielded it.
         function: the user's ``forward``.
         rows: the number of samples, if this is a part of a larger batch; otherwise None.
+        target: see :class:`Batch`.
     """
 
     batch: Any
     function: Forward
     rows: int | None = None
+    target: Target | None = None
+
+    @property
+    def content(self) -> Any:
+        """The batch."""
+        return self.batch
+
+    def with_target(self, target: Target) -> CustomBatch:
+        """The same samples with a target."""
+        return replace(self, target=target)
 
     def forward(self, model: nn.Module) -> Any:
         """Calls the user's ``forward`` with a copy of the batch.
@@ -284,7 +357,25 @@ class CustomBatch:
         if not _has_rows(self.batch, size):
             raise CannotSplit("no tensor in it has as many rows as the output")
         chosen = _map_tensors(lambda tensor: _rows(tensor, indices, size), self.batch)
-        return CustomBatch(chosen, self.function, len(indices))
+        target = self.target and self.target.take(indices)
+        return CustomBatch(chosen, self.function, len(indices), target)
+
+
+def labels_in(content: Any) -> Any:
+    """The labels of a batch: ``"labels"`` or ``"label"``, or the last item of several; or None."""
+    if isinstance(content, Mapping):
+        return next((content[key] for key in _LABELS if key in content), None)
+    return content[-1] if isinstance(content, (tuple, list)) and len(content) > 1 else None
+
+
+def mask_in(content: Any, output: Tensor) -> Tensor | None:
+    """The attention mask of sequences whose positions the output has, [B, T]; or None."""
+    arguments = content if isinstance(content, Mapping) else {}
+    is_decoder = any(str(key).startswith("decoder_") for key in arguments)
+    mask = arguments.get("decoder_attention_mask" if is_decoder else "attention_mask")
+    if isinstance(mask, Tensor) and output.dim() > 2 and mask.shape == output.shape[:2]:
+        return mask.to(output.device)
+    return None
 
 
 def tensors_in(tree: Any) -> list[Tensor]:

@@ -1,7 +1,8 @@
 """What one operation adds to a parameter's per-sample gradients M_k, in the form it comes in.
 
-Each form knows how to add Σ_k |M_k| without a buffer of B × the parameter's size, and how to give
-one sample's M_k where several uses of a parameter have to be summed before the absolute value.
+Each form knows how to add Σ_k f(M_k) without a buffer of B × the parameter's size, where f is the
+reduction, |·| or (·)², and how to give one sample's M_k where several uses of a parameter have to
+be summed before f is taken.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mas_ext import functional
+from mas_ext.importance.reductions import Reduction
 from mas_ext.reference import accumulation_dtype
 
 _SMALL = 4096  # elements for which the call of an operator costs more than a temporary
@@ -22,31 +23,11 @@ _SMALL = 4096  # elements for which the call of an operator costs more than a te
 class Contribution(Protocol):
     """M_k of every sample of a batch, in the shape of the tensor that the operation used."""
 
-    def add_magnitudes_(self, omega: Tensor) -> None:
-        """Ω += Σ_k |M_k|; Ω may be any view."""
+    def accumulate_(self, omega: Tensor, reduction: Reduction) -> None:
+        """Ω += Σ_k f(M_k); Ω may be any view."""
 
     def samples(self) -> Iterator[Tensor]:
         """M_1, …, M_B, one at a time."""
-
-
-def magnitude(gradient: Tensor) -> Tensor:
-    """|g|: how one sample's gradient counts towards Ω. Another criterion would square it.
-
-    Together with :func:`accumulate_magnitudes_` and :func:`accumulate_matmul_magnitudes_`, this is
-    the only place where a gradient's magnitude is taken. The function must be multiplicative:
-    magnitude(a·b) = magnitude(a)·magnitude(b).
-    """
-    return gradient.abs()
-
-
-def accumulate_magnitudes_(omegas: list[Tensor], gradients: list[Tensor]) -> None:
-    """Ω += magnitude(g) for every pair of tensors."""
-    functional.accumulate_importance_(omegas, gradients)
-
-
-def accumulate_matmul_magnitudes_(omega: Tensor, left: Tensor, right: Tensor) -> None:
-    """Ω += Σ_k magnitude(Σ_t left_kt right_ktᵀ)."""
-    functional.accumulate_abs_matmul_(omega, left, right)
 
 
 def upcast(tensor: Tensor) -> Tensor:
@@ -64,16 +45,16 @@ class Materialized:
 
     values: Tensor
 
-    def add_magnitudes_(self, omega: Tensor) -> None:
+    def accumulate_(self, omega: Tensor, reduction: Reduction) -> None:
         """Σ over the first dimension."""
         if omega.numel() <= _SMALL:
-            omega += magnitude(upcast(self.values)).sum(0)
+            omega += reduction.of(upcast(self.values)).sum(0)
             return
         for value in self.values:
             if accumulation_dtype(value.dtype) == omega.dtype:
-                accumulate_magnitudes_([omega], [value])
+                reduction.add_([omega], [value])
             else:
-                omega += magnitude(value)
+                omega += reduction.of(upcast(value))
 
     def samples(self) -> Iterator[Tensor]:
         """As they are."""
@@ -94,16 +75,16 @@ class MatrixProduct:
     right: Tensor
     shape: tuple[int, ...] | None = None
 
-    def add_magnitudes_(self, omega: Tensor) -> None:
-        """Ω += Σ_k |Σ_t …|, by the kernel that works in tiles of Ω."""
+    def accumulate_(self, omega: Tensor, reduction: Reduction) -> None:
+        """Ω += Σ_k f(Σ_t …), by the kernel that works in tiles of Ω."""
         if self.shape is None:
-            _add_product_(omega, self.left, self.right)
+            _add_product_(omega, self.left, self.right, reduction)
         elif omega.is_contiguous():
             matrix = omega.view(self.left.shape[2], -1)
-            _add_product_(matrix, self.left, self.right)
+            _add_product_(matrix, self.left, self.right, reduction)
         else:
             matrix = omega.new_zeros(self.left.shape[2], self.right.shape[2])
-            _add_product_(matrix, self.left, self.right)
+            _add_product_(matrix, self.left, self.right, reduction)
             omega += matrix.view(self.shape)
 
     def samples(self) -> Iterator[Tensor]:
@@ -125,18 +106,18 @@ class MatrixProduct:
         return MatrixProduct(left, torch.cat([part.right for part in parts], 1))
 
 
-def _add_product_(omega: Tensor, left: Tensor, right: Tensor) -> None:
+def _add_product_(omega: Tensor, left: Tensor, right: Tensor, reduction: Reduction) -> None:
     dtype = torch.promote_types(left.dtype, right.dtype)
     left, right = left.to(dtype), right.to(dtype)
     if accumulation_dtype(dtype) != omega.dtype:  # part of the model computes in another dtype
         total = torch.zeros_like(omega, dtype=accumulation_dtype(dtype))
-        _add_product_(total, left, right)
+        _add_product_(total, left, right, reduction)
         omega += total
     elif left.shape[1] == 1 and left.dtype == omega.dtype:
-        # One position: |l r| = |l||r|, an ordinary product, which BLAS does best.
-        omega.addmm_(magnitude(left[:, 0]).t(), magnitude(right[:, 0]))
+        # One position: f(l·r) = f(l)·f(r), an ordinary product, which BLAS does best.
+        omega.addmm_(reduction.of(left[:, 0]).t(), reduction.of(right[:, 0]))
     else:
-        accumulate_matmul_magnitudes_(omega, left, right)
+        reduction.add_outer_(omega, left, right)
 
 
 @dataclass
@@ -149,10 +130,10 @@ class StackedMatrixProducts:
 
     parts: list[MatrixProduct]
 
-    def add_magnitudes_(self, omega: Tensor) -> None:
-        """Ω += Σ_k |M_k|, matrix by matrix."""
+    def accumulate_(self, omega: Tensor, reduction: Reduction) -> None:
+        """Ω += Σ_k f(M_k), matrix by matrix."""
         for block, part in zip(omega, self.parts, strict=True):
-            part.add_magnitudes_(block)
+            part.accumulate_(block, reduction)
 
     def samples(self) -> Iterator[Tensor]:
         """Materialized again."""
@@ -173,10 +154,10 @@ class EmbeddingRows:
     values: Tensor
     shape: tuple[int, ...]
 
-    def add_magnitudes_(self, omega: Tensor) -> None:
-        """Ω += Σ_k |M_k|: sums the values of equal rows within each sample, then adds by row."""
+    def accumulate_(self, omega: Tensor, reduction: Reduction) -> None:
+        """Ω += Σ_k f(M_k): sums the values of equal rows within each sample, then adds by row."""
         _, rows, sums = self.summed()
-        omega.index_add_(0, rows, magnitude(sums).to(omega.dtype))
+        omega.index_add_(0, rows, reduction.of(sums).to(omega.dtype))
 
     def summed(self) -> tuple[Tensor, Tensor, Tensor]:
         """The sums M_k[i] that are not zero: samples k in order, rows i, values."""
@@ -207,16 +188,16 @@ class EmbeddingRows:
 class TiedEmbedding:
     """A matrix that is used in a product and also looked up row by row, as a tied embedding.
 
-    A sample looks up few rows. Σ_k |H_k + E_k|, for the product's H and the look-up's E, is
-    therefore computed as Σ_k |H_k|, and then corrected in the rows that were looked up.
+    A sample looks up few rows. Σ_k f(H_k + E_k), for the product's H and the look-up's E, is
+    therefore computed as Σ_k f(H_k), and then corrected in the rows that were looked up.
     """
 
     matrix: MatrixProduct
     table: EmbeddingRows
 
-    def add_magnitudes_(self, omega: Tensor) -> None:
-        """Σ_k |H_k|, then |H_k[i] + E_k[i]| − |H_k[i]| for every row that was looked up."""
-        self.matrix.add_magnitudes_(omega)
+    def accumulate_(self, omega: Tensor, reduction: Reduction) -> None:
+        """Σ_k f(H_k), then f(H_k[i] + E_k[i]) − f(H_k[i]) for every row that was looked up."""
+        self.matrix.accumulate_(omega, reduction)
         samples, rows, looked_up = self.table.summed()
         counts = torch.bincount(samples, minlength=len(self.matrix.left)).tolist()
         products = [
@@ -226,7 +207,7 @@ class TiedEmbedding:
             )
         ]
         product = torch.cat(products)
-        change = magnitude(product + looked_up) - magnitude(product)
+        change = reduction.of(product + looked_up) - reduction.of(product)
         omega.index_add_(0, rows, change.to(omega.dtype))
 
     def samples(self) -> Iterator[Tensor]:

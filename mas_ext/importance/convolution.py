@@ -24,6 +24,7 @@ from mas_ext.importance.contributions import (
     StackedMatrixProducts,
     upcast,
 )
+from mas_ext.importance.reductions import Reduction
 
 _PATCHES = 1 << 20  # elements of the patches that are laid out at a time
 _GRADIENTS = 1 << 19  # elements of the gradients that are formed at a time
@@ -151,10 +152,10 @@ class ConvolutionWeight:
         ]
         return parts[0] if self.groups == 1 else GroupedMatrixProducts(parts)
 
-    def add_magnitudes_(self, omega: Tensor) -> None:
-        """Ω += Σ_k |M_k|, for a few samples at a time."""
+    def accumulate_(self, omega: Tensor, reduction: Reduction) -> None:
+        """Ω += Σ_k f(M_k), for a few samples at a time."""
         for chunk in self._chunks():
-            chunk.add_magnitudes_(omega)
+            chunk.accumulate_(omega, reduction)
 
     def samples(self) -> Iterator[Tensor]:
         """M_k of each sample, formed for a few samples at a time."""
@@ -166,9 +167,9 @@ class ConvolutionWeight:
 class GroupedMatrixProducts(StackedMatrixProducts):
     """One matrix product per group; groups follow each other along the weight's first dimension."""
 
-    def add_magnitudes_(self, omega: Tensor) -> None:
-        """Ω += Σ_k |M_k|, group by group."""
-        super().add_magnitudes_(omega.unflatten(0, (len(self.parts), -1)))
+    def accumulate_(self, omega: Tensor, reduction: Reduction) -> None:
+        """Ω += Σ_k f(M_k), group by group."""
+        super().accumulate_(omega.unflatten(0, (len(self.parts), -1)), reduction)
 
     def samples(self) -> Iterator[Tensor]:
         """M_k of each sample, with the groups joined."""

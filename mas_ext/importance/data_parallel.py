@@ -73,6 +73,7 @@ def add_importance_(
                 measurement,
                 counted=count,
                 checkpoint=checkpoint,
+                rank=placement.ranks.place[0],
             )
         )
     joined = _joined(parts, named)

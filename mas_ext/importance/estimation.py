@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from mas_ext._distributed.shards import is_sharded, local, local_grad
 from mas_ext._warnings import warn
-from mas_ext.importance import objectives
+from mas_ext.importance import criteria
 from mas_ext.importance.batches import Batch, Division, Inputs
-from mas_ext.importance.contributions import accumulate_magnitudes_
 from mas_ext.importance.isolation import without_a_trace
 from mas_ext.importance.options import Measurement
 from mas_ext.importance.outputs import Outputs, find_outputs
@@ -78,6 +77,7 @@ class Estimation:
         samples, batches: how many have been measured so far.
         outputs: which of the model's outputs are measured; None before the first batch.
         division: how batches are divided into samples, where it is not by the rows of all inputs.
+        rank: the number of this process among those that share the data.
     """
 
     model: nn.Module
@@ -89,10 +89,14 @@ class Estimation:
     batches: int = 0
     outputs: Outputs | None = None
     division: Division = field(default_factory=dict)
+    rank: int = 0
     _warned: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self._objective = objectives.resolve(self.measurement.objective)
+        measurement = self.measurement
+        self._criterion = criteria.resolve(measurement.criterion, measurement.objective)
+        #: How a sample's gradient counts.
+        self.reduction = criteria.reduction_of(self._criterion, measurement.reduction)
 
     @property
     def output_names(self) -> tuple[str, ...]:
@@ -104,25 +108,42 @@ class Estimation:
         """Whether other processes hold parts of the tensors that each operation works on."""
         return any(is_sharded(p) for p in self.model.parameters())
 
+    def output(self, batch: Batch) -> Tensor:
+        """The model's output for a batch, [B, …]."""
+        return self.output_in(batch.forward(self.model), batch)
+
+    def output_in(self, returned: Any, batch: Batch) -> Tensor:
+        """The output [B, …] in what the model returned for a batch."""
+        if self.outputs is None:
+            if isinstance(batch, Inputs) and batch.size() == 0:
+                return torch.zeros(0, 1, device="cpu")  # it shows nothing of the outputs
+            self.outputs = find_outputs(returned, batch, self._run_again)
+        return batch.check_rows(self.outputs.tensor(returned))
+
+    def targeted(self, batch: Batch, output: Tensor) -> Iterator[Batch]:
+        """The batch with each of the targets that its output is compared with."""
+        seed = criteria.seed_of(self.measurement.seed, self.rank, self.samples)
+        return self._criterion.targeted(
+            criteria.Situation(self.model, batch, output, self.measurement.draws, seed)
+        )
+
     def scalars(self, batch: Batch) -> Tensor:
-        """s_k for every sample of a batch.
+        """s_k for every sample of a batch that has a target, if the criterion needs one.
 
         Raises:
             ValueError: a value is not finite, or there is not one value per sample.
         """
-        return self._finite(self.objective_values(batch))
+        return self.scalars_of(self.output(batch), batch)
 
-    def objective_values(self, batch: Batch) -> Tensor:
-        """s_k for every sample of a batch, finite or not."""
-        return self.objective_of(batch.forward(self.model), batch)
+    def scalars_of(self, output: Tensor, batch: Batch) -> Tensor:
+        """s_k from the model's output; see :meth:`scalars`."""
+        return self._finite(self.unchecked_scalars_of(output, batch))
 
-    def objective_of(self, returned: Any, batch: Batch) -> Tensor:
-        """s_k from what the model returned for a batch. Nothing else calls the objective."""
-        if self.outputs is None:
-            if isinstance(batch, Inputs) and batch.size() == 0:
-                return torch.zeros(0)  # it shows nothing of the outputs
-            self.outputs = find_outputs(returned, batch, self._run_again)
-        return self._objective(batch.check_rows(self.outputs.tensor(returned)), batch)
+    def unchecked_scalars_of(self, output: Tensor, batch: Batch) -> Tensor:
+        """The same, finite or not: no value is read."""
+        if len(output) == 0:
+            return output.new_zeros(0)
+        return self._criterion.scalars(output, batch, self.reduction)
 
     def _run_again(self, batch: Batch) -> Any:
         with without_a_trace(self.model):
@@ -137,12 +158,16 @@ class Estimation:
             whole = dict.fromkeys(batch.shared_arguments(samples), "whole")
             self.division = {**self.division, **whole}
 
+    def energy(self, scalars: Tensor, batch: Batch) -> Tensor:
+        """What these scalars of a target contribute to each sample's energy, [B]."""
+        return self._criterion.energy(scalars, batch, self.reduction)
+
     def _finite(self, scalars: Tensor) -> Tensor:
         finite = torch.isfinite(scalars)
         if not finite.all():
             k = int((~finite).nonzero()[0])
             raise ValueError(
-                f"the objective of sample {k} of a batch is {scalars[k].item()}: the model's "
+                f"the scalar of sample {k} of a batch is {scalars[k].item()}: the model's "
                 f"output is not finite there, and neither is the gradient of {self._suspect()}; "
                 "nothing was changed. Check the inputs and the parameters for NaN and Inf"
             )
@@ -162,7 +187,7 @@ class Estimation:
         keep_graph: bool = False,
         path: str = "direct",
     ) -> None:
-        """sums += |∂ scalar/∂θ|; a parameter the scalar does not depend on adds nothing."""
+        """sums += f(∂ scalar/∂θ); a parameter the scalar does not depend on adds nothing."""
         if not scalar.requires_grad:
             return
         chosen = list(self.params if names is None else names)
@@ -181,7 +206,7 @@ class Estimation:
             if grad is not None
         ]
         for omega, arrived in _by_device([(sums[name], grad) for name, grad in used]):
-            accumulate_magnitudes_(omega, arrived)
+            self.reduction.add_(omega, arrived)
         if sums is self.sums:
             self.record_paths({name: path for name, _ in used})
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,11 +27,11 @@ from mas_ext.importance.batches import Batch, Inputs
 from mas_ext.importance.contributions import (
     Contribution,
     MatrixProduct,
-    accumulate_magnitudes_,
-    magnitude,
 )
 from mas_ext.importance.estimation import Estimation
 from mas_ext.importance.layer_calls import LayerCall, LayerCallRecorder
+from mas_ext.importance.options import Measurement
+from mas_ext.importance.reductions import Reduction
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -54,7 +53,7 @@ class Local:
     """
 
     def __init__(self, estimation: Estimation) -> None:
-        _check_objective(estimation.measurement.objective)
+        _check_criterion(estimation.measurement)
         if estimation.is_tensor_parallel:
             raise ValueError(
                 "estimator='local' is not available for a tensor-parallel model, of whose layers "
@@ -153,12 +152,14 @@ class Local:
                 )
                 stack.callback(handle.remove)
             returned = batch.forward(self._estimation.model)
-        return recorder.calls, self._estimation.objective_of(returned, batch)
+        output = self._estimation.output_in(returned, batch)
+        return recorder.calls, self._estimation.scalars_of(output, batch)
 
     # -- from inputs and outputs to Ω ------------------------------------------------------------
 
     def _add(self, calls: list[LayerCall], size: int) -> None:
         """Adds ``size`` samples. If there is only one, all rows belong to it."""
+        reduction = self._estimation.reduction
         weights: dict[str, list[LayerCall]] = {}
         biases: dict[str, list[LayerCall]] = {}
         for call in calls if size else []:
@@ -167,20 +168,22 @@ class Local:
                     found.setdefault(self._names[id(param)], []).append(call)
         for name, used in weights.items():
             with torch.autocast(used[0].outputs.device.type, enabled=False):
-                _add_magnitudes(self._estimation.sums[name], [call.product(size) for call in used])
+                _add(self._estimation.sums[name], [call.product(size) for call in used], reduction)
         for name, used in biases.items():
             total = torch.stack([call.gradient(size).sum(1) for call in used]).sum(0)
-            self._estimation.sums[name].add_(magnitude(total).sum(0))
+            self._estimation.sums[name].add_(reduction.of(total).sum(0))
         self._estimation.record_paths(dict.fromkeys([*weights, *biases], "local"))
 
 
-def _check_objective(objective: Any) -> None:
-    """Raises ValueError if an objective was chosen, since each layer's ‖y‖² is used instead."""
-    if objective != "squared_l2":
-        raise ValueError(
-            f"objective is {objective!r}, but estimator='local' has one of its own, the squared "
-            "length of each layer's output; leave objective out, or use estimator='per_sample'"
-        )
+def _check_criterion(measurement: Measurement) -> None:
+    """Raises ValueError if one was chosen, since each layer's ‖y‖² is differentiated instead."""
+    for name, default in (("objective", "squared_l2"), ("criterion", "mas")):
+        value = getattr(measurement, name)
+        if value != default:
+            raise ValueError(
+                f"{name} is {value!r}, but estimator='local' has one of its own, the squared "
+                f"length of each layer's output; leave {name} out, or use estimator='per_sample'"
+            )
 
 
 def _is_layer(module: nn.Module) -> bool:
@@ -204,13 +207,13 @@ def _not_fused() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-def _add_magnitudes(omega: Tensor, parts: list[Contribution]) -> None:
-    """Ω += Σ_k |Σ_c M_kc|, where c runs over the calls of one weight."""
+def _add(omega: Tensor, parts: list[Contribution], reduction: Reduction) -> None:
+    """Ω += Σ_k f(Σ_c M_kc), where c runs over the calls of one weight."""
     products = [part for part in parts if isinstance(part, MatrixProduct)]
     if len(products) == len(parts):
-        MatrixProduct.joined(products).add_magnitudes_(omega)
+        MatrixProduct.joined(products).accumulate_(omega, reduction)
     elif len(parts) == 1:
-        parts[0].add_magnitudes_(omega)
+        parts[0].accumulate_(omega, reduction)
     else:
         for values in zip(*(part.samples() for part in parts), strict=True):
-            accumulate_magnitudes_([omega], [torch.stack(values).sum(0)])
+            reduction.add_([omega], [torch.stack(values).sum(0)])

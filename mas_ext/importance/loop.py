@@ -46,6 +46,7 @@ def add_samples_(
     *,
     counted: Callable[[SampleStatistics], None],
     checkpoint: MeasurementCheckpoint,
+    rank: int = 0,
 ) -> Measured:
     """Adds the sum over this process's samples, which is importance before division by N.
 
@@ -59,12 +60,13 @@ def add_samples_(
         measurement: the options.
         counted: called with the statistics of every batch once all of the batch is in ``sums``.
         checkpoint: where progress is saved, and what an earlier run has saved.
+        rank: the number of this process among those that share the data.
 
     Raises:
         TypeError, ValueError: an option or the data cannot be used.
     """
     measurement.check()
-    estimation = Estimation(model, dict(params), dict(sums), measurement)
+    estimation = Estimation(model, dict(params), dict(sums), measurement, rank=rank)
     estimator = estimators.make(estimation)
     check_data(data)
     if not measurement.training:
@@ -109,7 +111,7 @@ def _read(model: nn.Module, raw: Any, measurement: Measurement, limit: int) -> B
     """
     if measurement.forward is not None:
         return CustomBatch(raw, measurement.forward)
-    inputs = Inputs.of(raw).placed(next(model.parameters()).device)
+    inputs = Inputs.with_others(raw).placed(next(model.parameters()).device)
     size = inputs.size()
     if size <= limit or (inputs.has_lists and measurement.estimator != "local"):
         return inputs

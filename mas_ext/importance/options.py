@@ -7,7 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, TypedDict
 
+from mas_ext.importance import criteria
 from mas_ext.importance.batches import Forward
+from mas_ext.importance.criteria import MAS, CriterionOption
 from mas_ext.importance.objectives import Objective
 
 Progress = bool | Callable[[int], None] | None
@@ -25,8 +27,15 @@ class MeasurementOptions(TypedDict, total=False):
 
     Attributes:
         estimator: ``"per_sample"`` (default), ``"batch"``, ``"local"`` or ``"per_sample_sharded"``.
-        objective: the scalar per sample that is differentiated: ``"squared_l2"`` (default),
-            ``"l2"``, ``"l1"`` or a callable.
+        criterion: the scalar per sample that is differentiated: ``"mas"`` (default),
+            ``"fisher"``, ``"empirical_fisher"``, ``"exact_fisher"``, ``"gauss_newton"`` or a
+            callable.
+        reduction: ``"abs"`` or ``"square"``. None (default): the criterion's own.
+        objective: for ``criterion="mas"``: ``"squared_l2"`` (default), ``"l2"``, ``"l1"``,
+            ``"probabilities"`` or a callable.
+        draws: how many targets to draw per sample, for ``"fisher"`` and ``"gauss_newton"``.
+            Default: 1.
+        seed: of these draws. Default: 0.
         forward: ``callable(model, batch) -> Tensor`` for batches that the model cannot take as
             they are.
         max_samples: stop after this many samples. None (default): use all of them.
@@ -36,7 +45,11 @@ class MeasurementOptions(TypedDict, total=False):
     """
 
     estimator: str
+    criterion: CriterionOption
+    reduction: str | None
     objective: Objective
+    draws: int
+    seed: int
     forward: Forward | None
     max_samples: int | None
     progress: Progress
@@ -61,7 +74,11 @@ class Measurement:
     """The options of one measurement. For their meaning see :class:`MeasurementOptions`."""
 
     estimator: str = "per_sample"
+    criterion: CriterionOption = MAS
+    reduction: str | None = None
     objective: Objective = "squared_l2"
+    draws: int = 1
+    seed: int = 0
     forward: Forward | None = None
     max_samples: int | None = None
     progress: Progress = None
@@ -107,13 +124,9 @@ class Measurement:
 
         ``forward`` and ``progress`` are left out: there is no way to compare functions.
         """
-        objective = self.objective
-        if not isinstance(objective, str):
-            objective = getattr(objective, "__qualname__", type(objective).__qualname__)
-        names = [field.name for field in fields(self)]
         left_out = ("forward", "progress", "checkpoint", "save_every")
-        described = {name: getattr(self, name) for name in names if name not in left_out}
-        return {**described, "objective": objective}
+        names = [field.name for field in fields(self) if field.name not in left_out]
+        return {name: _described(getattr(self, name)) for name in names}
 
     def check(self) -> None:
         """Checks every value, and that they go together.
@@ -127,6 +140,7 @@ class Measurement:
         if self.estimator not in ESTIMATORS:
             names = ", ".join(map(repr, ESTIMATORS))
             raise ValueError(f"estimator: {self.estimator!r} is unknown; use {names}")
+        self._check_criterion()
         check_weighting(self.weighting)
         if not isinstance(self.training, bool):
             raise TypeError(f"training is {self.training!r}; pass True or False")
@@ -135,6 +149,23 @@ class Measurement:
         progress = self.progress
         if not (progress is None or isinstance(progress, bool) or callable(progress)):
             raise TypeError(f"progress is {progress!r}; pass True, None or a callable(samples)")
+
+    def _check_criterion(self) -> None:
+        criterion = criteria.resolve(self.criterion, self.objective)
+        criteria.reduction_of(criterion, self.reduction)
+        if self.criterion != MAS and self.objective != "squared_l2":
+            raise ValueError(
+                f"objective is for criterion='mas', and the criterion is {self.criterion!r}; leave "
+                "one of them out"
+            )
+        for name, value, least in (("draws", self.draws, 1), ("seed", self.seed, 0)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} is {value!r}; pass a whole number of at least {least}")
+        if self.draws != 1 and not criterion.is_drawn:
+            raise ValueError(
+                f"draws: criterion={self.criterion!r} draws nothing; leave draws out, or use "
+                "criterion='fisher' or 'gauss_newton'"
+            )
 
     def _check_exact(self) -> None:
         """Estimators of single samples: all of them count equally, in evaluation mode."""
@@ -149,6 +180,13 @@ class Measurement:
                 "does not exist in training mode because of dropout and batch statistics; leave "
                 "training=True out, or use estimator='batch'"
             )
+
+
+def _described(value: Any) -> Any:
+    """A value as JSON can store it: a function by its name."""
+    if callable(value):
+        return getattr(value, "__qualname__", type(value).__qualname__)
+    return value
 
 
 def check_weighting(weighting: Any) -> str:

@@ -57,6 +57,18 @@ class Outputs:
         return torch.cat(rows, 1)
 
 
+def at_least_float32(output: Tensor) -> Tensor:
+    """Half precision as float32; all else as it is."""
+    return output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
+
+
+def classes_last(output: Tensor) -> Tensor:
+    """[B, C] and [B, T, C] as they are, and [B, C, H, W] with the classes last."""
+    if output.dim() == 1:
+        return output.unsqueeze(1)
+    return output if output.dim() < 4 else output.movedim(1, -1)
+
+
 def find_outputs(returned: Any, batch: Batch, run: Callable[[Batch], Any]) -> Outputs:
     """The tensors that count in what a model returned for a batch.
 

@@ -1,10 +1,10 @@
 r"""Measures the exact importance of a sharded model that does not fit in one process.
 
 In every pass, each rank runs one sample through the sharded model, as in training. The gradient
-that arrives on a rank is that of the rank's own sample. Its magnitude is taken there, before the
+that arrives on a rank is that of the rank's own sample. The reduction f is taken there, before the
 sum over ranks,
 
-.. math:: \Omega_\text{part} \mathrel{+}= \mathrm{reduce\_scatter}\,(|\partial s_r/\partial\theta|)
+.. math:: \Omega_\text{part} \mathrel{+}= \mathrm{reduce\_scatter}\,(f(\partial s_r/\partial\theta))
 
 so that no rank ever holds more than one parameter's gradient. All ranks make the same number of
 passes: a rank whose data has ended runs its last sample again, and adds nothing.
@@ -26,10 +26,10 @@ from mas_ext._distributed.ranks import Ranks
 from mas_ext._distributed.shards import local_grad
 from mas_ext.importance import estimators, loop
 from mas_ext.importance.batches import Batch, CustomBatch, Forward, Inputs
-from mas_ext.importance.contributions import magnitude
 from mas_ext.importance.estimation import Estimation, SampleStatistics, check_finite, dense
 from mas_ext.importance.isolation import differentiable, no_hidden_parameters, undisturbed
 from mas_ext.importance.options import PER_SAMPLE_SHARDED, Measurement
+from mas_ext.importance.reductions import ABS
 
 PATH = "one sample at a time"
 
@@ -60,21 +60,18 @@ def add_samples_(
         undisturbed(sharded.model),
         _GradientCollector(sums, sharded, named).collected() as collector,
     ):
-        estimation = Estimation(sharded.model, dict(named), dict(sums), measurement)
+        estimation = Estimation(
+            sharded.model, dict(named), dict(sums), measurement, rank=ranks.place[0]
+        )
+        collector.reduction = estimation.reduction
         while active := source.advance():
+            collector.counts = source.is_own
             with differentiable():
-                scalars: list[Tensor] = []
-
-                def forward_pass(scalars: list[Tensor] = scalars) -> float:
-                    scalars.append(_scalar(estimation, source.placed(sharded.device)))
-                    return scalars[0].item() if source.is_own else 0.0
-
-                energies = ranks.attempt(forward_pass)
-                collector.counts = source.is_own
-                if scalars[0].requires_grad:
-                    scalars[0].backward()
-            more = SampleStatistics(active, active, sum(energies))
+                sample = source.placed(sharded.device)
+                energy = _add_sample(estimation, sample, source.is_own, ranks)
+            more = SampleStatistics(active, active, energy)
             done += more
+            estimation.samples += 1
             counted(more)
             reporter.show(done.samples)
         ranks.attempt(lambda: check_finite(sums))
@@ -85,14 +82,39 @@ def add_samples_(
     return loop.Measured(done, dict.fromkeys(collector.arrived, PATH), estimation.output_names)
 
 
-def _scalar(estimation: Estimation, sample: Batch) -> Tensor:
-    scalars = estimation.scalars(sample)
-    if len(scalars) != 1:
+def _add_sample(estimation: Estimation, sample: Batch, is_own: bool, ranks: Ranks) -> float:
+    """Takes this rank's sample through the model; returns the energy of all ranks' samples.
+
+    Every target has a forward pass of its own, since a backward pass shards the parameters again.
+    """
+    waiting: list[Batch] = []
+    scalars: list[Tensor] = []
+
+    def forward_pass() -> float:
+        output = estimation.output(waiting[0] if waiting else sample)
+        if not waiting:
+            waiting.extend(estimation.targeted(sample, _single(output)))
+        scalars.append(estimation.scalars_of(output, waiting[0]))
+        return estimation.energy(scalars[0], waiting[0]).item() if is_own else 0.0
+
+    energy = sum(ranks.attempt(forward_pass))
+    while True:
+        if scalars[0].requires_grad:
+            scalars[0].sum().backward()
+        scalars.clear()
+        waiting.pop(0)
+        if not waiting:
+            return energy
+        energy += sum(ranks.attempt(forward_pass))
+
+
+def _single(output: Tensor) -> Tensor:
+    if len(output) != 1:
         raise ValueError(
-            f"forward gave {len(scalars)} rows for a batch; with forward= and "
+            f"forward gave {len(output)} rows for a batch; with forward= and "
             f"estimator={PER_SAMPLE_SHARDED!r} a batch must be one sample"
         )
-    return scalars[0]
+    return output
 
 
 class _SampleSource:
@@ -146,7 +168,7 @@ def _samples(data: Iterable[Any], forward: Forward | None) -> Iterator[Batch]:
         if forward is not None:
             yield CustomBatch(raw, forward)
             continue
-        inputs = Inputs.of(raw)
+        inputs = Inputs.with_others(raw)
         for k in range(size := inputs.size()):
             yield inputs.take([k], size)
 
@@ -156,6 +178,7 @@ class _GradientCollector:
 
     Attributes:
         counts: whether this rank's sample counts.
+        reduction: how its gradients count.
         arrived: the parameters for which one has arrived, in order.
     """
 
@@ -163,6 +186,7 @@ class _GradientCollector:
         self, sums: Mapping[str, Tensor], sharded: ShardedModel, named: Mapping[str, Tensor]
     ) -> None:
         self.counts = True
+        self.reduction = ABS
         self.arrived: dict[str, None] = {}
         self._sums = sums
         self._sharded = sharded
@@ -186,9 +210,8 @@ class _GradientCollector:
         def collect(leaf: Tensor) -> None:
             grad, leaf.grad = leaf.grad, None
             assert grad is not None
-            contribution = magnitude(dense(local_grad(grad, leaf))).to(self._sums[name].dtype)
-            if not self.counts:
-                contribution.zero_()
+            grad = dense(local_grad(grad, leaf)).to(self._sums[name].dtype)
+            contribution = self.reduction.of(grad) if self.counts else torch.zeros_like(grad)
             self._sums[name].add_(self._sharded.summed_part(self._named[name], contribution))
             self.arrived[name] = None
 

@@ -1,4 +1,4 @@
-"""Exact importance, Σ_k |∂s_k/∂θ|, from one backward pass per batch.
+"""Exact importance, Σ_k f(∂s_k/∂θ), from one backward pass per batch and target.
 
 - ``graph.py`` reads the autograd graph and runs backward passes over it.
 - ``plan.py`` finds where parameters are used; ``parameter_graph.py`` finds how the tensors used
@@ -13,6 +13,6 @@
 """
 
 from mas_ext.importance.per_sample import builtin_rules as _builtin_rules  # noqa: F401 (registers)
-from mas_ext.importance.per_sample.engine import add_batch
+from mas_ext.importance.per_sample.engine import add_target, output
 
-__all__ = ["add_batch"]
+__all__ = ["add_target", "output"]

@@ -14,32 +14,45 @@ from mas_ext.importance.contributions import (
     Materialized,
     MatrixProduct,
     TiedEmbedding,
-    accumulate_magnitudes_,
+    upcast,
 )
 from mas_ext.importance.per_sample.generic import Generic
 from mas_ext.importance.per_sample.graph import Grads, Graph, visit_gradients
 from mas_ext.importance.per_sample.parameter_graph import backpropagated
 from mas_ext.importance.per_sample.plan import ParameterUse, Plan, UseGroup
 from mas_ext.importance.per_sample.rules import RULES, NoRule, Rule, VisitedOperation
+from mas_ext.importance.reductions import Reduction
 
 
 class BatchAccumulator:
-    """Adds Σ_k |M_k| of one batch to the raw sums.
+    """Adds Σ_k f(M_k) of one batch to the raw sums, where f is the reduction.
 
     Args:
         plan: the plan for the graph.
         graph: the graph of the batch's forward pass.
         sums: parameter name → the sum to add to.
+        reduction: f.
+        keep_graph: whether to keep the graph for another pass.
         learn: True for the first pass of a plan, which adds to separate sums. An operation without
             a rule is then recorded in the plan as generic, and an error makes the parameters
             unserved instead of being raised.
     """
 
     def __init__(
-        self, plan: Plan, graph: Graph, sums: Mapping[str, Tensor], learn: bool = False
+        self,
+        plan: Plan,
+        graph: Graph,
+        sums: Mapping[str, Tensor],
+        reduction: Reduction,
+        *,
+        keep_graph: bool = False,
+        learn: bool = False,
     ) -> None:
         self._plan, self._graph, self._learn = plan, graph, learn
-        accumulators = {group: GroupAccumulator(group, graph, sums) for group in plan.groups}
+        self._keeps_graph = keep_graph or learn or plan.keeps_graph
+        accumulators = {
+            group: GroupAccumulator(group, graph, sums, reduction) for group in plan.groups
+        }
         self._accumulators = {
             use: accumulators[group] for group in plan.groups for use in group.uses
         }
@@ -93,10 +106,6 @@ class BatchAccumulator:
                 f"its gradient cannot be formed in one pass ({problem}); register a rule for the "
                 "operation with mas_ext.importance.register_rule"
             )
-
-    @property
-    def _keeps_graph(self) -> bool:
-        return self._learn or self._plan.keeps_graph
 
     def _visit(self, position: int, grads: Grads) -> None:
         boundary, node = self._plan.boundaries[position], self._graph.nodes[position]
@@ -172,10 +181,12 @@ def _rule(op: VisitedOperation) -> Rule:
 
 
 class GroupAccumulator:
-    """Collects a group's contributions as they arrive, and adds Σ_k |Σ_uses M_k| to the sums."""
+    """Collects a group's contributions as they arrive, and adds Σ_k f(Σ_uses M_k) to the sums."""
 
-    def __init__(self, group: UseGroup, graph: Graph, sums: Mapping[str, Tensor]) -> None:
-        self._group, self._graph = group, graph
+    def __init__(
+        self, group: UseGroup, graph: Graph, sums: Mapping[str, Tensor], reduction: Reduction
+    ) -> None:
+        self._group, self._graph, self._reduction = group, graph, reduction
         self._sums = {name: sums[name] for name in group.names}
         self._waiting: dict[ParameterUse, Contribution] = {}
         self._failure: str | None = None
@@ -192,19 +203,21 @@ class GroupAccumulator:
             self._waiting[use] = contribution
 
     def _add(self, use: ParameterUse, contribution: Contribution) -> None:
-        """Adds Σ_k |M_k| to the elements of Ω that the use consists of.
+        """Adds Σ_k f(M_k) to the elements of Ω that the use consists of.
 
         If these elements are not a view of Ω, the sum is formed in a new tensor, and then
-        backpropagated to the places that the elements come from.
+        backpropagated to the places that the elements come from. There it is of the parameter's
+        dtype, in which a square might be out of range, so its root is backpropagated.
         """
         (omega,) = self._sums.values()
         if use.view is not None:
-            contribution.add_magnitudes_(use.view(omega))
+            contribution.accumulate_(use.view(omega), self._reduction)
             return
         total = omega.new_zeros(use.shape)
-        contribution.add_magnitudes_(total)
-        for _, places in backpropagated(self._graph, [use.source], [total], self._sums):
-            omega += places
+        contribution.accumulate_(total, self._reduction)
+        roots = [self._reduction.root(total)]
+        for _, places in backpropagated(self._graph, [use.source], roots, self._sums):
+            omega += self._reduction.of(upcast(places))
 
     def finish(self) -> dict[str, str]:
         """Adds the contributions that had to wait for each other.
@@ -224,7 +237,7 @@ class GroupAccumulator:
         if self._waiting:
             whole = self._as_one()
             if whole is not None:
-                whole.add_magnitudes_(self._sums[self._group.names[0]])
+                whole.accumulate_(self._sums[self._group.names[0]], self._reduction)
             else:
                 self._add_sample_by_sample()
         return {}
@@ -259,7 +272,7 @@ class GroupAccumulator:
             for total in totals.values():
                 total.zero_()
             self._sum_uses(dict(zip(uses, parts, strict=True)), totals)
-            accumulate_magnitudes_(list(self._sums.values()), list(totals.values()))
+            self._reduction.add_(list(self._sums.values()), list(totals.values()))
 
     def _sum_uses(self, parts: Mapping[ParameterUse, Tensor], totals: Mapping[str, Tensor]) -> None:
         """M_k of every parameter of the group, from one sample's gradient at every use."""

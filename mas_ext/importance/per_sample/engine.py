@@ -1,4 +1,4 @@
-"""The exact estimator: makes and verifies a plan once, then takes one backward pass per batch."""
+"""The exact estimator: makes and verifies a plan once, then takes one backward pass per target."""
 
 from __future__ import annotations
 
@@ -52,24 +52,42 @@ class Plans:
 _plans: WeakKeyDictionary[nn.Module, Plans] = WeakKeyDictionary()
 
 
-def add_batch(estimation: Estimation, batch: Batch, limit: int) -> Tensor:
-    """Adds Σ_k |∂s_k/∂θ| of the batch's first samples, at most ``limit``, and returns their s_k.
+def output(estimation: Estimation, batch: Batch) -> Tensor:
+    """The output for a batch, with a graph that :func:`add_target` can read.
+
+    Raises:
+        ValueError: it depends on random numbers.
+    """
+    is_one = isinstance(batch, Inputs) and batch.size() == 1
+    with nullcontext() if is_one else readable_graph():
+        return _deterministic_output(estimation, batch)
+
+
+def add_target(
+    estimation: Estimation, batch: Batch, output: Tensor, limit: int, keep_graph: bool
+) -> Tensor:
+    """Adds Σ_k f(∂s_k/∂θ) of the batch's first samples, at most ``limit``, and returns their s_k.
+
+    Args:
+        batch: the batch with a target, if the criterion needs one.
+        output: what :func:`output` returned for it.
+        keep_graph: whether another target follows.
 
     Raises:
         ValueError: importance per sample is not defined for the model, or a value is NaN or Inf.
     """
-    is_one = isinstance(batch, Inputs) and batch.size() == 1
-    with nullcontext() if is_one else readable_graph():
-        scalars = _deterministic_scalars(estimation, batch)
+    scalars = estimation.scalars_of(output, batch)
     count = min(len(scalars), limit)
     if len(scalars) == 1:
-        estimation.add_gradient(scalars[0])
+        estimation.add_gradient(scalars[0], keep_graph=keep_graph)
     elif count > 0 and scalars.requires_grad:
-        _add_several(estimation, batch, scalars, count)
-    return scalars[:count].detach()
+        _add_several(estimation, batch, scalars, count, keep_graph)
+    return scalars[:count]
 
 
-def _add_several(estimation: Estimation, batch: Batch, scalars: Tensor, count: int) -> None:
+def _add_several(
+    estimation: Estimation, batch: Batch, scalars: Tensor, count: int, keep_graph: bool
+) -> None:
     dtype = torch.float16  # the loosest tolerance, until a graph tells
     if estimation.is_tensor_parallel:
         reasons = dict.fromkeys(estimation.params, _TENSOR_PARALLEL)
@@ -86,9 +104,10 @@ def _add_several(estimation: Estimation, batch: Batch, scalars: Tensor, count: i
         reasons = dict.fromkeys(estimation.params, str(problem))
     else:
         with readable_graph():
-            unserved = (
-                BatchAccumulator(plan, graph, estimation.sums).run(weights) if plan.groups else {}
+            accumulator = BatchAccumulator(
+                plan, graph, estimation.sums, estimation.reduction, keep_graph=keep_graph
             )
+            unserved = accumulator.run(weights) if plan.groups else {}
         estimation.record_paths(plan.coverage())
         if unserved:
             _plans[estimation.model].forget(plan)
@@ -140,26 +159,21 @@ def _add_one_by_one(
         estimation.add_gradient(scalars[k], reasons, keep_graph=True)
 
 
-def _deterministic_scalars(estimation: Estimation, batch: Batch) -> Tensor:
-    """The batch's scalars s_k.
-
-    Raises:
-        ValueError: they depend on random numbers.
-    """
+def _deterministic_output(estimation: Estimation, batch: Batch) -> Tensor:
     before = torch.get_rng_state()
-    scalars = estimation.scalars(batch)
+    output = estimation.output(batch)
     drawn = not torch.equal(before, torch.get_rng_state())
     # A batch of one sample is not run again elsewhere, and forward may have its own generator.
-    if drawn or (len(scalars) == 1 and estimation.batches == 0):
-        again = estimation.scalars(batch)
+    if drawn or (len(output) == 1 and estimation.batches == 0):
+        again = estimation.output(batch)
         is_same = torch.equal if drawn else _about_equal
-        if not is_same(scalars.detach(), again.detach()):
+        if not is_same(output.detach(), again.detach()):
             raise ValueError(
                 "the model's output depends on random numbers, also in evaluation mode: the "
                 "importance for a sample is not defined. Look for dropout and noise that do not "
                 "check whether the module is training"
             )
-    return scalars
+    return output
 
 
 def _about_equal(a: Tensor, b: Tensor) -> bool:
@@ -190,7 +204,8 @@ def _checked_plan(estimation: Estimation, batch: Batch, graph: Graph, is_known: 
         if not plan.matches(graph, size):
             raise NoPlan(another_course(size, LARGE))
         with self_check.recorded_decisions() as decisions:
-            first = estimation.objective_values(batch.take(chosen[:1], size, estimation.division))
+            one = batch.take(chosen[:1], size, estimation.division)
+            first = estimation.unchecked_scalars_of(estimation.output(one), one)
         second = scalars_of_part(estimation, batch, chosen[1:2], graph.root, graph.dtype)
     except CannotSplit as problem:
         if isinstance(batch, Inputs):  # then one sample at a time is not possible either
@@ -218,12 +233,13 @@ def _check_sums(estimation: Estimation, plan: Plan, pair: Graph, alone: list[Ten
     if not plan.groups:
         return
     ours = {name: torch.zeros_like(total) for name, total in estimation.sums.items()}
-    failed = BatchAccumulator(plan, pair, ours, learn=True).run(torch.ones_like(pair.root))
+    accumulator = BatchAccumulator(plan, pair, ours, estimation.reduction, learn=True)
+    failed = accumulator.run(torch.ones_like(pair.root))
     served = {name for group in plan.groups for name in group.names} - set(failed)
     exact = {name: torch.zeros_like(estimation.sums[name]) for name in served}
     for scalars in alone:
         estimation.add_gradient(scalars[0], names=served, sums=exact, keep_graph=True)
-    wrong = self_check.find_disagreements(ours, exact, pair.dtype)
+    wrong = self_check.find_disagreements(ours, exact, pair.dtype, estimation.reduction)
     plan.fall_back(wrong, _DISAGREES)
     for name, reason in failed.items():
         plan.fall_back([name], reason)

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mas_ext.importance.contributions import Materialized, magnitude, upcast
+from mas_ext.importance.contributions import Materialized, upcast
 from mas_ext.importance.per_sample.graph import Grads
 from mas_ext.importance.per_sample.rules import NoRule, VisitedOperation
+from mas_ext.importance.reductions import Reduction
 
 
 @dataclass
@@ -30,10 +31,10 @@ class Generic:
     visit: VisitedOperation
     input: int
 
-    def add_magnitudes_(self, omega: Tensor) -> None:
-        """Ω += Σ_k |M_k|, one sample at a time."""
+    def accumulate_(self, omega: Tensor, reduction: Reduction) -> None:
+        """Ω += Σ_k f(M_k), one sample at a time."""
         for sample in self.samples():
-            omega += magnitude(sample)
+            omega += reduction.of(sample)
 
     def samples(self) -> Iterator[Tensor]:
         """M_k of each sample, from one call of the backward per sample, or one for all."""

@@ -19,6 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from mas_ext.importance.batches import tensors_in
 from mas_ext.importance.isolation import OperatorObserver
+from mas_ext.importance.reductions import Reduction
 
 # By how much two computations of the same value may differ, by dtype. Rounding stays well below
 # this, and a wrong assumption well above.
@@ -38,16 +39,19 @@ def agree(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
 
 
 def find_disagreements(
-    ours: Mapping[str, Tensor], exact: Mapping[str, Tensor], dtype: torch.dtype
+    ours: Mapping[str, Tensor],
+    exact: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    reduction: Reduction,
 ) -> list[str]:
-    """The parameters whose sums Σ_k |M_k| differ by more than rounding.
+    """The parameters whose sums Σ_k f(M_k) differ by more than rounding.
 
     Where the true gradient is zero, as for the key's bias in softmax attention or a shift that a
     normalisation removes, both sums are rounding noise. The tolerance therefore has a floor: the
     rounding error of the largest sum, amplified as by a few layers.
     """
     largest = max((float(t.max()) for t in exact.values() if t.numel()), default=0.0)
-    noise = 256 * torch.finfo(dtype).eps * largest
+    noise = float(reduction.of(torch.tensor(256 * torch.finfo(dtype).eps, device="cpu"))) * largest
     return [
         name
         for name, total in exact.items()

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -453,6 +453,7 @@ def test_programs_are_exact(
         data[0] = FIRST[first](data[0])
         batches = [{"x": x, "offset": k} for x, k in zip(data, offsets, strict=False)]
         expected = one_by_one(program, batches)
+        assume(all(omega.isfinite().all() for omega in expected.values()))  # std of one number
         with warnings.catch_warnings():
             if not any(step.name in DATA_DEPENDENT for step in steps):
                 # A use without a gradient in the first batch may be served slowly in the next.
