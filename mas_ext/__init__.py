@@ -20,9 +20,11 @@ from mas_ext._operators.native import build_info
 from mas_ext._version import __version__
 from mas_ext.importance import Importance, estimate_importance
 from mas_ext.presets import Preset, preset
-from mas_ext.regularizer import MAS
+from mas_ext.regularizer import EWC, L2SP, MAS
 
 __all__ = [
+    "EWC",
+    "L2SP",
     "MAS",
     "DriftBudget",
     "DriftRecord",

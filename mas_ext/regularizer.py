@@ -1,54 +1,25 @@
-"""Class MAS: what users call. The work is done in ``importance``, ``_state`` and ``_penalty``."""
+"""The methods: Memory Aware Synapses, elastic weight consolidation, and L2-SP."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, TypedDict
 
-import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import nn
 from typing_extensions import Unpack
 
 from mas_ext._distributed.ranks import ProcessGroup
-from mas_ext._distributed.topology import check_process_group
-from mas_ext._drift.budget import DriftBudget, check_limit
-from mas_ext._drift.references import References
-from mas_ext._drift.settling import Settled, check_weights, mean_loss
-from mas_ext._drift.tracker import DriftRecord, DriftTracker
-from mas_ext._parameters import (
-    ParameterIndex,
-    Selection,
-    reusable,
-    select,
-    select_measurable,
-    select_some,
-)
-from mas_ext._penalty.attachment import Attachment, unwrapped
-from mas_ext._penalty.parameter_groups import Scalar
-from mas_ext._penalty.protected_parameters import ProtectedParameters
-from mas_ext._state import checkpoint
-from mas_ext._state.importance_state import ImportanceState
-from mas_ext._state.merging import check_merge
-from mas_ext._state.regularizer_state import RegularizerState
-from mas_ext._state.task_accumulator import FLOOR, check_floor
-from mas_ext._strength.auto import DEFAULT_DRIFT
-from mas_ext._strength.strength import AUTO, Drift, Lambda, RegularizationStrength
-from mas_ext.importance import add_importance_
+from mas_ext._drift.budget import DriftBudget
+from mas_ext._parameters import Selection, select_measurable
+from mas_ext._strength.strength import Lambda
 from mas_ext.importance.batches import Forward
-from mas_ext.importance.estimation import UNREACHED, SampleStatistics
-from mas_ext.importance.measurement_checkpoint import MeasurementCheckpoint, make_checkpoint
-from mas_ext.importance.options import (
-    CheckpointedMeasurementOptions,
-    Measurement,
-    check_weighting,
-)
-from mas_ext.precision import check_state_dtype
+from mas_ext.importance.loop import check_data
+from mas_ext.importance.measurement_checkpoint import MeasurementCheckpoint
+from mas_ext.importance.options import Measurement
+from mas_ext.quadratic import QuadraticRegularizer
 
 
-class MAS:
+class MAS(QuadraticRegularizer):
     r"""Memory Aware Synapses: keeps the parameters that matter to a network's output near θ*.
 
     .. math:: L(\theta) = L_\text{new}(\theta)
@@ -120,7 +91,41 @@ class MAS:
     Source: Aljundi et al., ECCV 2018, https://arxiv.org/abs/1711.09601.
     """
 
-    _budget: DriftBudget | None = None  # of an instance that an earlier mas_ext has pickled
+
+class EWC(QuadraticRegularizer):
+    r"""Elastic weight consolidation: keeps the parameters that matter to the predictions near θ*.
+
+    .. math:: L(\theta) = L_\text{new}(\theta)
+        + \frac{\lambda}{2}\sum_i F_i (\theta_i - \theta^*_i)^2
+        \qquad F_i = \frac1N \sum_{k=1}^N E_{y \sim p(y|x_k)}
+        \left(\frac{\partial \log p(y|x_k)}{\partial\theta_i}\right)^2
+
+    F is the diagonal of the Fisher information, from the square of every sample's own gradient.
+    Everything else is as in :class:`mas_ext.MAS`, by whose equation F is Ω::
+
+        ewc = mas_ext.EWC(model, budget=0.08)
+        ewc.attach(optimizer, mode="proximal")
+        for task in tasks:
+            train(model, optimizer, task)
+            ewc.settle()
+            ewc.consolidate(task)   # labels are drawn from the model
+
+    ``consolidate`` and ``update_importance`` take the options of
+    :func:`mas_ext.estimate_importance`. By default ``criterion="fisher"`` draws one label per
+    sample from the model. ``"exact_fisher"`` goes through all classes, which takes a backward pass
+    for each; ``"empirical_fisher"`` uses the labels in the data.
+
+    Args:
+        model, params, budget, floor, state_dtype, process_group: see :class:`mas_ext.MAS`.
+        lambda_reg: λ ≥ 0, with the ½ of the equation, or a mapping from name or glob to numbers.
+            None: 1, or with a budget ``"auto"``: found from the mean of F, and then adjusted.
+        merge: see :class:`mas_ext.MAS`. ``"sum"`` is Kirkpatrick's, with one θ* for all tasks;
+            ``("decay", gamma)``, F ← γF + F_task, is online EWC (Schwarz et al., ICML 2018).
+
+    Source: Kirkpatrick et al., PNAS 2017, https://arxiv.org/abs/1612.00796.
+    """
+
+    defaults: ClassVar[Mapping[str, Any]] = {"criterion": "fisher", "reduction": "square"}
 
     def __init__(
         self,
@@ -132,462 +137,109 @@ class MAS:
         params: Selection = None,
         merge: str | tuple[str, float] = "sum",
         state_dtype: str = "float32",
-        drift: Drift = DEFAULT_DRIFT,
         process_group: ProcessGroup = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model is a {type(model).__name__}; pass a torch.nn.Module")
-        if isinstance(model, torch.jit.ScriptModule):
-            raise TypeError(
-                "model is a ScriptModule, whose inside autograd does not show; pass "
-                "the module that it was made from"
-            )
-        self._params = reusable(params)
-        self._budget = DriftBudget.of(budget)
-        if lambda_reg is None:
-            lambda_reg = 1.0 if self._budget is None else AUTO
-        if floor is None:
-            floor = 0.0 if self._budget is None else FLOOR
-        consolidated = ImportanceState(check_state_dtype(state_dtype))
-        strength = RegularizationStrength(lambda_reg, drift)
-        group = check_process_group(process_group)
-        #: The parameters that the penalty is over; :mod:`mas_ext.optim` works on the same object.
-        self.protected = ProtectedParameters(
-            ParameterIndex(model),
-            RegularizerState(consolidated, strength, check_merge(merge), floor=check_floor(floor)),
-            None if self._budget is None else DriftTracker(self._budget, group),
-        )
-        self._use_strength(strength)
-        self._process_group = group
-        select_some(self._named(), self._params)
-
-    def __repr__(self) -> str:
-        state = self._state
-        return (
-            f"MAS(lambda_reg={state.strength!r}, merge={state.merge!r}, "
-            f"state_dtype={state.state_dtype!r}, tasks={state.num_tasks}, "
-            f"parameters={len(state.consolidated.anchor)})"
+        super().__init__(
+            model,
+            lambda_reg,
+            budget=budget,
+            floor=floor,
+            params=params,
+            merge=merge,
+            state_dtype=state_dtype,
+            process_group=process_group,
         )
 
-    @property
-    def _state(self) -> RegularizerState:
-        return self.protected.state
 
-    def _named(self) -> Mapping[str, nn.Parameter]:
-        return self.protected.index.named()
+class ReferenceOptions(TypedDict, total=False):
+    """How :class:`L2SP` reads data, of which it keeps references for a drift budget.
 
-    def _selected(self) -> dict[str, nn.Parameter]:
-        return select(self._named(), self._params)
+    Attributes:
+        forward: as for :func:`mas_ext.estimate_importance`.
+        max_samples: read at most the batches with this many samples. None (default): all.
+    """
 
-    # -- properties --------------------------------------------------------------------------------
+    forward: Forward | None
+    max_samples: int | None
 
-    @property
-    def lambda_reg(self) -> float | str | dict[str, float | str]:
-        """λ, or λ by name or glob; may be set at any time, as a whole.
 
-        Where λ is ``"auto"``, the number that was found; ``"auto"`` before the first task ends.
-        """
-        return self._state.strength.numbers("gradient")
+class L2SP(QuadraticRegularizer):
+    r"""L2-SP: keeps all parameters near θ*, the starting point of the present task.
 
-    @lambda_reg.setter
-    def lambda_reg(self, value: Lambda) -> None:
-        drift = self.drift
-        if isinstance(drift, dict):
-            automatic = value if isinstance(value, Mapping) else {}
-            kept = drift.keys() == {name for name, one in automatic.items() if one == "auto"}
-            drift = drift if kept else DEFAULT_DRIFT
-        self._use_strength(RegularizationStrength(value, drift))
+    .. math:: L(\theta) = L_\text{new}(\theta)
+        + \frac{\lambda}{2}\sum_i (\theta_i - \theta^*_i)^2
 
-    @property
-    def lambda_proximal(self) -> float | str | dict[str, float | str]:
-        """λ of a proximal step after an optimizer that normalizes its updates, such as Adam.
+    Ω is 1, and nothing is measured: :meth:`consolidate` takes θ* ← θ. It reads data only under a
+    drift budget, to keep references. Everything else is as in :class:`mas_ext.MAS`; settling is
+    interpolation between the new and the old parameters.
 
-        Differs from ``lambda_reg`` only where λ is ``"auto"``: gradients and normalized updates
-        push the parameters by different amounts.
-        """
-        return self._state.strength.numbers("normalized")
+    Args:
+        model, params, budget, process_group: see :class:`mas_ext.MAS`.
+        lambda_reg: λ ≥ 0, with the ½ of the equation, or a mapping from name or glob to numbers.
+            None: 1, or with a budget ``"auto"``: begins with a constant and is then adjusted.
 
-    @property
-    def drift(self) -> float | dict[str, float]:
-        """ε, or ε by glob; may be set at any time, and λ follows."""
-        drift = self._state.strength.drift
-        return drift if isinstance(drift, float) else dict(drift)
+    Source: Li et al., ICML 2018, https://arxiv.org/abs/1802.01483.
+    """
 
-    @drift.setter
-    def drift(self, value: Drift) -> None:
-        self._use_strength(RegularizationStrength(self._state.strength.value, value))
+    options: ClassVar[type] = ReferenceOptions
 
-    def _use_strength(self, strength: RegularizationStrength) -> None:
-        self._state.use_strength(strength, self._named(), self._selected())
-
-    @property
-    def state_dtype(self) -> str:
-        """The name of the dtype that Ω is stored in."""
-        return self._state.state_dtype
-
-    @property
-    def num_tasks(self) -> int:
-        """How many tasks have been consolidated."""
-        return self._state.num_tasks
-
-    @property
-    def importance(self) -> Mapping[str, Tensor]:
-        """Ω of the consolidated tasks by parameter name; empty before the first.
-
-        The tensors are views; with ``state_dtype="uint8"`` they are float32 copies.
-        """
-        return self._state.shardings.placed(self._state.consolidated.importance)
-
-    @property
-    def anchor(self) -> Mapping[str, Tensor]:
-        """Views of θ* by parameter name; empty before the first task is consolidated."""
-        return self._state.shardings.placed(self._state.consolidated.anchor)
-
-    # -- measuring ---------------------------------------------------------------------------------
-
-    def update_importance(
-        self, data: Iterable[Any], **options: Unpack[CheckpointedMeasurementOptions]
+    def __init__(
+        self,
+        model: nn.Module,
+        lambda_reg: Lambda | None = None,
+        *,
+        budget: float | DriftBudget | None = None,
+        params: Selection = None,
+        process_group: ProcessGroup = None,
     ) -> None:
-        """Adds to the current task's Ω from unlabelled data; θ* and the penalty stay.
+        super().__init__(
+            model,
+            lambda_reg,
+            budget=budget,
+            floor=0.0,
+            params=params,
+            merge="max",  # of ones
+            state_dtype="uint8",  # in which 1 is exact
+            process_group=process_group,
+        )
 
-        Call it as often as you want, during training or in deployment: every sample counts the
-        same, and :meth:`consolidate` ends the task. After an error everything is as it was.
-
-        Args:
-            data: as for :func:`mas_ext.estimate_importance`.
-            options: the arguments of :func:`mas_ext.estimate_importance` (``estimator``,
-                ``objective``, ``forward``, ``max_samples``, ``progress``, ``weighting``,
-                ``training``), and ``checkpoint`` and ``save_every``:
-            checkpoint: a file that the measurement is saved to while it runs; with several
-                processes each has its own, with ``.rankN`` appended. If the process is killed, call
-                again with the same model, state, data and arguments: the measurement continues
-                after the last batch that was saved, and the result is bitwise identical. The file
-                is removed when the measurement ends. PyTorch's random state is saved too, so a
-                shuffling DataLoader repeats its order; other data must repeat by itself.
-            save_every: the number of samples between two writes of the file, which holds 4 bytes
-                per parameter. Default: 10,000.
-        """
-        measurement = Measurement.from_options(options, CheckpointedMeasurementOptions)
-        with self._state.unchanged_after_an_error():
-            saved = self._measure(data, measurement)
-        saved.remove()
-
-    def consolidate(
+    def consolidate(  # type: ignore[override]  # no options of a measurement
         self,
         data: Iterable[Any] | None = None,
         *,
         reference: Iterable[Any] | None = None,
-        **options: Unpack[CheckpointedMeasurementOptions],
+        **options: Unpack[ReferenceOptions],
     ) -> None:
-        """Ends a task: measures ``data`` if given, merges the task's Ω, and takes θ* ← θ.
+        """Ends a task: takes θ* ← θ.
 
         Args:
-            data: as for :func:`mas_ext.estimate_importance`.
-            reference: batches to measure the drift of later tasks on, in the form of ``data``; None
-                keeps samples of ``data``. On data that the model was trained on
-                the drift is often smaller than on new data, so pass some that was held out if there
-                is enough.
-            options: as for :meth:`update_importance`.
-
-        Raises:
-            RuntimeError: there is no data, and nothing was measured since the last task.
-            ValueError: ``reference`` without a drift budget.
-
-        Warns if the task has drifted beyond the budget; if :meth:`attach` was called but no step
-        has included the penalty since the last task ended, although protected parameters moved;
-        and, once for each parameter, if no measured output depends on it.
+            data: under a drift budget, batches to keep references of; otherwise they are not read.
+            reference: as for :meth:`mas_ext.MAS.consolidate`.
+            options: ``forward`` and ``max_samples``, see :class:`ReferenceOptions`.
         """
-        measurement = Measurement.from_options(options, CheckpointedMeasurementOptions)
-        if reference is not None and self._tracker().budget.reference is not None:
-            raise ValueError("reference: the budget has references already; leave one of them out")
-        self.protected.warn_if_never_applied()
-        if self.protected.tracker is not None:
-            self.protected.tracker.warn_if_over(self.protected)
-        with self._state.unchanged_after_an_error():
-            saved = MeasurementCheckpoint() if data is None else self._measure(data, measurement)
-            self.protected.warn_of_no_importance()
-            references = self._next_references(reference, measurement.forward)
-            self._state.end_task(self._named(), self._selected())
-        self._state.begin_task(references)
-        self.protected.has_acted = False
-        saved.remove()
+        super().consolidate(() if data is None else data, reference=reference, **options)
 
     def _measure(self, data: Iterable[Any], measurement: Measurement) -> MeasurementCheckpoint:
-        """Adds to the task's sums batch by batch, so a state saved between two is complete.
-
-        With several processes all add at once, when all have finished.
-        """
+        """Counts 1 for every parameter."""
+        check_data(data)
         state = self._state
-        saved = make_checkpoint(measurement, state.num_tasks, state.task.counts)
+        state.begin_measurement("none", predicts=self.budget is not None)
         named = select_measurable(self._named(), self._params)
-        task = state.task.with_room_for(state.local(named), check_weighting(measurement.weighting))
+        task = state.task.with_room_for(state.local(named))
+        sampled = self._sampled(data, measurement)
+        if sampled is not data:
+            self._keep_references(sampled, measurement.sample_limit)
+        for name in named:
+            task.sums[name].fill_(1.0)
+            task.counts[name] = 1
+        state.task = task
+        return MeasurementCheckpoint()
 
-        def counted(more: SampleStatistics) -> None:
-            task.count(named, more)
-            state.task = task
-
-        measured = add_importance_(
-            {name: task.sums[name] for name in named},
-            self.protected.index.model,
-            self._sampled(data, measurement),
-            named,
-            measurement,
-            counted=counted,
-            process_group=self._process_group,
-            checkpoint=saved,
-        )
-        state.task.unreached = [n for n, path in measured.coverage.items() if path == UNREACHED]
-        return saved
-
-    def _sampled(self, data: Iterable[Any], measurement: Measurement) -> Iterable[Any]:
-        """The data, of which references are kept when they are read; under a drift budget only."""
-        tracker, state = self.protected.tracker, self._state
-        if tracker is None or tracker.budget.reference is not None:
-            return data
-        sampler = state.drift.sampler
-        state.drift.sampler = (
-            tracker.sampler(self.protected.index.model, state.num_tasks, measurement.forward)
-            if sampler is None
-            else sampler.copy()
-        )
-        state.drift.sampler.forward = tracker.budget.forward or measurement.forward
-        return state.drift.sampler.watch(data)
-
-    def _next_references(
-        self, own: Iterable[Any] | None, forward: Forward | None
-    ) -> References | None:
-        """What the drift of the next task is measured on; None without a drift budget."""
-        tracker = self.protected.tracker
-        if tracker is None:
-            return None
-        return tracker.references(self.protected.index.model, self._state, own, forward)
-
-    # -- the drift ---------------------------------------------------------------------------------
-
-    @property
-    def budget(self) -> DriftBudget | None:
-        """The drift budget; None if there is none."""
-        return self._budget
-
-    @property
-    def drift_trace(self) -> list[DriftRecord]:
-        """A record of every measurement of the drift during training."""
-        return [] if self.protected.tracker is None else list(self.protected.tracker.trace)
-
-    def drift_measured(self) -> float:
-        """How far the outputs for the references have moved since the present task began.
-
-        Not to be confused with ``drift``, from which ``lambda_reg="auto"`` predicts λ before
-        training: this is measured, in the unit of the budget's metric.
-
-        Returns:
-            The mean over all references, nats per prediction for ``"kl"``; Inf if an output is not
-            finite; 0 before the first :meth:`consolidate`. With several processes, call it on all.
-
-        Raises:
-            ValueError: there is no budget.
-        """
-        return self._tracker().measured(self.protected)
-
-    def _tracker(self) -> DriftTracker:
-        if self.protected.tracker is None:
-            raise ValueError(
-                "budget: there is none, so no references were kept to measure the drift on; pass "
-                "MAS(model, budget=0.1)"
-            )
-        return self.protected.tracker
-
-    def settle(
-        self,
-        budget: float | None = None,
-        *,
-        weights: str = "importance",
-        data: Iterable[Any] | None = None,
-        loss: Callable[[nn.Module, Any], Tensor] | None = None,
-    ) -> Settled:
-        r"""After training, before :meth:`consolidate`: moves θ until the drift is in the budget.
-
-        .. math:: \theta \leftarrow \frac{\theta + c\,\Omega\,\theta^*}{1 + c\,\Omega}
-
-        with the smallest c found for which the measured drift is within the limit. It is measured
-        on all references, about ten times. Floating-point buffers, such as running statistics, are
-        moved along; parameters whose λ is 0 and those that are not protected stay. The optimizer's
-        state stays as it is: begin the next task with a new optimizer, or expect a few steps in
-        which momentum leads back.
-
-        Args:
-            budget: the limit; None: that of the budget that this MAS was created with.
-            weights: ``"importance"``, as above, or ``"uniform"``: Ω = 1, the straight line from the
-                new to the old parameters (Wortsman et al., *Robust fine-tuning of zero-shot
-                models*, CVPR 2022). Where importance cannot reach the limit, since parameters whose
-                Ω was 0 matter by now, ``"uniform"`` is used.
-            data, loss: batches of the new task, and ``callable(model, batch)`` that returns their
-                mean loss, to be told what settling has cost there.
-
-        Returns:
-            The drift before and after, c (0: nothing had to be moved) and, if asked for, the loss
-            before and after.
-
-        Raises:
-            ValueError: there is no budget; an argument is out of range; or the drift would be above
-                the limit even at θ*, since parameters that are not protected have changed. Then
-                everything is as it was.
-        """
-        check_weights(weights)
-        tracker = self._tracker()
-        limit = tracker.budget.limit if budget is None else check_limit(budget)
-        if (data is None) != (loss is None):
-            raise ValueError("data and loss go together: pass both or neither")
-        if data is None or loss is None:
-            return tracker.settle(self.protected, limit, weights)
-        model, batches = self.protected.index.model, list(data)
-        before = mean_loss(model, batches, loss)
-        settled = tracker.settle(self.protected, limit, weights)
-        return replace(settled, loss_before=before, loss_after=mean_loss(model, batches, loss))
-
-    # -- protecting --------------------------------------------------------------------------------
-
-    def penalty(self) -> Tensor:
-        r""":math:`\frac{\lambda}{2}\sum_i\Omega_i(\theta_i-\theta^*_i)^2`, differentiable.
-
-        Returns:
-            A 0-dim tensor to add to the loss; zero before the first :meth:`consolidate`.
-        """
-        return self.protected.penalty()
-
-    def add_penalty_grad_(self, grad_scale: Scalar | None = None) -> Tensor:
-        r"""After ``backward()``: :math:`p.\text{grad} \mathrel{+}= \lambda\Omega(\theta-\theta^*)`.
-
-        Does what ``(loss + mas.penalty()).backward()`` does, in one pass over memory. A parameter
-        whose gradient is None gets one.
-
-        Args:
-            grad_scale: the loss scaler's factor, while the gradients still contain it: pass
-                ``scaler.get_scale()`` and call this before ``scaler.step`` and ``unscale_``, which
-                then also find an Inf in the penalty's gradient. What you add after ``unscale_`` is
-                not checked by the scaler; with :meth:`attach`, it is checked.
-
-        Returns:
-            The penalty, a 0-dim tensor. Never waits for the device.
-        """
-        value = self.protected.add_penalty_grad_(grad_scale)
-        self.protected.after_step(None, "gradient")
-        return value
-
-    def proximal_step_(self, lr: Scalar) -> Tensor:
-        r"""After ``optimizer.step()``: the step that is stable at any λ.
-
-        .. math:: \theta \leftarrow \frac{\theta+\eta\lambda\Omega\theta^*}{1+\eta\lambda\Omega}
-
-        Args:
-            lr: η, usually the optimizer's learning rate. With ``lambda_reg="auto"`` λ is
-                ``lambda_proximal``, which suits normalized updates such as Adam's; :meth:`attach`
-                chooses by the optimizer.
-
-        Returns:
-            The penalty after the step, a 0-dim tensor. Never waits for the device.
-        """
-        value = self.protected.proximal_step_(lr)
-        self.protected.after_step(None, "proximal")
-        return value
-
-    def attach(self, optimizer: Optimizer | None = None, mode: str = "gradient") -> Attachment:
-        """Includes the penalty in every ``optimizer.step()``; the training loop stays as it is.
-
-        Args:
-            optimizer: any torch optimizer that minimizes, with or without a closure: one of several
-                per model, ``ZeroRedundancyOptimizer``, an 8-bit optimizer, or a wrapper
-                (Accelerate's, Lightning's, SAM, Lookahead), whose inner optimizer is attached.
-                None: all optimizers that hold parameters of the model, including those created
-                later, until ``remove()``. The penalty acts only on the parameters of the optimizer
-                that steps; in gradient mode, only on those that have a gradient, so that
-                parameters the optimizer skips (the head of another task) stay as they are.
-            mode: ``"gradient"`` adds the penalty's gradient before the step, once per step however
-                many backward passes there were, and after clipping (to clip it too, call
-                :meth:`add_penalty_grad_` before clipping instead); ``"proximal"`` takes the stable
-                step after it, with each group's learning rate.
-
-        Under a ``torch.amp.GradScaler`` an Inf or NaN in the penalty's gradient counts as one in
-        the loss's: the step is skipped and the scale lowered. Only there, gradients are read once
-        more. A step that the scaler skips moves nothing in either mode.
-
-        Returns:
-            A handle with ``remove()`` and ``last_penalty``.
-
-        Raises:
-            ValueError: an unknown mode, or an optimizer that maximizes, that steps in
-                ``backward()`` instead of ``step()``, that takes only sparse gradients, that holds
-                none of the model's parameters, or whose step includes this penalty already.
-            TypeError: not a torch optimizer, nor a wrapper that has one as an attribute.
-        """
-        chosen = None if optimizer is None else unwrapped(optimizer)
-        return Attachment(self.protected, chosen, mode)
-
-    # -- saving ------------------------------------------------------------------------------------
-
-    def state_dict(self) -> checkpoint.StateDict:
-        """A copy of everything that is remembered, by parameter name.
-
-        It has only tensors (DTensors where the parameters are; settings as the bytes of their
-        JSON), so ``torch.distributed.checkpoint`` saves and loads a MAS like a model, with any
-        number of processes::
-
-            dcp.save({"model": model, "mas": mas}, storage_writer=HuggingFaceStorageWriter(folder))
-            dcp.load({"model": model, "mas": mas}, storage_reader=HuggingFaceStorageReader(folder))
-
-        Parameters that have not been measured get Ω = 0, so that there is room to load into. There
-        is room for the sums of an unfinished task only once this MAS has measured something in its
-        own: before ``dcp.load`` of a state saved in the middle of a task, call
-        :meth:`update_importance` with one batch. Codes (``"uint8"``) are dequantized to float32 and
-        are the same again after loading; :meth:`save` writes the codes themselves, unless the model
-        is sharded.
-        """
-        return self._state.to_packed_dict(self._selected())
-
-    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
-        """Replaces everything that is remembered; also λ, ``drift`` and ``merge``.
-
-        ``model``, ``params``, ``state_dtype``, ``budget`` and ``floor`` stay; Ω is converted to
-        this ``state_dtype``.
-
-        Args:
-            state: what :meth:`state_dict` returned, in this version or an earlier one.
-            strict: the state must have exactly the parameters that are selected here, unless it has
-                none. Otherwise parameters that the state lacks start anew, and those that the model
-                lacks are left out.
-
-        Raises:
-            ValueError: not a state of this format, of a future version, of another model, or
-                without values (on the meta device). Everything is as it was.
-        """
-        self.protected.state = RegularizerState.from_dict(
-            state,
-            self._named(),
-            self._selected(),
-            strict,
-            state_dtype=self.state_dtype,
-            floor=self._state.floor,
-            tracker=self.protected.tracker,
-        )
-        self.protected.has_acted = True  # it may have, before the state was saved
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the state atomically to a safetensors file with a checksum.
-
-        With a sharded model, call this on every process: one writes, parameter by parameter, and an
-        error is raised on all. For very large models ``torch.distributed.checkpoint``
-        (:meth:`state_dict`) suits better, where each process writes its part.
-        """
-        checkpoint.write(self._state.to_dict(), path)
-
-    def load(self, path: str | os.PathLike[str], strict: bool = True) -> None:
-        """Reads what :meth:`save` wrote; see :meth:`load_state_dict`.
-
-        With a sharded model, call this on every process: each takes its part of the parameters.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: it is truncated, altered, of a future version, or of another model.
-                Everything is as it was.
-        """
-        self.load_state_dict(checkpoint.read(path), strict)
+    def _keep_references(self, sampled: Iterable[Any], limit: int) -> None:
+        """Reads the data, of which the sampler keeps some."""
+        sampler = self._state.drift.sampler
+        assert sampler is not None
+        before = sampler.samples
+        for _ in sampled:
+            if sampler.samples - before >= limit:
+                break

@@ -52,13 +52,15 @@ class ReferenceSampler:
         self.seed = seed
         self.whole = whole
         self.batches = 0  # seen so far
+        self.samples = 0  # in them
         self.largest = 1  # samples in the largest of them
         self.kept: list[Reference] = []
 
     def copy(self) -> ReferenceSampler:
         """A sampler that goes on from here without changing this one."""
         other = ReferenceSampler(self.count, self.forward, self.seed, self.whole)
-        other.batches, other.largest, other.kept = self.batches, self.largest, list(self.kept)
+        other.batches, other.samples = self.batches, self.samples
+        other.largest, other.kept = self.largest, list(self.kept)
         return other
 
     def watch(self, data: Iterable[Any]) -> Iterable[Any]:
@@ -76,6 +78,7 @@ class ReferenceSampler:
         size = _size(batch)
         if size == 0:
             return
+        self.samples += size
         self.largest = max(self.largest, size)
         random = torch.Generator().manual_seed(hash((*self.seed, self.batches)) % 2**63)
         rowwise = None if self.whole else _rowwise(batch, size)

@@ -27,7 +27,8 @@ FORMAT = "mas_ext"
 # 3: Ω in other dtypes than float32, and λ by name.
 # 4: "drift", and "energy" and "seen" that λ is found from.
 # 5: "control" and "references" of a drift budget.
-VERSION = 5
+# 6: "reduction".
+VERSION = 6
 GROUPS = ("importance", "anchor", "earlier", "open")
 SCALES = {"importance": "importance_scales", "earlier": "earlier_scales"}
 PER_PARAMETER = (*GROUPS, *SCALES.values())
@@ -63,6 +64,8 @@ def upgraded(state: Mapping[str, Any]) -> Mapping[str, Any]:
         }
     if state["version"] < 5:
         added |= {"control": {}, "references": {}}
+    if state["version"] < 6:
+        added |= {"reduction": "abs" if state["anchor"] or state["open"] else ""}
     return {**state, **added}
 
 
@@ -75,6 +78,7 @@ _CONTENTS: dict[str, Any] = {
     "state_dtype": str,
     "merge": (str, tuple, list),
     "num_tasks": int,
+    "reduction": str,
     "tasks": Mapping,
     "num_samples": Mapping,
     "weighting": str,

@@ -78,6 +78,12 @@ POLICIES: dict[str, MergePolicy] = {
         lambda tasks, alpha: 1 - alpha**tasks,
         has_alpha=True,
     ),
+    # αΩ + Ω_t: online EWC's.
+    "decay": MergePolicy(
+        lambda m: m.old.mul_(m.alpha).add_(m.new),
+        lambda tasks, alpha: (1 - alpha**tasks) / (1 - alpha),
+        has_alpha=True,
+    ),
     # Ω_t and all earlier *merged* Ω: from the last to the first, tasks weigh 1, 1, 2, 4, 8, …
     "sum_of_sums": MergePolicy(
         _sum_of_sums_, lambda tasks, alpha: 2.0 ** (tasks - 1), needs_earlier=True

@@ -38,6 +38,7 @@ class RegularizerState:
         task: the sums of the task that has not ended.
         energy: the objective's mean over tasks, from which ``lambda_reg="auto"`` finds λ.
         num_tasks: how many tasks have ended.
+        reduction: how gradients count in Ω; empty before the first measurement.
         floor: what is added to every Ω of a task, as a fraction of their mean.
         drift: what is remembered for a drift budget.
         shardings: how each parameter was sharded when it was first remembered.
@@ -49,12 +50,13 @@ class RegularizerState:
     task: TaskAccumulator = field(default_factory=TaskAccumulator)
     energy: OutputEnergy = field(default_factory=OutputEnergy)
     num_tasks: int = 0
+    reduction: str = ""
     floor: float = 0.0
     drift: DriftState = field(default_factory=DriftState)
     shardings: Shardings = field(default_factory=Shardings)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update({"drift": DriftState(), **state})  # a pickle of an earlier mas_ext
+        self.__dict__.update({"drift": DriftState(), "reduction": "abs", **state})  # older pickles
 
     @property
     def state_dtype(self) -> str:
@@ -69,12 +71,34 @@ class RegularizerState:
     @contextmanager
     def unchanged_after_an_error(self) -> Iterator[None]:
         """Puts back the task's sums and the shardings if the block raises."""
-        before = self.task, self.drift.sampler, self.shardings
+        before = self.task, self.drift.sampler, self.shardings, self.reduction
         try:
             yield
         except BaseException:
-            self.task, self.drift.sampler, self.shardings = before
+            self.task, self.drift.sampler, self.shardings, self.reduction = before
             raise
+
+    def begin_measurement(self, reduction: str, *, predicts: bool) -> None:
+        """Notes how gradients are going to count.
+
+        Args:
+            reduction: its name.
+            predicts: whether a drift budget adjusts the λ that is predicted here.
+
+        Raises:
+            ValueError: it does not add up with what was measured before, or λ cannot be found.
+        """
+        if self.reduction not in ("", reduction):
+            raise ValueError(
+                f"reduction: Ω has been measured with {self.reduction!r} so far, and {reduction!r} "
+                "does not add up with it; use the same criterion and reduction for all tasks"
+            )
+        if self.strength.is_auto and reduction != "abs" and not predicts:
+            raise ValueError(
+                f"lambda_reg='auto' follows from E‖F‖² and Ω = E|∂‖F‖²/∂θ|, and reduction="
+                f"{reduction!r} measures another Ω; pass a number, or budget= to have λ adjusted"
+            )
+        self.reduction = reduction
 
     # -- λ and the end of a task -------------------------------------------------------------------
 
@@ -99,15 +123,19 @@ class RegularizerState:
         """Finds λ where it is ``"auto"`` and a task has been measured."""
         if not strength.is_auto or not self.consolidated.anchor:
             return
+        # In the model's order, which a file does not keep: sums depend on it in their last bit.
+        known = {name: p for name, p in named.items() if name in self.consolidated.anchor}
+        statistics = self.consolidated.statistics(known, self.merge)
+        if self.reduction != "abs":
+            strength.resolve(statistics, None)
+            return
         if not self.energy.tasks:
             raise ValueError(
                 "lambda_reg='auto': this state was saved by an earlier mas_ext, which kept no "
                 "energy to find λ from; pass a number, and 'auto' after the next consolidate()"
             )
         check_energy(self.energy.mean)
-        # In the model's order, which a file does not keep: sums depend on it in their last bit.
-        known = {name: p for name, p in named.items() if name in self.consolidated.anchor}
-        strength.resolve(self.consolidated.statistics(known, self.merge), self.energy.mean)
+        strength.resolve(statistics, self.energy.mean)
 
     def end_task(self, named: Mapping[str, Parameter], selected: Mapping[str, Parameter]) -> None:
         """Merges the task's Ω, takes θ* ← θ, and finds λ where it is ``"auto"``."""
@@ -122,7 +150,7 @@ class RegularizerState:
         task.check_growth(params)
         self.strength.check_covers(params)
         energy = self.energy.with_task(task.statistics.samples, task.statistics.mean_energy)
-        if self.strength.is_auto:
+        if self.strength.is_auto and self.reduction == "abs":
             check_energy(energy.mean)
         floors = task.floors(self.floor, named)
         self.consolidated.end_task(params, task, self.merge, floors)
@@ -134,6 +162,7 @@ class RegularizerState:
     def begin_task(self, references: References | None) -> None:
         """Begins the next task, with the references for it."""
         self.drift = self.drift.begin_task(references)
+        self.follow_controller()
 
     def without_importance(self) -> list[str]:
         """The parameters that the last measurement did not reach and whose Ω is 0 everywhere.
@@ -163,6 +192,7 @@ class RegularizerState:
             "merge": self.merge,
             "state_dtype": self.state_dtype,
             "num_tasks": self.num_tasks,
+            "reduction": self.reduction,
             "control": control,
             "references": copies(references),
             **self.consolidated.state_dict(),
@@ -199,7 +229,7 @@ class RegularizerState:
         strength = RegularizationStrength(state["lambda_reg"], state["drift"])
         strength.check_covers(state["anchor"])
         energy = OutputEnergy(**state["energy"])
-        if strength.is_auto and state["anchor"]:
+        if strength.is_auto and state["anchor"] and state["reduction"] == "abs":
             check_energy(energy.mean)
         merge = check_merge(state["merge"])
         shardings = Shardings().joined_by(named)
@@ -213,6 +243,7 @@ class RegularizerState:
             TaskAccumulator.from_state_dict(state, params),
             energy,
             state["num_tasks"],
+            state["reduction"],
             floor,
             DriftState() if tracker is None else tracker.restored(state),
             shardings,

@@ -31,6 +31,7 @@ from torch.optim import Optimizer
 DEFAULT_DRIFT = 0.2
 COHERENCE = 0.01  # c, over all parameters, also those that training ends too soon to displace fully
 LASTING = 0.4  # the part of Ω/2√E that lasts over a training
+STIFFNESS = 10.0  # λ times the mean of Ω, where a drift budget is to adjust it
 
 UpdateKind = Literal["gradient", "normalized"]
 
@@ -75,8 +76,12 @@ class GroupStatistics:
     numel: int = 0
     importance: float = 0.0
 
-    def lambdas(self, drift: float, energy: float) -> Lambdas:
-        """λ for a drift ε and an energy E."""
+    def lambdas(self, drift: float, energy: float | None) -> Lambdas:
+        """λ for a drift ε and an energy E; where E is None, a λ for a budget to start from."""
+        if energy is None:
+            mean = self.importance / max(self.numel, 1)
+            strength = STIFFNESS / mean if mean > 0 else 0.0
+            return Lambdas(strength * LASTING * math.sqrt(mean), strength)
         scale = COHERENCE / (drift * energy)
         push = LASTING * self.importance / (2 * math.sqrt(energy))
         return Lambdas(scale * push, scale * self.numel)

@@ -80,12 +80,12 @@ class RegularizationStrength:
         """Whether any λ is found from the data."""
         return bool(self._drifts)
 
-    def resolve(self, statistics: Mapping[str, GroupStatistics], energy: float) -> None:
+    def resolve(self, statistics: Mapping[str, GroupStatistics], energy: float | None) -> None:
         """Finds λ where it is ``"auto"``.
 
         Args:
             statistics: of every parameter, by name.
-            energy: E of the tasks learned so far.
+            energy: E of the tasks learned so far; None if Ω is not a derivative of E.
         """
         groups = {pattern: GroupStatistics() for pattern in self._drifts}
         for name, one in statistics.items():

@@ -119,6 +119,12 @@ class Measurement:
         """``max_samples`` as a number."""
         return NO_LIMIT if self.max_samples is None else self.max_samples
 
+    @property
+    def reduction_name(self) -> str:
+        """How a sample's gradient counts: ``"abs"`` or ``"square"``."""
+        criterion = criteria.resolve(self.criterion, self.objective)
+        return criteria.reduction_of(criterion, self.reduction).name
+
     def described(self) -> dict[str, Any]:
         """What distinguishes this measurement from another, as JSON can store it.
 
