@@ -10,12 +10,13 @@ from torch import nn
 from mas_ext._state.merging import Merge, check_merge
 from mas_ext._strength.strength import AUTO, check_lambda
 from mas_ext.importance.objectives import Objective
-from mas_ext.regularizer import MAS
+from mas_ext.quadratic import QuadraticRegularizer
+from mas_ext.regularizer import METHODS
 
 
 @dataclass(frozen=True)
 class Deviation:
-    """One way in which an implementation differs from the paper's equations.
+    """One way in which an implementation differs from its paper's equations.
 
     Attributes:
         what: what the implementation does.
@@ -28,7 +29,7 @@ class Deviation:
 
 @dataclass(frozen=True)
 class Preset:
-    r"""What :func:`preset` returns: how one implementation computes MAS.
+    r"""What :func:`preset` returns: how one implementation computes MAS or EWC.
 
     Attributes:
         name: the name to pass to :func:`preset`.
@@ -37,7 +38,9 @@ class Preset:
             the implementation's λ: 2 if its penalty is :math:`\lambda\sum_i\Omega_i\delta_i^2`, 1
             if it has the ½ too.
         merge: see :class:`mas_ext.MAS`.
-        estimator, objective, weighting, training: see :func:`mas_ext.estimate_importance`.
+        method: ``"mas"`` or ``"ewc"``.
+        estimator, criterion, objective, weighting, training: see
+            :func:`mas_ext.estimate_importance`.
         deviations: the differences from the paper.
         notes: what you have to pass yourself, and what remains different.
     """
@@ -46,7 +49,9 @@ class Preset:
     source: str
     lambda_scale: float
     merge: Merge
+    method: str = "mas"
     estimator: str = "batch"
+    criterion: str = "mas"
     objective: Objective = "squared_l2"
     weighting: str = "samples"
     training: bool = False
@@ -58,6 +63,7 @@ class Preset:
         """The measurement options, as in ``mas.consolidate(data, **preset.importance)``."""
         return {
             "estimator": self.estimator,
+            "criterion": self.criterion,
             "objective": self.objective,
             "weighting": self.weighting,
             "training": self.training,
@@ -76,18 +82,20 @@ class Preset:
             lambda_reg = self.lambda_scale * check_lambda(lambda_reg)
         return {"lambda_reg": lambda_reg, "merge": self.merge}
 
-    def mas(self, model: nn.Module, lambda_reg: float | str = 1.0, **options: Any) -> MAS:
-        """A :class:`mas_ext.MAS` with the implementation's penalty and merging.
+    def mas(
+        self, model: nn.Module, lambda_reg: float | str = 1.0, **options: Any
+    ) -> QuadraticRegularizer:
+        """A :class:`mas_ext.MAS` or :class:`mas_ext.EWC` with the implementation's settings.
 
         Args:
             model: as for :class:`mas_ext.MAS`.
             lambda_reg: λ as the implementation defines it, or ``"auto"``.
-            options: further arguments of :class:`mas_ext.MAS`; they override the preset's.
+            options: further arguments of the class; they override the preset's.
 
         Raises:
             ValueError, TypeError: see :class:`mas_ext.MAS`.
         """
-        return MAS(model, **{**self.regularizer(lambda_reg), **options})
+        return METHODS[self.method](model, **{**self.regularizer(lambda_reg), **options})
 
     def __str__(self) -> str:
         lines = [f"{self.name} ({self.source})"]
@@ -102,6 +110,16 @@ _BATCH = Deviation(
     "the absolute value is taken of a batch's mean gradient",
     "samples of opposite sign cancel, so Ω is too small and depends on the batch size",
 )
+_SQUARED_BATCH = Deviation(
+    "a batch's mean gradient is squared",
+    "samples of opposite sign cancel, and what is left is up to as many times too small as a batch "
+    "has samples",
+)
+_GIVEN = Deviation(
+    "labels are those of the data",
+    "this empirical Fisher is not the Fisher information: it vanishes where the data is fitted",
+)
+_ONE_ANCHOR = "all tasks share the last θ*, whereas theirs keeps one per task"
 _EQUAL = Deviation(
     "every batch counts the same",
     "samples in a short last batch count for more than the others",
@@ -188,6 +206,41 @@ _PRESETS = (
         weighting="batches",
         deviations=(_BATCH, _EQUAL, _SUMS),
     ),
+    Preset(
+        "ewc",
+        "https://arxiv.org/abs/1612.00796",
+        lambda_scale=1.0,
+        merge="sum",
+        method="ewc",
+        estimator="per_sample",
+        criterion="fisher",
+        notes=(_ONE_ANCHOR,),
+    ),
+    Preset(
+        "online_ewc",
+        "https://arxiv.org/abs/1805.06370",
+        lambda_scale=1.0,
+        merge=("decay", 0.5),
+        method="ewc",
+        estimator="per_sample",
+        criterion="fisher",
+        notes=("γ is alpha=, as in preset('online_ewc', alpha=0.95)",),
+    ),
+    Preset(
+        "avalanche_ewc",
+        "https://github.com/ContinualAI/avalanche",
+        lambda_scale=2.0,
+        merge=("decay", 0.5),
+        method="ewc",
+        criterion="empirical_fisher",
+        weighting="batches",
+        deviations=(_SQUARED_BATCH, _EQUAL, _GIVEN),
+        notes=(
+            "see mas_ext.integrations.avalanche.EWCPlugin",
+            "this is EWCPlugin(mode='online'), with alpha for decay_factor; for mode='separate', "
+            "pass merge='sum': " + _ONE_ANCHOR,
+        ),
+    ),
 )
 PRESETS = {known.name: known for known in _PRESETS}
 
@@ -204,16 +257,18 @@ def preset(name: str, *, alpha: float | None = None) -> Preset:
         mas.consolidate(data, **theirs.importance)      # batches as Avalanche would make them
 
     Args:
-        name: ``"paper"``, ``"official"`` (the authors' code), ``"avalanche"``, ``"facil"``,
-            ``"capymoa"`` or ``"seed"`` (the notebook that this project started from).
-        alpha: α in [0, 1), for implementations that average over tasks. None: ½.
+        name: of MAS, ``"paper"``, ``"official"`` (the authors' code), ``"avalanche"``,
+            ``"facil"``, ``"capymoa"`` or ``"seed"`` (the notebook that this project started from);
+            of EWC, ``"ewc"`` (Kirkpatrick et al.), ``"online_ewc"`` (Schwarz et al.) or
+            ``"avalanche_ewc"``.
+        alpha: α in [0, 1), for implementations that average over tasks or let Ω decay. None: ½.
 
     Returns:
         The preset.
 
     Raises:
         ValueError: the name is unknown, alpha is not in [0, 1), or alpha was given for an
-            implementation that does not average over tasks.
+            implementation that neither averages over tasks nor lets Ω decay.
     """
     if name not in PRESETS:
         names = ", ".join(map(repr, PRESETS))

@@ -243,3 +243,23 @@ class L2SP(QuadraticRegularizer):
         for _ in sampled:
             if sampler.samples - before >= limit:
                 break
+
+
+METHODS: dict[str, type[QuadraticRegularizer]] = {"mas": MAS, "ewc": EWC, "l2sp": L2SP}
+
+
+def method_of(method: str | type[QuadraticRegularizer]) -> type[QuadraticRegularizer]:
+    """The class that a name stands for, or the class itself.
+
+    Raises:
+        ValueError: an unknown name.
+        TypeError: another class.
+    """
+    if isinstance(method, str):
+        if method not in METHODS:
+            names = ", ".join(map(repr, METHODS))
+            raise ValueError(f"method: {method!r} is unknown; use {names} or a class")
+        return METHODS[method]
+    if not (isinstance(method, type) and issubclass(method, QuadraticRegularizer)):
+        raise TypeError(f"method is {method!r}; pass a name, or mas_ext.MAS, EWC or L2SP")
+    return method

@@ -1,4 +1,4 @@
-"""What the callbacks for other libraries share: a MAS that lives through several training runs."""
+"""What the callbacks for other libraries share: a regularizer that lives through several runs."""
 
 from __future__ import annotations
 
@@ -19,42 +19,51 @@ from mas_ext._penalty.attachment import Attachment, unwrapped
 from mas_ext._strength.auto import DEFAULT_DRIFT
 from mas_ext._strength.strength import AUTO, RegularizationStrength
 from mas_ext.functional import check_mode
-from mas_ext.importance.options import CheckpointedMeasurementOptions, Measurement
-from mas_ext.regularizer import MAS
+from mas_ext.importance.options import Measurement
+from mas_ext.quadratic import QuadraticRegularizer
+from mas_ext.regularizer import MAS, method_of
 
-_MAS_OPTIONS = frozenset(inspect.signature(MAS.__init__).parameters) - {"self", "model"}
-_MEASUREMENT_OPTIONS = frozenset(CheckpointedMeasurementOptions.__annotations__)
+Method = str | type[QuadraticRegularizer]
 
 
-class ManagedMAS:
-    """Creates a :class:`MAS` when the model is known, and attaches it while the model trains.
+class ManagedRegularizer:
+    """Creates a regularizer when the model is known, and attaches it while the model trains.
 
     Args:
-        lambda_reg: λ, or None for the default of :class:`MAS`.
-        mas: an existing MAS to use instead of creating one, or None.
+        lambda_reg: λ, or None for the method's default.
+        mas: an existing regularizer to use instead of creating one, or None.
         mode: as for :meth:`MAS.attach`.
-        options: keyword arguments of :class:`MAS` and of :meth:`MAS.consolidate`, mixed.
+        method: the class to create, or its name.
+        options: keyword arguments of that class and of its ``consolidate``, mixed.
 
     Attributes:
-        mas: the MAS; None before :meth:`bind`, unless one was passed.
+        mas: the regularizer; None before :meth:`bind`, unless one was passed.
 
     Raises:
-        TypeError: neither :class:`MAS` nor :meth:`MAS.consolidate` has such an option.
-        ValueError: an option is out of range, or an option of :class:`MAS` was passed along with
+        TypeError: neither the class nor its ``consolidate`` has such an option.
+        ValueError: an option is out of range, or an option of the class was passed along with
             ``mas``.
     """
 
     def __init__(
-        self, lambda_reg: Any, mas: MAS | None, mode: str, options: Mapping[str, Any]
+        self,
+        lambda_reg: Any,
+        mas: QuadraticRegularizer | None,
+        mode: str,
+        method: Method | None,
+        options: Mapping[str, Any],
     ) -> None:
         check_mode(mode)
+        if mas is not None and method is not None:
+            raise ValueError("method: mas= has a method of its own; leave one of them out")
         self._mode = mode
-        self._regularizer, self._importance = _split_options(lambda_reg, options)
+        self._method = type(mas) if mas is not None else method_of(method or MAS)
+        self._regularizer, self._importance = _split_options(self._method, lambda_reg, options)
         if mas is not None and self._regularizer:
             raise ValueError(
                 f"mas: it has settings of its own; leave {', '.join(self._regularizer)} out"
             )
-        _check_options(self._regularizer, self._importance)
+        _check_options(self._method, self._regularizer, self._importance)
         self._regularizer |= _budget(self._regularizer, self._importance)
         self.mas = mas
         self._made_here = mas is None
@@ -63,10 +72,10 @@ class ManagedMAS:
 
     # -- a run -----------------------------------------------------------------------------------
 
-    def bind(self, model: nn.Module) -> MAS:
-        """Returns the MAS of this model. If the model object is new, its MAS gets the old state."""
+    def bind(self, model: nn.Module) -> QuadraticRegularizer:
+        """Returns the regularizer of this model; that of a new model object gets the old state."""
         if self._made_here and (self.mas is None or self._model is not model):
-            mas = MAS(model, **{**_processes(model), **self._regularizer})
+            mas = self._method(model, **{**_processes(model), **self._regularizer})
             if self.mas is not None:
                 mas.load_state_dict(self.mas.state_dict())
                 mas.protected.tracker = self.mas.protected.tracker  # which has the trace
@@ -78,11 +87,11 @@ class ManagedMAS:
     def attach(self, optimizers: Iterable[Optimizer]) -> None:
         """Attaches the penalty to the optimizers, after detaching it from those of an earlier run.
 
-        An optimizer of :mod:`mas_ext.optim` that was created with this MAS includes the penalty
-        already and is left as it is.
+        An optimizer of :mod:`mas_ext.optim` that was created with this regularizer includes the
+        penalty already and is left as it is.
 
         Raises:
-            ValueError: no optimizer has a parameter that this MAS protects.
+            ValueError: no optimizer has a parameter that this regularizer protects.
         """
         self.detach()
         assert self.mas is not None
@@ -93,7 +102,7 @@ class ManagedMAS:
             self.detach()
             raise
 
-    def _attached(self, mas: MAS, optimizer: Optimizer) -> Any:
+    def _attached(self, mas: QuadraticRegularizer, optimizer: Optimizer) -> Any:
         """An attachment, or the optimizer itself if its step already includes this penalty."""
         has_it = getattr(optimizer, "mas", None) is mas
         return optimizer if has_it else mas.attach(optimizer, self._mode)
@@ -125,12 +134,13 @@ class ManagedMAS:
         """What is logged: the penalty of the last step, and the last drift and λ under a budget."""
         if self.penalty is None:
             return {}
-        logs: dict[str, Any] = {"mas_penalty": self.penalty}
+        logs: dict[str, Any] = {"penalty": self.penalty}
         if self.mas is not None and (trace := self.mas.drift_trace):
-            logs["mas_drift"] = trace[-1].drift
+            logs["drift"] = trace[-1].drift
             if isinstance(trace[-1].lambda_reg, float):
-                logs["mas_lambda"] = trace[-1].lambda_reg
-        return logs
+                logs["lambda"] = trace[-1].lambda_reg
+        prefix = self._method.__name__.lower()
+        return {f"{prefix}_{name}": value for name, value in logs.items()}
 
     def save(self, path: Path, writes: bool) -> None:
         """Calls :meth:`MAS.save` on the process that ``writes``; on all for a sharded state."""
@@ -167,16 +177,19 @@ class ManagedMAS:
             )
         if self.mas.budget is not None:
             self.mas.settle()
-        self.mas.consolidate(data, **{"progress": shows_progress, **self._importance, **how})
+        options = {**self._importance, **how}
+        if "progress" in self.mas.options.__annotations__:
+            options.setdefault("progress", shows_progress)
+        self.mas.consolidate(data, **options)
 
 
-class HasMAS:
+class HasRegularizer:
     """The public members of every callback."""
 
-    _managed: ManagedMAS
+    _managed: ManagedRegularizer
 
     @property
-    def mas(self) -> MAS | None:
+    def mas(self) -> QuadraticRegularizer | None:
         """The regularizer of the trained model; None before it is first trained."""
         return self._managed.mas
 
@@ -205,16 +218,18 @@ def _processes(model: nn.Module) -> dict[str, Any]:
 
 
 def _split_options(
-    lambda_reg: Any, options: Mapping[str, Any]
+    method: type[QuadraticRegularizer], lambda_reg: Any, options: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Divides the options into those of :class:`MAS`, with λ, and of :meth:`MAS.consolidate`."""
+    """Divides the options into those of the class, with λ, and of its ``consolidate``."""
+    ours = inspect.signature(method).parameters.keys() - {"model"}
+    measurement = method.options.__annotations__.keys()
     for name in options:
-        if name not in _MAS_OPTIONS | _MEASUREMENT_OPTIONS:
-            known = ", ".join(sorted(_MAS_OPTIONS | _MEASUREMENT_OPTIONS))
-            raise TypeError(f"{name!r} is not an option; use {known}")
+        if name not in ours | measurement:
+            known = ", ".join(sorted(ours | measurement))
+            raise TypeError(f"{name!r} is not an option of {method.__name__}; use {known}")
     regularizer = {} if lambda_reg is None else {"lambda_reg": lambda_reg}
-    regularizer |= {name: value for name, value in options.items() if name in _MAS_OPTIONS}
-    return regularizer, {n: value for n, value in options.items() if n in _MEASUREMENT_OPTIONS}
+    regularizer |= {name: value for name, value in options.items() if name in ours}
+    return regularizer, {n: value for n, value in options.items() if n in measurement}
 
 
 def _budget(regularizer: Mapping[str, Any], importance: Mapping[str, Any]) -> dict[str, Any]:
@@ -225,7 +240,11 @@ def _budget(regularizer: Mapping[str, Any], importance: Mapping[str, Any]) -> di
     return {"budget": replace(budget, forward=importance.get("forward"))}
 
 
-def _check_options(regularizer: Mapping[str, Any], importance: Mapping[str, Any]) -> None:
+def _check_options(
+    method: type[QuadraticRegularizer],
+    regularizer: Mapping[str, Any],
+    importance: Mapping[str, Any],
+) -> None:
     """Checks the options now, rather than when training begins or has ended."""
     automatic = AUTO if regularizer.get("budget") is not None else 1.0
     RegularizationStrength(
@@ -233,5 +252,5 @@ def _check_options(regularizer: Mapping[str, Any], importance: Mapping[str, Any]
     )
     # A small model serves to check all options but those that name the real model's parameters.
     named = ("lambda_reg", "drift", "params")
-    MAS(nn.Linear(1, 1), **{n: value for n, value in regularizer.items() if n not in named})
-    Measurement.from_options(importance, CheckpointedMeasurementOptions).check()
+    method(nn.Linear(1, 1), **{n: value for n, value in regularizer.items() if n not in named})
+    Measurement(**{**method.defaults, **importance}).check()

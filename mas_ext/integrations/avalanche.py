@@ -1,4 +1,4 @@
-"""Avalanche's MAS plugin, with exact importance and the fused penalty.
+"""Avalanche's MAS and EWC plugins, with exact importance and the fused penalty.
 
 To use it in an Avalanche strategy, change the import::
 
@@ -9,11 +9,12 @@ To use it in an Avalanche strategy, change the import::
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from typing_extensions import Unpack
 
 from mas_ext._drift.budget import DriftBudget
 from mas_ext._parameters import Selection
@@ -22,14 +23,14 @@ from mas_ext._state.merging import Merge, check_merge
 from mas_ext._strength.strength import AUTO
 from mas_ext.functional import check_mode
 from mas_ext.importance.batches import Forward
-from mas_ext.importance.objectives import Objective
-from mas_ext.importance.options import Measurement
+from mas_ext.importance.options import Measurement, MeasurementOptions
 from mas_ext.presets import preset
-from mas_ext.regularizer import MAS
+from mas_ext.quadratic import QuadraticRegularizer
+from mas_ext.regularizer import EWC, MAS
 
 try:
     from avalanche.core import SupervisedPlugin
-    from avalanche.models.utils import avalanche_forward, is_multi_task_module
+    from avalanche.models.utils import avalanche_forward
 except ImportError as error:
     raise ImportError(
         f"mas_ext.integrations.avalanche needs avalanche-lib ({error}): "
@@ -37,7 +38,87 @@ except ImportError as error:
     ) from error
 
 
-class MASPlugin(SupervisedPlugin):
+class _Plugin(SupervisedPlugin):
+    """What the plugins share. Subclasses pass the arguments of the regularizer and of measuring.
+
+    Attributes:
+        mas: the regularizer of the strategy's model; None before the first training.
+    """
+
+    def __init__(
+        self,
+        method: type[QuadraticRegularizer],
+        mode: str,
+        regularizer: dict[str, Any],
+        importance: dict[str, Any],
+    ) -> None:
+        super().__init__()
+        check_mode(mode)
+        Measurement(**{**method.defaults, **importance}).check()
+        self.mas: QuadraticRegularizer | None = None
+        self._method, self._mode = method, mode
+        self._regularizer, self._importance = regularizer, importance
+        self._model: nn.Module | None = None
+        self._attached: Attachment | None = None
+
+    @property
+    def importance(self) -> Mapping[str, Tensor]:
+        """Parameter name → Ω; empty before the first experience has ended."""
+        return {} if self.mas is None else self.mas.importance
+
+    @property
+    def params(self) -> Mapping[str, Tensor]:
+        """Parameter name → θ*, the parameters after the last experience; empty before that."""
+        return {} if self.mas is None else self.mas.anchor
+
+    # -- what Avalanche calls ------------------------------------------------------------------
+
+    def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+        """Creates the regularizer of the strategy's model, and in proximal mode attaches it."""
+        mas = self._bound(strategy.model)
+        self._detach()  # from an experience that was interrupted
+        if self._mode == "proximal":
+            self._attached = mas.attach(strategy.optimizer, self._mode)
+
+    def before_backward(self, strategy: Any, **kwargs: Any) -> None:
+        """Adds the penalty to the loss.
+
+        It is not added to the gradients afterwards, because other plugins clip or project the
+        gradients or differentiate the loss themselves, and must include the penalty.
+        """
+        if self.mas is not None and self.mas.num_tasks and self._mode == "gradient":
+            strategy.loss = strategy.loss + self.mas.penalty()
+
+    def after_update(self, strategy: Any, **kwargs: Any) -> None:
+        """Lets λ follow the drift, under a drift budget; when attached, the step itself does."""
+        if self.mas is not None and self._mode == "gradient":
+            self.mas.protected.after_step(strategy.optimizer, self._mode)
+
+    def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+        """Settles under a drift budget; measures and merges the importance; takes θ* ← θ."""
+        self._detach()
+        mas = self._bound(strategy.model)
+        if mas.budget is not None:
+            mas.settle()
+        mas.consolidate(_Batches(strategy), forward=_forward(strategy), **self._importance)
+
+    def _bound(self, model: nn.Module) -> QuadraticRegularizer:
+        """The regularizer of this model; that of a new model object gets the old state."""
+        if self.mas is None or self._model is not model:
+            mas = self._method(model, **self._regularizer)
+            if self.mas is not None:
+                mas.load_state_dict(self.mas.state_dict())
+                mas.protected.tracker = self.mas.protected.tracker  # which has the trace
+            self.mas, self._model = mas, model
+        return self.mas
+
+    def _detach(self) -> None:
+        if self._attached is not None:
+            self._attached.remove()
+            self._attached = None
+
+
+class MASPlugin(_Plugin):
     r"""A drop-in replacement for ``avalanche.training.plugins.MASPlugin``.
 
     .. math:: L(\theta) = L_\text{new}(\theta) + \lambda\sum_i\Omega_i(\theta_i-\theta^*_i)^2
@@ -70,8 +151,8 @@ class MASPlugin(SupervisedPlugin):
         merge: how to merge the Ω of experiences, in place of the average with ``alpha``; see
             :class:`mas_ext.MAS`.
         params: see :class:`mas_ext.MAS`.
-        estimator, objective, max_samples, weighting, training: see
-            :func:`mas_ext.estimate_importance`.
+        importance: options of :func:`mas_ext.estimate_importance`, such as ``estimator``,
+            ``objective``, ``max_samples``, ``weighting`` and ``training``.
 
     Attributes:
         mas: the :class:`mas_ext.MAS` of the strategy's model; None before the first training. Its
@@ -92,90 +173,68 @@ class MASPlugin(SupervisedPlugin):
         floor: float | None = None,
         merge: Merge | None = None,
         params: Selection = None,
-        estimator: str = "per_sample",
-        objective: Objective = "squared_l2",
-        max_samples: int | None = None,
-        weighting: str = "samples",
-        training: bool = False,
+        **importance: Unpack[MeasurementOptions],
     ) -> None:
-        super().__init__()
-        check_mode(mode)
-        Measurement(estimator=estimator, weighting=weighting, training=training).check()
-        self.mas: MAS | None = None
-        self._mode = mode
-        self._regularizer = {
+        regularizer = {
             **preset("avalanche").regularizer(_start(lambda_reg, budget)),
             "budget": budget,
             "floor": floor,
             "merge": check_merge(("ema", alpha) if merge is None else merge),
             "params": params,
         }
-        self._importance: dict[str, Any] = {
-            "estimator": estimator,
-            "objective": objective,
-            "max_samples": max_samples,
-            "weighting": weighting,
-            "training": training,
-            "progress": verbose,
+        super().__init__(MAS, mode, regularizer, {"progress": verbose, **importance})
+
+
+class EWCPlugin(_Plugin):
+    r"""A replacement for ``avalanche.training.plugins.EWCPlugin``.
+
+    .. math:: L(\theta) = L_\text{new}(\theta) + \lambda\sum_i F_i(\theta_i-\theta^*_i)^2
+
+    By default, F is the diagonal of the Fisher information, from the square of every sample's own
+    gradient. To reproduce Avalanche's ``mode="online"`` up to rounding, use::
+
+        EWCPlugin(ewc_lambda, decay_factor, **mas_ext.preset("avalanche_ewc").importance)
+
+    All experiences share one θ*, the parameters after the last one. Avalanche's
+    ``mode="separate"`` keeps one per experience; the two are the same until the second has ended.
+    What else differs is said at :class:`MASPlugin`.
+
+    Args:
+        ewc_lambda: λ ≥ 0, without the factor ½ of :class:`mas_ext.EWC`, or with a budget
+            ``"auto"``. None: 1, or ``"auto"`` with a budget.
+        decay_factor: γ in [0, 1), as in F ← γF + F_experience. None: the sum.
+        verbose, mode, budget, floor, params: see :class:`MASPlugin`.
+        importance: options of :func:`mas_ext.estimate_importance`, such as ``criterion`` and
+            ``max_samples``.
+
+    Attributes:
+        mas: the :class:`mas_ext.EWC` of the strategy's model; None before the first training. Its
+            ``lambda_reg`` is twice the plugin's.
+
+    Raises:
+        ValueError: an argument is out of range or unknown.
+    """
+
+    def __init__(
+        self,
+        ewc_lambda: float | str | None = None,
+        decay_factor: float | None = None,
+        verbose: bool = False,
+        *,
+        mode: str = "gradient",
+        budget: float | DriftBudget | None = None,
+        floor: float | None = None,
+        params: Selection = None,
+        **importance: Unpack[MeasurementOptions],
+    ) -> None:
+        regularizer = {
+            **preset("avalanche_ewc").regularizer(_start(ewc_lambda, budget)),
+            "budget": budget,
+            "floor": floor,
+            "merge": check_merge("sum" if decay_factor is None else ("decay", decay_factor)),
+            "params": params,
         }
-        self._model: nn.Module | None = None
-        self._attached: Attachment | None = None
-
-    @property
-    def importance(self) -> Mapping[str, Tensor]:
-        """Parameter name → Ω; empty before the first experience has ended."""
-        return {} if self.mas is None else self.mas.importance
-
-    @property
-    def params(self) -> Mapping[str, Tensor]:
-        """Parameter name → θ*, the parameters after the last experience; empty before that."""
-        return {} if self.mas is None else self.mas.anchor
-
-    # -- what Avalanche calls ------------------------------------------------------------------
-
-    def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
-        """Creates the MAS of the strategy's model, and in proximal mode attaches it."""
-        mas = self._bound(strategy.model)
-        self._detach()  # from an experience that was interrupted
-        if self._mode == "proximal":
-            self._attached = mas.attach(strategy.optimizer, self._mode)
-
-    def before_backward(self, strategy: Any, **kwargs: Any) -> None:
-        """Adds the penalty to the loss.
-
-        It is not added to the gradients afterwards, because other plugins clip or project the
-        gradients or differentiate the loss themselves, and must include the penalty.
-        """
-        if self.mas is not None and self.mas.num_tasks and self._mode == "gradient":
-            strategy.loss = strategy.loss + self.mas.penalty()
-
-    def after_update(self, strategy: Any, **kwargs: Any) -> None:
-        """Lets λ follow the drift, under a drift budget; when attached, the step itself does."""
-        if self.mas is not None and self._mode == "gradient":
-            self.mas.protected.after_step(strategy.optimizer, self._mode)
-
-    def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
-        """Settles under a drift budget; measures and merges the importance; takes θ* ← θ."""
-        self._detach()
-        mas = self._bound(strategy.model)
-        if mas.budget is not None:
-            mas.settle()
-        mas.consolidate(_batches(strategy), forward=_forward(strategy), **self._importance)
-
-    def _bound(self, model: nn.Module) -> MAS:
-        """The MAS of this model. If the model object is new, its MAS gets the old state."""
-        if self.mas is None or self._model is not model:
-            mas = MAS(model, **self._regularizer)
-            if self.mas is not None:
-                mas.load_state_dict(self.mas.state_dict())
-                mas.protected.tracker = self.mas.protected.tracker  # which has the trace
-            self.mas, self._model = mas, model
-        return self.mas
-
-    def _detach(self) -> None:
-        if self._attached is not None:
-            self._attached.remove()
-            self._attached = None
+        super().__init__(EWC, mode, regularizer, {"progress": verbose, **importance})
 
 
 def _start(lambda_reg: float | str | None, budget: float | DriftBudget | None) -> float | str:
@@ -184,19 +243,23 @@ def _start(lambda_reg: float | str | None, budget: float | DriftBudget | None) -
     return 1.0 if budget is None else AUTO
 
 
-def _batches(strategy: Any) -> DataLoader[Any]:
+class _Batches:
     """The experience in order, in batches of the training batch size."""
-    dataset = strategy.experience.dataset
-    return DataLoader(
-        dataset,
-        batch_size=strategy.train_mb_size,
-        collate_fn=getattr(dataset, "collate_fn", None),
-    )
+
+    def __init__(self, strategy: Any) -> None:
+        dataset = strategy.experience.dataset
+        self._loader: DataLoader[Any] = DataLoader(
+            dataset,
+            batch_size=strategy.train_mb_size,
+            collate_fn=getattr(dataset, "collate_fn", None),
+        )
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for inputs, labels, *_, tasks in self._loader:
+            yield {"inputs": inputs, "labels": labels, "tasks": tasks}
 
 
-def _forward(strategy: Any) -> Forward | None:
-    """The ``forward`` of a model that takes task labels: a batch has inputs first, tasks last."""
-    if not is_multi_task_module(strategy.model):
-        return None
+def _forward(strategy: Any) -> Forward:
+    """Gives the model task labels where it takes them."""
     device = strategy.device
-    return lambda model, batch: avalanche_forward(model, batch[0].to(device), batch[-1])
+    return lambda model, batch: avalanche_forward(model, batch["inputs"].to(device), batch["tasks"])

@@ -14,8 +14,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
-from mas_ext.integrations._managed import HasMAS, ManagedMAS
-from mas_ext.regularizer import MAS
+from mas_ext.integrations._managed import HasRegularizer, ManagedRegularizer, Method
+from mas_ext.quadratic import QuadraticRegularizer
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -35,7 +35,7 @@ _AVERAGING = tuple(
 )
 
 
-class MASCallback(HasMAS, Callback):
+class MASCallback(HasRegularizer, Callback):
     r"""Includes MAS in every optimizer step, and ends a task at the end of ``fit``.
 
     .. math:: L(\theta) = L_\text{new}(\theta)
@@ -62,6 +62,7 @@ class MASCallback(HasMAS, Callback):
         mas: a :class:`mas_ext.MAS` of the module, or of a part of it, to use instead of creating
             one with these options.
         mode: ``"gradient"`` or ``"proximal"``, as for :meth:`mas_ext.MAS.attach`.
+        method: ``"mas"`` (default), ``"ewc"`` or ``"l2sp"``, or the class.
         consolidate: whether ``fit``, if it has trained, ends by measuring importance on the
             Trainer's training data and taking θ* ← θ. The data are one epoch, with
             ``limit_train_batches`` and the Trainer's transfer to the device, up to
@@ -84,18 +85,19 @@ class MASCallback(HasMAS, Callback):
         self,
         lambda_reg: Any = None,
         *,
-        mas: MAS | None = None,
+        mas: QuadraticRegularizer | None = None,
         mode: str = "gradient",
+        method: Method | None = None,
         consolidate: bool = True,
         **options: Any,
     ) -> None:
-        self._managed = ManagedMAS(lambda_reg, mas, mode, options)
+        self._managed = ManagedRegularizer(lambda_reg, mas, mode, method, options)
         self._consolidates = consolidate
         self._has_trained = False  # since the last consolidation
         self._restored: Mapping[str, Any] | None = None
 
     def consolidate(self, data: Iterable[Any], **options: Any) -> None:
-        """Ends a task by hand, so that the end of ``fit`` does not; see :class:`HasMAS`."""
+        """Ends a task by hand, so that the end of ``fit`` does not; see :class:`HasRegularizer`."""
         super().consolidate(data, **options)
         self._has_trained = False
 

@@ -17,8 +17,8 @@ from typing import Any
 
 from torch import nn
 
-from mas_ext.integrations._managed import HasMAS, ManagedMAS
-from mas_ext.regularizer import MAS
+from mas_ext.integrations._managed import HasRegularizer, ManagedRegularizer, Method
+from mas_ext.quadratic import QuadraticRegularizer
 
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -34,7 +34,7 @@ except ImportError as error:
 FILE = "mas_ext.safetensors"
 
 
-class MASCallback(HasMAS, TrainerCallback):
+class MASCallback(HasRegularizer, TrainerCallback):
     r"""Includes MAS in every optimizer step, and ends a task at the end of training.
 
     .. math:: L(\theta) = L_\text{new}(\theta)
@@ -63,6 +63,7 @@ class MASCallback(HasMAS, TrainerCallback):
         lambda_reg: λ, as for :class:`mas_ext.MAS`; 1 by default.
         mas: a :class:`mas_ext.MAS` of the model to use instead of creating one with these options.
         mode: ``"gradient"`` or ``"proximal"``, as for :meth:`mas_ext.MAS.attach`.
+        method: ``"mas"`` (default), ``"ewc"`` or ``"l2sp"``, or the class.
         consolidate: whether training ends by measuring importance on the Trainer's training data
             and taking θ* ← θ. The data are one epoch, in the order of the first, up to
             ``max_samples``. If False, call :meth:`consolidate` yourself. A hyperparameter search
@@ -89,13 +90,14 @@ class MASCallback(HasMAS, TrainerCallback):
         self,
         lambda_reg: Any = None,
         *,
-        mas: MAS | None = None,
+        mas: QuadraticRegularizer | None = None,
         mode: str = "gradient",
+        method: Method | None = None,
         consolidate: bool = True,
         resume_from_checkpoint: str | None = None,
         **options: Any,
     ) -> None:
-        self._managed = ManagedMAS(lambda_reg, mas, mode, options)
+        self._managed = ManagedRegularizer(lambda_reg, mas, mode, method, options)
         self._consolidates = consolidate
         self._resume_from = resume_from_checkpoint
 
