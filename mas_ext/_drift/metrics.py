@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 AT_ONCE = 2**24  # outputs that are compared at a time, in float32
-IN_CACHE = 2**18  # the same on a CPU, per thread: every pass but the first then reads from its cache
+IN_CACHE = 2**18  # the same on a CPU, per thread: most passes then read from its cache
 Metric = str | Callable[[Tensor, Tensor], Tensor]
 
 
@@ -139,6 +139,6 @@ def _per_row(values: Tensor, mask: Tensor | None) -> Tensor:
 def _counted(values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     values = values.double()
     if mask is None:
-        return values.sum(), values.new_tensor(values.numel())
+        return values.sum(), values.new_full((), values.numel())
     counts = (mask != 0).to(values)
     return torch.where(counts != 0, values, 0.0).sum(), counts.sum()

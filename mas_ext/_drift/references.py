@@ -53,7 +53,7 @@ class Reference:
         return self._taken(len(rows), lambda tensor: _rows(tensor, rows), copied)
 
     def view(self, rows: slice) -> Reference:
-        """Some of the samples for a measurement: in the same memory, where they are in one piece."""
+        """Some of the samples, for a measurement: in the same memory, if that is in one piece."""
         count = len(range(*rows.indices(self.samples)))
         return self._taken(count, lambda tensor: tensor[rows].contiguous(), lambda leaf: leaf)
 
