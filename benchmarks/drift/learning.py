@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from benchmarks.drift.problems import Problem, seeded
-from mas_ext import MAS, DriftBudget
+from mas_ext import EWC, MAS, DriftBudget
 from mas_ext._strength.auto import update_kind
 from mas_ext.demo.data import Digits, load_digits
 from mas_ext.demo.learning import accuracy, batches_of
 from mas_ext.demo.metrics import average_accuracy, forgetting
 from mas_ext.demo.scenarios import Task, make_tasks
+from mas_ext.quadratic import QuadraticRegularizer
 
 MEASURED = 1000  # images of a task on which Ω is measured
 
@@ -44,7 +45,7 @@ class Learner:
     seed: int
     tasks: list[Task]
     model: nn.Module
-    mas: MAS
+    mas: QuadraticRegularizer
     penalty: bool = True
     settle: str | None = None
     held_out: bool = False
@@ -59,10 +60,11 @@ class Learner:
         count: int,
         budget: DriftBudget | None = None,
         held_out: bool = False,
+        method: type[QuadraticRegularizer] = MAS,
     ) -> Learner:
         model = seeded(problem.network, seed)
         tasks = tasks_of(problem, seed, count)
-        mas = MAS(model, lambda_reg="auto", budget=budget)
+        mas = method(model, lambda_reg="auto", budget=budget)
         learner = cls(problem, seed, tasks, model, mas, held_out=held_out)
         learner.learn_next()
         return learner
@@ -129,12 +131,14 @@ class Learner:
 
     def _consolidate(self, task: Task) -> None:
         measured = task.train.images[:: max(1, len(task.train) // MEASURED)]
+        options = {"criterion": "exact_fisher"} if isinstance(self.mas, EWC) else {}
         with warnings.catch_warnings():  # of budgets that are exceeded, where nothing settles
             warnings.simplefilter("ignore")
             self.mas.consolidate(
                 measured.split(self.problem.batch_size),
                 reference=task.test.images[::2].split(64) if self.held_out else None,
                 forward=partial(_outputs, task),
+                **options,
             )
 
     @torch.no_grad()

@@ -13,7 +13,7 @@ from benchmarks.benchmark import Benchmark, Options, Result
 from benchmarks.drift.learning import Learner
 from benchmarks.drift.problems import FACTORS, LIMITS, PROBLEMS, QUICK, Problem
 from benchmarks.drift.summary import BOTH, FREE
-from mas_ext import DriftBudget
+from mas_ext import EWC, L2SP, DriftBudget
 from mas_ext.demo.data import load_digits
 
 TASKS = 5
@@ -65,7 +65,7 @@ def _outcomes(name: str, seed: int, quick: bool) -> Result:
 
 
 def _recipes(problem: Problem, seed: int, count: int) -> Result:
-    """The penalty in training, settling after it, and both, with the default budget."""
+    """The penalty in training, settling after it, and both, with the default budget; other Ω."""
     start = Learner.after_first_task(problem, seed, count, DriftBudget())
     strict = Learner.after_first_task(problem, seed, count, DriftBudget(slack=1.0))
     return {
@@ -73,6 +73,18 @@ def _recipes(problem: Problem, seed: int, count: int) -> Result:
         "settling": start.outcome(penalty=False, settle="importance"),
         "interpolation": start.outcome(penalty=False, settle="uniform"),
         BOTH: start.outcome(settle="importance"),
+        **_other_methods(problem, seed, count),
+    }
+
+
+def _other_methods(problem: Problem, seed: int, count: int) -> Result:
+    """The default recipe, and settling alone, with other Ω than MAS's."""
+    ewc = Learner.after_first_task(problem, seed, count, DriftBudget(), method=EWC)
+    l2sp = Learner.after_first_task(problem, seed, count, DriftBudget(), method=L2SP)
+    return {
+        "EWC": ewc.outcome(settle="importance"),
+        "EWC settling": ewc.outcome(penalty=False, settle="importance"),
+        "L2-SP": l2sp.outcome(settle="importance"),
     }
 
 

@@ -12,6 +12,7 @@ from benchmarks.measure import deviation
 FREE = "fine-tuning"
 BOTH = "both"  # the penalty in training, and settling: the default recipe
 RECIPES = ("auto", "penalty", "settling", "interpolation", BOTH)
+OTHERS = ("L2-SP", "EWC", "EWC settling")  # the same recipes with other Ω
 CLOSE = 0.01  # goal: the default recipe's accuracy is at most that much below the best λ's
 Runs = Sequence[Mapping[str, Any] | None]  # a run per seed; None: did not stay finite
 

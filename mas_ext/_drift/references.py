@@ -50,17 +50,27 @@ class Reference:
 
     def take(self, rows: Sequence[int]) -> Reference:
         """Some of the samples, in memory of their own."""
+        return self._taken(len(rows), lambda tensor: _rows(tensor, rows), copied)
+
+    def view(self, rows: slice) -> Reference:
+        """Some of the samples, for a measurement: in the same memory, if that is in one piece."""
+        count = len(range(*rows.indices(self.samples)))
+        return self._taken(count, lambda tensor: tensor[rows].contiguous(), lambda leaf: leaf)
+
+    def _taken(
+        self, samples: int, rows: Callable[[Tensor], Tensor], shared: Callable[[Any], Any]
+    ) -> Reference:
         assert self.rowwise is not None
         leaves = [
-            _rows(leaf, rows) if has_rows else copied(leaf)
+            rows(leaf) if has_rows else shared(leaf)
             for leaf, has_rows in zip(leaves_of(self.batch), self.rowwise, strict=True)
         ]
         return replace(
             self,
             batch=with_leaves(self.batch, leaves),
-            keys=self.keys[torch.tensor(rows)],
-            samples=len(rows),
-            before=tuple(_rows(output, rows) for output in self.before),
+            keys=rows(self.keys),
+            samples=samples,
+            before=tuple(map(rows, self.before)),
         )
 
     @property
@@ -91,14 +101,15 @@ class Reference:
         before = tuple(comparison.kept(output) for output in outputs)
         return replace(self, outputs=found, before=before)
 
-    def compared(self, model: nn.Module, comparison: Comparison) -> Tensor:
-        """Distance and weight, [2], float64, on the CPU."""
-        total = torch.zeros(2, dtype=torch.float64)
+    def compared(self, model: nn.Module, comparison: Comparison) -> tuple[float, float]:
+        """Distance and weight."""
+        distance = weight = 0.0
         for kept, output in zip(self.before, self._run(model)[0], strict=True):
             mask = mask_in(self.batch.content, output)
             pair = comparison.compare(kept.to(output.device), output, mask)
-            total += torch.stack(pair).double().cpu()
-        return total
+            more, counts = torch.stack(pair).tolist()  # waits for an accelerator once
+            distance, weight = distance + more, weight + counts
+        return distance, weight
 
     def _run(self, model: nn.Module) -> tuple[list[Tensor], Outputs]:
         placed = _placed(self.batch, next(model.parameters()).device, self.accelerated)
@@ -140,10 +151,11 @@ class TaskReferences:
                 if position >= part.samples:
                     position -= part.samples
                     continue
-                rows = range(position, min(part.samples, position + left))
-                whole = not part.divides or len(rows) == part.samples
-                yield part if whole else part.take(rows)
-                left -= part.samples if whole else len(rows)
+                end = min(part.samples, position + left)
+                whole = not part.divides or end - position == part.samples
+                chosen = part if whole else part.view(slice(position, end))
+                yield chosen
+                left -= chosen.samples
                 position = 0
                 if left <= 0:
                     return
@@ -187,14 +199,16 @@ class References:
         Args:
             window: the position and the number of the samples per task; None: all of them.
         """
-        total = torch.zeros(2, dtype=torch.float64)
+        distance = weight = 0.0
         rank, world = ranks.place
         with evaluating(model):
             for task in self.tasks:
                 chosen = task.parts if window is None else task.window(*window)
                 for part in chosen:
                     share, counts = _share(part, rank, world)
-                    total += counts * share.compared(model, self.comparison)
+                    more, size = share.compared(model, self.comparison)
+                    distance, weight = distance + counts * more, weight + counts * size
+        total = torch.tensor([distance, weight], dtype=torch.float64)
         distance, weight = ranks.summed(total).tolist()
         if not math.isfinite(distance):
             return math.inf
@@ -303,5 +317,6 @@ def _share(part: Reference, rank: int, world: int) -> tuple[Reference, float]:
         return part, 1.0
     if not part.divides:  # each has it whole, and each counts a part of it
         return part, 1.0 / world
-    rows = range(rank, part.samples, world)
-    return (part.take(rows), 1.0) if len(rows) else (part.take([0]), 0.0)
+    if rank >= part.samples:
+        return part.view(slice(1)), 0.0
+    return part.view(slice(rank, None, world)), 1.0

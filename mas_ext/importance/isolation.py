@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -24,14 +24,15 @@ def undisturbed(model: nn.Module, training: bool = False) -> Iterator[None]:
     Restored are every module's mode, every ``requires_grad`` and ``.grad`` (the same tensor with
     the same content), every buffer, and PyTorch's random number generators.
     """
-    with ExitStack() as stack:
-        stack.enter_context(without_a_trace(model))
-        stack.enter_context(_modes(model, training))
-        stack.enter_context(_gradients(model))
-        if "torch._dynamo" in sys.modules:  # otherwise nothing is compiled; loading it is slow
-            # Compiled code is a single operation, whose parts the graph does not show.
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(_recurrent_backends(model))
+    modules, params = list(model.modules()), list(model.parameters())
+    with (
+        _random_state(params),
+        _buffers(modules),
+        _modes(modules, training),
+        _gradients(params),
+        _eager(),
+        _recurrent_backends(modules),
+    ):
         yield
 
 
@@ -54,13 +55,24 @@ def readable_graph() -> Iterator[None]:
 @contextmanager
 def without_a_trace(model: nn.Module) -> Iterator[None]:
     """Restores buffers and PyTorch's random number generators after forward passes."""
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=list(devices)), _buffers(model):
+    with _random_state(model.parameters()), _buffers(list(model.modules())):
         yield
 
 
+def _random_state(params: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
+    devices = {p.device for p in params}
+    return torch.random.fork_rng(devices=[one for one in devices if one.type == "cuda"])
+
+
+def _eager() -> AbstractContextManager[Any]:
+    """Compiled code is a single operation, whose parts the graph does not show."""
+    if "torch._dynamo" not in sys.modules:  # then nothing is compiled; loading it is slow
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
+
+
 @contextmanager
-def _recurrent_backends(model: nn.Module) -> Iterator[None]:
+def _recurrent_backends(modules: list[nn.Module]) -> Iterator[None]:
     """Disables, inside recurrent layers only, the backends that a measurement cannot use.
 
     cuDNN cannot differentiate a recurrent layer in evaluation mode. oneDNN runs a whole layer as a
@@ -80,7 +92,7 @@ def _recurrent_backends(model: nn.Module) -> Iterator[None]:
         cudnn.enabled, mkldnn.enabled = before.pop()
 
     with ExitStack() as stack:
-        for module in model.modules():
+        for module in modules:
             if isinstance(module, nn.RNNBase):
                 stack.callback(module.register_forward_pre_hook(disable).remove)
                 handle = module.register_forward_hook(restore, always_call=True)
@@ -120,8 +132,8 @@ def no_hidden_parameters() -> Iterator[None]:
 
 
 @contextmanager
-def _modes(model: nn.Module, training: bool) -> Iterator[None]:
-    before = [(module, module.training) for module in model.modules()]
+def _modes(modules: list[nn.Module], training: bool) -> Iterator[None]:
+    before = [(module, module.training) for module in modules]
     try:
         # model.eval() and train() are not called: a module may override them, to merge weights say.
         for module, _ in before:
@@ -133,8 +145,8 @@ def _modes(model: nn.Module, training: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _gradients(model: nn.Module) -> Iterator[None]:
-    before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+def _gradients(params: list[nn.Parameter]) -> Iterator[None]:
+    before = [(p, p.requires_grad, p.grad) for p in params]
     for p, _, _ in before:
         p.grad = None  # a forward that calls backward then writes to a new tensor
     try:
@@ -146,10 +158,9 @@ def _gradients(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _buffers(model: nn.Module) -> Iterator[None]:
+def _buffers(modules: list[nn.Module]) -> Iterator[None]:
     before = [
-        (module, {n: (b, _copy(b)) for n, b in module._buffers.items()})
-        for module in model.modules()
+        (module, {n: (b, _copy(b)) for n, b in module._buffers.items()}) for module in modules
     ]
     try:
         yield

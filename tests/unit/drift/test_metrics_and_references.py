@@ -114,6 +114,17 @@ def test_what_is_kept_in_float16_adds_little(classes, scale):
     assert 0 <= mas.drift_measured() + 1e-7 < 1e-5
 
 
+def test_many_outputs_are_compared_in_pieces():
+    model, x = nn.Linear(4, 100_000), torch.randn(8, 4)
+    mas = began(model, [x])
+    before = model(x).detach().double()
+    move(model, 0.3)
+    expected = kl(before, model(x).detach().double(), torch.ones(8, dtype=torch.bool))
+    found = mas.drift_measured()
+    assert found == pytest.approx(expected, rel=1e-3)
+    assert mas.drift_measured() == found  # what was kept is as it was
+
+
 @pytest.mark.parametrize("metric", METRICS)
 def test_only_the_former_outputs_of_a_head_that_grew_count(metric):
     model = mlp()
@@ -275,6 +286,23 @@ def test_sequences_of_any_length_are_kept():
 def pooled(m, images):
     """[B, C] of a list of images, whatever their sizes."""
     return m.head(torch.stack([image.mean((1, 2)) for image in images]))
+
+
+@pytest.mark.parametrize("count", [1, 3, 5, 12, 50])
+def test_a_measurement_in_training_goes_on_where_the_last_one_ended(count):
+    task = began(mlp(), X.split(5)).protected.state.drift.references.tasks[0]
+    assert [part.samples for part in task.parts] == [5, 5, 2]
+
+    def content(parts):
+        inputs, kept = zip(*((part.batch.args[0], part.before[0]) for part in parts), strict=True)
+        return torch.cat(inputs).tolist(), torch.cat(kept).tolist()
+
+    inputs, kept = content(task.parts)
+    for start in range(0, 30, 4):
+        chosen = [(start + k) % 12 for k in range(min(count, 12))]
+        parts = list(task.window(start, count))
+        assert sum(part.samples for part in parts) == len(chosen)
+        assert content(parts) == ([inputs[k] for k in chosen], [kept[k] for k in chosen])
 
 
 @pytest.mark.parametrize("channels", [1, 3])
