@@ -222,7 +222,7 @@ def _importance(result: Result) -> list[str]:
     ]
 
 
-def abs_matmul(cases: Results) -> list[Table]:
+def outer(cases: Results) -> list[Table]:
     rows = [
         [
             row["title"],
@@ -418,7 +418,7 @@ TABLES: dict[str, Callable[[Results], list[Table]]] = {
     "scaling": scaling,
     "training": training,
     "per_sample": per_sample,
-    "abs_matmul": abs_matmul,
+    "outer": outer,
     "demo": demo,
     "compression": compression,
     "narrow": narrow,

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import abs_matmul, accumulate, job, narrow, optimizer_steps, penalty, proximal
+from benchmarks import accumulate, job, narrow, optimizer_steps, outer, penalty, proximal
 from benchmarks.benchmark import Options, Result
 from benchmarks.job import OURS, Job, Provider
 from benchmarks.state import SIZES, Size, State, linear
@@ -102,14 +102,14 @@ def test_fewer_bytes(add_row: Callable[..., None]) -> None:
         )
 
 
-CASES = abs_matmul.QUICK if REHEARSAL else abs_matmul.CASES
+CASES = outer.QUICK if REHEARSAL else outer.CASES
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.title)
-def test_abs_matmul(case: abs_matmul.Case, add_row: Callable[..., None]) -> None:
-    found = abs_matmul.measure(case, ROUNDS, SECONDS, DEVICE)
+def test_outer(case: outer.Case, add_row: Callable[..., None]) -> None:
+    found = outer.measure(case, ROUNDS, SECONDS, DEVICE)
     add_row(
-        f"accumulate_abs_matmul_, {abs_matmul.SAMPLES} samples",
+        f"accumulate_outer_, {outer.SAMPLES} samples",
         ["p × d, positions", "µs", "TFLOP/s", "speed / mm", "best bmm", "best bmm / ours"],
         case.title,
         f"{found['seconds'][OURS] * 1e6:.1f}",

@@ -147,9 +147,7 @@ EXPECTATIONS = [
     ),
     *(step_by(*of, *how) for of in product(RULES, (False, True)) for how in READ_ONLY),
     *(
-        Expectation(
-            "abs_matmul", dtype, rf"abs_matmul_kernel<{dtype}, mas_ext::MagnitudeAbs>", product
-        )
+        Expectation("outer", dtype, rf"outer_kernel<{dtype}, mas_ext::MagnitudeAbs>", product)
         for dtype, product in PRODUCTS.items()
     ),
     # One block that adds a number for every 8,192 elements; a thread an element of a small Ω; and a

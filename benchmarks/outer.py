@@ -75,7 +75,7 @@ def make(case: Case, device: str = "cpu") -> Problem:
 
 
 def fused(x: Problem) -> None:
-    functional.accumulate_abs_matmul_(x.omega, x.left, x.right)
+    functional.accumulate_outer_(x.omega, x.left, x.right)
 
 
 def in_chunks(x: Problem, samples: int) -> None:
@@ -132,7 +132,7 @@ def _run(options: Options) -> Iterator[tuple[str, Result]]:
 
 
 BENCHMARK = Benchmark(
-    name="abs_matmul",
+    name="outer",
     title="The exact importance of a weight that is used at many positions",
     about="Ω += Σ|leftᵀ·right| over samples, next to torch.bmm, abs_ and sum over chunks of "
     "samples. torch.mm of the same FLOPs is the yardstick.",
