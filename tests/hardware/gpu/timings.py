@@ -110,11 +110,17 @@ def test_outer(case: outer.Case, add_row: Callable[..., None]) -> None:
     found = outer.measure(case, ROUNDS, SECONDS, DEVICE)
     add_row(
         f"accumulate_outer_, {outer.SAMPLES} samples",
-        ["p × d, positions", "µs", "TFLOP/s", "speed / mm", "best bmm", "best bmm / ours"],
+        [
+            *("p × d, positions", "µs", "TFLOP/s", "speed / mm", "best bmm", "best bmm / ours"),
+            *("square / abs", "best square", "best square / ours"),
+        ],
         case.title,
         f"{found['seconds'][OURS] * 1e6:.1f}",
         f"{found['gigaflops'] / 1e3:.3g}",
         f"{found['fraction_of_product']:.2f}",
         found["best_bmm"],
         f"{found['best_bmm_over_ours']:.2f}",
+        f"{found['square_over_abs']:.2f}",
+        found["best_square"],
+        f"{found['best_square_over_ours']:.2f}",
     )

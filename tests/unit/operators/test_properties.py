@@ -116,7 +116,8 @@ def check(op: str, make: Callable[[], State], given: Scalars = Scalars()) -> Non
     """Runs ``op`` on one copy of what ``make`` makes and judges it by another."""
     before, state = make(), make()
     outcome = call(functional, op, state, given)
-    lost = [dust(p, a) for p, a in zip(before.params, before.anchors, strict=True)]
+    times = max(1.0, given.scale) if "scale" in OPERATORS[op].arguments else 1.0
+    lost = [times * dust(p, a) for p, a in zip(before.params, before.anchors, strict=True)]
     value_lost = float(given.lambda_reg) * sum(float(piece.sum()) for piece in lost)
     uses_dust = lost if op in OPS and outcome.tensors else None
     assert_right(op, before, outcome, given, uses_dust, value_lost)
