@@ -1,6 +1,9 @@
-"""Adding a gradient's magnitude to the importance: Ω += |g| / N."""
+"""Adding a gradient's magnitude to the importance: Ω += |g| / N, and Ω += g² / N as a variant."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -43,17 +46,37 @@ def torch_compile(s: State) -> Tensor | None:
     return by_formula(s.omega, s.grads, 1 / s.num_samples)
 
 
-def _expected(s: State) -> tuple[list[Tensor], None]:
+def square(s: State) -> None:
+    functional.accumulate_importance_(s.omega, s.grads, 1 / s.num_samples, "square")
+
+
+@torch.no_grad()
+def eager_square(s: State) -> None:
+    for omega, grad in zip(s.omega, s.grads, strict=True):
+        omega.addcmul_(grad, grad, value=1 / s.num_samples)
+
+
+@torch.no_grad()
+def foreach_square(s: State) -> None:
+    torch._foreach_addcmul_(s.omega, s.grads, s.grads, value=1 / s.num_samples)
+
+
+def _expected(
+    s: State, magnitude: Callable[[Tensor], Tensor] = torch.abs
+) -> tuple[list[Tensor], None]:
     return [
-        in_float64(lambda o, g: o + g.abs() / s.num_samples, omega, grad).float()
+        in_float64(lambda o, g: o + magnitude(g) / s.num_samples, omega, grad).float()
         for omega, grad in zip(s.omega, s.grads, strict=True)
     ], None
+
+
+SQUARE = partial(_expected, magnitude=torch.square)
 
 
 JOB = Job(
     name="accumulate",
     title="Importance: Ω += |g| / N",
-    about="Add the magnitude of a gradient to the importance.",
+    about="Add the magnitude of a gradient to the importance, or its square.",
     bytes_per_parameter=12,
     providers=(
         Provider(OURS, fused, 12),
@@ -63,6 +86,9 @@ JOB = Job(
         Provider("eager, in place", eager_in_place, 20),
         Provider("torch._foreach", foreach, 20),
         Provider("notebook loop", notebook_loop, 36),
+        Provider("mas_ext, square", square, 12, expected=SQUARE),
+        Provider("addcmul_, square", eager_square, 12, expected=SQUARE),
+        Provider("torch._foreach, square", foreach_square, 12, expected=SQUARE),
     ),
     written=lambda s: s.omega,
     expected=_expected,

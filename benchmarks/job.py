@@ -16,6 +16,7 @@ from benchmarks.measure import interleave, ratios, spread
 from benchmarks.state import SIZES, Size, State, assert_same, flatten, make_state
 
 Step = Callable[[State], Tensor | None]
+Expected = Callable[[State], tuple[list[Tensor], Tensor | None]]
 OURS = "mas_ext"
 QUICK_TENSORS = 1  # the most that are compiled in a quick run
 VALUE_TOLERANCE = 1e-2  # wide: float32 BLAS dots over 77 M numbers are off by 2e-3
@@ -30,6 +31,7 @@ class Provider:
             to be read before it is written is not counted.
         flat: it gets the state as one tensor per list.
         most_tensors: more would take too long to compile (torch.compile emits a kernel per tensor).
+        expected: as that of the job, for a variant of it; None for the job's own.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Provider:
     moved: int
     flat: bool = False
     most_tensors: int | None = None
+    expected: Expected | None = None
 
     def skip_reason(self, tensors: int, has_flat: bool, quick: bool = False) -> str | None:
         if self.flat and tensors == 1:
@@ -67,7 +70,7 @@ class Job:
     bytes_per_parameter: int
     providers: Sequence[Provider]
     written: Callable[[State], list[Tensor]]
-    expected: Callable[[State], tuple[list[Tensor], Tensor | None]]
+    expected: Expected
     streams: Callable[[State], list[list[Tensor]]]
     sizes: Sequence[str] = tuple(SIZES)
     quick_sizes: Sequence[str] = ("mlp",)
@@ -78,10 +81,15 @@ def compiled(step: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(step, dynamic=False, fullgraph=True)
 
 
+def _variants(providers: Sequence[Provider]) -> list[Expected]:
+    return [provider.expected for provider in providers if provider.expected is not None]
+
+
 def check(job: Job, providers: Sequence[Provider], listed: State, flat: State) -> None:
     """Verifies every provider against float64, from the same state; compiles what compiles."""
-    expected, value = job.expected(listed)
+    every = {expect: expect(listed) for expect in (job.expected, *_variants(providers))}
     for provider in providers:
+        expected, value = every[provider.expected or job.expected]
         state = flat if provider.flat else listed
         written = job.written(state)
         start = [t.detach().clone() for t in written]

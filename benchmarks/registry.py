@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from benchmarks import (
-    abs_matmul,
     accumulate,
     compression,
     demo,
     narrow,
     optimizer_steps,
+    outer,
     penalty,
     per_sample,
     proximal,
@@ -27,7 +27,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         scaling.BENCHMARK,
         training.BENCHMARK,
         per_sample.BENCHMARK,
-        abs_matmul.BENCHMARK,
+        outer.BENCHMARK,
         demo.BENCHMARK,
         compression.BENCHMARK,
         narrow.BENCHMARK,

@@ -222,7 +222,7 @@ def _importance(result: Result) -> list[str]:
     ]
 
 
-def abs_matmul(cases: Results) -> list[Table]:
+def outer(cases: Results) -> list[Table]:
     rows = [
         [
             row["title"],
@@ -232,17 +232,30 @@ def abs_matmul(cases: Results) -> list[Table]:
             three_digits(row["seconds"][row["best_bmm"]] * 1e3),
             row["best_bmm"].removeprefix("bmm, "),
             f"{row['best_bmm_over_ours']:.1f}",
+            *_square(row),
         ]
         for row in cases.values()
     ]
     return [
         Table(
             "32 samples. mm: torch.mm of the same FLOPs; bmm: torch.bmm, abs_ and sum over the "
-            "fastest chunk of 1, 4, 8 or 32 samples.",
-            ("p × d, positions", "ms", "GFLOP/s", "speed / mm", "bmm, ms", "chunk", "bmm / ours"),
+            "fastest chunk of 1, 4, 8 or 32 samples. The square's time relative to that of the "
+            "absolute value, and the fastest of PyTorch's ways to it relative to ours: bmm and "
+            "square_, or one product over the pairs of a sample's positions.",
+            (
+                *("p × d, positions", "ms", "GFLOP/s", "speed / mm", "bmm, ms", "chunk"),
+                *("bmm / ours", "square / abs", "torch's square / ours"),
+            ),
             rows,
         )
     ]
+
+
+def _square(row: Result) -> list[str]:
+    if "square_over_abs" not in row:  # of a run before there was one
+        return ["–", "–"]
+    way = row["best_square"].removesuffix(", square")
+    return [f"{row['square_over_abs']:.2f}", f"{row['best_square_over_ours']:.1f} ({way})"]
 
 
 # -- learning --------------------------------------------------------------------------------------
@@ -418,7 +431,7 @@ TABLES: dict[str, Callable[[Results], list[Table]]] = {
     "scaling": scaling,
     "training": training,
     "per_sample": per_sample,
-    "abs_matmul": abs_matmul,
+    "outer": outer,
     "demo": demo,
     "compression": compression,
     "narrow": narrow,

@@ -189,8 +189,8 @@ inline void check_non_negative(const char* op, const char* name, double value) {
 }
 
 // Ω[p, d], left[b, t, p] and right[b, t, d].
-inline void check_abs_matmul(const char* op, const Tensor& omega, const Tensor& left,
-                             const Tensor& right, double scale) {
+inline void check_outer(const char* op, const Tensor& omega, const Tensor& left,
+                        const Tensor& right, double scale) {
   check_non_negative(op, "scale", scale);
   const std::initializer_list<Argument> arguments{
       {.name = "omega", .tensors = omega, .is_omega = true, .writable = true, .is_list = false},

@@ -18,9 +18,16 @@ namespace mas_ext {
 
 // How a gradient counts towards Ω. Everything that accumulates has it as a template argument
 // (`Magnitude`), so this is THE place to add another. It must be multiplicative, f(xy) = f(x)·f(y):
-// accumulate_abs_matmul_ applies it to the factors if a sample has one position. For 16-bit numbers
-// it clears the sign bit, which saves two conversions.
+// accumulate_outer_ applies it to the factors if a sample has one position. `fits_in<T>` says
+// whether it may be taken in T; if not, values are converted to the accumulation type first.
+// `kIdempotent`: f(f(x)) = f(x).
+
+// |g|. Of a 16-bit number it clears the sign bit, which saves two conversions.
 struct MagnitudeAbs {
+  static constexpr bool kIdempotent = true;
+  template <class T>
+  static constexpr bool fits_in = true;
+
   template <class T>
   MAS_HOST_DEVICE static T of(T value) {
     if constexpr (sizeof(T) == 2) {
@@ -31,13 +38,40 @@ struct MagnitudeAbs {
   }
 };
 
+// g². In 16 bits it would be rounded, and in float16 it would be infinite from 256 on.
+struct MagnitudeSquare {
+  static constexpr bool kIdempotent = false;
+  template <class T>
+  static constexpr bool fits_in = sizeof(T) >= sizeof(float);
+
+  template <class T>
+  MAS_HOST_DEVICE static T of(T value) {
+    static_assert(fits_in<T>, "convert the value first");
+    return value * value;
+  }
+};
+
+// Of products whose factors were magnitudes already.
+struct MagnitudeTaken {
+  template <class T>
+  MAS_HOST_DEVICE static T of(T value) {
+    return value;
+  }
+};
+
+// Calls `use` with the one that an operator's flag stands for.
+template <class Use>
+void with_magnitude(bool square, Use use) {
+  square ? use(MagnitudeSquare{}) : use(MagnitudeAbs{});
+}
+
 // Ω from its code q, which is linear in the square root: s·(q/255)², with s the block's largest Ω.
 MAS_HOST_DEVICE float dequantize(uint8_t code, float scale) {
   const auto root = static_cast<float>(code);
   return scale * (root * root * (1.0f / 65025.0f));
 }
 
-// Ω_i += scale · |g_i|
+// Ω_i += scale · f(g_i), where f is the magnitude
 template <class Magnitude, class A>
 MAS_HOST_DEVICE A importance_increment(A grad, A scale) {
   return scale * Magnitude::of(grad);

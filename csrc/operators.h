@@ -17,9 +17,9 @@
 #include <tuple>
 #include <utility>
 
-#include "abs_matmul.h"
 #include "checks.h"
 #include "formulas.h"
+#include "outer.h"
 #include "steps.h"
 #include "tensor_list.h"
 
@@ -73,13 +73,16 @@ auto read_scalar(const char* op, const char* name, const std::optional<Tensor>& 
 // Importance. The magnitude that a gradient counts with is an argument of every kernel.
 // ------------------------------------------------------------------------------------------------
 template <class Kernels>
-void accumulate_importance_(const TensorList& omega, const TensorList& grads, double scale) {
+void accumulate_importance_(const TensorList& omega, const TensorList& grads, double scale,
+                            bool square) {
   constexpr const char* op = "accumulate_importance_";
   check_non_negative(op, "scale", scale);
   FlatList<2> list(op, {{.name = "omega", .tensors = omega, .is_omega = true, .writable = true},
                         read("grads", grads)});
   if (list.total() > 0) {
-    Kernels::accumulate(MagnitudeAbs{}, {op, omega.front()}, list, scale);
+    with_magnitude(square, [&](auto magnitude) {
+      Kernels::accumulate(magnitude, {op, omega.front()}, list, scale);
+    });
     list.write_back();
   }
 }
@@ -89,17 +92,18 @@ inline Factor factor_of(const Tensor& tensor) {
 }
 
 template <class Kernels>
-void accumulate_abs_matmul_(const Tensor& omega, const Tensor& left, const Tensor& right,
-                            double scale) {
-  constexpr const char* op = "accumulate_abs_matmul_";
-  check_abs_matmul(op, omega, left, right, scale);
-  AbsMatmul problem{omega.data_ptr(), omega.stride(0), omega.stride(1), factor_of(left),
-                    factor_of(right), left.size(0),    left.size(1),    omega.size(0),
-                    omega.size(1),    dtype_of(left),  scale,           false};
+void accumulate_outer_(const Tensor& omega, const Tensor& left, const Tensor& right, double scale,
+                       bool square) {
+  constexpr const char* op = "accumulate_outer_";
+  check_outer(op, omega, left, right, scale);
+  Outer problem{omega.data_ptr(), omega.stride(0), omega.stride(1), factor_of(left),
+                factor_of(right), left.size(0),    left.size(1),    omega.size(0),
+                omega.size(1),    dtype_of(left),  scale,           false};
   turn_columns_innermost(problem);
-  turn_samples_into_positions(problem);
   if (!problem.is_empty()) {
-    Kernels::accumulate_abs_matmul(MagnitudeAbs{}, {op, omega}, problem);
+    with_magnitude(square, [&](auto magnitude) {
+      Kernels::accumulate_outer(magnitude, {op, omega}, problem);
+    });
   }
 }
 

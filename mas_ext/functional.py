@@ -16,9 +16,10 @@ read it.
 tensor on the device is read there: nothing waits for the host, a captured CUDA graph sees new
 values, and ``torch.compile`` does not recompile for them.
 
-:func:`accumulate_abs_matmul_` works on one parameter and takes single tensors.
+:func:`accumulate_outer_` works on one parameter and takes single tensors.
 
-Errors: ``RuntimeError``, which names the tensor and the remedy; raised before anything is written.
+Errors: ``RuntimeError``, which names the tensor and the remedy, or ``ValueError`` for an unknown
+reduction or mode; raised before anything is written.
 
 :mod:`mas_ext.reference` has the same functions in plain PyTorch.
 """
@@ -33,10 +34,12 @@ from torch import Tensor
 
 from mas_ext._operators import native as _native  # noqa: F401  (loads the compiled kernels)
 from mas_ext._operators.registration import writing
+from mas_ext.reference import check_reduction
 
 __all__ = [
     "accumulate_abs_matmul_",
     "accumulate_importance_",
+    "accumulate_outer_",
     "adamw_step_",
     "add_penalty_grad_",
     "penalty",
@@ -49,7 +52,7 @@ Tensors = Sequence[Tensor]
 Scalar = float | Tensor
 
 _accumulate_importance = writing("accumulate_importance_")
-_accumulate_abs_matmul = writing("accumulate_abs_matmul_")
+_accumulate_outer = writing("accumulate_outer_")
 _add_penalty_grad = writing("add_penalty_grad_")
 _proximal_step = writing("proximal_step_")
 _sgd_step = writing("sgd_step_")
@@ -64,37 +67,55 @@ def _scalar(name: str, value: Scalar) -> Tensor:
     return torch.scalar_tensor(value, dtype=torch.float64, device="cpu")
 
 
-def accumulate_importance_(omega: Tensors, grads: Tensors, scale: float = 1.0) -> None:
-    r"""Adds a gradient's magnitude to the importance, in place.
+def _is_square(reduction: str) -> bool:
+    check_reduction(reduction)
+    return reduction == "square"
 
-    .. math:: \Omega_i \leftarrow \Omega_i + \text{scale} \cdot |g_i|
+
+def accumulate_importance_(
+    omega: Tensors, grads: Tensors, scale: float = 1.0, reduction: str = "abs"
+) -> None:
+    r"""Adds a gradient's magnitude, or its square, to the importance, in place.
+
+    .. math:: \Omega_i \leftarrow \Omega_i + \text{scale} \cdot f(g_i),
+        \qquad f(g) = |g| \text{ or } g^2
 
     For the exact importance, call it with the gradient of one sample at a time: the absolute value
-    of a batch's mean gradient is not the mean of the samples' absolute values.
+    (or the square) of a batch's mean gradient is not the mean of the samples' absolute values
+    (or squares).
 
     Args:
         omega: Ω, float32 (float64 beside float64 gradients); written.
         grads: gradients, in the shapes of ``omega``.
         scale: a finite number ≥ 0.
+        reduction: ``"abs"`` or ``"square"``. Squares are formed in the dtype of ``omega``, also
+            those of bfloat16 and float16 gradients.
 
-    Source: Aljundi et al., ECCV 2018, equation 2.
+    Source: Aljundi et al., ECCV 2018, equation 2. With ``"square"`` and the gradients of a
+    sample's log-likelihood, Ω is the diagonal of the Fisher information: Kirkpatrick et al.,
+    PNAS 2017.
     """
-    _accumulate_importance(list(omega), list(grads), scale)
+    _accumulate_importance(list(omega), list(grads), scale, _is_square(reduction))
 
 
-def accumulate_abs_matmul_(omega: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
-    r"""Adds the magnitude of each sample's matrix product to the importance, in place.
+def accumulate_outer_(
+    omega: Tensor, left: Tensor, right: Tensor, scale: float = 1.0, reduction: str = "abs"
+) -> None:
+    r"""Adds the magnitude of each sample's matrix product, or its square, to the importance.
 
     .. math:: \Omega_{pd} \leftarrow \Omega_{pd} + \text{scale} \cdot
-        \sum_b \Bigl| \sum_t \text{left}_{btp}\,\text{right}_{btd} \Bigr|
+        \sum_b f\Bigl( \sum_t \text{left}_{btp}\,\text{right}_{btd} \Bigr),
+        \qquad f(x) = |x| \text{ or } x^2
 
     With output gradients on the left, inputs on the right, and t running over a sample's
     positions, the inner sum is sample b's gradient for the weight of a linear layer (or of a
     convolution, if the input is unfolded). Ω gets the exact importance without a tensor of size
     samples × p × d, in about the time of one matrix product.
 
-    The magnitude is taken after the sum over positions. The plain product of ``left.abs()`` and
-    ``right.abs()`` would be an upper bound, not the importance.
+    f is applied after the sum over positions. The plain product of ``left.abs()`` and
+    ``right.abs()`` would be an upper bound, not the importance; that of ``left.square()`` and
+    ``right.square()`` would leave out the products of two positions. If samples have one position
+    each, the two are the same, and that is what is computed.
 
     Args:
         omega: Ω [p, d], float32 (float64 beside float64 factors); written. Any strides, but
@@ -102,11 +123,19 @@ def accumulate_abs_matmul_(omega: Tensor, left: Tensor, right: Tensor, scale: fl
         left: [samples, positions, p], float32, float64, bfloat16 or float16, any strides.
         right: [samples, positions, d], in the dtype of ``left``, any strides.
         scale: a finite number ≥ 0.
+        reduction: ``"abs"`` or ``"square"``.
 
     Products are summed in the dtype of ``omega``, in an order that does not depend on the number
-    of threads. If there are no samples or no positions, nothing is written.
+    of threads, and squared in it. If there are no samples or no positions, nothing is written.
+
+    Source: as for :func:`accumulate_importance_`.
     """
-    _accumulate_abs_matmul(omega, left, right, scale)
+    _accumulate_outer(omega, left, right, scale, _is_square(reduction))
+
+
+def accumulate_abs_matmul_(omega: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
+    """The old name of :func:`accumulate_outer_` with the reduction ``"abs"``."""
+    accumulate_outer_(omega, left, right, scale)
 
 
 def penalty(

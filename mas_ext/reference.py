@@ -6,7 +6,7 @@ the signature of its namesake in :mod:`mas_ext.functional`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -16,11 +16,13 @@ from mas_ext.precision import accumulation_dtype, to_accumulation_dtype
 __all__ = [
     "accumulate_abs_matmul_",
     "accumulate_importance_",
+    "accumulate_outer_",
     "accumulation_dtype",
     "adamw_step_",
     "add_penalty_grad_",
+    "check_reduction",
     "displacement",
-    "magnitude",
+    "magnitude_of",
     "penalty",
     "penalty_and_grad",
     "proximal_step_",
@@ -62,22 +64,37 @@ def _sum(terms: Tensor) -> Tensor:
     return whole.sum() + flat[rows * _ROW :].sum(dtype=torch.float64)
 
 
-def magnitude(grad: Tensor) -> Tensor:
-    """How a gradient counts towards Ω: |g|.
-
-    It must be multiplicative, f(xy) = f(x)f(y), which :func:`accumulate_abs_matmul_` relies on.
-    """
-    return grad.abs()
+# Each must be multiplicative, f(xy) = f(x)f(y), which `accumulate_outer_` relies on.
+_MAGNITUDES: Mapping[str, Callable[[Tensor], Tensor]] = {"abs": torch.abs, "square": torch.square}
 
 
-def accumulate_importance_(omega: Tensors, grads: Tensors, scale: float = 1.0) -> None:
+def check_reduction(reduction: str) -> None:
+    """Raises ValueError unless the reduction is ``"abs"`` or ``"square"``."""
+    if reduction not in _MAGNITUDES:
+        names = " or ".join(map(repr, _MAGNITUDES))
+        raise ValueError(f"reduction: {reduction!r} is unknown; use {names}")
+
+
+def magnitude_of(reduction: str) -> Callable[[Tensor], Tensor]:
+    """How a gradient counts towards Ω: by its absolute value or by its square."""
+    check_reduction(reduction)
+    return _MAGNITUDES[reduction]
+
+
+def accumulate_importance_(
+    omega: Tensors, grads: Tensors, scale: float = 1.0, reduction: str = "abs"
+) -> None:
     """See :func:`mas_ext.functional.accumulate_importance_`."""
+    magnitude = magnitude_of(reduction)
     for o, g in zip(omega, grads, strict=True):
         o.add_(magnitude(g.to(o.dtype)), alpha=scale)
 
 
-def accumulate_abs_matmul_(omega: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
-    """See :func:`mas_ext.functional.accumulate_abs_matmul_`."""
+def accumulate_outer_(
+    omega: Tensor, left: Tensor, right: Tensor, scale: float = 1.0, reduction: str = "abs"
+) -> None:
+    """See :func:`mas_ext.functional.accumulate_outer_`."""
+    magnitude = magnitude_of(reduction)
     if left.shape[1] == 1:  # f(l·r) = f(l)·f(r), so one product sums over the samples
         rows, columns = (magnitude(factor[:, 0].to(omega.dtype)) for factor in (left, right))
         omega.add_(rows.mT @ columns, alpha=scale)
@@ -87,6 +104,11 @@ def accumulate_abs_matmul_(omega: Tensor, left: Tensor, right: Tensor, scale: fl
         for mine, theirs in zip(rows.split(samples), right.split(samples), strict=True):
             products = torch.bmm(mine.to(o.dtype).mT, theirs.to(o.dtype))
             o.add_(magnitude(products).sum(0), alpha=scale)
+
+
+def accumulate_abs_matmul_(omega: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
+    """The old name of :func:`accumulate_outer_` with the reduction ``"abs"``."""
+    accumulate_outer_(omega, left, right, scale)
 
 
 def penalty(

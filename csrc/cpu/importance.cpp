@@ -1,4 +1,4 @@
-// accumulate_importance_ on the CPU: Ω += scale·|g|, 12 bytes per float32 parameter.
+// accumulate_importance_ on the CPU: Ω += scale·|g| or scale·g², 12 bytes per float32 parameter.
 #include "../formulas.h"
 #include "chunks.h"
 #include "kernels.h"

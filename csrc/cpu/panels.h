@@ -1,35 +1,35 @@
-// Packing for accumulate_abs_matmul_: from tensors of any strides and dtype to panels [sample,
-// position, Width] in the accumulation dtype, which a tile reads from front to back.
+// Packing for accumulate_outer_: from tensors of any strides and dtype to panels [sample, position,
+// Width] in the accumulation dtype, which a tile reads from front to back.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <type_traits>
 
-#include "abs_tile.h"
 #include "multiversion.h"
+#include "outer_tile.h"
 
 namespace mas_ext::cpu {
 
 constexpr int kStep = 16;  // positions transposed at a time: a cache line of float32
 
 template <class Magnitude, class A, class T>
-MAS_ALWAYS_INLINE A read_as(T value, bool absolute) {
+MAS_ALWAYS_INLINE A read_as(T value, bool magnitudes) {
   const A number = static_cast<A>(value);
-  return absolute ? Magnitude::of(number) : number;
+  return magnitudes ? Magnitude::of(number) : number;
 }
 
 // Numbers at a stride. The first loop is a special case of the second that can be vectorised.
 template <class Magnitude, class A, class T>
 MAS_ALWAYS_INLINE void read_run(A* __restrict__ to, const T* __restrict__ from, int64_t stride,
-                                int64_t count, bool absolute) {
+                                int64_t count, bool magnitudes) {
   if (stride == 1) {
     for (int64_t k = 0; k < count; ++k) {
-      to[k] = read_as<Magnitude, A>(from[k], absolute);
+      to[k] = read_as<Magnitude, A>(from[k], magnitudes);
     }
   } else {
     for (int64_t k = 0; k < count; ++k) {
-      to[k] = read_as<Magnitude, A>(from[k * stride], absolute);
+      to[k] = read_as<Magnitude, A>(from[k * stride], magnitudes);
     }
   }
 }
@@ -71,15 +71,15 @@ MAS_ALWAYS_INLINE void transpose_rows(A* to, const A* from, int64_t row_stride, 
 // The same for rows of any dtype and stride, of which only `n` may be there.
 template <class Magnitude, int Width, class A, class T>
 MAS_ALWAYS_INLINE void convert_rows(A* to, const T* from, int64_t row_stride, int64_t stride,
-                                    int64_t n, int64_t count, bool absolute) {
+                                    int64_t n, int64_t count, bool magnitudes) {
   A block[Width * kStep];
   if (stride == 1 && row_stride == count && n >= Width) {  // short rows, one after the other
-    read_run<Magnitude>(block, from, 1, Width * count, absolute);
+    read_run<Magnitude>(block, from, 1, Width * count, magnitudes);
     return transpose_rows<Width>(to, block, count, count);
   }
   for (int64_t row = 0; row < Width; ++row) {
     if (row < n) {
-      read_run<Magnitude>(block + row * kStep, from + row * row_stride, stride, count, absolute);
+      read_run<Magnitude>(block + row * kStep, from + row * row_stride, stride, count, magnitudes);
     } else {
       std::fill_n(block + row * kStep, count, A(0));
     }
@@ -91,11 +91,11 @@ MAS_ALWAYS_INLINE void convert_rows(A* to, const T* from, int64_t row_stride, in
 template <class Magnitude, int Width, class A, class T>
 MAS_MULTIVERSION void pack_panel(A* __restrict__ panel, const T* __restrict__ rows,
                                  int64_t row_stride, int64_t stride, int64_t n, int64_t positions,
-                                 bool absolute) {
+                                 bool magnitudes) {
   if (row_stride == 1 && n >= Width) {
     for (int64_t k = 0; k < positions; ++k) {
       for (int row = 0; row < Width; ++row) {
-        panel[k * Width + row] = read_as<Magnitude, A>(rows[k * stride + row], absolute);
+        panel[k * Width + row] = read_as<Magnitude, A>(rows[k * stride + row], magnitudes);
       }
     }
     return;
@@ -105,12 +105,12 @@ MAS_MULTIVERSION void pack_panel(A* __restrict__ panel, const T* __restrict__ ro
   for (int64_t k = 0; k < positions; k += kStep, panel += kStep * Width, rows += kStep * stride) {
     const int64_t count = std::min<int64_t>(kStep, positions - k);
     if constexpr (std::is_same_v<A, T>) {
-      if (stride == 1 && n >= Width && !absolute) {
+      if (stride == 1 && n >= Width && !magnitudes) {
         transpose_rows<Width>(panel, rows, row_stride, count);
         continue;
       }
     }
-    convert_rows<Magnitude, Width>(panel, rows, row_stride, stride, n, count, absolute);
+    convert_rows<Magnitude, Width>(panel, rows, row_stride, stride, n, count, magnitudes);
   }
 }
 

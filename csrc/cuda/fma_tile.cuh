@@ -1,5 +1,5 @@
-// A tile of |products| without tensor cores: for float32 and float64, and for 16-bit types on
-// devices whose tensor cores lack the type.
+// A tile of sums of magnitudes without tensor cores: for float32 and float64, and for 16-bit types
+// on devices whose tensor cores lack the type.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -14,7 +14,7 @@ namespace mas_ext::cuda {
 // product of the current sample, and the sum of the magnitudes of earlier samples. Its rows (and
 // columns) come in runs of kRun, which is one access to shared memory, kTile / (kRows / kRun)
 // apart, so that the threads of a warp read neighbouring runs.
-template <class T, class MagnitudeOf = MagnitudeAbs>
+template <class T>
 class FmaTile {
   using A = accumulate_t<T>;
   static constexpr int kRows = 8, kColumns = sizeof(T) == sizeof(float) ? 8 : 4;
@@ -22,7 +22,6 @@ class FmaTile {
   static constexpr int kAcross = kTile / kColumns;  // threads that share rows
 
  public:
-  using Magnitude = MagnitudeOf;
   static constexpr int kThreads = kTile / kRows * kAcross;
   static constexpr int kResident =
       0;                           // blocks that must fit on a multiprocessor; 0: no requirement
@@ -47,6 +46,7 @@ class FmaTile {
     }
   }
 
+  template <class Magnitude>
   __device__ void end_sample() {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {

@@ -1,4 +1,4 @@
-// accumulate_importance_ on CUDA: Ω += scale·|g|, 12 bytes per float32 parameter.
+// accumulate_importance_ on CUDA: Ω += scale·|g| or scale·g², 12 bytes per float32 parameter.
 #include "launch.cuh"
 
 namespace mas_ext::cuda {
@@ -14,6 +14,9 @@ void run(const Call& call, const FlatList<2>& list, double scale) {
 struct Kernels : CudaKernels {
   static void accumulate(MagnitudeAbs, const Call& call, const FlatList<2>& list, double scale) {
     run<AccumulateImportance>(call, list, scale);
+  }
+  static void accumulate(MagnitudeSquare, const Call& call, const FlatList<2>& list, double scale) {
+    run<AccumulateSquare>(call, list, scale);
   }
 };
 

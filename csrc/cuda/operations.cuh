@@ -37,6 +37,8 @@ struct AccumulateMagnitude {
 };
 template <class T>
 using AccumulateImportance = AccumulateMagnitude<T, MagnitudeAbs>;
+template <class T>
+using AccumulateSquare = AccumulateMagnitude<T, MagnitudeSquare>;
 
 // Σ Ω(θ−θ*)²
 template <class T>

@@ -1,5 +1,5 @@
-// The factors of accumulate_abs_matmul_ in shared memory, a few positions of a few samples at a
-// time, for the tile of Ω that a block owns.
+// The factors of accumulate_outer_ in shared memory, a few positions of a few samples at a time,
+// for the tile of Ω that a block owns.
 //
 // Sums run over slots: the positions of all samples in order, where each sample is padded to a
 // multiple of the slots that a tile multiplies in one step. Padding is zero, and so is everything
@@ -10,8 +10,8 @@
 
 #include <cstdint>
 
-#include "../abs_matmul.h"
 #include "../formulas.h"
+#include "../outer.h"
 #include "pack.cuh"
 
 namespace mas_ext::cuda {
@@ -35,7 +35,7 @@ constexpr int64_t kNone = INT64_MIN;
 
 // One thread per slot, so that the division is done once.
 template <class T>
-__device__ void find_slots(Stage<T>& stage, const AbsMatmul& call, int64_t first,
+__device__ void find_slots(Stage<T>& stage, const Outer& call, int64_t first,
                            int64_t slots_per_sample) {
   const int k = static_cast<int>(threadIdx.x);
   if (k < kSlots) {
@@ -62,7 +62,7 @@ __device__ bool in_vectors(const Factor& factor, int64_t rows) {
 template <class T, class Magnitude, int Threads>
 __device__ void stage_vectors(typename Stage<T>::Rows& tile, const Factor& factor,
                               const int64_t* offsets, int64_t first_row, int64_t rows,
-                              bool absolute) {
+                              bool magnitudes) {
   constexpr int kVector = kVectorBytes / sizeof(T), kAcross = kTile / kVector;
 #pragma unroll 4  // loads in flight
   for (int i = static_cast<int>(threadIdx.x); i < kAcross * kSlots; i += Threads) {
@@ -72,10 +72,12 @@ __device__ void stage_vectors(typename Stage<T>::Rows& tile, const Factor& facto
       const T* data = static_cast<const T*>(factor.data) + offsets[slot] + first_row + row;
       pack = Pack<T, kVector>::of(data);
     }
-    if (absolute) {
+    if constexpr (Magnitude::template fits_in<T>) {
+      if (magnitudes) {
 #pragma unroll
-      for (int v = 0; v < kVector; ++v) {
-        pack.set(v, Magnitude::of(pack.get(v)));
+        for (int v = 0; v < kVector; ++v) {
+          pack.set(v, Magnitude::of(pack.get(v)));
+        }
       }
     }
     Pack<T, kVector>::of(&tile[slot][row]) = pack;
@@ -86,7 +88,7 @@ __device__ void stage_vectors(typename Stage<T>::Rows& tile, const Factor& facto
 template <class T, class Magnitude, int Threads>
 __device__ void stage_elements(typename Stage<T>::Rows& tile, const Factor& factor,
                                const int64_t* offsets, int64_t first_row, int64_t rows,
-                               bool absolute) {
+                               bool magnitudes) {
   const bool along_rows = factor.row_stride == 1;
 #pragma unroll 4
   for (int i = static_cast<int>(threadIdx.x); i < kTile * kSlots; i += Threads) {
@@ -97,18 +99,21 @@ __device__ void stage_elements(typename Stage<T>::Rows& tile, const Factor& fact
       value =
           static_cast<const T*>(factor.data)[offsets[slot] + (first_row + row) * factor.row_stride];
     }
-    tile[slot][row] = absolute ? Magnitude::of(value) : value;
+    if constexpr (Magnitude::template fits_in<T>) {
+      value = magnitudes ? Magnitude::of(value) : value;
+    }
+    tile[slot][row] = value;
   }
 }
 
 template <class T, class Magnitude, int Threads>
 __device__ void stage_factor(typename Stage<T>::Rows& tile, const Factor& factor,
                              const int64_t* offsets, int64_t first_row, int64_t rows,
-                             bool absolute) {
+                             bool magnitudes) {
   if (in_vectors<T>(factor, rows)) {
-    stage_vectors<T, Magnitude, Threads>(tile, factor, offsets, first_row, rows, absolute);
+    stage_vectors<T, Magnitude, Threads>(tile, factor, offsets, first_row, rows, magnitudes);
   } else {
-    stage_elements<T, Magnitude, Threads>(tile, factor, offsets, first_row, rows, absolute);
+    stage_elements<T, Magnitude, Threads>(tile, factor, offsets, first_row, rows, magnitudes);
   }
 }
 

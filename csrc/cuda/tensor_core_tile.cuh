@@ -1,5 +1,5 @@
-// A tile of |products| on tensor cores, for bfloat16 and float16 factors. Their products are exact
-// in float32, in which they are summed.
+// A tile of sums of magnitudes on tensor cores, for bfloat16 and float16 factors. The factors'
+// products are exact in float32, in which they are summed.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -21,7 +21,7 @@ namespace wmma = nvcuda::wmma;
 // thread has which element of a fragment; magnitudes and sums are elementwise and do not depend on
 // it. Positions of two samples never share a multiplication: samples are padded with zeros to a
 // multiple of 16 slots.
-template <class T, class MagnitudeOf = MagnitudeAbs>
+template <class T>
 class TensorCoreTile {
   using Element = std::conditional_t<std::is_same_v<T, BFloat16>, __nv_bfloat16, __half>;
   static constexpr int kSide = 16;      // of a fragment
@@ -34,7 +34,6 @@ class TensorCoreTile {
   using Sum = wmma::fragment<wmma::accumulator, kSide, kSide, kSide, float>;
 
  public:
-  using Magnitude = MagnitudeOf;
   static constexpr int kThreads = 32 * kAcross * kAcross;
   static constexpr int kResident = 4;  // blocks that must fit on a multiprocessor
   static constexpr int kStep = kSide;  // slots per multiplication
@@ -67,6 +66,7 @@ class TensorCoreTile {
     }
   }
 
+  template <class Magnitude>
   __device__ void end_sample() {
 #pragma unroll
     for (int r = 0; r < kFragments; ++r) {

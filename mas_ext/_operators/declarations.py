@@ -54,7 +54,8 @@ OMEGA = Argument("omega", "Tensor[]", Role.OMEGA)
 # Ω as it is stored, with the scales of those that are uint8 codes.
 STORED_OMEGA = (OMEGA, Argument("omega_scales", "Tensor[]", Role.OMEGA_SCALES))
 STATE = (PARAMS, ANCHORS, *STORED_OMEGA)
-SCALE = number("scale", 1.0, check_non_negative)
+# What is added to Ω: the scale times |g|, or times g².
+MAGNITUDE = (number("scale", 1.0, check_non_negative), flag("square"))
 LAMBDA = scalar("lambda_reg", check_non_negative)
 LR = scalar("lr", check_non_negative)
 # How a step ends: of every optimizer.
@@ -69,6 +70,14 @@ STEP_OPTIONS = (
 # ================================================================================================
 # Default kernels that are not a function of reference.py as it is
 # ================================================================================================
+def _accumulate_importance(*, square: bool, **call: Any) -> None:
+    reference.accumulate_importance_(**call, reduction="square" if square else "abs")
+
+
+def _accumulate_outer(*, square: bool, **call: Any) -> None:
+    reference.accumulate_outer_(**call, reduction="square" if square else "abs")
+
+
 def _penalty_and_new_grads(**call: Any) -> tuple[Tensor, list[Tensor]]:
     value, grads = reference.penalty_and_grad(**call)
     likes = zip(call["params"], grads, strict=True)
@@ -90,15 +99,15 @@ def _adamw_step(*, proximal: bool, beta1: float, beta2: float, **call: Any) -> T
 _DECLARED = (
     Operator(
         "accumulate_importance_",
-        (written(OMEGA), GRADS, SCALE),
+        (written(OMEGA), GRADS, *MAGNITUDE),
         NOTHING,
-        reference.accumulate_importance_,
+        _accumulate_importance,
     ),
     Operator(
-        "accumulate_abs_matmul_",
-        (written(matrix("omega", Role.OMEGA)), matrix("left"), matrix("right"), SCALE),
+        "accumulate_outer_",
+        (written(matrix("omega", Role.OMEGA)), matrix("left"), matrix("right"), *MAGNITUDE),
         NOTHING,
-        reference.accumulate_abs_matmul_,
+        _accumulate_outer,
         check_operands=checks.check_factors,
     ),
     Operator(

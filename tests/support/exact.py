@@ -37,17 +37,29 @@ Numbers = Mapping[str, Any]  # scalars and options by name
 Formula = Callable[[State, Numbers], list[list[Exact]]]  # one list per list that is written
 
 
+def _square(value: Exact) -> Exact:
+    """An error is doubled in the square, whose own size is that of what cancelled before."""
+    return Exact(value.values**2, 2 * value.magnitude**2)
+
+
 # -- Importance ------------------------------------------------------------------------------------
+def _reduced(gradient: Exact, n: Numbers) -> Exact:
+    if n.get("reduction") == "square":
+        return _square(gradient)
+    return Exact(gradient.values.abs(), gradient.magnitude)
+
+
 def importance(s: State, n: Numbers) -> list[list[Exact]]:
-    return [[_term(o + n["scale"] * g.abs()) for o, g in zip(s.omega, s.grads, strict=True)]]
+    pairs = zip(s.omega, s.grads, strict=True)
+    return [[_term(o) + _reduced(_term(g), n).times(n["scale"]) for o, g in pairs]]
 
 
-def abs_matmul(s: State, n: Numbers) -> list[list[Exact]]:
+def outer(s: State, n: Numbers) -> list[list[Exact]]:
     (omega,), (left,), (right,) = s.omega, s.left, s.right
     products = torch.einsum("btp,btd->bpd", left, right)
-    bound = torch.einsum("btp,btd->pd", left.abs(), right.abs())
-    values = omega + n["scale"] * products.abs().sum(0)
-    return [[Exact(values, omega.abs() + n["scale"] * bound)]]
+    bounds = torch.einsum("btp,btd->bpd", left.abs(), right.abs())
+    each = _reduced(Exact(products, bounds), n)
+    return [[_term(omega) + Exact(*(part.sum(0) for part in each)).times(n["scale"])]]
 
 
 # -- The penalty -----------------------------------------------------------------------------------
@@ -102,9 +114,7 @@ def _adam(i: int, p: Exact, g: Exact, s: State, n: Numbers) -> list[Exact]:
     else:
         g = g + p.times(decay)
     m = _term(s.exp_avgs[i]).times(beta1) + g.times(1 - beta1)
-    # An error in g is doubled in g², whose own size is that of what cancelled in g.
-    square = Exact(g.values**2, 2 * g.magnitude**2)
-    v = _term(s.exp_avg_sqs[i]).times(beta2) + square.times(1 - beta2)
+    v = _term(s.exp_avg_sqs[i]).times(beta2) + _square(g).times(1 - beta2)
     root = (v.values / (1 - beta2**t)).sqrt() + eps
     step = m.times(n["lr"] / (1 - beta1**t) / root)
     step = Exact(step.values, step.magnitude + step.values.abs() * v.magnitude / v.values)

@@ -7,14 +7,14 @@ of :mod:`tests.support.tensors`. An optimizer step has a row for each rule and m
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tests.support import abs_matmul, exact, tensors
+from tests.support import exact, outer, tensors
 from tests.support.exact import Exact, Formula, assert_near, assert_value_near
 from tests.support.tensors import STATE_LISTS, State, make_state
 
@@ -77,21 +77,22 @@ class Operator:
 
     @property
     def takes_lists(self) -> bool:
-        return self.function != "accumulate_abs_matmul_"
+        return self.function != "accumulate_outer_"
 
 
 _STATE = ("params", "anchors", "omega", "lambda_reg")
+_IMPORTANCE = Operator(
+    "accumulate_importance_", ("omega", "grads", "scale"), exact.importance, ("omega",)
+)
+_OUTER = Operator(
+    "accumulate_outer_", ("omega", "left", "right", "scale"), exact.outer, ("omega",), times=2.5
+)
+SQUARE = {"options": {"reduction": "square"}}
 OPERATORS = {
-    "accumulate_importance_": Operator(
-        "accumulate_importance_", ("omega", "grads", "scale"), exact.importance, ("omega",)
-    ),
-    "accumulate_abs_matmul_": Operator(
-        "accumulate_abs_matmul_",
-        ("omega", "left", "right", "scale"),
-        exact.abs_matmul,
-        ("omega",),
-        times=2.5,
-    ),
+    "accumulate_importance_": _IMPORTANCE,
+    "accumulate_importance_ square": replace(_IMPORTANCE, **SQUARE),
+    "accumulate_outer_": _OUTER,
+    "accumulate_outer_ square": replace(_OUTER, **SQUARE),
     "penalty": Operator("penalty", _STATE, exact.nothing, differentiable=True),
     "penalty_and_grad": Operator("penalty_and_grad", _STATE, exact.gradient, differentiable=True),
     "add_penalty_grad_": Operator(
@@ -151,15 +152,16 @@ OPERATORS |= {
 STEPS = [f"{rule} {mode}" for rule in RULES for mode in MODES]
 ALL = list(OPERATORS)
 OPS = [op for op in ALL if op not in STEPS and OPERATORS[op].takes_lists]  # steps are apart
+OUTER_OPS = [op for op in ALL if not OPERATORS[op].takes_lists]
 PENALTY_OPS = [op for op in OPS if OPERATORS[op].has_penalty]
 WRITING = [op for op in ALL if OPERATORS[op].written]
 DIFFERENTIABLE = [op for op in ALL if OPERATORS[op].differentiable]
 
 
-def samples(op: str) -> list[tensors.Sample] | list[abs_matmul.Sample]:
+def samples(op: str) -> list[tensors.Sample] | list[outer.Sample]:
     """All for the operators on lists; every second one for each row of the optimizer steps."""
     if not OPERATORS[op].takes_lists:
-        return abs_matmul.SAMPLES
+        return outer.SAMPLES
     every = tensors.SAMPLES + (tensors.KEPT_SAMPLES if OPERATORS[op].has_penalty else [])
     return every[(STEPS.index(op) + 1) // 2 % 2 :: 2] if op in STEPS else every
 
@@ -172,7 +174,7 @@ def make(op: str, dtypes: list[torch.dtype], shapes: list[tuple[int, ...]], **mo
 def small(op: str, dtype: torch.dtype = torch.float32, **more: Any) -> State:
     """A few tensors of any operator."""
     if not OPERATORS[op].takes_lists:
-        return abs_matmul.make(abs_matmul.Size(3, 4, 5, 6), dtype, **more)
+        return outer.make(outer.Size(3, 4, 5, 6), dtype, **more)
     return make(op, [dtype] * 2, [(33,), (4, 5)], **more)
 
 
@@ -212,6 +214,7 @@ def raw_arguments(op: str, state: State, scalars: Scalars = Scalars()) -> list[A
     options = OPERATORS[op].options
     known = {**_given(op, state), **scalars.as_tensors()._asdict(), **options}
     known["proximal"] = options.get("mode") == "proximal"
+    known["square"] = options.get("reduction") == "square"
     known["beta1"], known["beta2"] = options.get("betas", (0.9, 0.999))
     return [known.get(a.name, a.default_value) for a in raw(op)._schema.arguments]
 

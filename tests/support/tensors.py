@@ -134,7 +134,7 @@ class State:
     exp_avgs: list[Tensor] = field(default_factory=list)
     exp_avg_sqs: list[Tensor] = field(default_factory=list)
     steps: list[Tensor] = field(default_factory=list)  # one tensor of counts, as a list of one
-    left: list[Tensor] = field(default_factory=list)  # the factors of accumulate_abs_matmul_
+    left: list[Tensor] = field(default_factory=list)  # the factors of accumulate_outer_
     right: list[Tensor] = field(default_factory=list)
 
     def lists(self) -> dict[str, list[Tensor]]:

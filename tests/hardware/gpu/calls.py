@@ -8,7 +8,7 @@ import torch
 
 import mas_ext
 from tests.hardware.gpu.device import DEVICE
-from tests.support import abs_matmul, operators, tensors
+from tests.support import operators, outer, tensors
 from tests.support.operators import OPERATORS, PENALTY_OPS, Outcome, Scalars
 from tests.support.tensors import State
 
@@ -60,6 +60,6 @@ def make(
     if OPERATORS[op].takes_lists:
         before = operators.make(op, [dtype] * len(SHAPES), SHAPES, kept=kept)
     else:
-        before = abs_matmul.make(abs_matmul.Size(5, 17, 70, 90), dtype)
+        before = outer.make(outer.Size(5, 17, 70, 90), dtype)
     scalars = Scalars(found_inf=0.0).as_tensors(scalar_dtype, scalars_on)
     return Call(op, before, before.copy(DEVICE), scalars)

@@ -17,7 +17,7 @@ from tests.support.operators import MODES
 # MAS from end to end
 # ================================================================================================
 def network(device: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Every rule that launches accumulate_abs_matmul_: convolution, positions, a plain layer."""
+    """Every rule that launches accumulate_outer_: convolution, positions, a plain layer."""
     torch.manual_seed(0)
     layers = [
         nn.Conv2d(3, 8, 3, padding=1),

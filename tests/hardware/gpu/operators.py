@@ -13,12 +13,13 @@ import mas_ext
 from mas_ext.precision import num_scales
 from tests.hardware.gpu.device import DEVICE, REHEARSAL, needs_gpu
 from tests.hardware.gpu.steps import NOT_HERE
-from tests.support import abs_matmul
+from tests.support import outer
 from tests.support.exact import assert_value_near
 from tests.support.operators import (
     ALL,
     OPERATORS,
     OPS,
+    OUTER_OPS,
     PENALTY_OPS,
     Outcome,
     Scalars,
@@ -48,12 +49,13 @@ def check(op: str, state: State, what: str = "") -> Outcome:
 # Sizes and alignments of the CUDA kernels
 # ================================================================================================
 # Tiles of 64 × 64; 16 (sample, position) pairs are staged at a time.
-@pytest.mark.parametrize("layout", abs_matmul.LAYOUTS)
+@pytest.mark.parametrize("layout", outer.LAYOUTS)
+@pytest.mark.parametrize("op", OUTER_OPS)
 @each_dtype
-def test_abs_matmul_around_its_tiles(dtype: torch.dtype, layout: str) -> None:
-    for size in (abs_matmul.Size(3, 5, 63, 65), abs_matmul.Size(2, 8, 64, 128)):
-        problem = abs_matmul.make(size, dtype, layout, device=DEVICE)
-        check("accumulate_abs_matmul_", problem, what=str(size))
+def test_outer_around_its_tiles(dtype: torch.dtype, op: str, layout: str) -> None:
+    for size in (outer.Size(3, 5, 63, 65), outer.Size(2, 8, 64, 128), outer.Size(9, 1, 64, 72)):
+        problem = outer.make(size, dtype, layout, device=DEVICE)
+        check(op, problem, what=str(size))
 
 
 VECTOR = 16  # bytes
@@ -170,6 +172,7 @@ def test_one_tensor_of_more_than_two_to_the_31_elements(op: str) -> None:
     outcome = call(mas_ext.functional, op, state, scalars)
     by_element = {  # each as a function of the only thing that varies
         "accumulate_importance_": lambda theta, g: 0.5 + 0.5 * g,
+        "accumulate_importance_ square": lambda theta, g: 0.5 + 0.5 * g**2,
         "penalty_and_grad": lambda theta, g: theta - 1,
         "add_penalty_grad_": lambda theta, g: g + 4 * (theta - 1),
         "proximal_step_": lambda theta, g: (theta + 1) / 2,
@@ -242,7 +245,7 @@ def test_on_a_device_that_is_not_the_current(op: str) -> None:
 @needs_gpu
 @pytest.mark.parametrize(
     ("op", "name"),
-    [("penalty", "params"), ("adam gradient", "grads"), ("accumulate_abs_matmul_", "right")],
+    [("penalty", "params"), ("adam gradient", "grads"), ("accumulate_outer_", "right")],
 )
 def test_tensors_on_different_devices_are_refused(op: str, name: str) -> None:
     state = small(op, device="cuda")

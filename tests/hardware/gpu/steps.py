@@ -41,7 +41,7 @@ STEPS = {
     "unit": Step(
         "The operators' unit tests, with the operators on the device",
         150,
-        (*REDIRECT, f"{UNIT}/test_optimizer_steps.py", f"{UNIT}/test_abs_matmul.py"),
+        (*REDIRECT, f"{UNIT}/test_optimizer_steps.py", f"{UNIT}/test_outer.py"),
     ),
     "device": _step("Operators and MAS on the device", 120, "operators.py", "mas.py"),
     "graphs": _step("CUDA graphs: capture, and replay with new scalars", 60, "graphs.py"),

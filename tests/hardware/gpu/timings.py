@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import abs_matmul, accumulate, job, narrow, optimizer_steps, penalty, proximal
+from benchmarks import accumulate, job, narrow, optimizer_steps, outer, penalty, proximal
 from benchmarks.benchmark import Options, Result
 from benchmarks.job import OURS, Job, Provider
 from benchmarks.state import SIZES, Size, State, linear
@@ -102,19 +102,25 @@ def test_fewer_bytes(add_row: Callable[..., None]) -> None:
         )
 
 
-CASES = abs_matmul.QUICK if REHEARSAL else abs_matmul.CASES
+CASES = outer.QUICK if REHEARSAL else outer.CASES
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.title)
-def test_abs_matmul(case: abs_matmul.Case, add_row: Callable[..., None]) -> None:
-    found = abs_matmul.measure(case, ROUNDS, SECONDS, DEVICE)
+def test_outer(case: outer.Case, add_row: Callable[..., None]) -> None:
+    found = outer.measure(case, ROUNDS, SECONDS, DEVICE)
     add_row(
-        f"accumulate_abs_matmul_, {abs_matmul.SAMPLES} samples",
-        ["p × d, positions", "µs", "TFLOP/s", "speed / mm", "best bmm", "best bmm / ours"],
+        f"accumulate_outer_, {outer.SAMPLES} samples",
+        [
+            *("p × d, positions", "µs", "TFLOP/s", "speed / mm", "best bmm", "best bmm / ours"),
+            *("square / abs", "best square", "best square / ours"),
+        ],
         case.title,
         f"{found['seconds'][OURS] * 1e6:.1f}",
         f"{found['gigaflops'] / 1e3:.3g}",
         f"{found['fraction_of_product']:.2f}",
         found["best_bmm"],
         f"{found['best_bmm_over_ours']:.2f}",
+        f"{found['square_over_abs']:.2f}",
+        found["best_square"],
+        f"{found['best_square_over_ours']:.2f}",
     )

@@ -91,6 +91,7 @@ class Expectation:
 
 STREAMING = {
     "AccumulateImportance": Streams(("grads", "omega"), ("omega",)),
+    "AccumulateSquare": Streams(("grads", "omega"), ("omega",)),
     "PenaltyEnergy": Streams(("params", "anchors", "omega")),
     "PenaltyGradient": Streams(("params", "anchors", "omega"), ("grads",)),
     "AddPenaltyGradient": Streams(("grads", "params", "anchors", "omega"), ("grads",)),
@@ -108,6 +109,7 @@ PRODUCTS = {
     "c10::BFloat16": Product("HMMA"),
     "c10::Half": Product("HMMA"),
 }
+MAGNITUDES = {"outer": "MagnitudeAbs", "outer square": "MagnitudeSquare"}
 
 
 # How an Ω that is only read may be kept, by the dtype beside it.
@@ -147,9 +149,8 @@ EXPECTATIONS = [
     ),
     *(step_by(*of, *how) for of in product(RULES, (False, True)) for how in READ_ONLY),
     *(
-        Expectation(
-            "abs_matmul", dtype, rf"abs_matmul_kernel<{dtype}, mas_ext::MagnitudeAbs>", product
-        )
+        Expectation(title, dtype, rf"outer_kernel<{dtype}, mas_ext::{magnitude}>", product)
+        for title, magnitude in MAGNITUDES.items()
         for dtype, product in PRODUCTS.items()
     ),
     # One block that adds a number for every 8,192 elements; a thread an element of a small Ω; and a

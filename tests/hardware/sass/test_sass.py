@@ -190,11 +190,9 @@ PRODUCT = """
     ],
 )
 def test_a_product(old, new, problems):
-    symbol = (
-        "_ZN7mas_ext4cuda17abs_matmul_kernelIN3c108BFloat16ENS_12MagnitudeAbsEEEvNS_9AbsMatmulE"
-    )
+    symbol = "_ZN7mas_ext4cuda12outer_kernelIN3c108BFloat16ENS_12MagnitudeAbsEEEvNS_5OuterE"
     kernels = assemble(*listings(PRODUCT.replace(old, new), symbol=symbol))
-    where = "sm_90 abs_matmul bfloat16"
+    where = "sm_90 outer bfloat16"
     assert prove(kernels)[1] == [f"{where}: {problem}" for problem in problems]
 
 

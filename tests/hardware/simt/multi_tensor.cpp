@@ -37,6 +37,7 @@ int main(int argc, char** argv) {
   test_one<SIMT_ONLY>(program);
 #else
   test_one<Importance>(program);
+  test_one<ImportanceSquare>(program);
   test_one<Penalty>(program);
   test_one<Gradient>(program);
   test_one<AddGradient>(program);

@@ -46,6 +46,7 @@ class Mutant(NamedTuple):
 TABLES = Run("tables")
 VAST = Run("vast", "address")
 IMPORTANCE = Run("multi_tensor", only="Importance")
+SQUARE = Run("multi_tensor", only="ImportanceSquare")
 ADD = Run("multi_tensor", only="AddGradient")
 PROXIMAL = Run("multi_tensor", only="Proximal")
 CODES = Run("compressed", only="AddGradient")
@@ -56,10 +57,10 @@ ADAM = Run("steps", only="Step<Adam, false>")
 PROXIMAL_ADAM = Run("steps", only="Step<Adam, true>")
 LIST_RACES = Run("multi_tensor", "thread", "Penalty")
 SUM_RACES = Run("tables", "thread")
-MATMUL = Run("abs_matmul", only="float")
-TENSOR_CORES = Run("abs_matmul", only="BFloat16")
-MATMUL_RACES = Run("abs_matmul", "thread", "float")
-FRAGMENT_RACES = Run("abs_matmul", "thread", "BFloat16")
+OUTER = Run("outer", only="float")
+TENSOR_CORES = Run("outer", only="BFloat16")
+OUTER_RACES = Run("outer", "thread", "float")
+FRAGMENT_RACES = Run("outer", "thread", "BFloat16")
 
 # fmt: off
 BY_FILE = {
@@ -171,6 +172,8 @@ BY_FILE = {
         ("no magnitude", IMPORTANCE, "return scale * Magnitude::of(grad);", "return scale * grad;"),
         ("scale applied twice", IMPORTANCE,
          "return scale * Magnitude::of(grad);", "return scale * scale * Magnitude::of(grad);"),
+        ("square is not one", SQUARE, "return value * value;", "return value;"),
+        ("square in 16 bits", TENSOR_CORES, "sizeof(T) >= sizeof(float);", "true;"),
         ("sign", PROXIMAL, "param - delta * (c", "param + delta * (c"),
         ("not a square", ADD, "return omega * delta * delta;", "return omega * delta;"),
         ("codes not companded", CODES, "root * root * (", "255 * root * ("),
@@ -185,6 +188,8 @@ BY_FILE = {
         ("no importance, no bits kept", PROXIMAL, "omega == A(0) ? param : moved", "moved"),
     ],
     "cuda/operations.cuh": [
+        ("square of another kind", SQUARE,
+         "AccumulateMagnitude<T, MagnitudeSquare>", "AccumulateMagnitude<T, MagnitudeAbs>"),
         ("strength squared", PROXIMAL,
          "lambda.load() * lr.load()", "lambda.load() * lr.load() * lambda.load()"),
         ("no gradient scale", ADD, "lambda.load() * grad_scale.load()", "lambda.load()"),
@@ -235,74 +240,79 @@ BY_FILE = {
         ("a sum too many", TABLES.sanitized(),
          "i < count; i += kThreads", "i <= count; i += kThreads"),
     ],
-    "abs_matmul.h": [
-        ("samples summed with their sign", MATMUL,
-         "call.absolute = true;", "call.absolute = false;"),
-        ("turned, but for the factors", MATMUL.sanitized(),
+    "outer.h": [
+        ("samples summed with their sign", OUTER,
+         "call.magnitudes = true;", "call.magnitudes = false;"),
+        ("turned, but for the factors", OUTER.sanitized(),
          "std::swap(call.left, call.right);", ""),
     ],
     "cuda/stage.cuh": [
-        ("right where left is", MATMUL, "offset(call.right);", "offset(call.left);"),
+        ("right where left is", OUTER, "offset(call.right);", "offset(call.left);"),
         ("32-bit offset of a sample", VAST,
          "sample * factor.sample_stride + position",
          "static_cast<int>(sample * factor.sample_stride) + position"),
         ("32-bit offset of a row", VAST,
          "offsets[slot] + (first_row + row) * factor.row_stride",
          "offsets[slot] + static_cast<int>((first_row + row) * factor.row_stride)"),
-        ("row stride left out", MATMUL,
+        ("row stride left out", OUTER,
          "(first_row + row) * factor.row_stride]", "first_row + row]"),
         ("positions of the next sample", TENSOR_CORES.sanitized(),
          "sample < call.samples && position < call.positions", "sample < call.samples"),
         ("slots beyond a sample stay as they were", TENSOR_CORES,
-         "tile[slot][row] = absolute ? Magnitude::of(value) : value;",
-         "if (offsets[slot] != kNone) tile[slot][row] = absolute ? Magnitude::of(value) : value;"),
-        ("vectors of unaligned memory", MATMUL.sanitized(),
+         "tile[slot][row] = value;", "if (offsets[slot] != kNone) tile[slot][row] = value;"),
+        ("magnitude of elements left out", OUTER,
+         "value = magnitudes ? Magnitude::of(value) : value;", ""),
+        ("vectors of unaligned memory", OUTER.sanitized(),
          "reinterpret_cast<uintptr_t>(factor.data) % kVectorBytes == 0 &&", ""),
-        ("vectors of unaligned positions", MATMUL.sanitized(),
+        ("vectors of unaligned positions", OUTER.sanitized(),
          "(factor.sample_stride | factor.position_stride | rows)", "(factor.sample_stride | rows)"),
-        ("vectors of unaligned samples", MATMUL.sanitized(),
+        ("vectors of unaligned samples", OUTER.sanitized(),
          "(factor.sample_stride | factor.position_stride | rows)",
          "(factor.position_stride | rows)"),
-        ("vectors across the last row", MATMUL.sanitized(),
+        ("vectors across the last row", OUTER.sanitized(),
          "(factor.sample_stride | factor.position_stride | rows)",
          "(factor.sample_stride | factor.position_stride)"),
-        ("magnitude of every second value", MATMUL,
+        ("magnitude of every second value", OUTER,
          "for (int v = 0; v < kVector; ++v) {", "for (int v = 0; v < kVector; v += 2) {"),
     ],
-    "cuda/abs_matmul.cuh": [
+    "cuda/outer.cuh": [
         ("no barrier after staging, of fragments", FRAGMENT_RACES,
          "    __syncthreads();\n#pragma unroll 1", "#pragma unroll 1"),
-        ("no barrier before staging", MATMUL_RACES,
+        ("no barrier before staging", OUTER_RACES,
          "__syncthreads();  // also: every thread is done with the slots before", ""),
-        ("no barrier after staging", MATMUL_RACES,
+        ("no barrier after staging", OUTER_RACES,
          "    __syncthreads();\n#pragma unroll 1", "#pragma unroll 1"),
-        ("no barrier before the sums", MATMUL_RACES,
+        ("no barrier before the sums", OUTER_RACES,
          "__syncthreads();  // the sums take the stage's place", ""),
-        ("no barrier after the sums", MATMUL_RACES,
+        ("no barrier after the sums", OUTER_RACES,
          "tile.store(shared.sums);\n  __syncthreads();", "tile.store(shared.sums);"),
+        ("samples summed that are not squared", TENSOR_CORES,
+         "if constexpr (Magnitude::template fits_in<T>)", "if constexpr (true)"),
+        ("squares squared", OUTER,
+         "Magnitude::kIdempotent || !magnitudes", "true"),
         ("samples share a multiplication", TENSOR_CORES,
          "(call.positions + kStep - 1) / kStep * kStep", "call.positions"),
-        ("a sample never ends twice", MATMUL, "        multiplied = 0;\n", ""),
-        ("the rest of a part is lost", MATMUL, "if (multiplied > 0) {", "if (false) {"),
-        ("parts cut within a sample", MATMUL,
-         "call.absolute ? step : per_sample;", "true ? step : per_sample;"),
-        ("parts rounded down", MATMUL, "(all / unit + parts - 1) / parts", "(all / unit) / parts"),
-        ("slots of the next part", MATMUL, "first + slot < slots.last;", "true;"),
-        ("all parts in one place", MATMUL.sanitized(),
+        ("a sample never ends twice", OUTER, "        multiplied = 0;\n", ""),
+        ("the rest of a part is lost", OUTER, "if (multiplied > 0) {", "if (false) {"),
+        ("parts cut within a sample", OUTER,
+         "call.magnitudes ? step : per_sample;", "true ? step : per_sample;"),
+        ("parts rounded down", OUTER, "(all / unit + parts - 1) / parts", "(all / unit) / parts"),
+        ("slots of the next part", OUTER, "first + slot < slots.last;", "true;"),
+        ("all parts in one place", OUTER.sanitized(),
          "(part * call.rows + row)", "(0 * call.rows + row)"),
-        ("every part adds to omega", MATMUL.sanitized(),
+        ("every part adds to omega", OUTER.sanitized(),
          "if (parts.count == 1) {", "if (parts.count >= 1) {"),
-        ("a part too few", MATMUL, "part < parts.count; ++part", "part < parts.count - 1; ++part"),
-        ("an element too many", MATMUL.sanitized(), "if (i < size) {", "if (i <= size) {"),
-        ("row guard one too far", MATMUL.sanitized(), "row < call.rows &&", "row <= call.rows &&"),
-        ("column guard one too far", MATMUL.sanitized(),
+        ("a part too few", OUTER, "part < parts.count; ++part", "part < parts.count - 1; ++part"),
+        ("an element too many", OUTER.sanitized(), "if (i < size) {", "if (i <= size) {"),
+        ("row guard one too far", OUTER.sanitized(), "row < call.rows &&", "row <= call.rows &&"),
+        ("column guard one too far", OUTER.sanitized(),
          "column < call.columns)", "column <= call.columns)"),
-        ("columns of another tile", MATMUL,
+        ("columns of another tile", OUTER,
          "at / tiles_of(call.columns) * kTile", "at / tiles_of(call.rows) * kTile"),
     ],
     "cuda/fma_tile.cuh": [
-        ("product not reset", MATMUL, "product_[r][c] = A(0);", ""),
-        ("sum of products with their sign", MATMUL, "+= Magnitude::of(product_", "+= (product_"),
+        ("product not reset", OUTER, "product_[r][c] = A(0);", ""),
+        ("sum of products with their sign", OUTER, "+= Magnitude::of(product_", "+= (product_"),
     ],
     "cuda/tensor_core_tile.cuh": [
         ("fragment not reset", TENSOR_CORES,

@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "csrc/cuda/abs_matmul.cuh"
+#include "csrc/cuda/outer.cuh"
 #include "harness/judge.h"
 
 namespace {
@@ -156,10 +156,10 @@ void test_finish(Program& program) {
 // Samples dealt out over blocks
 // ================================================================================================
 // Parts hold every slot once, in order, and are cut between samples unless magnitudes are summed.
-void check_parts(Program& program, const mas_ext::AbsMatmul& call, int step) {
+void check_parts(Program& program, const mas_ext::Outer& call, int step) {
   const int64_t per_sample = (call.positions + step - 1) / step * step;
   const int count = mas_ext::cuda::parts_of(call);
-  const int64_t unit = call.absolute ? step : per_sample;
+  const int64_t unit = call.magnitudes ? step : per_sample;
   int64_t next = 0;
   for (int part = 0; part < count; ++part) {
     const mas_ext::cuda::Slots slots(call, per_sample, step, count, part);
@@ -178,9 +178,9 @@ void test_parts(Program& program) {
   for (int i = 0; i < 100; ++i) {
     program.test("parts/random " + std::to_string(i), [&](uint64_t seed) {
       Random random(seed);
-      mas_ext::AbsMatmul call{};
-      call.absolute = random.below(2) == 0;
-      call.samples = call.absolute ? 1 : 1 + random.below(2000);
+      mas_ext::Outer call{};
+      call.magnitudes = random.below(2) == 0;
+      call.samples = call.magnitudes ? 1 : 1 + random.below(2000);
       call.positions = 1 + random.below(int64_t{1} << random.below(18));
       call.rows = 1 + random.below(int64_t{1} << random.below(12));
       call.columns = 1 + random.below(int64_t{1} << random.below(12));

@@ -30,6 +30,7 @@ class Run(NamedTuple):
 
 # Under ThreadSanitizer every eighth case: what it looks for does not depend on values.
 OPERATIONS = ("accumulate_importance/", "penalty/", "penalty_gradient/", "add_penalty_gradient/")
+ALIKE = "accumulate_square/"  # walks memory as the first does: every fourth case
 # One of the steps sees all of them, the others every fourth: they walk memory by the same code.
 STEPS = tuple(
     f"{rule}_step/{mode}/"
@@ -42,6 +43,7 @@ DTYPES = ("float32", "float64", "bfloat16", "float16")
 RUNS = [
     *(Run("multi_tensor", "address", op, 400) for op in (*OPERATIONS, "proximal_step/")),
     *(Run("multi_tensor", "thread", op, 50, "3/8") for op in (*OPERATIONS, "proximal_step/")),
+    Run("multi_tensor", "address", ALIKE, 100, "1/4"),
     Run("compressed", "address", "add_penalty_gradient/", 550),
     *(Run("compressed", "address", op, 60, "1/4") for op in NARROW),
     Run("compressed", "thread", "", 30, "3/8"),
@@ -50,8 +52,8 @@ RUNS = [
     Run("steps", "address", "bias_corrections/", 28),
     Run("steps", "thread", WALKED, 50, "3/8"),
     Run("steps", "thread", "bias_corrections/", 14),
-    *(Run("abs_matmul", "address", f"abs_matmul/{d}", 90) for d in DTYPES),
-    Run("abs_matmul", "thread", "", 90, "3/8"),
+    *(Run("outer", "address", f"outer/{d}", 90) for d in DTYPES),
+    Run("outer", "thread", "", 90, "3/8"),
     Run("vast", "address", "", 18),
     Run("tables", "address", "", 250),
     Run("tables", "thread", "finish/", 20, "3/4"),

@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "harness/list_cases.h"
-#include "harness/matmul.h"
+#include "harness/outer.h"
 #include "harness/steps.h"
 
 namespace {
@@ -148,15 +148,15 @@ const std::vector<Layouts> kLayouts{
 };
 
 template <class T>
-void test_matmul(Program& program, const std::string& dtype) {
+void test_outer(Program& program, const std::string& dtype) {
   for (const Layouts& layouts : kLayouts) {
-    program.test("vast/abs_matmul/" + dtype + "/" + layouts.name, [&](uint64_t seed) {
-      const MatmulCase c{{3, 3, 66, 67}, layouts};
+    program.test("vast/outer/" + dtype + "/" + layouts.name, [&](uint64_t seed) {
+      const OuterCase c{{3, 3, 66, 67}, layouts};
       Problem<T, VastBuffer> before(c), after(c);
       before.fill(seed, 0);
       after.fill(seed, 0);
       Launches(after, c).run();
-      check_omega(program, before, after, c.scale);
+      check_omega(program, before, after, c);
     });
   }
 }
@@ -170,7 +170,7 @@ int main(int argc, char** argv) {
   test_list<Proximal>(program);
   test_list<Step<Adam, false>>(program);
   test_list<AddGradient, float, uint8_t>(program, {ScalarType::Float, ScalarType::Byte});
-  test_matmul<float>(program, "float32");
-  test_matmul<BFloat16>(program, "bfloat16");
+  test_outer<float>(program, "float32");
+  test_outer<BFloat16>(program, "bfloat16");
   return program.finish();
 }

@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mas_ext import functional, precision
-from tests.support import abs_matmul, tensors
+from tests.support import outer, tensors
 from tests.support.exact import smallest_step
 from tests.support.operators import (
     MODES,
     OPERATORS,
     OPS,
+    OUTER_OPS,
     PENALTY_OPS,
     RULES,
     STEPS,
@@ -115,7 +116,8 @@ def check(op: str, make: Callable[[], State], given: Scalars = Scalars()) -> Non
     """Runs ``op`` on one copy of what ``make`` makes and judges it by another."""
     before, state = make(), make()
     outcome = call(functional, op, state, given)
-    lost = [dust(p, a) for p, a in zip(before.params, before.anchors, strict=True)]
+    times = max(1.0, given.scale) if "scale" in OPERATORS[op].arguments else 1.0
+    lost = [times * dust(p, a) for p, a in zip(before.params, before.anchors, strict=True)]
     value_lost = float(given.lambda_reg) * sum(float(piece.sum()) for piece in lost)
     uses_dust = lost if op in OPS and outcome.tensors else None
     assert_right(op, before, outcome, given, uses_dust, value_lost)
@@ -301,12 +303,13 @@ def test_any_options(
         del OPERATORS[op]
 
 
-# -- accumulate_abs_matmul_ and the codec ----------------------------------------------------------
+# -- accumulate_outer_ and the codec ----------------------------------------------------------
 sizes = st.builds(
-    abs_matmul.Size, st.integers(0, 9), st.integers(0, 40), st.integers(0, 50), st.integers(0, 80)
+    outer.Size, st.integers(0, 9), st.integers(0, 40), st.integers(0, 50), st.integers(0, 80)
 )
 
 
+@pytest.mark.parametrize("op", OUTER_OPS)
 @settings(PROFILE, max_examples=100)
 @given(
     size=sizes,
@@ -316,8 +319,8 @@ sizes = st.builds(
     scale=st.floats(0, 100),
     seed=seeds,
 )
-def test_abs_matmul_of_any_size_and_strides(
-    size: abs_matmul.Size, dtype: torch.dtype, orders: Any, steps: Any, scale: float, seed: int
+def test_outer_of_any_size_and_strides(
+    op: str, size: outer.Size, dtype: torch.dtype, orders: Any, steps: Any, scale: float, seed: int
 ) -> None:
     def lay(tensor: Tensor, order: list[int], step: int) -> Tensor:
         """The dimensions lie in memory in any order, with gaps in the innermost."""
@@ -325,11 +328,11 @@ def test_abs_matmul_of_any_size_and_strides(
         return tensor.permute(order).repeat_interleave(step, -1)[..., ::step].permute(inverse)
 
     def make_strided() -> State:
-        plain = abs_matmul.make(size, dtype, seed=seed)
+        plain = outer.make(size, dtype, seed=seed)
         lists = zip(("omega", "left", "right"), orders, steps, strict=True)
         return State(**{n: [lay(getattr(plain, n)[0], order, step)] for n, order, step in lists})
 
-    check("accumulate_abs_matmul_", make_strided, Scalars(scale=scale))
+    check(op, make_strided, Scalars(scale=scale))
 
 
 @settings(PROFILE, max_examples=100)

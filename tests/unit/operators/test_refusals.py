@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from mas_ext import functional
-from tests.support import abs_matmul
+from mas_ext import functional, reference
+from tests.support import outer
 from tests.support.operators import (
     ALL,
     OPERATORS,
@@ -38,7 +39,7 @@ PENALTY_ROWS = [op for op in ROWS if OPERATORS[op].has_penalty]
 
 def sound(op: str) -> State:
     if not OPERATORS[op].takes_lists:
-        return abs_matmul.make(abs_matmul.Size(3, 4, 5, 6))
+        return outer.make(outer.Size(3, 4, 5, 6))
     return make(op, [torch.float32] * 3, [(4, 5), (6,), (6,)])
 
 
@@ -112,7 +113,7 @@ BAD_TENSORS = [
     for k, name in enumerate(OPERATORS[op].lists)
     for kind in (*ANYWHERE, *(UNLIKE_THE_FIRST if k else ()))
     # Gradients in float16 beside Ω in float32 are what this operator is for.
-    if (op, kind) != ("accumulate_importance_", "float16")
+    if (OPERATORS[op].function, kind) != ("accumulate_importance_", "float16")
 ]
 
 
@@ -349,7 +350,7 @@ def test_bad_scalar_tensor(op: str, name: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("value", OUT_OF_RANGE.values(), ids=OUT_OF_RANGE)
-@pytest.mark.parametrize("op", ["accumulate_importance_", "accumulate_abs_matmul_"])
+@pytest.mark.parametrize("op", [op for op in ALL if "scale" in OPERATORS[op].arguments])
 def test_scale_out_of_range(op: str, value: float) -> None:
     refused(op, sound(op), "scale", "finite", scalars=Scalars(scale=value))
 
@@ -382,13 +383,31 @@ def test_options_of_a_step(op: str, options: dict[str, Any], name: str, remedy: 
     refused(op, sound(op), name, remedy, **options)
 
 
-@pytest.mark.parametrize("op", ["sgd gradient", "adamw gradient"])
-def test_an_unknown_mode(op: str) -> None:
-    refused(op, sound(op), "mode", "'gradient' or 'proximal'", error=ValueError, mode="newton")
+MODES, REDUCTIONS = ("mode", "'gradient' or 'proximal'"), ("reduction", "'abs' or 'square'")
 
 
-# -- accumulate_abs_matmul_ ------------------------------------------------------------------------
-MATMUL: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]], tuple[str, ...]]] = {
+@pytest.mark.parametrize(
+    ("op", "words"),
+    [
+        ("sgd gradient", MODES),
+        ("adamw gradient", MODES),
+        ("accumulate_importance_", REDUCTIONS),
+        ("accumulate_outer_", REDUCTIONS),
+    ],
+)
+def test_an_unknown_name(op: str, words: tuple[str, str]) -> None:
+    refused(op, sound(op), *words, error=ValueError, **{words[0]: "newton"})
+
+
+@pytest.mark.parametrize("op", ["accumulate_importance_", "accumulate_outer_"])
+def test_the_reference_refuses_an_unknown_reduction(op: str) -> None:
+    state = sound(op)
+    unknown = partial(call, reference, op, state, reduction="newton")
+    assert_refuses(unknown, state, ValueError, [*REDUCTIONS])
+
+
+# -- accumulate_outer_ ------------------------------------------------------------------------
+OUTER: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]], tuple[str, ...]]] = {
     "omega_1d": (lambda o, x, y: {"omega": o[0]}, ("omega", "[p, d]")),
     "left_2d": (lambda o, x, y: {"left": x[0]}, ("left", "[samples, positions, p]")),
     "right_4d": (lambda o, x, y: {"right": y[None]}, ("right", "[samples, positions, d]")),
@@ -416,10 +435,10 @@ MATMUL: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]], t
 }
 
 
-@pytest.mark.parametrize("kind", MATMUL)
-def test_abs_matmul(kind: str) -> None:
-    op = "accumulate_abs_matmul_"
-    spoil, words = MATMUL[kind]
+@pytest.mark.parametrize("kind", OUTER)
+def test_outer(kind: str) -> None:
+    op = "accumulate_outer_"
+    spoil, words = OUTER[kind]
     state = sound(op)
     for name, tensor in spoil(*state.omega, *state.left, *state.right).items():
         getattr(state, name)[0] = tensor

@@ -28,6 +28,7 @@ from tests.support.operators import (
     DIFFERENTIABLE,
     OPERATORS,
     OPS,
+    OUTER_OPS,
     PENALTY_OPS,
     WRITING,
     Outcome,
@@ -461,7 +462,7 @@ def check_compiled(
 
 STRENGTHS = [Scalars(lambda_reg=strength, lr=strength / 3) for strength in (0.5, 2.0, 7.0)]
 # Every kind of signature with the backend that compiles; it takes seconds for each.
-INDUCTOR = ["penalty_and_grad", "add_penalty_grad_", "accumulate_abs_matmul_"]
+INDUCTOR = ["penalty_and_grad", "add_penalty_grad_", "accumulate_outer_"]
 
 
 @pytest.mark.parametrize(
@@ -506,7 +507,7 @@ def test_compiled_backward_is_autograds(op: str, backend: str) -> None:
 
 def test_every_pair_of_dtype_and_layout_is_in_the_record() -> None:
     """Otherwise the pairwise selection has lost its point."""
-    for op in [*OPS, "accumulate_abs_matmul_"]:
+    for op in [*OPS, *OUTER_OPS]:
         found = samples(op)
         for layout in {s.layout for s in found}:
             assert {s.dtype for s in found if s.layout == layout} == set(DTYPES), layout

@@ -122,8 +122,15 @@ def test_importance_scale_is_one_by_default() -> None:
         module.accumulate_importance_([omega], [torch.tensor([-2.0, 0.0, 3.0])])
         assert omega.tolist() == [2.0, 0.0, 3.0]
         omega = torch.zeros(1, 1)
-        module.accumulate_abs_matmul_(omega, torch.tensor([[[-2.0]]]), torch.tensor([[[3.0]]]))
+        module.accumulate_outer_(omega, torch.tensor([[[-2.0]]]), torch.tensor([[[3.0]]]))
         assert omega.item() == 6.0
+
+
+def test_the_old_name_of_accumulate_outer() -> None:
+    for module in MODULES:
+        state, expected = small("accumulate_outer_"), small("accumulate_outer_")
+        module.accumulate_abs_matmul_(*state.omega, *state.left, *state.right, 0.6)
+        assert_same_bits(state.omega[0], call(module, "accumulate_outer_", expected).tensors[0])
 
 
 @pytest.mark.parametrize("op", PENALTY_OPS)

@@ -144,6 +144,21 @@ struct Importance : Defaults {
   }
 };
 
+struct ImportanceSquare : Importance {
+  template <class T>
+  using Operation = mas_ext::cuda::AccumulateSquare<T>;
+  static constexpr const char* name = "accumulate_square";
+
+  template <class T>
+  static Operation<T> make(const Told& told) {
+    return {static_cast<accumulate_t<T>>(told.scale)};
+  }
+  template <class A>
+  static std::array<Exact, 1> exact(const Values& v, const Told& told) {
+    return {term(v.of[kOmegaRole]) + term(told.scale * v.of[kGrad] * v.of[kGrad])};
+  }
+};
+
 struct Penalty : Defaults {
   template <class T>
   using Operation = mas_ext::cuda::PenaltyEnergy<T>;

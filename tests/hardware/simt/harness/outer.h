@@ -1,5 +1,5 @@
-// Ω[p,d] += scale·Σ_b |Σ_t left[b,t,p]·right[b,t,d]|: making a problem, running the kernel on it,
-// and what should come out.
+// Ω[p,d] += scale·Σ_b f(Σ_t left[b,t,p]·right[b,t,d]), where f(x) is |x| or x²: making a problem,
+// running the kernel on it, and what should come out.
 #pragma once
 
 #include <algorithm>
@@ -9,15 +9,15 @@
 #include <utility>
 
 #include "blocks.h"
-#include "csrc/cuda/abs_matmul.cuh"
+#include "csrc/cuda/outer.cuh"
 #include "program.h"
 #include "shim/grid.h"
 #include "strided.h"
 
 namespace harness {
 
-using mas_ext::AbsMatmul;
 using mas_ext::Factor;
+using mas_ext::Outer;
 using mas_ext::ScalarType;
 using mas_ext::cuda::kThreads;
 using mas_ext::cuda::kTile;
@@ -33,12 +33,13 @@ struct Layouts {
   Layout omega, left, right;
 };
 
-struct MatmulCase {
+struct OuterCase {
   Size size;
   Layouts layouts;
   double scale = 0.6;
   float spoilt = 0;          // a value that two elements of the factors get; if not 0
   bool tensor_cores = true;  // for types that have them
+  bool square = false;
 };
 
 // ================================================================================================
@@ -50,7 +51,7 @@ struct Problem {
   Strided<A, Memory> omega;
   Strided<T, Memory> left, right;
 
-  explicit Problem(const MatmulCase& c)
+  explicit Problem(const OuterCase& c)
       : omega(c.layouts.omega, {c.size.rows, c.size.columns}),
         left(c.layouts.left, {c.size.samples, c.size.positions, c.size.rows}),
         right(c.layouts.right, {c.size.samples, c.size.positions, c.size.columns}) {}
@@ -66,24 +67,26 @@ struct Problem {
     }
   }
 
-  AbsMatmul call(double scale) const {
+  Outer call(const OuterCase& c) const {
     const auto factor = [](const Strided<T, Memory>& f) {
       return Factor{f.data(), f.strides()[0], f.strides()[1], f.strides()[2]};
     };
-    AbsMatmul call{omega.data(),
-                   omega.strides()[0],
-                   omega.strides()[1],
-                   factor(left),
-                   factor(right),
-                   left.sizes()[0],
-                   left.sizes()[1],
-                   omega.sizes()[0],
-                   omega.sizes()[1],
-                   ScalarType::Undefined,
-                   scale,
-                   false};
+    Outer call{omega.data(),
+               omega.strides()[0],
+               omega.strides()[1],
+               factor(left),
+               factor(right),
+               left.sizes()[0],
+               left.sizes()[1],
+               omega.sizes()[0],
+               omega.sizes()[1],
+               ScalarType::Undefined,
+               c.scale,
+               false};
     mas_ext::turn_columns_innermost(call);
-    mas_ext::turn_samples_into_positions(call);
+    mas_ext::with_magnitude(c.square, [&]<class Magnitude>(Magnitude) {
+      mas_ext::cuda::turn_samples_where_exact<T, Magnitude>(call);
+    });
     return call;
   }
 };
@@ -92,25 +95,25 @@ struct Problem {
 // Running it
 // ================================================================================================
 // What the kernel is on devices that have no tensor cores for T.
-template <class T>
-void without_tensor_cores(AbsMatmul call, mas_ext::cuda::Parts parts) {
+template <class T, class Magnitude>
+void without_tensor_cores(Outer call, mas_ext::cuda::Parts parts) {
   __shared__ mas_ext::cuda::Shared<T> shared;
-  mas_ext::cuda::abs_matmul_tile<T, mas_ext::cuda::FmaTile<T>>(call, parts, shared);
+  mas_ext::cuda::outer_tile<T, Magnitude, mas_ext::cuda::FmaTile<T>>(call, parts, shared);
 }
 
-// The operator as csrc/cuda/abs_matmul.cu launches it. A block may touch the elements it owns of
+// The operator as csrc/cuda/outer.cu launches it. A block may touch the elements it owns of
 // what is written, and no other.
 template <class T, class Memory>
 class Launches {
   using A = accumulate_t<T>;
 
  public:
-  Launches(const Problem<T, Memory>& problem, const MatmulCase& c,
-           Blocks order = Blocks::kAscending)
+  Launches(const Problem<T, Memory>& problem, const OuterCase& c, Blocks order = Blocks::kAscending)
       : omega_(problem.omega.memory()),
-        call_(problem.call(c.scale)),
+        call_(problem.call(c)),
         order_(order),
-        tensor_cores_(c.tensor_cores) {}
+        tensor_cores_(c.tensor_cores),
+        square_(c.square) {}
 
   int64_t blocks() const {
     return call_.is_empty() ? 0 : tiles_of(call_) * mas_ext::cuda::parts_of(call_);
@@ -139,8 +142,10 @@ class Launches {
 
   void run_tiles(const mas_ext::cuda::Parts& parts, const Open& open) const {
     simt::run(grid(blocks(), open), mas_ext::cuda::TileFor<T>::kThreads, [&] {
-      tensor_cores_ ? mas_ext::cuda::abs_matmul_kernel<T>(call_, parts)
-                    : without_tensor_cores<T>(call_, parts);
+      mas_ext::with_magnitude(square_, [&]<class Magnitude>(Magnitude) {
+        tensor_cores_ ? mas_ext::cuda::outer_kernel<T, Magnitude>(call_, parts)
+                      : without_tensor_cores<T, Magnitude>(call_, parts);
+      });
     });
   }
 
@@ -189,19 +194,20 @@ class Launches {
   int64_t elements() const { return call_.rows * call_.columns; }
 
   const Memory& omega_;
-  const AbsMatmul call_;
+  const Outer call_;
   const Blocks order_;
-  const bool tensor_cores_;
+  const bool tensor_cores_, square_;
 };
 
 inline const Layout kRowMajor{"row major", {1, 0}}, kContiguous{"contiguous", {2, 1, 0}};
 
 // On a device nothing is known of shared memory when a block begins. Here it is NaN.
 template <class T>
-void soil_shared_memory(bool tensor_cores) {
-  const MatmulCase c{.size = {1, mas_ext::cuda::kSlots, kTile, kTile},
-                     .layouts = {"", kRowMajor, kContiguous, kContiguous},
-                     .tensor_cores = tensor_cores};
+void soil_shared_memory(bool tensor_cores, bool square) {
+  const OuterCase c{.size = {1, mas_ext::cuda::kSlots, kTile, kTile},
+                    .layouts = {"", kRowMajor, kContiguous, kContiguous},
+                    .tensor_cores = tensor_cores,
+                    .square = square};
   Problem<T> problem(c);
   problem.left.each([&](auto... i) { problem.left.at(i...) = static_cast<T>(NAN); });
   problem.right.each([&](auto... i) { problem.right.at(i...) = static_cast<T>(NAN); });
@@ -212,29 +218,30 @@ void soil_shared_memory(bool tensor_cores) {
 // Judging it
 // ================================================================================================
 template <class T, class Memory>
-Exact exact(const Problem<T, Memory>& before, double scale, int64_t row, int64_t column) {
+Exact exact(const Problem<T, Memory>& before, const OuterCase& c, int64_t row, int64_t column) {
   const auto wide = [](auto x) { return static_cast<long double>(static_cast<double>(x)); };
   long double sum = 0, magnitude = 0;
   for (int64_t b = 0; b < before.left.sizes()[0]; ++b) {
-    long double product = 0;
+    long double product = 0, terms = 0;
     for (int64_t t = 0; t < before.left.sizes()[1]; ++t) {
       const long double term =
           wide(before.left.at(b, t, row)) * wide(before.right.at(b, t, column));
       product += term;
-      magnitude += std::abs(term);
+      terms += std::abs(term);
     }
-    sum += std::abs(product);
+    sum += c.square ? product * product : std::abs(product);
+    magnitude += c.square ? 2 * terms * terms : terms;  // an error in x is doubled in x²
   }
   const long double omega = wide(before.omega.at(row, column));
-  return {omega + scale * sum, omega + scale * magnitude};
+  return {omega + c.scale * sum, omega + c.scale * magnitude};
 }
 
 template <class T, class Memory>
 void check_omega(Program& program, const Problem<T, Memory>& before,
-                 const Problem<T, Memory>& after, double scale) {
+                 const Problem<T, Memory>& after, const OuterCase& c) {
   constexpr long double kTolerance = std::is_same_v<T, double> ? 1e-14L : 3e-6L;
   before.omega.each([&](int64_t row, int64_t column, int64_t) {
-    const Exact wanted = exact(before, scale, row, column);
+    const Exact wanted = exact(before, c, row, column);
     const auto actual = after.omega.at(row, column);
     program.expect(near(actual, wanted, kTolerance),
                    "row %" PRId64 ", column %" PRId64 ": %.9g is not %.9Lg", row, column,

@@ -1,4 +1,5 @@
-// accumulate_abs_matmul_ on the CPU: Ω[p,d] += scale·Σ_b |Σ_t left[b,t,p]·right[b,t,d]|.
+// accumulate_outer_ on the CPU: Ω[p,d] += scale·Σ_b f(Σ_t left[b,t,p]·right[b,t,d]), where f(x) is
+// |x| or x².
 //
 // A matrix product whose inner dimension is (sample, position), with the magnitude taken at the end
 // of each sample. It is blocked and packed like an ordinary product, by groups of samples. Every
@@ -10,9 +11,9 @@
 #include <memory>
 #include <new>
 
-#include "abs_tile.h"
 #include "kernels.h"
 #include "multiversion.h"
+#include "outer_tile.h"
 #include "panels.h"
 
 namespace mas_ext::cpu {
@@ -38,7 +39,7 @@ struct Blocking {
   int64_t rows, columns, row_blocks, column_blocks;
   int64_t group, part;  // samples and positions packed at a time
 
-  Blocking(const AbsMatmul& call, int64_t tile_columns, int64_t least_tasks)
+  Blocking(const Outer& call, int64_t tile_columns, int64_t least_tasks)
       : group(std::min(call.samples, std::max<int64_t>(1, kDepth / call.positions))),
         part(even_size(call.positions, kDepth, 1)) {
     int64_t most_rows = kBlockRows, most_columns = kBlockColumns;
@@ -54,7 +55,7 @@ struct Blocking {
   int64_t tasks() const { return row_blocks * column_blocks; }
 
  private:
-  void cut(const AbsMatmul& call, int64_t most_rows, int64_t most_columns, int64_t tile_columns) {
+  void cut(const Outer& call, int64_t most_rows, int64_t most_columns, int64_t tile_columns) {
     rows = even_size(call.rows, most_rows, kTileRows);
     columns = even_size(call.columns, most_columns, tile_columns);
     row_blocks = divide_up(call.rows, rows);
@@ -81,12 +82,12 @@ class Scratch {
 // Panels of Width rows, each with the positions of all samples.
 template <class Magnitude, int Width, class A, class T>
 void pack(A* panels, const T* data, const Factor& factor, int64_t n, int64_t samples,
-          int64_t positions, bool absolute) {
+          int64_t positions, bool magnitudes) {
   for (int64_t row = 0; row < n; row += Width) {
     for (int64_t sample = 0; sample < samples; ++sample, panels += Width * positions) {
       pack_panel<Magnitude, Width>(
           panels, data + row * factor.row_stride + sample * factor.sample_stride, factor.row_stride,
-          factor.position_stride, n - row, positions, absolute);
+          factor.position_stride, n - row, positions, magnitudes);
     }
   }
 }
@@ -98,7 +99,7 @@ class Worker {
   static constexpr int kColumns = Shape::kColumns;
 
  public:
-  Worker(const AbsMatmul& call, const Blocking& blocking)
+  Worker(const Outer& call, const Blocking& blocking)
       : call_(call),
         blocking_(blocking),
         left_(blocking.group * blocking.part * blocking.rows),
@@ -115,12 +116,12 @@ class Worker {
       for (int64_t position = 0; position < call_.positions; position += blocking_.part) {
         const int64_t positions = std::min(blocking_.part, call_.positions - position);
         pack<Magnitude, kTileRows>(left_.get(), start(call_.left, row_, sample, position),
-                                   call_.left, rows_, samples, positions, call_.absolute);
+                                   call_.left, rows_, samples, positions, call_.magnitudes);
         pack<Magnitude, kColumns>(right_.get(), start(call_.right, column_, sample, position),
-                                  call_.right, columns_, samples, positions, call_.absolute);
+                                  call_.right, columns_, samples, positions, call_.magnitudes);
         // If all factors are magnitudes, a part of a sample counts as a sample.
-        multiply(samples, positions, call_.absolute || position == 0,
-                 call_.absolute || position + positions == call_.positions);
+        multiply(samples, positions, call_.magnitudes || position == 0,
+                 call_.magnitudes || position + positions == call_.positions);
       }
     }
   }
@@ -135,12 +136,14 @@ class Worker {
   // cache while the panels of the right pass.
   void multiply(int64_t samples, int64_t positions, bool first, bool last) {
     SamplePart<A> part{carry_.get(), first, last};
+    const auto multiply_tile =
+        call_.magnitudes ? outer_tile<MagnitudeTaken, Shape> : outer_tile<Magnitude, Shape>;
     for (int64_t row = 0; row < rows_; row += kTileRows) {
       for (int64_t column = 0; column < columns_; column += kColumns) {
         alignas(64) A increment[kTileRows * kColumns];
-        abs_tile<Magnitude, Shape>(left_.get() + row * samples * positions,
-                                   right_.get() + column * samples * positions, samples, positions,
-                                   part, finite<A>(call_.scale), increment);
+        multiply_tile(left_.get() + row * samples * positions,
+                      right_.get() + column * samples * positions, samples, positions, part,
+                      finite<A>(call_.scale), increment);
         if (last) {
           add_to_omega(row, column, increment);
         }
@@ -157,14 +160,14 @@ class Worker {
                        std::min<int64_t>(kColumns, columns_ - column));
   }
 
-  const AbsMatmul& call_;
+  const Outer& call_;
   const Blocking& blocking_;
   Scratch<A> left_, right_, carry_;
   int64_t row_ = 0, column_ = 0, rows_ = 0, columns_ = 0;  // of the current block
 };
 
 template <class Magnitude, class Shape, class T>
-void run(const AbsMatmul& call) {
+void run(const Outer& call) {
   const double work = static_cast<double>(call.samples) * static_cast<double>(call.positions) *
                       static_cast<double>(call.rows) * static_cast<double>(call.columns);
   const int64_t threads = work < kSerialBelow ? 1 : torch::stable::get_num_threads();
@@ -184,7 +187,8 @@ void run(const AbsMatmul& call) {
 
 struct Kernels : CpuKernels {
   template <class Magnitude>
-  static void accumulate_abs_matmul(Magnitude, const Call&, const AbsMatmul& problem) {
+  static void accumulate_outer(Magnitude, const Call&, Outer problem) {
+    turn_samples_into_positions(problem);  // they are packed in the accumulation type
     visit_dtype(problem.dtype, [&]<class T>() {
       using A = accumulate_t<T>;
       switch (register_bytes()) {
@@ -199,7 +203,7 @@ struct Kernels : CpuKernels {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mas_ext, CPU, m) {
-  m.impl("accumulate_abs_matmul_", TORCH_BOX(&accumulate_abs_matmul_<Kernels>));
+  m.impl("accumulate_outer_", TORCH_BOX(&accumulate_outer_<Kernels>));
 }
 
 }  // namespace mas_ext::cpu

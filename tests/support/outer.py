@@ -1,4 +1,4 @@
-"""Inputs of accumulate_abs_matmul_, whose tensors differ in shape and lie in many layouts.
+"""Inputs of accumulate_outer_, whose tensors differ in shape and lie in many layouts.
 
 To cover another size or layout, add it to ``SIZES`` or ``LAYOUTS``.
 """

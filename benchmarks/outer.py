@@ -1,7 +1,8 @@
 """Exact importance of a weight used at many positions: Ω += Σ_samples |Σ_positions leftᵀ·right|.
 
-This is bound by arithmetic, not by memory, so the yardstick is PyTorch's own product of the same
-FLOPs, which takes no absolute values and knows nothing of samples.
+The square in place of the absolute value is timed beside it. This is bound by arithmetic, not by
+memory, so the yardstick is PyTorch's own product of the same FLOPs, which takes no absolute values
+and knows nothing of samples.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from mas_ext import functional
 
 SAMPLES = 32
 CHUNKS = (1, 4, 8, 32)
-OURS, PRODUCT = "mas_ext", "torch.mm"
+MOST_PAIRED = 8  # positions; with more, their pairs take longer than any other way
+OURS, SQUARE, PRODUCT = "mas_ext", "mas_ext, square", "torch.mm"
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,9 @@ class Problem(NamedTuple):
     right: Tensor
 
 
+Step = Callable[[Problem], None]
+
+
 def make(case: Case, device: str = "cpu") -> Problem:
     generator = torch.Generator(device).manual_seed(0)
 
@@ -75,26 +80,48 @@ def make(case: Case, device: str = "cpu") -> Problem:
 
 
 def fused(x: Problem) -> None:
-    functional.accumulate_abs_matmul_(x.omega, x.left, x.right)
+    functional.accumulate_outer_(x.omega, x.left, x.right)
 
 
-def in_chunks(x: Problem, samples: int) -> None:
+def fused_square(x: Problem) -> None:
+    functional.accumulate_outer_(x.omega, x.left, x.right, reduction="square")
+
+
+def in_chunks(
+    x: Problem, samples: int, magnitude_: Callable[[Tensor], Tensor] = Tensor.abs_
+) -> None:
     """The fastest plain PyTorch: products by BLAS, which are written and read again."""
     for left, right in zip(x.left.split(samples), x.right.split(samples), strict=True):
-        x.omega.add_(torch.bmm(left.mT, right).abs_().sum(0))
+        x.omega.add_(magnitude_(torch.bmm(left.mT, right)).sum(0))
 
 
-PROVIDERS: dict[str, Callable[[Problem], None]] = {
-    OURS: fused,
-    **{f"bmm, {samples}": partial(in_chunks, samples=samples) for samples in CHUNKS},
-}
+def by_pairs(x: Problem) -> None:
+    """(Σ_t l_t r_t)² = Σ_tu l_t l_u r_t r_u: one product over the pairs of a sample's positions."""
+    first, second = torch.triu_indices(*[x.left.shape[1]] * 2, device=x.left.device)
+    left, right = (f[:, first] * f[:, second] for f in (x.left, x.right))
+    left *= (1.0 + (first != second))[:, None]  # t ≠ u occurs twice
+    x.omega.addmm_(left.flatten(0, 1).mT, right.flatten(0, 1))
 
 
-def check(x: Problem, step: Callable[[Problem], None], what: str) -> None:
+def of_abs() -> dict[str, Step]:
+    chunks = {f"bmm, {samples}": partial(in_chunks, samples=samples) for samples in CHUNKS}
+    return {OURS: fused, **chunks}
+
+
+def of_square(case: Case) -> dict[str, Step]:
+    chunks = {
+        f"bmm, {samples}, square": partial(in_chunks, samples=samples, magnitude_=Tensor.square_)
+        for samples in CHUNKS
+    }
+    pairs = {"pairs, square": by_pairs} if case.positions <= MOST_PAIRED else {}
+    return {SQUARE: fused_square, **chunks, **pairs}
+
+
+def check(x: Problem, step: Step, magnitude: Callable[[Tensor], Tensor], what: str) -> None:
     """Verifies against float64, one sample at a time."""
     expected = torch.zeros_like(x.omega, dtype=torch.float64)
     for left, right in zip(x.left.double(), x.right.double(), strict=True):
-        expected += (left.mT @ right).abs()
+        expected += magnitude(left.mT @ right)
     x.omega.zero_()
     step(x)
     torch.testing.assert_close(
@@ -105,14 +132,17 @@ def check(x: Problem, step: Callable[[Problem], None], what: str) -> None:
 def measure(case: Case, rounds: int, budget: float | None = None, device: str = "cpu") -> Result:
     """Every provider is verified, then all are timed in interleaved rounds."""
     x = make(case, device)
-    for name, step in PROVIDERS.items():
-        check(x, step, f"{case.title}, {name}")
+    absolute, square = of_abs(), of_square(case)
+    for steps, magnitude in ((absolute, torch.abs), (square, torch.square)):
+        for name, step in steps.items():
+            check(x, step, magnitude, f"{case.title}, {name}")
     rows = torch.randn(case.p, SAMPLES * case.positions, device=device)
     columns = torch.randn(SAMPLES * case.positions, case.d, device=device)
-    calls = {name: partial(step, x) for name, step in PROVIDERS.items()}
+    calls = {name: partial(step, x) for name, step in (absolute | square).items()}
     seconds = interleave({PRODUCT: lambda: torch.mm(rows, columns), **calls}, rounds, budget=budget)
     medians = {name: median(values) for name, values in seconds.items()}
-    best = min((name for name in PROVIDERS if name != OURS), key=medians.__getitem__)
+    best = min(absolute.keys() - {OURS}, key=medians.__getitem__)
+    best_square = min(square.keys() - {SQUARE}, key=medians.__getitem__)
     return {
         "title": case.title,
         "rounds": len(seconds[OURS]),
@@ -121,6 +151,9 @@ def measure(case: Case, rounds: int, budget: float | None = None, device: str = 
         "fraction_of_product": median_ratio(seconds[PRODUCT], seconds[OURS]),
         "best_bmm": best,
         "best_bmm_over_ours": median_ratio(seconds[best], seconds[OURS]),
+        "square_over_abs": median_ratio(seconds[SQUARE], seconds[OURS]),
+        "best_square": best_square,
+        "best_square_over_ours": median_ratio(seconds[best_square], seconds[SQUARE]),
     }
 
 
@@ -132,7 +165,7 @@ def _run(options: Options) -> Iterator[tuple[str, Result]]:
 
 
 BENCHMARK = Benchmark(
-    name="abs_matmul",
+    name="outer",
     title="The exact importance of a weight that is used at many positions",
     about="Ω += Σ|leftᵀ·right| over samples, next to torch.bmm, abs_ and sum over chunks of "
     "samples. torch.mm of the same FLOPs is the yardstick.",

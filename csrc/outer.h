@@ -1,4 +1,4 @@
-// The arguments of accumulate_abs_matmul_ as kernels see them: pointers, sizes, strides.
+// The arguments of accumulate_outer_ as kernels see them: pointers, sizes, strides.
 #pragma once
 
 #include <cstdint>
@@ -14,22 +14,22 @@ struct Factor {
   int64_t sample_stride, position_stride, row_stride;
 };
 
-struct AbsMatmul {
+struct Outer {
   void* omega;
   int64_t row_stride, column_stride;
   Factor left, right;
   int64_t samples, positions, rows, columns;
   ScalarType dtype;
   double scale;
-  // Whether the factors are replaced by their magnitudes. If samples have one position each, then
-  // |Σ_t l·r| = |l|·|r|, and samples can be summed like positions.
-  bool absolute;
+  // Whether the factors are replaced by their magnitudes f. If samples have one position each, then
+  // f(Σ_t l·r) = f(l)·f(r), and samples can be summed like positions.
+  bool magnitudes;
 
   bool is_empty() const { return samples == 0 || positions == 0 || rows == 0 || columns == 0; }
 };
 
 // Transposes the problem if that makes the columns of Ω adjacent in memory.
-inline void turn_columns_innermost(AbsMatmul& call) {
+inline void turn_columns_innermost(Outer& call) {
   const bool rows_are_inner =
       call.columns == 1 || (call.rows > 1 && call.row_stride < call.column_stride);
   if (rows_are_inner) {
@@ -39,12 +39,12 @@ inline void turn_columns_innermost(AbsMatmul& call) {
   }
 }
 
-inline void turn_samples_into_positions(AbsMatmul& call) {
+inline void turn_samples_into_positions(Outer& call) {
   if (call.positions == 1) {
     call.left.position_stride = call.left.sample_stride;
     call.right.position_stride = call.right.sample_stride;
     call.positions = std::exchange(call.samples, 1);
-    call.absolute = true;
+    call.magnitudes = true;
   }
 }
 

@@ -1,6 +1,6 @@
-// The innermost part of accumulate_abs_matmul_: packed samples stream past a tile of Ω in
-// registers. There are two sets of accumulators: the product of the current sample, and the sum of
-// the magnitudes of earlier samples.
+// The innermost part of accumulate_outer_: packed samples stream past a tile of Ω in registers.
+// There are two sets of accumulators: the product of the current sample, and the sum of the
+// magnitudes of earlier samples.
 #pragma once
 
 #include <cstdint>
@@ -25,7 +25,7 @@ struct TileShape {
   static constexpr int kColumns = kVectors * kLanes;
 };
 
-// The part of a sample that a call of abs_tile sees if there are too many positions to pack at
+// The part of a sample that a call of outer_tile sees if there are too many positions to pack at
 // once. The product so far is carried from part to part, and its magnitude is taken after the last.
 template <class A>
 struct SamplePart {
@@ -50,6 +50,8 @@ struct Lanes {
   static MAS_ALWAYS_INLINE void replace(Vector& x, MagnitudeAbs) {
     x = (Vector)((BitVector)x & std::numeric_limits<Bits>::max());
   }
+  static MAS_ALWAYS_INLINE void replace(Vector& x, MagnitudeSquare) { x *= x; }
+  static MAS_ALWAYS_INLINE void replace(Vector&, MagnitudeTaken) {}
 };
 
 // The accumulators must stay in registers, so every loop over them is unrolled and nothing takes
@@ -58,13 +60,13 @@ struct Lanes {
   _Pragma("GCC unroll 4") for (int row = 0; row < kTileRows; ++row) \
       _Pragma("GCC unroll 2") for (int v = 0; v < Shape::kVectors; ++v)
 
-// increment[kTileRows, kColumns] = scale Σ_samples |Σ_positions left·right|, of the panels
+// increment[kTileRows, kColumns] = scale Σ_samples f(Σ_positions left·right), of the panels
 // left[sample, position, kTileRows] and right[sample, position, kColumns].
 template <class Magnitude, class Shape>
-MAS_MULTIVERSION_FMA void abs_tile(const typename Shape::A* __restrict__ left,
-                                   const typename Shape::A* __restrict__ right, int64_t samples,
-                                   int64_t positions, const SamplePart<typename Shape::A>& part,
-                                   typename Shape::A scale, typename Shape::A* increment) {
+MAS_MULTIVERSION_FMA void outer_tile(const typename Shape::A* __restrict__ left,
+                                     const typename Shape::A* __restrict__ right, int64_t samples,
+                                     int64_t positions, const SamplePart<typename Shape::A>& part,
+                                     typename Shape::A scale, typename Shape::A* increment) {
   using L = Lanes<typename Shape::A, Shape::kBytes>;
   const auto offset = [](int row, int v) { return row * Shape::kColumns + v * Shape::kLanes; };
   typename L::Vector sums[kTileRows][Shape::kVectors] = {};

@@ -1,4 +1,4 @@
-"""accumulate_abs_matmul_: what its formula implies, and the sizes of its kernels' tiles.
+"""accumulate_outer_: what its formula implies, and the sizes of its kernels' tiles.
 
 Its results for all samples are in test_results.py, what it refuses in test_refusals.py.
 """
@@ -13,77 +13,86 @@ import torch
 from torch import Tensor
 
 from mas_ext import functional, reference
-from tests.support.abs_matmul import LAYOUTS, SIZES, Size, make
-from tests.support.operators import Scalars, assert_right, call
+from tests.support.operators import OUTER_OPS, assert_right, call
+from tests.support.outer import LAYOUTS, SIZES, Size, make
 from tests.support.tensors import DTYPES, State
 
-OP = "accumulate_abs_matmul_"
+each_op = pytest.mark.parametrize("op", OUTER_OPS)
 each_module = pytest.mark.parametrize("module", [functional, reference], ids=["op", "reference"])
 each_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 
 
-def check(state: State, module: Any = functional, scale: float = 0.6) -> None:
-    before, scalars = state.copy(), Scalars(scale=scale)
-    assert_right(OP, before, call(module, OP, state, scalars), scalars)
+def check(op: str, state: State, module: Any) -> None:
+    before = state.copy()
+    assert_right(op, before, call(module, op, state))
 
 
-def result(state: State) -> Tensor:
-    (omega,) = call(functional, OP, state, Scalars(scale=1.0)).tensors
+def result(op: str, state: State) -> Tensor:
+    (omega,) = call(functional, op, state).tensors
     return omega
 
 
+@each_op
 @each_module
-def test_blocks_of_a_large_omega(module: Any) -> None:
-    check(make(Size(3, 20, 700, 1100), layout="positions_last"), module)
+def test_blocks_of_a_large_omega(op: str, module: Any) -> None:
+    check(op, make(Size(3, 20, 700, 1100), layout="positions_last"), module)
 
 
+@each_op
 @each_module
 @pytest.mark.parametrize("dim", [0, 1, 2])
 @pytest.mark.parametrize("name", ["left", "right", "number"])
-def test_expanded_factors(module: Any, name: str, dim: int) -> None:
+def test_expanded_factors(op: str, module: Any, name: str, dim: int) -> None:
     state = make(Size(5, 6, 21, 34))
     (factor,) = state.right if name == "number" else getattr(state, name)
     one = torch.tensor(0.7) if name == "number" else factor.narrow(dim, 0, 1)
     setattr(state, "right" if name == "number" else name, [one.expand_as(factor)])
-    check(state, module)
+    check(op, state, module)
 
 
+@each_op
 @each_module
-def test_factors_may_share_memory(module: Any) -> None:
+def test_factors_may_share_memory(op: str, module: Any) -> None:
     base = torch.randn(4, 7, 20)
-    check(State(omega=[torch.zeros(15, 15)], left=[base[..., :15]], right=[base[..., 5:]]), module)
+    check(
+        op, State(omega=[torch.zeros(15, 15)], left=[base[..., :15]], right=[base[..., 5:]]), module
+    )
 
 
+@each_op
 @each_module
-def test_omega_and_a_factor_may_interleave(module: Any) -> None:
+def test_omega_and_a_factor_may_interleave(op: str, module: Any) -> None:
     """They lie in one base, place by place, and never meet."""
     base = torch.randn(4, 5, 2, 6)
     omega, left = base[0, :, 0], base[:3, :, 1]
-    check(State(omega=[omega], left=[left[..., :5]], right=[torch.randn(3, 5, 6)]), module)
+    check(op, State(omega=[omega], left=[left[..., :5]], right=[torch.randn(3, 5, 6)]), module)
 
 
+@each_op
 @each_dtype
 @pytest.mark.parametrize("size", [Size(32, 16, 130, 300), Size(300, 1, 90, 300)], ids=str)
-def test_same_bits_for_any_number_of_threads(size: Size, dtype: torch.dtype) -> None:
+def test_same_bits_for_any_number_of_threads(op: str, size: Size, dtype: torch.dtype) -> None:
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        results.append(result(make(size, dtype, "positions_last")))
+        results.append(result(op, make(size, dtype, "positions_last")))
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
+@each_op
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_same_bits_for_any_layout(layout: str) -> None:
+def test_same_bits_for_any_layout(op: str, layout: str) -> None:
     size = Size(5, 20, 37, 61)
-    assert torch.equal(result(make(size, layout=layout)), result(make(size)))
+    assert torch.equal(result(op, make(size, layout=layout)), result(op, make(size)))
 
 
+@each_op
 @each_module
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_what_is_not_finite_is_seen(module: Any, bad: float) -> None:
+def test_what_is_not_finite_is_seen(op: str, module: Any, bad: float) -> None:
     state = make(Size(3, 5, 6, 40))
     state.left[0][1, 2, 3] = bad
-    (value,) = call(module, OP, state).tensors
+    (value,) = call(module, op, state).tensors
     assert not bool(value[3].isfinite().any())
     assert bool(value[[0, 1, 2, 4, 5]].isfinite().all())
 

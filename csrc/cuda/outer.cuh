@@ -1,5 +1,6 @@
-// Ω[p,d] += scale·Σ_b |Σ_t left[b,t,p]·right[b,t,d]|, with one block per tile of Ω, or per tile and
-// part of the samples. Sums have a fixed order and no atomics, so every run gives the same bits.
+// Ω[p,d] += scale·Σ_b f(Σ_t left[b,t,p]·right[b,t,d]), where f is the magnitude, with one block per
+// tile of Ω, or per tile and part of the samples. Sums have a fixed order and no atomics, so every
+// run gives the same bits.
 //
 // A block stages a few slots of both factors in shared memory (stage.cuh) and multiplies them into
 // accumulators in registers (fma_tile.cuh, tensor_core_tile.cuh); at the end of a sample the
@@ -12,9 +13,9 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "../abs_matmul.h"
 #include "../formulas.h"
 #include "../numbers.h"
+#include "../outer.h"
 #include "fma_tile.cuh"
 #include "reduce.cuh"
 #include "stage.cuh"
@@ -24,9 +25,17 @@ namespace mas_ext::cuda {
 
 // The tile that the host launches for. Devices below compute capability 8.0 lack bfloat16 tensor
 // cores.
-template <class T, class Magnitude = MagnitudeAbs>
-using TileFor =
-    std::conditional_t<sizeof(T) == 2, TensorCoreTile<T, Magnitude>, FmaTile<T, Magnitude>>;
+template <class T>
+using TileFor = std::conditional_t<sizeof(T) == 2, TensorCoreTile<T>, FmaTile<T>>;
+
+// Factors are staged in their own type, and only where it holds their magnitudes can samples of one
+// position be summed like positions. Otherwise each stays a sample, whose product is formed first.
+template <class T, class Magnitude>
+void turn_samples_where_exact(Outer& call) {
+  if constexpr (Magnitude::template fits_in<T>) {
+    turn_samples_into_positions(call);
+  }
+}
 
 // A block's shared memory: first the stage, then the sums.
 template <class T>
@@ -51,13 +60,13 @@ constexpr int64_t kBlocks = 512;      // keep the largest of today's devices bus
 constexpr int64_t kLeastPairs = 128;  // (sample, position) pairs per part at least
 
 MAS_HOST_DEVICE int64_t tiles_of(int64_t n) { return (n + kTile - 1) / kTile; }
-MAS_HOST_DEVICE int64_t tiles_of(const AbsMatmul& call) {
+MAS_HOST_DEVICE int64_t tiles_of(const Outer& call) {
   return tiles_of(call.rows) * tiles_of(call.columns);
 }
 
-inline int parts_of(const AbsMatmul& call) {
+inline int parts_of(const Outer& call) {
   const int64_t pairs = call.samples * call.positions;
-  const int64_t divisible = call.absolute ? pairs : call.samples;
+  const int64_t divisible = call.magnitudes ? pairs : call.samples;
   const int64_t parts = std::min({kBlocks / tiles_of(call), pairs / kLeastPairs, divisible});
   return static_cast<int>(std::max<int64_t>(parts, 1));
 }
@@ -66,9 +75,9 @@ inline int parts_of(const AbsMatmul& call) {
 struct Slots {
   int64_t first, last;
 
-  __device__ Slots(const AbsMatmul& call, int64_t per_sample, int step, int parts, int part) {
+  __device__ Slots(const Outer& call, int64_t per_sample, int step, int parts, int part) {
     const int64_t all = call.samples * per_sample;
-    const int64_t unit = call.absolute ? step : per_sample;
+    const int64_t unit = call.magnitudes ? step : per_sample;
     const int64_t size = (all / unit + parts - 1) / parts * unit;
     first = part * size;
     last = first + size < all ? first + size : all;
@@ -76,13 +85,13 @@ struct Slots {
 };
 
 template <class A>
-__device__ A& omega_at(const AbsMatmul& call, int64_t row, int64_t column) {
+__device__ A& omega_at(const Outer& call, int64_t row, int64_t column) {
   return static_cast<A*>(call.omega)[row * call.row_stride + column * call.column_stride];
 }
 
 // Adds the sums of the tile to Ω, or writes them where those of its part go.
 template <class T, int Threads>
-__device__ void put(const AbsMatmul& call, const Shared<T>& shared, const Parts& parts, int part,
+__device__ void put(const Outer& call, const Shared<T>& shared, const Parts& parts, int part,
                     int64_t first_row, int64_t first_column) {
   using A = accumulate_t<T>;
   const A scale = finite<A>(call.scale);
@@ -99,9 +108,18 @@ __device__ void put(const AbsMatmul& call, const Shared<T>& shared, const Parts&
   }
 }
 
-template <class T, class Tile>
-__device__ void abs_matmul_tile(const AbsMatmul& call, const Parts& parts, Shared<T>& shared) {
-  using Magnitude = typename Tile::Magnitude;
+// Of factors that were replaced by their magnitudes, the products are magnitudes.
+template <class Magnitude, class Tile>
+__device__ void end_sample(Tile& tile, bool magnitudes) {
+  if (Magnitude::kIdempotent || !magnitudes) {
+    tile.template end_sample<Magnitude>();
+  } else {
+    tile.template end_sample<MagnitudeTaken>();
+  }
+}
+
+template <class T, class Magnitude, class Tile>
+__device__ void outer_tile(const Outer& call, const Parts& parts, Shared<T>& shared) {
   constexpr int kThreads = Tile::kThreads, kStep = Tile::kStep;
   const int part = static_cast<int>(blockIdx.x / tiles_of(call));
   const int64_t at = blockIdx.x % tiles_of(call);
@@ -117,22 +135,22 @@ __device__ void abs_matmul_tile(const AbsMatmul& call, const Parts& parts, Share
     find_slots(stage, call, first, slots_per_sample);
     __syncthreads();  // also: every thread is done with the slots before
     stage_factor<T, Magnitude, kThreads>(stage.left, call.left, stage.left_offset, first_row,
-                                         call.rows, call.absolute);
+                                         call.rows, call.magnitudes);
     stage_factor<T, Magnitude, kThreads>(stage.right, call.right, stage.right_offset, first_column,
-                                         call.columns, call.absolute);
+                                         call.columns, call.magnitudes);
     __syncthreads();
 #pragma unroll 1  // the body is long enough
     for (int slot = 0; slot < kSlots && first + slot < slots.last; slot += kStep) {
       tile.multiply(stage, slot);
       multiplied += kStep;
       if (multiplied == slots_per_sample) {
-        tile.end_sample();
+        end_sample<Magnitude>(tile, call.magnitudes);
         multiplied = 0;
       }
     }
   }
   if (multiplied > 0) {
-    tile.end_sample();  // of magnitudes, divided within the sample
+    end_sample<Magnitude>(tile, call.magnitudes);  // of magnitudes, divided within the sample
   }
   __syncthreads();  // the sums take the stage's place
   tile.store(shared.sums);
@@ -140,22 +158,22 @@ __device__ void abs_matmul_tile(const AbsMatmul& call, const Parts& parts, Share
   put<T, kThreads>(call, shared, parts, part, first_row, first_column);
 }
 
-template <class T, class Magnitude = MagnitudeAbs>
-__global__ void __launch_bounds__(TileFor<T, Magnitude>::kThreads, TileFor<T, Magnitude>::kResident)
-    abs_matmul_kernel(const __grid_constant__ AbsMatmul call, Parts parts) {
+template <class T, class Magnitude>
+__global__ void __launch_bounds__(TileFor<T>::kThreads, TileFor<T>::kResident)
+    outer_kernel(const __grid_constant__ Outer call, Parts parts) {
   __shared__ Shared<T> shared;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-  static_assert(FmaTile<T, Magnitude>::kThreads == TileFor<T, Magnitude>::kThreads);
-  abs_matmul_tile<T, FmaTile<T, Magnitude>>(call, parts, shared);
+  static_assert(FmaTile<T>::kThreads == TileFor<T>::kThreads);
+  outer_tile<T, Magnitude, FmaTile<T>>(call, parts, shared);
 #else
-  abs_matmul_tile<T, TileFor<T, Magnitude>>(call, parts, shared);
+  outer_tile<T, Magnitude, TileFor<T>>(call, parts, shared);
 #endif
 }
 
 // Ω += scale·Σ parts, with one thread per element.
 template <class A>
 __global__ void __launch_bounds__(kThreads)
-    add_parts(const __grid_constant__ AbsMatmul call, Parts parts) {
+    add_parts(const __grid_constant__ Outer call, Parts parts) {
   const int64_t size = call.rows * call.columns;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i < size) {

@@ -1,9 +1,10 @@
-// Ω[p,d] += scale·Σ_b |Σ_t left[b,t,p]·right[b,t,d]| (csrc/cuda/abs_matmul.cuh and what it
-// includes), against long double.
+// Ω[p,d] += scale·Σ_b f(Σ_t left[b,t,p]·right[b,t,d]), where f(x) is |x| or x² (csrc/cuda/outer.cuh
+// and what it includes), against long double.
+#include "harness/outer.h"
+
 #include <string>
 #include <vector>
 
-#include "harness/matmul.h"
 #include "harness/program.h"
 
 namespace {
@@ -11,19 +12,19 @@ namespace {
 using namespace harness;
 
 template <class T>
-Problem<T> make(const MatmulCase& c, uint64_t seed) {
+Problem<T> make(const OuterCase& c, uint64_t seed) {
   Problem<T> problem(c);
   problem.fill(seed, c.spoilt);
   return problem;
 }
 
 template <class T>
-void compare(Program& program, const MatmulCase& c, uint64_t seed) {
-  soil_shared_memory<T>(c.tensor_cores);
+void compare(Program& program, const OuterCase& c, uint64_t seed) {
+  soil_shared_memory<T>(c.tensor_cores, c.square);
   const auto before = make<T>(c, seed), after = make<T>(c, seed);
   const Launches launches(after, c);
   launches.run();
-  check_omega(program, before, after, c.scale);
+  check_omega(program, before, after, c);
   program.expect(same_bytes(after.left.memory(), before.left.memory()) &&
                      same_bytes(after.right.memory(), before.right.memory()),
                  "a factor was written");
@@ -90,12 +91,33 @@ Layout random_layout(Random& random, int dims) {
 }
 
 template <class T>
-void test(Program& program, const std::string& name, const MatmulCase& c) {
+void test(Program& program, const std::string& name, const OuterCase& c) {
   const Size& s = c.size;
   const std::string size = std::to_string(s.samples) + "x" + std::to_string(s.positions) + "x" +
                            std::to_string(s.rows) + "x" + std::to_string(s.columns);
-  program.test("abs_matmul/" + name + "/" + size,
-               [&](uint64_t seed) { compare<T>(program, c, seed); });
+  program.test("outer/" + name + "/" + size, [&](uint64_t seed) { compare<T>(program, c, seed); });
+}
+
+// Squares differ from magnitudes in what is done with a number, and not in where it lies.
+template <class T>
+void test_square(Program& program, const std::string& name) {
+  const auto add = [&](const std::string& more, OuterCase c) {
+    c.square = true;
+    test<T>(program, name + more, c);
+  };
+  for (const Size& size : kSizes) {
+    add("", {size, kLayouts[0]});
+    if (sizeof(T) == 2) {
+      add("/without tensor cores", {.size = size, .layouts = kLayouts[0], .tensor_cores = false});
+    }
+  }
+  for (const Size& size : kInParts) {
+    add("/in parts", {size, kLayouts[0]});
+  }
+  for (const float value : {NAN, HUGE_VALF, -HUGE_VALF}) {
+    add("/" + std::to_string(value), {{3, 5, 16, 72}, kLayouts[0], 0.6, value});
+    add("/" + std::to_string(value), {{7, 1, 9, 67}, kLayouts[1], 0.6, value});
+  }
 }
 
 // Of the two 16-bit types, which differ in a name only, one meets every layout.
@@ -138,6 +160,7 @@ void test_dtype(Program& program) {
                           random_layout(random, 3)};
     test<T>(program, name, {size, layouts});
   }
+  test_square<T>(program, dtype + "/square");
 }
 
 }  // namespace
