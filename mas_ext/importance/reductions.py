@@ -27,19 +27,11 @@ class Reduction:
 
     def add_(self, omegas: list[Tensor], gradients: list[Tensor]) -> None:
         """Ω += f(g) for every pair of tensors."""
-        if self.name == "abs":
-            functional.accumulate_importance_(omegas, gradients)
-        else:
-            for o, g in zip(omegas, gradients, strict=True):
-                o.add_(g.to(o.dtype).square())
+        functional.accumulate_importance_(omegas, gradients, reduction=self.name)
 
     def add_outer_(self, omega: Tensor, left: Tensor, right: Tensor) -> None:
         """Ω += Σ_k f(Σ_t left_kt right_ktᵀ)."""
-        if self.name == "abs":
-            functional.accumulate_abs_matmul_(omega, left, right)
-        else:
-            for mine, theirs in zip(left, right, strict=True):
-                omega.add_((mine.to(omega.dtype).mT @ theirs.to(omega.dtype)).square())
+        functional.accumulate_outer_(omega, left, right, reduction=self.name)
 
 
 ABS = Reduction("abs", torch.abs, lambda weight: weight)
