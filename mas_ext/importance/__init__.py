@@ -1,4 +1,4 @@
-"""How much each parameter matters to a network's output, measured from unlabelled data.
+"""How much each parameter matters to a network, measured from data.
 
 ``estimate.py`` has the public function and ``options.py`` its options. ``data_parallel.py`` has all
 processes take part (``sharded.py`` for a model that does not fit one of them), and ``loop.py`` runs
@@ -6,9 +6,10 @@ an estimator over the data of one, with progress saved by ``measurement_checkpoi
 
 ``estimators.py`` lists the estimators: ``per_sample/`` is the exact one, and ``local.py`` (with
 ``layer_calls.py``) needs forward passes only. Both express what they add by ``contributions.py``
-and ``convolution.py``. ``estimation.py`` is the state that estimators work on, ``objectives.py``
-what they differentiate, ``outputs.py`` which of the model's outputs count, ``batches.py`` how the
-model is run on data, and ``isolation.py`` how the model is left as it was.
+and ``convolution.py``, and ``reductions.py`` says how a sample's gradient counts. ``estimation.py``
+is the state that estimators work on, ``criteria.py`` (with ``objectives.py``) what they
+differentiate, ``outputs.py`` which of the model's outputs count, ``batches.py`` how the model is
+run on data, and ``isolation.py`` how the model is left as it was.
 """
 
 from mas_ext.importance.contributions import EmbeddingRows, MatrixProduct

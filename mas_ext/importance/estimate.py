@@ -26,7 +26,8 @@ class Importance(Mapping[str, Tensor]):
 
     Attributes:
         num_samples: N, the number of samples that Ω is the mean over.
-        energy: E‖F(x)‖², the mean of the objective over these samples.
+        energy: the mean over these samples of what was differentiated: E‖F(x)‖² for ``"mas"``; of
+            a Fisher information, the mean of −log p(y|x).
         coverage: parameter name → the path that computed its Ω; ``"none"`` if no path could, in
             which case Ω is 0.
         outputs: which of the model's outputs were measured: ``("output",)`` for a model that
@@ -62,10 +63,15 @@ def estimate_importance(
     process_group: ProcessGroup = None,
     **options: Unpack[MeasurementOptions],
 ) -> Importance:
-    r"""Measures how sensitive the model's output is to each parameter, without labels.
+    r"""Measures how much each parameter matters, from every sample's own gradient.
 
     .. math:: \Omega_i = \frac{1}{N} \sum_{k=1}^{N}
         \left| \frac{\partial\, \|F(x_k; \theta)\|_2^2}{\partial \theta_i} \right|
+
+    With another ``criterion``, another scalar :math:`s_k` takes the place of ``‖F‖²``, and with
+    another ``reduction`` the square takes the place of the absolute value: the diagonal of the
+    Fisher information, for instance, is
+    :math:`\frac1N\sum_k E_{y\sim p(y|x_k)}(\partial\log p(y|x_k)/\partial\theta_i)^2`.
 
     The measurement runs in evaluation mode (or in training mode, with ``training=True``). Module
     modes, gradients, ``requires_grad``, buffers and random number generators are restored at the
@@ -79,8 +85,9 @@ def estimate_importance(
     Args:
         model: the network F, which is not changed.
         data: an iterable of batches. A batch may be a tensor, which is passed to the model; a tuple
-            or list, whose first item is passed (labels are never needed); or a mapping, which is
-            passed as keyword arguments without ``labels`` and ``label``. Tensors are moved to the
+            or list, whose first item is passed; or a mapping, which is passed as keyword arguments
+            without ``labels`` and ``label``. Labels, which only ``"empirical_fisher"`` needs, are
+            these, or the last item of a tuple or list. Tensors are moved to the
             model's device, unless you pass ``forward``. Because random states are restored, a
             shuffling DataLoader draws the same order in every measurement, unless it has a
             ``generator`` of its own.
@@ -96,9 +103,35 @@ def estimate_importance(
             - ``"per_sample_sharded"`` is ``"per_sample"`` for a model that was sharded by
               ``fully_shard`` and does not fit in one process. Each pass measures one sample per
               rank. With ``forward``, yield batches of one sample.
-        objective: the scalar per sample that is differentiated: ``"squared_l2"`` (‖F‖², default),
-            ``"l2"`` (‖F‖) or ``"l1"`` (Σ|F|), each over all dimensions but the first; or a callable
-            from the output [B, …] to scalars [B]. Of several outputs it gets the rows side by side.
+        criterion: the scalar per sample that is differentiated.
+
+            - ``"mas"`` (default): ``objective``, a function of the output alone.
+            - ``"fisher"``: −log p(y|x), with labels y drawn from the model's own probabilities. Its
+              square is an unbiased estimate of the Fisher information's diagonal.
+            - ``"exact_fisher"``: the same for each class, weighted by its probability. Takes one
+              backward pass per class, and one prediction per sample.
+            - ``"empirical_fisher"``: −log p(y|x), with the labels in the data.
+            - ``"gauss_newton"``: vᵀF(x), with v of standard normal numbers. Its square is an
+              unbiased estimate of the diagonal of E[JᵀJ], the Gauss–Newton matrix of ½‖F − y‖²,
+              for outputs that are not logits.
+            - ``callable(output, batch) -> [B]``, where ``batch`` is what ``data`` yielded, on the
+              model's device.
+
+            Logits have their classes in the last dimension, [B, C] or [B, T, C], and in dimension 1
+            of images, [B, C, H, W]. A sample is a row of the batch: a sequence's log-probabilities
+            are summed over its predictions, without those whose label is −100 or, where there are
+            no labels, whose ``attention_mask`` is 0. Of causal language models of transformers,
+            each position predicts the next token's label.
+        reduction: how each sample's gradient g counts: ``"abs"``, |g|, or ``"square"``, g². None:
+            ``"abs"`` for ``"mas"`` and callables, ``"square"`` for the others.
+        objective: for ``criterion="mas"``: ``"squared_l2"`` (‖F‖², default), ``"l2"`` (‖F‖) or
+            ``"l1"`` (Σ|F|), each over all dimensions but the first; ``"probabilities"``
+            (‖softmax F‖²); or a callable from the output [B, …] to scalars [B]. Of several outputs
+            it gets the rows side by side.
+        draws: how many labels, or v, to draw per sample; each takes a backward pass. The error of
+            a Fisher information falls as 1/√draws, and as 1/√N.
+        seed: of these draws. They depend on the seed, the number of the process and the position
+            of the batch in the data, and leave PyTorch's generators alone.
         forward: ``callable(model, batch) -> Tensor``, for batches that the model cannot take as
             they are. It gets the model (the inner module, if the model is wrapped in
             ``DistributedDataParallel``) and a batch as ``data`` yielded it, and must return the
@@ -129,7 +162,8 @@ def estimate_importance(
             message names the parameter).
         TypeError: a batch, the model's output or an argument has an unsupported type.
 
-    Source: Aljundi et al., ECCV 2018, equations 1 and 2.
+    Sources: Aljundi et al., ECCV 2018, equations 1 and 2; for the Fisher information, Kirkpatrick
+    et al., PNAS 2017; on how its empirical form differs from it, Kunstner et al., NeurIPS 2019.
     """
     measurement = Measurement.from_options(options)
     named = select_measurable(ParameterIndex(model).named(), params)
