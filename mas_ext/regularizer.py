@@ -64,11 +64,12 @@ class MAS(QuadraticRegularizer):
             ``_orig_mod.`` or ``_checkpoint_wrapped_module.``; tied parameters appear once, under
             their first name.
         merge: how a task's Ω is merged with that of the tasks before: ``"sum"`` (the paper's),
-            ``"mean"``, ``"max"``, or ``("ema", alpha)``, Ω ← αΩ + (1−α)Ω_task, starting from the
-            first task's Ω. Two more exist to reproduce other implementations (see
-            :func:`mas_ext.preset`): ``("ema_from_zero", alpha)`` starts from Ω = 0, which weakens
-            the first task for good; ``"sum_of_sums"`` adds all former merged Ω, which doubles the
-            weight of every old task with each new one and keeps 4 more bytes per parameter.
+            ``"mean"``, ``"max"``, ``("ema", alpha)``, Ω ← αΩ + (1−α)Ω_task, starting from the first
+            task's Ω, or ``("decay", gamma)``, Ω ← γΩ + Ω_task. Two more exist to reproduce other
+            implementations (see :func:`mas_ext.preset`): ``("ema_from_zero", alpha)`` starts from Ω
+            = 0, which weakens the first task for good; ``"sum_of_sums"`` adds all former merged Ω,
+            which doubles the weight of every old task with each new one and keeps 4 more bytes per
+            parameter.
         state_dtype: the dtype of Ω between tasks: ``"float32"`` (float64 for float64 parameters),
             ``"bfloat16"``, or ``"uint8"``, 1.02 bytes per parameter (:mod:`mas_ext.precision`).
             Sums are float32 while a task is measured; θ* has the parameters' dtype.

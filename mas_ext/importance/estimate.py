@@ -122,8 +122,8 @@ def estimate_importance(
             are summed over its predictions, without those whose label is −100 or, where there are
             no labels, whose ``attention_mask`` is 0. Of causal language models of transformers,
             each position predicts the next token's label.
-        reduction: how each sample's gradient g counts: ``"abs"``, |g|, or ``"square"``, g². None:
-            ``"abs"`` for ``"mas"`` and callables, ``"square"`` for the others.
+        reduction: how each sample's gradient g counts: ``"abs"``, :math:`|g|`, or ``"square"``,
+            :math:`g^2`. None: ``"abs"`` for ``"mas"`` and callables, ``"square"`` for the others.
         objective: for ``criterion="mas"``: ``"squared_l2"`` (‖F‖², default), ``"l2"`` (‖F‖) or
             ``"l1"`` (Σ|F|), each over all dimensions but the first; ``"probabilities"``
             (‖softmax F‖²); or a callable from the output [B, …] to scalars [B]. Of several outputs
