@@ -62,7 +62,7 @@ class MASCallback(HasRegularizer, Callback):
         mas: a :class:`mas_ext.MAS` of the module, or of a part of it, to use instead of creating
             one with these options.
         mode: ``"gradient"`` or ``"proximal"``, as for :meth:`mas_ext.MAS.attach`.
-        method: ``"mas"`` (default), ``"ewc"`` or ``"l2sp"``, or the class.
+        method: ``"mas"`` (default), ``"ewc"`` or ``"l2sp"``, or the class. Logs are named after it.
         consolidate: whether ``fit``, if it has trained, ends by measuring importance on the
             Trainer's training data and taking θ* ← θ. The data are one epoch, with
             ``limit_train_batches`` and the Trainer's transfer to the device, up to

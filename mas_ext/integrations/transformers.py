@@ -61,9 +61,10 @@ class MASCallback(HasRegularizer, TrainerCallback):
 
     Args:
         lambda_reg: λ, as for :class:`mas_ext.MAS`; 1 by default.
-        mas: a :class:`mas_ext.MAS` of the model to use instead of creating one with these options.
+        mas: a :class:`mas_ext.MAS` of the model (or another method) to use instead of creating one with
+            these options.
         mode: ``"gradient"`` or ``"proximal"``, as for :meth:`mas_ext.MAS.attach`.
-        method: ``"mas"`` (default), ``"ewc"`` or ``"l2sp"``, or the class.
+        method: ``"mas"`` (default), ``"ewc"`` or ``"l2sp"``, or the class. Logs are named after it.
         consolidate: whether training ends by measuring importance on the Trainer's training data
             and taking θ* ← θ. The data are one epoch, in the order of the first, up to
             ``max_samples``. If False, call :meth:`consolidate` yourself. A hyperparameter search
@@ -150,7 +151,7 @@ class MASCallback(HasRegularizer, TrainerCallback):
             return
         data = _from_the_start(kwargs["train_dataloader"])
         if not self._managed.has_forward:
-            data = _selected(data, _columns(kwargs["model"], args))
+            data = _selected(data, *_columns(kwargs["model"], args))
         shows = state.is_world_process_zero and not args.disable_tqdm
         self._managed.consolidate(data, shows_progress=shows)
 
@@ -205,20 +206,24 @@ def _from_the_start(data: Any) -> Iterable[Any]:
     return data
 
 
-def _columns(model: nn.Module, args: TrainingArguments) -> frozenset[str]:
-    """The names of the parameters of the model's ``forward``, except labels."""
+def _columns(model: nn.Module, args: TrainingArguments) -> tuple[frozenset[str], frozenset[str]]:
+    """The names of the parameters of the model's ``forward`` except labels, and those of labels."""
     # PEFT's own forward takes any argument and passes it on.
     inner: Any = getattr(model, "get_base_model", None)
     base = model if inner is None else inner()
     parameters = inspect.signature(type(base).forward).parameters.values()
     named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     labels = {"labels", "label", "label_ids", *(args.label_names or find_labels(type(base)))}
-    return frozenset(named - {"self"} - labels)
+    return frozenset(named - {"self"} - labels), frozenset(labels)
 
 
-def _selected(data: Iterable[Any], columns: frozenset[str]) -> Iterator[Any]:
+def _selected(
+    data: Iterable[Any], columns: frozenset[str], labels: frozenset[str]
+) -> Iterator[Any]:
+    """What the model takes of every batch, and its labels, by the name that a measurement reads."""
     for batch in data:
         if columns and isinstance(batch, Mapping):
-            yield {name: value for name, value in batch.items() if name in columns}
+            given = {"labels": value for name, value in batch.items() if name in labels}
+            yield {**{n: value for n, value in batch.items() if n in columns}, **given}
         else:
             yield batch

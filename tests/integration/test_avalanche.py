@@ -17,18 +17,26 @@ with warnings.catch_warnings():
     from avalanche.core import SupervisedPlugin
     from avalanche.models import IncrementalClassifier, MultiHeadClassifier, MultiTaskModule
     from avalanche.training.plugins import AGEMPlugin
-    from avalanche.training.plugins import MASPlugin as TheirPlugin
+    from avalanche.training.plugins import EWCPlugin as TheirEWC
+    from avalanche.training.plugins import MASPlugin as TheirMAS
     from avalanche.training.supervised import Naive
 
 import mas_ext
 from mas_ext.demo.data import load_digits
-from mas_ext.integrations.avalanche import MASPlugin
+from mas_ext.integrations.avalanche import EWCPlugin, MASPlugin
 from tests.support.hand_loop import Protection
 from tests.support.oracle import assert_exact, one_by_one
 from tests.support.regularizers import assert_refused, refusal
 from tests.support.zoo.small import assert_same
 
 THEIRS = mas_ext.preset("avalanche").importance
+METHODS = {  # theirs, and ours with their settings
+    "MAS": (lambda: TheirMAS(20.0, 0.3), lambda: MASPlugin(20.0, 0.3, **THEIRS)),
+    "EWC": (
+        lambda: TheirEWC(200.0, "online", 0.3),
+        lambda: EWCPlugin(200.0, 0.3, **mas_ext.preset("avalanche_ewc").importance),
+    ),
+}
 
 
 def benchmark(tasks, task_labels=(0, 0, 0)):
@@ -82,7 +90,17 @@ class Recorder(SupervisedPlugin):
 
 def omega(plugin):
     """Theirs keeps tensors in objects of its own, which have ``data`` too."""
-    return {name: t.data.clone() for name, t in plugin.importance.items()}
+    found = _last(plugin.importances) if isinstance(plugin, TheirEWC) else plugin.importance
+    return {name: t.data.clone() for name, t in found.items()}
+
+
+def anchor(plugin):
+    found = _last(plugin.saved_params) if isinstance(plugin, TheirEWC) else plugin.params
+    return {name: t.data.clone() for name, t in found.items()}
+
+
+def _last(by_experience):
+    return by_experience[max(by_experience)]
 
 
 def naive(model, plugins, lr=0.05):
@@ -124,16 +142,16 @@ def trained(plugin, experiences, model, others=(), first=True, **options):
 @pytest.mark.parametrize(
     ("dtype", "rtol"), [(torch.float32, 1e-5), (torch.float64, 1e-12)], ids=["float32", "float64"]
 )
-def test_importance_losses_and_weights_are_avalanches(dtype, rtol):
+@pytest.mark.parametrize("method", METHODS)
+def test_importance_losses_and_weights_are_avalanches(method, dtype, rtol):
     torch.set_default_dtype(dtype)  # Avalanche keeps Ω in the default dtype
     experiences = permuted(dtype=dtype)
     models = network(dtype), network(dtype)
-    plugins = TheirPlugin(20.0, 0.3), MASPlugin(20.0, 0.3, **THEIRS)
+    plugins = [make() for make in METHODS[method]]
     theirs, ours = (trained(*both) for both in zip(plugins, [experiences] * 2, models, strict=True))
     for a, b in zip(ours.importance, theirs.importance, strict=True):
         assert_exact(a, b, rtol=rtol)
-    anchor = {n: p.data for n, p in theirs.plugin.params.items()}
-    assert_exact(ours.plugin.params, anchor, rtol=rtol)
+    assert_exact(anchor(ours.plugin), anchor(theirs.plugin), rtol=rtol)
     assert ours.losses == pytest.approx(theirs.losses, rel=rtol)
     parameters = [dict(model.named_parameters()) for model in models]
     assert_exact(parameters[1], parameters[0], rtol=rtol)
@@ -184,7 +202,7 @@ class MultiTask(MultiTaskModule):
 def test_heads_that_grow_and_heads_that_join(make, task_labels):
     experiences = split(task_labels)
     models = make(), make()
-    plugins = TheirPlugin(20.0), MASPlugin(20.0, **THEIRS)
+    plugins = TheirMAS(20.0), MASPlugin(20.0, **THEIRS)
     theirs, ours = (trained(*both) for both in zip(plugins, [experiences] * 2, models, strict=True))
     for a, b in zip(ours.importance, theirs.importance, strict=True):
         # The heads of later tasks: theirs knows them once they are there, with Ω = 0.

@@ -101,6 +101,36 @@ def test_options_reach_mas_and_its_measurements(library, tmp_path):
     assert_same(callback.mas.importance, expected, 0, 0)
 
 
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("ewc", {"criterion": "empirical_fisher"}), (mas_ext.L2SP, {"max_samples": 8})],
+    ids=["ewc", "l2sp"],
+)
+def test_another_method(library, tmp_path, method, options):
+    model = library.model()
+    callback = library.MASCallback(0.5, method=method, params=["body.3.*"], **options)
+    library.learn(model, library.data(1), callback, tmp_path)
+    if method == "ewc":
+        expected = one_by_one(
+            copy.deepcopy(model).double(),
+            batches(1),
+            criterion=lambda output, batch: nn.functional.cross_entropy(
+                output, batch[1], reduction="none"
+            ),
+            reduction="square",
+            forward=lambda model, batch: logits(model, batch[0]),
+        )
+        expected = {name: expected[name] for name in callback.mas.importance}
+    else:
+        expected = {name: torch.ones_like(t) for name, t in callback.mas.importance.items()}
+    assert len(callback.mas.importance) == 2
+    assert_same(callback.mas.importance, expected, 1e-6, 1e-12)
+    name = type(callback.mas).__name__.lower()
+    recorder = library.Recorder(f"{name}_penalty")
+    library.learn(model, library.data(2), callback, tmp_path, others=[recorder])
+    assert recorder.logged[-1] > 0
+
+
 def test_a_mas_that_is_passed_in_goes_on(library, tmp_path):
     """Also of a part of the model, and from a file."""
     model = library.model()
@@ -266,6 +296,9 @@ BAD = {
     "training": ({"training": True}, ValueError, "estimator='batch'"),
     "samples": ({"samples": 3}, TypeError, "max_samples"),
     "mas": ({"mas": MAS, "merge": "max"}, ValueError, "leave merge"),
+    "method": ({"method": "si"}, ValueError, "'ewc'"),
+    "option of another method": ({"method": "l2sp", "merge": "max"}, TypeError, "L2SP"),
+    "method beside": ({"mas": MAS, "method": "ewc"}, ValueError, "leave one"),
     "lambda_reg beside": ({"mas": MAS, "lambda_reg": 1}, ValueError, "leave lambda_reg"),
 }
 

@@ -237,7 +237,7 @@ def test_overflow_in_float16_is_an_error_that_changes_nothing(scale, first):
 
 
 PRESETS: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
-    "name": (lambda: mas_ext.preset("ewc"), ("preset", "'ewc'", "'paper'")),
+    "name": (lambda: mas_ext.preset("si"), ("preset", "'si'", "'paper'")),
     "alpha of a sum": (lambda: mas_ext.preset("paper", alpha=0.5), ("alpha", "'paper'", "leave")),
     "alpha": (lambda: mas_ext.preset("facil", alpha=-1), ("alpha", "[0, 1)")),
     "lambda_reg": (lambda: mas_ext.preset("paper").regularizer(-1.0), ("lambda_reg", "-1.0")),
