@@ -161,7 +161,9 @@ class QuadraticRegularizer:
         self._use_strength(RegularizationStrength(self._state.strength.value, value))
 
     def _use_strength(self, strength: RegularizationStrength) -> None:
-        self._state.use_strength(strength, self._named(), self._selected())
+        self._state.use_strength(
+            strength, self._named(), self._selected(), predicts=self._budget is not None
+        )
 
     @property
     def state_dtype(self) -> str:
@@ -266,6 +268,7 @@ class QuadraticRegularizer:
         """
         state = self._state
         state.begin_measurement(measurement.reduction_name, predicts=self._budget is not None)
+        measurement = replace(measurement, samples_before=state.task.statistics.samples)
         saved = make_checkpoint(measurement, state.num_tasks, state.task.counts)
         named = select_measurable(self._named(), self._params)
         task = state.task.with_room_for(state.local(named), check_weighting(measurement.weighting))

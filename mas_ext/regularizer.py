@@ -222,6 +222,7 @@ class L2SP(QuadraticRegularizer):
 
     def _measure(self, data: Iterable[Any], measurement: Measurement) -> MeasurementCheckpoint:
         """Counts 1 for every parameter."""
+        measurement.check()
         check_data(data)
         state = self._state
         state.begin_measurement("none", predicts=self.budget is not None)

@@ -93,11 +93,7 @@ class RegularizerState:
                 f"reduction: Ω has been measured with {self.reduction!r} so far, and {reduction!r} "
                 "does not add up with it; use the same criterion and reduction for all tasks"
             )
-        if self.strength.is_auto and reduction != "abs" and not predicts:
-            raise ValueError(
-                f"lambda_reg='auto' follows from E‖F‖² and Ω = E|∂‖F‖²/∂θ|, and reduction="
-                f"{reduction!r} measures another Ω; pass a number, or budget= to have λ adjusted"
-            )
+        _check_auto(self.strength, reduction, predicts)
         self.reduction = reduction
 
     # -- λ and the end of a task -------------------------------------------------------------------
@@ -107,8 +103,11 @@ class RegularizerState:
         strength: RegularizationStrength,
         named: Mapping[str, Parameter],
         selected: Mapping[str, Parameter],
+        *,
+        predicts: bool,
     ) -> None:
-        """Takes over λ; raises ValueError if it does not suit these parameters."""
+        """Takes over λ; raises ValueError if it does not suit these parameters, or Ω."""
+        _check_auto(strength, self.reduction or "abs", predicts)
         strength.check_covers(selected)
         strength.check_patterns(named)
         self._resolve(strength, named)
@@ -251,6 +250,15 @@ class RegularizerState:
         restored._resolve(strength, named)
         restored.follow_controller()
         return restored
+
+
+def _check_auto(strength: RegularizationStrength, reduction: str, predicts: bool) -> None:
+    """Raises ValueError if λ is to be found from an Ω that does not say it."""
+    if strength.is_auto and reduction != "abs" and not predicts:
+        raise ValueError(
+            f"lambda_reg='auto' follows from E‖F‖² and Ω = E|∂‖F‖²/∂θ|, and reduction="
+            f"{reduction!r} measures another Ω; pass a number, or budget= to have λ adjusted"
+        )
 
 
 def _checked(

@@ -239,7 +239,7 @@ class Inputs:
             kwargs,
             len(indices),
             self._described(len(indices), size, division),
-            _divided(self.others, None, indices, size),
+            _others(self.others, indices, size),
             self.target and self.target.take(indices),
         )
 
@@ -391,13 +391,13 @@ def _rows(tensor: Tensor, indices: Sequence[int], size: int) -> Tensor:
     if not _has_row_per_sample(tensor, size):
         return tensor
     first, count = indices[0], len(indices)
-    if list(indices) == list(range(first, first + count)):
+    if tensor.layout == torch.strided and list(indices) == list(range(first, first + count)):
         return _leaf(tensor[first : first + count], tensor)
-    return _leaf(tensor[torch.tensor(indices, device=tensor.device)], tensor)
+    return _leaf(tensor.index_select(0, torch.tensor(indices, device=tensor.device)), tensor)
 
 
 def _has_row_per_sample(tensor: Tensor, size: int) -> bool:
-    return tensor.dim() > 0 and len(tensor) == size
+    return not tensor.is_nested and tensor.dim() > 0 and len(tensor) == size
 
 
 def _has_rows(value: Any, size: int) -> bool:
@@ -415,6 +415,20 @@ def _divided(value: Any, how: str | None, indices: Sequence[int], size: int) -> 
     if how == "items":
         return type(value)([value[k] for k in indices])
     return _map_tensors(lambda tensor: _rows(tensor, indices, size), value)
+
+
+def _others(others: Any, indices: Sequence[int], size: int) -> Any:
+    """The chosen samples of what a batch has beside the inputs, which may be lists of items."""
+
+    def of(value: Any) -> Any:
+        is_listed = isinstance(value, (list, tuple)) and len(value) == size
+        if is_listed and not all(_has_row_per_sample(t, size) for t in tensors_in(value)):
+            return _divided(value, "items", indices, size)
+        return _items(_divided(value, None, indices, size), indices, size)
+
+    if isinstance(others, Mapping):
+        return {key: of(value) for key, value in others.items()}
+    return None if others is None else tuple(of(value) for value in others)
 
 
 def _fresh(tensor: Tensor) -> Tensor:

@@ -38,6 +38,7 @@ class Situation:
         output: its output [B, …].
         draws: how many targets to draw, where they are drawn.
         seed: of these draws.
+        outputs: the names of the model's outputs, which are side by side in ``output``.
     """
 
     model: nn.Module
@@ -45,6 +46,7 @@ class Situation:
     output: Tensor
     draws: int
     seed: int
+    outputs: tuple[str, ...] = ()
 
     @property
     def generator(self) -> torch.Generator:
@@ -56,8 +58,14 @@ class Situation:
         """The output as logits [B, …, classes], in float32 at least, without a graph.
 
         Raises:
-            ValueError: there are fewer than two classes.
+            ValueError: there are fewer than two classes, or several outputs.
         """
+        if len(self.outputs) > 1:
+            raise ValueError(
+                f"criterion: a Fisher information is of one output's classes, and the model has "
+                f"the outputs {', '.join(self.outputs)}; pass forward=, a callable(model, batch) "
+                "that returns the logits, or use criterion='gauss_newton', 'mas' or a callable"
+            )
         logits = at_least_float32(classes_last(self.output.detach()))
         if logits.shape[-1] < 2:
             raise ValueError(
@@ -74,12 +82,15 @@ class Situation:
         Causal language models predict the next token, so their labels are moved by one position.
         """
         labels, shape = labels_in(self.batch.content), self.logits.shape
-        if not isinstance(labels, Tensor) or labels.shape not in (shape, shape[:-1]):
+        if not isinstance(labels, Tensor) or labels.is_complex():
             return None
-        labels = labels.to(self.output.device)
-        if labels.dim() > 1 and predicts_next_token(self.model):
-            last = torch.full_like(labels[:, :1], IGNORED)
-            return torch.cat([labels[:, 1:], last], 1)
+        is_distribution = labels.is_floating_point()
+        if labels.shape != (shape if is_distribution else shape[:-1]):
+            return None
+        labels = labels.to(self.output.device, labels.dtype if is_distribution else torch.long)
+        if len(shape) > 2 and predicts_next_token(self.model):
+            nothing = 0 if is_distribution else IGNORED
+            return torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], nothing)], 1)
         return labels
 
     @property
@@ -109,7 +120,9 @@ def negative_log_likelihood(output: Tensor, labels: Tensor) -> Tensor:
     """−log p(y|x), summed over a sample's predictions without those whose label is ignored."""
     logits = at_least_float32(classes_last(output))
     if labels.is_floating_point():
-        return -(labels * logits.log_softmax(-1)).flatten(1).sum(1)
+        # A class that is masked out has an infinite logit, and may have no probability.
+        likelihoods = logits.log_softmax(-1).masked_fill(labels == 0, 0.0)
+        return -(labels * likelihoods).flatten(1).sum(1)
     losses = F.cross_entropy(
         logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="none"
     )
@@ -128,9 +141,9 @@ def given_labels(situation: Situation) -> Iterator[Target]:
     """The labels of the batch.
 
     Raises:
-        ValueError: it has none that suit the output.
+        ValueError: it has none that suit the output, or a label is no class.
     """
-    labels = situation.labels
+    labels, classes = situation.labels, situation.logits.shape[-1]
     if labels is None:
         raise ValueError(
             f"criterion='empirical_fisher' needs labels, and the batch has none for an output of "
@@ -138,13 +151,21 @@ def given_labels(situation: Situation) -> Iterator[Target]:
             "'labels', where labels are class numbers, one per prediction, or probabilities; or "
             "use criterion='fisher', which draws them from the model"
         )
+    if not labels.is_floating_point():
+        wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= classes))]
+        if len(wrong):
+            raise ValueError(
+                f"criterion='empirical_fisher': the label {int(wrong[0])} is none of the output's "
+                f"{classes} classes; number them from 0, with {IGNORED} for what does not count"
+            )
     yield situation.target(labels)
 
 
 def drawn_labels(situation: Situation) -> Iterator[Target]:
     """Labels drawn from the model's own probabilities."""
     logits, counts, generator = situation.logits, situation.counts, situation.generator
-    probabilities = logits.softmax(-1).flatten(0, -2)
+    # NaN cannot be drawn from; it is found in the scalars.
+    probabilities = logits.softmax(-1).flatten(0, -2).nan_to_num(1.0)
     for _ in range(situation.draws):
         drawn = torch.multinomial(probabilities, 1, replacement=True, generator=generator)
         labels = drawn.view(logits.shape[:-1])
@@ -244,7 +265,7 @@ def resolve(criterion: CriterionOption, objective: Objective) -> Criterion:
     if criterion == MAS:
         function = objectives.resolve(objective)
         return Criterion(_checked(lambda output, _: function(output), "objective"), None, "abs")
-    if criterion not in CRITERIA:
+    if not isinstance(criterion, str) or criterion not in CRITERIA:
         names = ", ".join(map(repr, NAMES))
         raise ValueError(f"criterion: {criterion!r} is unknown; use {names} or a callable")
     return CRITERIA[criterion]
@@ -253,7 +274,7 @@ def resolve(criterion: CriterionOption, objective: Objective) -> Criterion:
 def reduction_of(criterion: Criterion, name: str | None) -> Reduction:
     """The reduction of this name; None for the criterion's own."""
     name = criterion.reduction if name is None else name
-    if name not in REDUCTIONS:
+    if not isinstance(name, str) or name not in REDUCTIONS:
         known = " or ".join(map(repr, REDUCTIONS))
         raise ValueError(f"reduction: {name!r} is unknown; use {known}, or None")
     return REDUCTIONS[name]

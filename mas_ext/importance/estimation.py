@@ -122,9 +122,10 @@ class Estimation:
 
     def targeted(self, batch: Batch, output: Tensor) -> Iterator[Batch]:
         """The batch with each of the targets that its output is compared with."""
-        seed = criteria.seed_of(self.measurement.seed, self.rank, self.samples)
+        options = self.measurement
+        seed = criteria.seed_of(options.seed, self.rank, options.samples_before + self.samples)
         return self._criterion.targeted(
-            criteria.Situation(self.model, batch, output, self.measurement.draws, seed)
+            criteria.Situation(self.model, batch, output, options.draws, seed, self.output_names)
         )
 
     def scalars(self, batch: Batch) -> Tensor:

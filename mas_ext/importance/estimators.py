@@ -50,8 +50,12 @@ class _GradientEstimator(ABC):
     def add_batch(self, batch: Batch, limit: int) -> Tensor:
         """Adds target after target, from one forward pass."""
         output = self._output(batch)
+        if len(output) == 0:
+            return output.new_zeros(0)
         energy: Tensor | float = 0.0
         for targeted, is_last in _with_the_last_marked(self.estimation.targeted(batch, output)):
+            if targeted.target is not None and not targeted.target.weight.any():
+                continue  # a class that is masked out: a plan would see no gradient anywhere
             scalars = self._add_target(targeted, output, limit, keep_graph=not is_last)
             energy = energy + self.estimation.energy(scalars, targeted)
         assert isinstance(energy, Tensor)

@@ -28,8 +28,18 @@ def l1(output: Tensor) -> Tensor:
 
 
 def probabilities(output: Tensor) -> Tensor:
-    """‖softmax F(x)‖²₂, which a number added to all outputs does not change."""
-    return squared_l2(classes_last(output).softmax(-1))
+    """‖softmax F(x)‖²₂, which a number added to all outputs does not change.
+
+    Raises:
+        ValueError: there are fewer than two classes, so that it is 1 whatever the parameters.
+    """
+    logits = classes_last(output)
+    if logits.shape[-1] < 2:
+        raise ValueError(
+            f"objective='probabilities' is of the probabilities of classes, and an output of shape "
+            f"{list(output.shape)} has only one per prediction; use another objective"
+        )
+    return squared_l2(logits.softmax(-1))
 
 
 OBJECTIVES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -48,7 +58,7 @@ def resolve(objective: Objective) -> Callable[[Tensor], Tensor]:
     """
     if callable(objective):
         return objective
-    if objective not in OBJECTIVES:
+    if not isinstance(objective, str) or objective not in OBJECTIVES:
         names = ", ".join(map(repr, OBJECTIVES))
         raise ValueError(f"objective: {objective!r} is unknown; use {names} or a callable")
     named = OBJECTIVES[objective]

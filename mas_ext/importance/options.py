@@ -86,6 +86,7 @@ class Measurement:
     training: bool = False
     checkpoint: str | os.PathLike[str] | None = None
     save_every: int = 10_000
+    samples_before: int = 0  # in this task: no option, but what other draws are told apart by
 
     @classmethod
     def from_options(
@@ -130,7 +131,7 @@ class Measurement:
 
         ``forward`` and ``progress`` are left out: there is no way to compare functions.
         """
-        left_out = ("forward", "progress", "checkpoint", "save_every")
+        left_out = ("forward", "progress", "checkpoint", "save_every", "samples_before")
         names = [field.name for field in fields(self) if field.name not in left_out]
         return {name: _described(getattr(self, name)) for name in names}
 
@@ -152,6 +153,8 @@ class Measurement:
             raise TypeError(f"training is {self.training!r}; pass True or False")
         if self.estimator != "batch":
             self._check_exact()
+        if not (self.forward is None or callable(self.forward)):
+            raise TypeError(f"forward is {self.forward!r}; pass a callable(model, batch) or None")
         progress = self.progress
         if not (progress is None or isinstance(progress, bool) or callable(progress)):
             raise TypeError(f"progress is {progress!r}; pass True, None or a callable(samples)")

@@ -58,6 +58,7 @@ HOW = {
     "not all samples": {"max_samples": 19},
     "dropout": {"estimator": "batch", "weighting": "batches", "training": True},
     "forward only": {"estimator": "local"},
+    "labels that are drawn": {"criterion": "fisher", "draws": 2, "seed": 5},
 }
 
 
@@ -100,6 +101,8 @@ OTHERS = {
     "objective": ({"objective": "l1"}, "objective", "'squared_l2'", "'l1'", "delete"),
     "estimator": ({"estimator": "batch"}, "estimator", "'per_sample'", "'batch'"),
     "max_samples": ({"max_samples": 8}, "max_samples", "8"),
+    "criterion": ({"criterion": "gauss_newton", "reduction": "abs"}, "criterion", "'mas'"),
+    "seed": ({"seed": 3}, "seed", "3"),
     "parameters": ({"moved": False}, "parameters"),
     "three batches": ({"data": X[:3].split(1)}, "data", "at most 3", "4"),
     "four batches": ({"data": X[:4].split(1)}, "data", "at most 4", "4"),

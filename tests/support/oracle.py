@@ -1,4 +1,4 @@
-"""Ω of any model as it is defined: each sample alone, plain autograd, |·|, sum, divide by N.
+"""Ω of any model as it is defined: each sample alone, plain autograd, |·| or ·², sum, divide by N.
 
 Shares no code with mas_ext, so that the two can disagree.
 """
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 Call = Callable[[nn.Module, Any], Any]
+REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"abs": torch.abs, "square": torch.square}
 
 
 def size(batch: Any) -> int:
@@ -57,25 +58,57 @@ def _measured(model: nn.Module) -> dict[str, Tensor]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def _mean_abs(model: nn.Module, scalars: Iterable[Tensor]) -> dict[str, Tensor]:
+def _means(model: nn.Module, samples: Iterable[Tensor]) -> dict[str, dict[str, Tensor]]:
+    """By reduction: the mean over samples of Σ f(∂s/∂θ), where a sample has one s or several."""
     params = _measured(model)
-    sums = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in params.items()}
+    sums = {
+        reduction: {n: torch.zeros_like(p, dtype=torch.float64) for n, p in params.items()}
+        for reduction in REDUCTIONS
+    }
     count = 0
-    for scalar in scalars:
+    for scalars in samples:
         count += 1
-        grads = torch.autograd.grad(
-            scalar, list(params.values()), allow_unused=True, retain_graph=True
-        )
-        for name, grad in zip(sums, grads, strict=True):
-            if grad is not None:
-                grad = grad.to_dense() if grad.layout != torch.strided else grad
-                sums[name] += grad.abs()
-    return {name: total / count for name, total in sums.items()}
+        for scalar in scalars.flatten():
+            grads = torch.autograd.grad(
+                scalar, list(params.values()), allow_unused=True, retain_graph=True
+            )
+            for name, grad in zip(params, grads, strict=True):
+                if grad is not None:
+                    grad = grad.to_dense() if grad.layout != torch.strided else grad
+                    for reduction, function in REDUCTIONS.items():
+                        sums[reduction][name] += function(grad.double())
+    return {r: {n: total / count for n, total in named.items()} for r, named in sums.items()}
 
 
 def _evaluating(model: nn.Module) -> None:
     for module in model.modules():  # not model.eval(), which a model may override
         module.training = False
+
+
+def by_reduction(
+    model: nn.Module,
+    batches: Iterable[Any],
+    objective: Callable[[Tensor], Tensor] = squared_l2,
+    forward: Call | None = None,
+    context: Callable[[], AbstractContextManager] = nullcontext,
+    criterion: Callable[[Tensor, Any], Tensor] | None = None,
+) -> dict[str, dict[str, Tensor]]:
+    """Every sample in a batch of its own, by reduction. Leaves the model in evaluation mode.
+
+    ``criterion`` takes the output and the batch, and may return several scalars for a sample.
+    """
+
+    def scalars() -> Iterator[Tensor]:
+        for batch in batches:
+            for k in range(size(batch)):
+                sample = cut(batch, k, k + 1)
+                with context():
+                    output = first_tensor((forward or call)(model, sample))
+                    found = criterion(output, sample) if criterion else objective(output)
+                yield found
+
+    _evaluating(model)
+    return _means(model, scalars())
 
 
 def one_by_one(
@@ -84,25 +117,19 @@ def one_by_one(
     objective: Callable[[Tensor], Tensor] = squared_l2,
     forward: Call | None = None,
     context: Callable[[], AbstractContextManager] = nullcontext,
+    criterion: Callable[[Tensor, Any], Tensor] | None = None,
+    reduction: str = "abs",
 ) -> dict[str, Tensor]:
-    """Every sample in a batch of its own. Leaves the model in evaluation mode."""
-
-    def scalars() -> Iterator[Tensor]:
-        for batch in batches:
-            for k in range(size(batch)):
-                with context():
-                    output = first_tensor((forward or call)(model, cut(batch, k, k + 1)))
-                    (scalar,) = objective(output)
-                yield scalar
-
-    _evaluating(model)
-    return _mean_abs(model, scalars())
+    """The same for one reduction."""
+    return by_reduction(model, batches, objective, forward, context, criterion)[reduction]
 
 
 def row_by_row(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
     """One forward a batch, one backward a row: what Ω is when the forward has a memory."""
     _evaluating(model)
-    return _mean_abs(model, (s for b in batches for s in squared_l2(first_tensor(call(model, b)))))
+    return _means(model, (s for b in batches for s in squared_l2(first_tensor(call(model, b)))))[
+        "abs"
+    ]
 
 
 def differences(

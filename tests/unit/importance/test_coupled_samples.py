@@ -18,7 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mas_ext import estimate_importance
-from tests.support.oracle import assert_exact, differences, one_by_one, refused_or, row_by_row
+from tests.support.oracle import (
+    REDUCTIONS,
+    assert_exact,
+    by_reduction,
+    differences,
+    one_by_one,
+    refused_or,
+    row_by_row,
+)
 from tests.support.zoo.layers import Net
 from tests.support.zoo.small import mlp, vectors
 
@@ -182,7 +190,10 @@ OF_SEQUENCES: dict[str, Between] = {
 def test_samples_that_do_not_meet(name, size):
     model = net({**OF_ROWS, **OF_SEQUENCES}[name])
     batches = rows(size) if name in OF_ROWS else sequences(size)
-    assert_exact(estimate_importance(model, batches), one_by_one(model, batches))
+    means = by_reduction(model, batches)
+    for reduction in REDUCTIONS:
+        omega = estimate_importance(model, batches, reduction=reduction)
+        assert_exact(omega, means[reduction])
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -338,9 +349,12 @@ def test_samples_that_meet_are_refused_or_taken_apart(name, size):
     else:
         between = {**TRAPS, **ELSEWHERE}[name]
         model, batches = net(lambda m, h: between(h)), rows(size)
-    expected = one_by_one(copy.deepcopy(model), batches)
-    with refused_or(HELPFUL):
-        assert_exact(estimate_importance(model, batches), expected)
+    means = by_reduction(copy.deepcopy(model), batches)
+    for reduction in REDUCTIONS:
+        measured = copy.deepcopy(model)  # of which no plan is known
+        with refused_or(HELPFUL):
+            omega = estimate_importance(measured, batches, reduction=reduction)
+            assert_exact(omega, means[reduction])
 
 
 OBJECTIVES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -355,9 +369,12 @@ OBJECTIVES: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_objectives_in_which_samples_meet(name, size):
     model, batches = mlp(), list(vectors(2 * size + 1).split(size))
-    expected = one_by_one(model, batches, OBJECTIVES[name])
-    with refused_or(HELPFUL):
-        assert_exact(estimate_importance(model, batches, objective=OBJECTIVES[name]), expected)
+    means = by_reduction(model, batches, OBJECTIVES[name])
+    for reduction in REDUCTIONS:
+        options: dict[str, Any] = {"objective": OBJECTIVES[name], "reduction": reduction}
+        with refused_or(HELPFUL):
+            omega = estimate_importance(copy.deepcopy(model), batches, **options)
+            assert_exact(omega, means[reduction])
 
 
 # -- A forward with a memory: as if run once per sample or once per batch, in order, or refused ----
@@ -448,11 +465,15 @@ def test_a_random_forward_gives_one_draw_per_sample(name):
         assert any(not differences(omega, reading) for reading in possible(x))
 
 
-@pytest.mark.parametrize("hook", [lambda g: g * (g > 0), lambda g: g.clamp(-0.1, 0.1)])
-def test_a_hook_on_a_parameter_changes_the_gradient_of_each_sample(hook):
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize(
+    "hook", [lambda g: g * (g > 0), lambda g: g.clamp(-0.1, 0.1)], ids=["frozen", "clipped"]
+)
+def test_a_hook_on_a_parameter_changes_the_gradient_of_each_sample(hook, reduction):
     """This is how rows are frozen and gradients clipped: autograd's gradient has it, so does Ω."""
     model, x = mlp(), vectors()
     model[0].weight.register_hook(hook)
-    expected = one_by_one(model, [x])
+    expected = one_by_one(model, [x], reduction=reduction)
     with refused_or(HELPFUL):
-        assert_exact(estimate_importance(model, x.split(4)), expected)
+        omega = estimate_importance(model, x.split(4), reduction=reduction)
+        assert_exact(omega, expected)

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from mas_ext import MAS, Importance, estimate_importance
 from tests.support import zoo
-from tests.support.oracle import assert_exact, one_by_one, split
+from tests.support.oracle import REDUCTIONS, assert_exact, by_reduction, one_by_one, split
 from tests.support.zoo.layers import (
     Net,
     learned_queries,
@@ -34,6 +34,7 @@ from tests.support.zoo.small import B, convnet, images, mlp, vectors
 # Under a softmax a key's bias shifts all scores of a query alike: its true gradient is zero.
 # A norm takes away what was shifted before it.
 ZERO_BY_NATURE = ("shift", "*key.bias", "*k_lin.bias", "*k_proj.bias", "aux*")
+EITHER = pytest.mark.parametrize("reduction", REDUCTIONS)
 LARGE = [pytest.param(name, marks=pytest.mark.slow) for name in zoo.LARGE_MODELS]
 
 
@@ -56,11 +57,13 @@ def expected_paths(name: str, omega: Importance) -> dict[str, str]:
 @pytest.mark.parametrize("name", [*zoo.LAYERS, *zoo.MODELS, *LARGE])
 def test_the_zoo_is_exact_and_takes_the_paths_it_should(name):
     model, batch, forward = zoo.build(name)
-    expected = one_by_one(model, [batch], forward=forward)
-    omega = estimate_importance(model, [batch], forward=forward)
-    assert omega.num_samples == B
-    assert_exact(omega, expected)
-    assert omega.coverage == expected_paths(name, omega)
+    means = by_reduction(model, [batch], forward=forward)
+    for reduction in REDUCTIONS:
+        omega = estimate_importance(model, [batch], forward=forward, reduction=reduction)
+        assert omega.num_samples == B
+        assert_exact(omega, means[reduction])
+        assert omega.coverage == expected_paths(name, omega)
+    expected = means["abs"]
     # A zero Ω would be right by accident: only a parameter that is unused may have one.
     floor = 1e-13 * max(float(value.max()) for value in expected.values())
     for parameter, value in expected.items():
@@ -68,12 +71,16 @@ def test_the_zoo_is_exact_and_takes_the_paths_it_should(name):
             assert any(fnmatchcase(parameter, glob) for glob in ZERO_BY_NATURE), parameter
 
 
-@pytest.mark.parametrize("sizes", [(3, 2), (1, 4)], ids=str)
+@pytest.mark.parametrize(
+    ("sizes", "reduction"), [((3, 2), "square"), ((1, 4), "abs")], ids=["3, 2", "1, 4"]
+)
 @pytest.mark.parametrize("name", zoo.LAYERS)
-def test_layers_are_exact_however_the_batch_is_cut(name, sizes):
+def test_layers_are_exact_however_the_batch_is_cut(name, sizes, reduction):
+    """Plans are made for one of the reductions, and serve both."""
     model, batch, forward = zoo.build(name)
-    expected = one_by_one(model, [batch], forward=forward)
-    assert_exact(estimate_importance(model, split(batch, sizes), forward=forward), expected)
+    means = by_reduction(model, [batch], forward=forward)
+    omega = estimate_importance(model, split(batch, sizes), forward=forward, reduction=reduction)
+    assert_exact(omega, means[reduction])
 
 
 def test_a_linear_layer_analytically():
@@ -147,9 +154,11 @@ TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
 def test_importance_does_not_depend_on_the_batch_size(name, batch_size, dtype):
     make, shape = SIZED[name]
     model, x = make().to(dtype), torch.randn(40, *shape, dtype=dtype)
-    omega = estimate_importance(model, x.split(batch_size))
-    assert omega.num_samples == 40
-    assert_exact(omega, one_by_one(model, [x]), rtol=TOLERANCE[dtype], floor=TOLERANCE[dtype])
+    means, bound = by_reduction(model, [x]), 2 * TOLERANCE[dtype]
+    for reduction in REDUCTIONS:
+        omega = estimate_importance(model, x.split(batch_size), reduction=reduction)
+        assert omega.num_samples == 40
+        assert_exact(omega, means[reduction], rtol=bound, floor=bound)
 
 
 LENGTHS = [(3, 6), (1, 1), (4, 3), (1, 6), (2, 2), (5, 5), (2, 1)]  # samples, tokens
@@ -163,13 +172,15 @@ SEQUENCES: dict[str, Callable[[], nn.Module]] = {
 
 
 @pytest.mark.parametrize("name", SEQUENCES)
-@pytest.mark.parametrize("order", [1, -1], ids=["", "reversed"])
-def test_batches_of_other_sizes_and_lengths(name, order):
+@pytest.mark.parametrize(
+    ("order", "reduction"), [(1, "abs"), (-1, "square")], ids=["", "reversed"]
+)
+def test_batches_of_other_sizes_and_lengths(name, order, reduction):
     model = SEQUENCES[name]().double()
     batches = [normal(b, t, 8) for b, t in LENGTHS[::order]]
-    omega = estimate_importance(model, batches)
+    omega = estimate_importance(model, batches, reduction=reduction)
     assert omega.num_samples == sum(b for b, _ in LENGTHS)
-    assert_exact(omega, one_by_one(model, batches))
+    assert_exact(omega, one_by_one(model, batches, reduction=reduction))
 
 
 # -- A plan is made from one batch, and must not be used for a batch that it is wrong for ----------
@@ -230,14 +241,15 @@ CHANGING: dict[str, Callable[[], tuple[nn.Module, list[Tensor]]]] = {
 }
 
 
+@EITHER
 @pytest.mark.parametrize("name", CHANGING)
-def test_what_changes_between_batches(name):
+def test_what_changes_between_batches(name, reduction):
     torch.manual_seed(0)
     model, batches = CHANGING[name]()
     model.double()
-    omega = estimate_importance(model, batches)
+    omega = estimate_importance(model, batches, reduction=reduction)
     vars(model).pop("cache", None)
-    assert_exact(omega, one_by_one(model, batches))
+    assert_exact(omega, one_by_one(model, batches, reduction=reduction))
 
 
 def test_another_slice_of_a_parameter_in_every_batch():
@@ -279,12 +291,13 @@ def test_layers_exchanged_between_measurements():
 )
 @pytest.mark.parametrize("inside", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("outside", [torch.float32, torch.float64], ids=str)
-def test_a_use_in_another_dtype(function, inside, outside):
+@EITHER
+def test_a_use_in_another_dtype(function, inside, outside, reduction):
     model = Net(lambda m, x: function(x.to(inside), m.w.to(inside)).tanh(), w=(3, 4)).to(outside)
     x = 10 * torch.randn(5, 4, dtype=outside)
-    omega = estimate_importance(model, [x])
+    omega = estimate_importance(model, [x], reduction=reduction)
     assert omega["w"].dtype == outside
-    assert_exact(omega, one_by_one(model, [x]), rtol=1e-5)
+    assert_exact(omega, one_by_one(model, [x], reduction=reduction), rtol=2e-5)
 
 
 def test_parameters_of_several_dtypes():
@@ -295,10 +308,35 @@ def test_parameters_of_several_dtypes():
     assert_exact(omega, one_by_one(model, [vectors()]), rtol=1e-2)
 
 
+@EITHER
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_sums_are_kept_in_float32(dtype):
-    omega = estimate_importance(mlp(dtype), [vectors(dtype=dtype)])
+def test_sums_are_kept_in_float32(dtype, reduction):
+    omega = estimate_importance(mlp(dtype), [vectors(dtype=dtype)], reduction=reduction)
     assert {t.dtype for t in omega.values()} == {torch.float32}
+
+
+SQUARED: dict[str, Callable[[Net, Tensor], Tensor]] = {
+    "a matrix": lambda m, x: x @ m.w,
+    "a part of one": lambda m, x: x[:, :2] @ m.w[1:3],
+    "rows out of order": lambda m, x: x @ m.w[torch.tensor([2, 0, 1, 3])],
+    "computed": lambda m, x: x @ (m.w * 2),
+    "elementwise": lambda m, x: x * m.w[:, 0],
+    "used twice": lambda m, x: x @ m.w + x.flip(1) @ m.w,
+}
+
+
+@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("use", SQUARED)
+def test_squares_may_exceed_the_range_of_the_parameters(use, size):
+    """A gradient of 1000 fits into float16, and its square does not."""
+    model, x = Net(SQUARED[use], w=(4, 4)).half(), torch.full((size, 4), 1000.0).half()
+    for row, value in zip(x, (1, -1, 0.5, 0.25), strict=False):
+        row.mul_(value)
+    options: dict = {"objective": lambda y: y.float().sum(1) / 8, "reduction": "square"}
+    omega = estimate_importance(model, [x], **options)
+    assert omega["w"].dtype == torch.float32
+    assert omega["w"].max() > torch.finfo(torch.float16).max / 16
+    assert_exact(omega, one_by_one(model, [x], **options), rtol=5e-3)
 
 
 def test_rows_too_small_to_assign_do_not_make_it_slow():

@@ -12,11 +12,12 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from mas_ext import estimate_importance
-from tests.support.oracle import assert_exact, one_by_one
+from tests.support.oracle import REDUCTIONS, assert_exact, one_by_one
 from tests.support.zoo.layers import Net
 from tests.support.zoo.small import vectors
 
 X = vectors()
+EITHER = pytest.mark.parametrize("reduction", REDUCTIONS)
 
 
 def padded(lengths: list[int]) -> dict[str, Tensor]:
@@ -61,12 +62,14 @@ def test_a_dependence_on_the_batch_is_found(name):
         estimate_importance(model, batches())
 
 
-def test_hooks_that_come_between_two_measurements():
+@EITHER
+def test_hooks_that_come_between_two_measurements(reduction):
     model = nn.Linear(6, 3).double()
-    estimate_importance(model, [X])
+    estimate_importance(model, [X], reduction=reduction)
     for p in model.parameters():
         p.register_hook(lambda g: g.clamp(-0.1, 0.1))
-    assert_exact(estimate_importance(model, [X]), one_by_one(model, [X]))
+    omega = estimate_importance(model, [X], reduction=reduction)
+    assert_exact(omega, one_by_one(model, [X], reduction=reduction))
 
 
 def looked_up(rows: Tensor, table: Tensor) -> Tensor:
@@ -81,8 +84,9 @@ def indexed(rows: Tensor, table: Tensor) -> Tensor:
     return table[rows]
 
 
+@EITHER
 @pytest.mark.parametrize("gather", [looked_up, multiplied, indexed])
-def test_rows_that_a_later_batch_sorts_otherwise(gather):
+def test_rows_that_a_later_batch_sorts_otherwise(gather, reduction):
     """Positions are sorted over all samples, as experts do it, and the first batch is in order."""
 
     def forward(m: Net, x: Tensor) -> Tensor:
@@ -96,7 +100,8 @@ def test_rows_that_a_later_batch_sorts_otherwise(gather):
     batches = [torch.randn(5, 4, 4).double() for _ in range(3)]
     rows = batches[0].reshape(20, 4)
     batches[0] = rows[rows[:, 0].argsort()].reshape(5, 4, 4)
-    assert_exact(estimate_importance(model, batches), one_by_one(model, batches))
+    omega = estimate_importance(model, batches, reduction=reduction)
+    assert_exact(omega, one_by_one(model, batches, reduction=reduction))
 
 
 class Reversible(torch.autograd.Function):
@@ -167,8 +172,9 @@ def test_packed_sequences_and_the_backends_that_they_leave_as_they_were(kind, is
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+@EITHER
 @pytest.mark.parametrize("sizes", [(8, 5), (5, 8), (8, 8, 8, 5)], ids=str)
-def test_a_later_batch_may_have_as_many_samples_as_a_shared_input_has_rows(sizes):
+def test_a_later_batch_may_have_as_many_samples_as_a_shared_input_has_rows(sizes, reduction):
     def forward(m: Net, x: Tensor, positions: Tensor) -> Tensor:
         return m.layer((x + m.table(positions)).tanh()).mean(1)
 
@@ -179,8 +185,9 @@ def test_a_later_batch_may_have_as_many_samples_as_a_shared_input_has_rows(sizes
     def alone(m: Net, x: Tensor) -> Tensor:
         return m(x, torch.arange(5))
 
-    expected = one_by_one(model, [batch["x"] for batch in batches], forward=alone)
-    assert_exact(estimate_importance(model, batches), expected)
+    data = [batch["x"] for batch in batches]
+    expected = one_by_one(model, data, forward=alone, reduction=reduction)
+    assert_exact(estimate_importance(model, batches, reduction=reduction), expected)
 
 
 def test_a_recurrent_layer_inside_activation_checkpointing():

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from mas_ext import MAS, Importance, estimate_importance
 from tests.support import zoo
-from tests.support.oracle import one_by_one, squared_l2
+from tests.support.oracle import REDUCTIONS, one_by_one, squared_l2
 from tests.support.zoo.layers import Net
 from tests.support.zoo.small import assert_same
 
@@ -30,10 +30,15 @@ def measure(model: nn.Module, data: Any, **options: Any) -> Importance:
 
 
 def by_autograd(
-    layer: nn.Module, x: Tensor, activation: Function = torch.relu, prefix: str = "layer"
+    layer: nn.Module,
+    x: Tensor,
+    activation: Function = torch.relu,
+    prefix: str = "layer",
+    reduction: str = "abs",
 ) -> dict[str, Tensor]:
     """Ω of one layer as it is defined: ∂‖activation(layer(x_k))‖²/∂θ, sample by sample."""
-    omega = one_by_one(layer, [x.detach()], lambda y: squared_l2(activation(y)))
+    objective = lambda y: squared_l2(activation(y))  # noqa: E731
+    omega = one_by_one(layer, [x.detach()], objective, reduction=reduction)
     return {f"{prefix}.{name}": value for name, value in omega.items()}
 
 
@@ -79,11 +84,13 @@ OTHERS = ("linear, twice", "conv2d, same, even kernel")
 LAYERS = [n for n in zoo.LAYERS if n.startswith(("linear", "conv")) and n not in OTHERS]
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("name", LAYERS)
-def test_layers(name):
+def test_layers(name, reduction):
     layer, x, _ = zoo.build(name)
     model = followed_by(torch.relu, layer)
-    assert_same(measure(model, x.split(3)), by_autograd(layer, x))
+    omega = measure(model, x.split(3), reduction=reduction)
+    assert_same(omega, by_autograd(layer, x, reduction=reduction))
 
 
 # -- Followed by ReLU, or not ----------------------------------------------------------------------
@@ -178,12 +185,14 @@ def three_times(m: Net, x: Tensor) -> Tensor:
     return x
 
 
-def test_uses_of_a_layer_are_positions_of_one_sample():
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_uses_of_a_layer_are_positions_of_one_sample(reduction):
     model, x = Net(three_times, layer=nn.Linear(5, 5)).double(), normal(4, 5)
     inputs = [x]
     for _ in range(2):
         inputs.append(torch.relu(model.layer(inputs[-1])).detach())
-    assert_same(measure(model, [x]), by_autograd(model.layer, torch.stack(inputs, dim=1)))
+    expected = by_autograd(model.layer, torch.stack(inputs, dim=1), reduction=reduction)
+    assert_same(measure(model, [x], reduction=reduction), expected)
 
 
 def test_tied_weights_with_biases_of_their_own():
@@ -196,7 +205,8 @@ def test_tied_weights_with_biases_of_their_own():
     assert_same(measure(model, [x]), {name: 2 * v.mean(0) for name, v in expected.items()})
 
 
-def test_tied_convolutions_that_walk_differently():
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_tied_convolutions_that_walk_differently(reduction):
     first, second = nn.Conv1d(2, 2, 3).double(), nn.Conv1d(2, 2, 3, stride=2, padding=1).double()
     second.weight = first.weight
     x = normal(5, 2, 11)
@@ -205,8 +215,9 @@ def test_tied_convolutions_that_walk_differently():
     def forward(m: Net, x: Tensor) -> Tensor:
         return torch.cat([y.flatten(1) for y in m(x)], 1)
 
-    expected = one_by_one(both, [x], forward=forward)["first.weight"]
-    assert_same({"w": measure(nn.Sequential(first, second), [x])["0.weight"]}, {"w": expected})
+    expected = one_by_one(both, [x], forward=forward, reduction=reduction)["first.weight"]
+    omega = measure(nn.Sequential(first, second), [x], reduction=reduction)
+    assert_same({"w": omega["0.weight"]}, {"w": expected})
 
 
 # -- Which rows are a sample's ---------------------------------------------------------------------
@@ -225,11 +236,11 @@ ROWS: dict[str, Callable[[Net, Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("name", ROWS)
 @pytest.mark.parametrize("samples", [1, 4, 6])  # as many as positions, too
-@pytest.mark.parametrize("max_samples", [None, 2])
-def test_layers_whose_rows_are_not_samples(name, samples, max_samples):
+@pytest.mark.parametrize(("max_samples", "reduction"), [(None, "abs"), (2, "square")])
+def test_layers_whose_rows_are_not_samples(name, samples, max_samples, reduction):
     model, x = Net(ROWS[name], layer=nn.Linear(6, 4)).double(), normal(samples, 4, 6)
-    omega = measure(model, x.split(4), max_samples=max_samples)
-    assert_same(omega, by_autograd(model.layer, x[:max_samples]))
+    omega = measure(model, x.split(4), max_samples=max_samples, reduction=reduction)
+    assert_same(omega, by_autograd(model.layer, x[:max_samples], reduction=reduction))
 
 
 def test_a_use_without_a_sample_dimension_belongs_to_every_sample():

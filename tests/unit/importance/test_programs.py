@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mas_ext import estimate_importance
-from tests.support.oracle import assert_exact, one_by_one
+from tests.support.oracle import REDUCTIONS, assert_exact, one_by_one
 
 T, D = 3, 4  # tokens and features
 PROGRAMS = int(os.environ.get("MAS_EXT_TEST_PROGRAMS", "150"))
@@ -442,9 +442,10 @@ FIRST: dict[str, Function] = {  # what the first batch shows of how a program ma
     cut=st.sampled_from(CUTS),
     first=st.sampled_from(list(FIRST)),
     offsets=st.lists(st.integers(0, 2), min_size=3, max_size=3),
+    reduction=st.sampled_from(list(REDUCTIONS)),
 )
 def test_programs_are_exact(
-    steps: list[Step], cut: tuple[int, ...], first: str, offsets: list[int]
+    steps: list[Step], cut: tuple[int, ...], first: str, offsets: list[int], reduction: str
 ) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -452,12 +453,12 @@ def test_programs_are_exact(
         data = [torch.randn(size, T, D, dtype=torch.float64) for size in cut]
         data[0] = FIRST[first](data[0])
         batches = [{"x": x, "offset": k} for x, k in zip(data, offsets, strict=False)]
-        expected = one_by_one(program, batches)
+        expected = one_by_one(program, batches, reduction=reduction)
         assume(all(omega.isfinite().all() for omega in expected.values()))  # std of one number
         with warnings.catch_warnings():
             if not any(step.name in DATA_DEPENDENT for step in steps):
                 # A use without a gradient in the first batch may be served slowly in the next.
                 slow = r"(?s).*one sample at a time(?!.*no gradient)"
                 warnings.filterwarnings("error", message=slow)
-            omega = estimate_importance(program, batches)
+            omega = estimate_importance(program, batches, reduction=reduction)
     assert_exact(omega, expected, floor=1e-12)

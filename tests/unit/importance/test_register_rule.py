@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mas_ext import estimate_importance
 from mas_ext.importance import MatrixProduct, register_rule
 from mas_ext.importance.per_sample import rules
-from tests.support.oracle import assert_exact, one_by_one
+from tests.support.oracle import REDUCTIONS, assert_exact, by_reduction
 from tests.support.zoo.layers import Net
 
 NODE = "ProjectionBackward"
@@ -64,9 +64,11 @@ def data() -> Tensor:
 
 
 def check(model: nn.Module, data: Tensor, path: str) -> None:
-    omega = estimate_importance(model, data.split([4, 2]))
-    assert omega.coverage[WEIGHT] == path
-    assert_exact(omega, one_by_one(model, [data]))
+    means = by_reduction(model, [data])
+    for reduction in REDUCTIONS:
+        omega = estimate_importance(model, data.split([4, 2]), reduction=reduction)
+        assert omega.coverage[WEIGHT] == path
+        assert_exact(omega, means[reduction])
 
 
 @pytest.mark.parametrize("rule", [as_tensor, as_product])
@@ -104,9 +106,13 @@ WRONG = {
 }
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("kind", WRONG)
-def test_a_wrong_rule_is_found_and_the_result_is_exact(network, data, kind):
+def test_a_wrong_rule_is_found_and_the_result_is_exact(network, data, kind, reduction):
+    """Whichever reduction its plan is checked with."""
     register_rule(NODE)(WRONG[kind])
+    with pytest.warns(UserWarning, match=WEIGHT):
+        estimate_importance(network, [data], reduction=reduction)
     with pytest.warns(UserWarning, match=WEIGHT):
         check(network, data, "one sample at a time")
 

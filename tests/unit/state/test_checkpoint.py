@@ -108,7 +108,8 @@ def test_a_state_dict_has_room_for_what_is_not_measured():
 
 # -- Older versions --------------------------------------------------------------------------------
 # What a later version of the format has and this one had not.
-ADDED = {4: {"control", "references"}}
+ADDED = {5: {"reduction"}}
+ADDED[4] = ADDED[5] | {"control", "references"}
 ADDED[3] = ADDED[4] | {"drift", "energy", "seen"}
 ADDED[2] = ADDED[3] | {"importance_scales", "earlier_scales"}
 ADDED[1] = ADDED[2] | {"weighting", "earlier"}
@@ -353,6 +354,8 @@ DAMAGED = [
     ("earlier", {"0.weight": torch.zeros(8, 6)}),
     ("importance_scales", {"0.weight": torch.zeros(1)}),
     ("merge", "median"),
+    ("reduction", None),
+    ("reduction", 3),
     ("lambda_reg", -1.0),
     ("lambda_reg", None),
 ]
