@@ -61,8 +61,8 @@ class MASCallback(HasRegularizer, TrainerCallback):
 
     Args:
         lambda_reg: λ, as for :class:`mas_ext.MAS`; 1 by default.
-        mas: a :class:`mas_ext.MAS` of the model (or another method) to use instead of creating one with
-            these options.
+        mas: a :class:`mas_ext.MAS` of the model, or another method, to use instead of creating one
+            with these options.
         mode: ``"gradient"`` or ``"proximal"``, as for :meth:`mas_ext.MAS.attach`.
         method: ``"mas"`` (default), ``"ewc"`` or ``"l2sp"``, or the class. Logs are named after it.
         consolidate: whether training ends by measuring importance on the Trainer's training data
@@ -223,7 +223,8 @@ def _selected(
     """What the model takes of every batch, and its labels, by the name that a measurement reads."""
     for batch in data:
         if columns and isinstance(batch, Mapping):
-            given = {"labels": value for name, value in batch.items() if name in labels}
-            yield {**{n: value for n, value in batch.items() if n in columns}, **given}
+            chosen = {name: value for name, value in batch.items() if name in columns}
+            given = [value for name, value in batch.items() if name in labels]
+            yield {**chosen, "labels": given[0]} if given else chosen
         else:
             yield batch

@@ -152,7 +152,8 @@ def test_importance_losses_and_weights_are_avalanches(method, dtype, rtol):
     for a, b in zip(ours.importance, theirs.importance, strict=True):
         assert_exact(a, b, rtol=rtol)
     assert_exact(anchor(ours.plugin), anchor(theirs.plugin), rtol=rtol)
-    assert ours.losses == pytest.approx(theirs.losses, rel=rtol)
+    # Their EWC adds its penalty up in float32.
+    assert ours.losses == pytest.approx(theirs.losses, rel=max(rtol, 1e-7 * (method == "EWC")))
     parameters = [dict(model.named_parameters()) for model in models]
     assert_exact(parameters[1], parameters[0], rtol=rtol)
 
