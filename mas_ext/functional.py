@@ -115,7 +115,8 @@ def accumulate_outer_(
     f is applied after the sum over positions. The plain product of ``left.abs()`` and
     ``right.abs()`` would be an upper bound, not the importance; that of ``left.square()`` and
     ``right.square()`` would leave out the products of two positions. If samples have one position
-    each, the two are the same, and that is what is computed.
+    each, these products are the importance, and are what is computed. The factors' squares must
+    then be in the range of the dtype of ``omega``.
 
     Args:
         omega: Ω [p, d], float32 (float64 beside float64 factors); written. Any strides, but

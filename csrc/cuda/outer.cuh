@@ -29,7 +29,8 @@ template <class T>
 using TileFor = std::conditional_t<sizeof(T) == 2, TensorCoreTile<T>, FmaTile<T>>;
 
 // Factors are staged in their own type, and only where it holds their magnitudes can samples of one
-// position be summed like positions. Otherwise each stays a sample, whose product is formed first.
+// position be summed like positions. Otherwise each stays a sample, whose product is formed first;
+// on tensor cores it is padded to 16 slots.
 template <class T, class Magnitude>
 void turn_samples_where_exact(Outer& call) {
   if constexpr (Magnitude::template fits_in<T>) {
