@@ -449,7 +449,9 @@ def _items(value: Any, indices: Sequence[int], size: int) -> Any:
 
 
 def _is_mask(item: Any, like: Any) -> bool:
-    if not isinstance(item, Tensor) or not isinstance(like, Tensor) or item.shape != like.shape:
+    if not isinstance(item, Tensor) or not isinstance(like, Tensor) or item.is_nested:
+        return False
+    if item.shape != like.shape:
         return False
     return not item.is_floating_point() and bool(((item == 0) | (item == 1)).all())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from mas_ext import MAS, DriftBudget, estimate_importance
+from mas_ext import EWC, MAS, DriftBudget, estimate_importance
 from tests.distributed.models import (
     IDLE,
     IN_STEP,
@@ -38,6 +39,7 @@ from tests.distributed.models import (
 )
 from tests.distributed.training import check_every_way, loss
 from tests.support.processes import World
+from tests.support.targets import judged, likelihood, targets
 
 SLOW = "one sample at a time"
 
@@ -227,6 +229,82 @@ def kl(before: Net, after: dict[str, Tensor], x: Tensor) -> float:
     return float((p.exp() * (p - q)).sum(1).mean().detach())
 
 
+DRAWN = {"criterion": "fisher", "draws": 2, "seed": 3}
+NAMES = ("DDP", "FSDP2", "FSDP2, checkpointed", "tensor parallel, FSDP2")
+
+
+def check_criteria(world: World) -> None:
+    """Labels that every rank draws for itself, classes in turn, and labels from the data."""
+    x = samples()
+    labels = (torch.arange(len(x)) * 5) % 3
+    found = spreads(world)
+    for name in NAMES:
+        if name not in found:
+            continue
+        spread = found[name]
+        for options in ({}, IN_STEP) if spread.is_sharded else ({},):
+            for how in (DRAWN, {"criterion": "exact_fisher"}, {"criterion": "empirical_fisher"}):
+                with named(f"{name} {options} {how}"), warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # of what tensor parallelism makes slow
+                    for sizes in (RAGGED, IDLE) if how is DRAWN else (RAGGED,):
+                        shares = list(
+                            zip(
+                                batches(x, sizes[spread.size]),
+                                batches(labels, sizes[spread.size]),
+                                strict=True,
+                            )
+                        )
+                        own = list(zip(*shares[spread.rank], strict=True))
+                        model = spread.prepared(net())
+                        omega = estimate_importance(model, own, **how, **options)
+                        assert omega.num_samples == len(x)
+                        right, energy = of_targets(shares, bool(options), how)
+                        assert_same(omega, right, 2e-5)
+                        assert omega.energy == pytest.approx(energy, rel=1e-5)
+
+
+def of_targets(shares, is_alone: bool, options: dict) -> tuple[dict[str, Tensor], float]:
+    """Ω and the mean −log p of all ranks' samples; a rank's count is part of its seed."""
+    criterion = options["criterion"]
+    more = {key: value for key, value in options.items() if key != "criterion"}
+    found, energies, model = [], [], net()
+    for rank, share in enumerate(shares):
+        before = 0
+        for x, labels in zip(*share, strict=True):
+            size = 1 if is_alone else len(x)
+            for part, own in zip(x.split(size), labels.split(size), strict=True):
+                batch = {"x": part, "labels": own}
+                each = targets(criterion, model, batch, before=before, rank=rank, **more)
+                found.append(({"x": part.double()}, each))
+                output, before = model.double()(part.double()).detach(), before + len(part)
+                model.float()
+                energies += [
+                    float(-(likelihood(output, target.values) * target.weight).sum())
+                    for target in each
+                ]
+    total = sum(len(each[0].weight) for _, each in found)
+    return judged(criterion, copy.deepcopy(model).double(), found), sum(energies) / total
+
+
+def check_ewc(world: World) -> None:
+    """Every part of a task draws anew, in the order of all samples."""
+    x = samples()
+    for wrap, options in ((DistributedDataParallel, {}), (sharded, {}), (sharded, IN_STEP)):
+        ewc = EWC(wrap(net()))
+        own = batches(x, RAGGED[world.size])[world.rank]
+        for _ in range(2):
+            ewc.update_importance(own, **options)
+        first = estimate_importance(wrap(net()), own, criterion="fisher", **options)
+        state = ewc.state_dict()
+        ewc.consolidate()
+        for name, omega in whole(ewc.importance).items():
+            assert not torch.equal(omega, whole(first)[name])
+        again = EWC(wrap(net()))
+        again.update_importance(own, **options)
+        again.update_importance(own, **options)
+        assert_same(again.state_dict()["open"], whole(state["open"]), 0.0)
+
+
 def check_other_estimators(world: World) -> None:
     def layers() -> nn.Module:
         torch.manual_seed(2)
@@ -237,7 +315,9 @@ def check_other_estimators(world: World) -> None:
     for options in (
         {"estimator": "batch"},
         {"estimator": "batch", "weighting": "batches"},
+        {"estimator": "batch", "reduction": "square", "weighting": "batches"},
         {"estimator": "local"},
+        {"estimator": "local", "reduction": "square"},
     ):
         expected = estimate_importance(layers(), everything, process_group=alone(), **options)
         for prepared in (DistributedDataParallel, fully_shard):

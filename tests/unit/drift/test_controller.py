@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import mas_ext
-from mas_ext import MAS, DriftBudget
+from mas_ext import EWC, L2SP, MAS, DriftBudget
 from mas_ext._drift.budget import SLACK
 from mas_ext._drift.tracker import LOWEST
 from tests.support.regularizers import assert_bits, assert_states_equal, move, penalty_by_hand
@@ -43,9 +43,9 @@ def learned():
     return model
 
 
-def begun(learned, budget=LIMIT, factor=1.0, **options):
+def begun(learned, budget=LIMIT, factor=1.0, method=MAS, **options):
     model = copy.deepcopy(learned)
-    mas = MAS(model, budget=budget, **options)
+    mas = method(model, budget=budget, **options)
     mas.consolidate(task(1)[0].split(32))
     if factor != 1.0:
         mas.lambda_reg = factor * mas.lambda_reg
@@ -81,6 +81,16 @@ def test_the_drift_comes_near_the_limit_from_any_lambda(learned, kind, mode, fac
     # Adam moves little while λ is far too strong, and λ falls slowly.
     least = 0.02 if (kind, mode, factor) == ("Adam", "gradient", 1e6) else 0.35
     assert least < drift < 1.5
+
+
+@pytest.mark.parametrize("factor", [1e-6, 1e6])
+@pytest.mark.parametrize(("kind", "mode"), [("Adam", "proximal"), ("SGD", "proximal")])
+@pytest.mark.parametrize("method", [EWC, L2SP])
+def test_so_it_does_for_the_other_methods(learned, method, kind, mode, factor):
+    """A proximal step is stable at the λ that a Fisher information needs."""
+    model, regularizer = begun(learned, factor=factor, method=method)
+    train(model, [optimizer_of(kind, mode, model, regularizer)], 400)
+    assert 0.35 < regularizer.drift_measured() / (SLACK * LIMIT) < 1.5
 
 
 def test_a_second_start_from_another_lambda_does_not_diverge(learned):

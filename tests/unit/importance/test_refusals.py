@@ -19,6 +19,7 @@ from tests.support.zoo.layers import Net
 from tests.support.zoo.small import mlp, vectors
 
 X = vectors()
+Y = torch.arange(10) % 4
 ALL = ("per_sample", "batch", "local")
 GRADIENTS, EXACT, LOCAL = ALL[:2], ALL[:1], ALL[2:]
 
@@ -42,6 +43,9 @@ def refused(
 ) -> Refusal:
     """``words`` are what the message must hold: the name of what is wrong, and the remedy."""
     return Refusal(kind, words, model, data, by, options)
+
+
+FISHERS = ("fisher", "exact_fisher", "empirical_fisher")
 
 
 def of_linear(function: Callable[[Net, Tensor], Any]) -> Callable[[], nn.Module]:
@@ -136,6 +140,7 @@ REFUSALS = {
         ValueError, "forward", "no_grad", forward=torch.no_grad()(lambda m, b: m(b)), by=GRADIENTS
     ),
     # arguments
+    "forward": refused(TypeError, "forward", "callable", forward=3),
     "params, unknown": refused(ValueError, "params", "head.*", params=["head.*"]),
     "params, a number": refused(TypeError, "params", "globs", params=[3]),
     "on meta": refused(
@@ -149,6 +154,117 @@ REFUSALS = {
     "objective's kind": refused(
         ValueError, "objective", "float", objective=lambda y: 1.0, by=GRADIENTS
     ),
+    "objective, a list": refused(ValueError, "objective", "'l1'", objective=[], by=GRADIENTS),
+    "one probability": refused(
+        *(ValueError, "objective", "[10, 1]"),
+        model=lambda: nn.Linear(6, 1).double(),
+        objective="probabilities",
+        by=GRADIENTS,
+    ),
+    **{
+        f"reduction {value}": refused(ValueError, "reduction", "'square'", reduction=value)
+        for value in ("cube", 2, [], True)
+    },
+    **{
+        f"criterion {value}": refused(
+            ValueError, "criterion", "'exact_fisher'", criterion=value, by=GRADIENTS
+        )
+        for value in ("ewc", None, [], 3)
+    },
+    **{
+        f"draws {value}": refused(
+            ValueError, "draws", criterion="fisher", draws=value, by=GRADIENTS
+        )
+        for value in (0, -1, 1.5, True, "2", None)
+    },
+    **{f"seed {value}": refused(ValueError, "seed", seed=value) for value in (-1, 0.5, True, None)},
+    **{
+        f"draws of {criterion}": refused(
+            ValueError, "draws", "'fisher'", criterion=criterion, draws=2, by=GRADIENTS
+        )
+        for criterion in ("mas", "empirical_fisher", "exact_fisher")
+    },
+    "draws of a callable": refused(
+        ValueError, "draws", criterion=lambda y, batch: y.sum(1), draws=2, by=GRADIENTS
+    ),
+    "objective of a Fisher": refused(
+        ValueError, "objective", "'mas'", criterion="fisher", objective="l1", by=GRADIENTS
+    ),
+    "criterion's shape": refused(
+        ValueError, "criterion", "[10]", criterion=lambda y, batch: y, by=GRADIENTS
+    ),
+    "criterion's kind": refused(
+        ValueError, "criterion", "float", criterion=lambda y, batch: 1.0, by=GRADIENTS
+    ),
+    "criterion, detached": refused(
+        ValueError, "criterion", criterion=lambda y, batch: y.detach().sum(1), by=GRADIENTS
+    ),
+    **{
+        f"a criterion, {estimator}": refused(
+            ValueError, "criterion", "per_sample", criterion=criterion, by=LOCAL
+        )
+        for estimator, criterion in (("local", "fisher"), ("local too", lambda y, batch: y.sum(1)))
+    },
+    # what a criterion needs
+    **{
+        f"one class, {criterion}": refused(
+            *(ValueError, "criterion", "[10, 1]", "gauss_newton"),
+            model=lambda: nn.Linear(6, 1).double(),
+            data=lambda: [(X, Y)],
+            criterion=criterion,
+            by=GRADIENTS,
+        )
+        for criterion in FISHERS
+    },
+    **{
+        f"two outputs, {criterion}": refused(
+            *(ValueError, "criterion", "output[1]", "forward="),
+            model=of_linear(lambda m, x: (m.layer(x), m.layer(x))),
+            data=lambda: [(X, Y % 2)],
+            criterion=criterion,
+            by=GRADIENTS,
+        )
+        for criterion in FISHERS
+    },
+    **{
+        f"NaN, {criterion}": refused(
+            *(ValueError, "'0.weight'", "NaN"),
+            data=lambda: [(X, Y), (with_nan_input(), Y)],
+            criterion=criterion,
+            by=GRADIENTS,
+        )
+        for criterion in (*FISHERS, "gauss_newton")
+    },
+    "classes of several predictions": refused(
+        *(ValueError, "exact_fisher", "'fisher'", "[5, 2, 4]"),
+        model=lambda: nn.Linear(6, 4).double(),
+        data=lambda: [X.view(5, 2, 6)],
+        criterion="exact_fisher",
+        by=GRADIENTS,
+    ),
+    **{
+        f"labels: {name}": refused(
+            *(ValueError, "empirical_fisher", *words),
+            data=lambda batch=batch: [batch],
+            criterion="empirical_fisher",
+            by=GRADIENTS,
+        )
+        for name, batch, *words in (
+            ("none", X, "labels", "[10, 4]"),
+            ("none in a mapping", {"input": X}, "labels"),
+            ("none in a tuple", (X,), "labels"),
+            ("a column", (X, Y[:, None]), "labels"),
+            ("too few", (X, Y[:9]), "labels"),
+            ("one hot numbers", (X, F.one_hot(Y, 4)), "labels"),
+            ("numbers with a point", (X, Y.double()), "labels"),
+            ("as many as classes", (X[:4], torch.rand(4)), "labels"),
+            ("complex", (X, torch.zeros(10, 4, dtype=torch.complex64)), "labels"),
+            ("other classes", (X, torch.rand(10, 3)), "labels"),
+            ("text", (X, ["a"] * 10), "labels"),
+            ("too large", (X, Y + 1), "label 4", "4 classes"),
+            ("negative", {"input": X, "labels": Y - 1}, "label -1"),
+        )
+    },
     "max_samples": refused(ValueError, "max_samples", "positive", max_samples=0),
     "max_samples, a float": refused(ValueError, "max_samples", max_samples=1.5),
     "progress": refused(TypeError, "progress", "True", progress=3),
