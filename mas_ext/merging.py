@@ -228,9 +228,10 @@ def _source(label: str, model: Any, omega_label: str, omega: Any, weight: float)
 
 def _modules_left(entries: Mapping[str, Any], omega: Mapping[str, Tensor]) -> int:
     """How many ``module.`` a state dictionary's names begin with that those of its Ω do not."""
-    if not omega or not entries or any(canonical_name(key) in omega for key in entries):
+    names = [canonical_name(key) for key in entries]
+    if any(name in omega for name in names):
         return 0
-    return int(all(canonical_name(key).startswith("module.") for key in entries))
+    return int(any(name.removeprefix("module.") in omega for name in names))
 
 
 def _importance(label: str, omega: Any) -> Mapping[str, Tensor]:
@@ -453,7 +454,7 @@ class _Mean:
             self.mean, self.total, self._is_empty = value, weight, False
             return
         self.total = self.total + weight
-        share = torch.where(self.total > 0, weight / self.total, 0)
+        share = (weight / self.total).nan_to_num_(0)  # 0/0
         moved = torch.lerp(self.mean, value, share)
         self.mean = torch.where(value == self.mean, self.mean, moved)  # also -0.0 and Inf
 
