@@ -6,10 +6,10 @@
     mas.settle()                            # at the end of a task: the drift is at most 0.08
     mas.consolidate(data)                   # measures the importance; labels are not used
 
-See :class:`MAS`, :class:`DriftBudget`, :func:`estimate_importance`, :func:`preset` (what other
-implementations compute), :mod:`mas_ext.optim` (optimizers whose step includes the penalty),
-:mod:`mas_ext.functional` (the operators on lists of tensors), :mod:`mas_ext.reference` (the same in
-plain PyTorch) and :func:`build_info`.
+See :class:`MAS`, :class:`DriftBudget`, :func:`estimate_importance`, :func:`merge` (models that
+share an ancestor), :func:`preset` (what other implementations compute), :mod:`mas_ext.optim`
+(optimizers whose step includes the penalty), :mod:`mas_ext.functional` (the operators on lists of
+tensors), :mod:`mas_ext.reference` (the same in plain PyTorch) and :func:`build_info`.
 """
 
 from mas_ext import functional, optim, reference
@@ -19,6 +19,7 @@ from mas_ext._drift.tracker import DriftRecord
 from mas_ext._operators.native import build_info
 from mas_ext._version import __version__
 from mas_ext.importance import Importance, estimate_importance
+from mas_ext.merging import merge
 from mas_ext.presets import Preset, preset
 from mas_ext.regularizer import EWC, L2SP, MAS
 
@@ -35,6 +36,7 @@ __all__ = [
     "build_info",
     "estimate_importance",
     "functional",
+    "merge",
     "optim",
     "preset",
     "reference",

@@ -37,6 +37,27 @@ def _walk(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[tuple[str,
             yield from _walk(child, below, seen)
 
 
+def canonical_name(key: str, modules: int = 0) -> str:
+    """The name of a state dictionary's key, without what wrappers add to it.
+
+    Args:
+        key: of the state dictionary.
+        modules: how many ``module.`` at the beginning are wrappers'.
+    """
+    steps = [step for step in key.split(".") if step not in _WRAPPING_ATTRIBUTES]
+    while modules > 0 and steps[0] == "module":
+        steps, modules = steps[1:], modules - 1
+    return ".".join(steps)
+
+
+def wrapping_modules(model: nn.Module) -> int:
+    """How many ``module.`` the wrappers around a model put before its names."""
+    for attribute, child in model._modules.items():
+        if child is not None and _is_wrapper_step(model, attribute):
+            return int(attribute == "module") + wrapping_modules(child)
+    return 0
+
+
 class ParameterIndex:
     """A model's parameters by canonical name: without wrappers' prefixes, tied parameters once.
 

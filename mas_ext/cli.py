@@ -1,4 +1,4 @@
-"""The command ``mas-ext``: runs the demo or the benchmarks, and shows what was built."""
+"""The command ``mas-ext``: demo, benchmarks, merging of models, and what was built."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mas_ext import build_info
+from mas_ext import build_info, merge
 from mas_ext._drift.budget import DEFAULT_LIMIT
 
 if TYPE_CHECKING:
@@ -43,8 +43,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mas-ext", description="Memory Aware Synapses for PyTorch."
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="demo | info | bench")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="demo | merge | info | bench"
+    )
     _add_demo(commands)
+    _add_merge(commands)
     info = commands.add_parser("info", help="what was compiled and what runs")
     info.add_argument("--json", action="store_true", help="as JSON")
     info.set_defaults(run=_info)
@@ -111,6 +114,38 @@ def _add_demo(commands: Any) -> None:
     demo.add_argument("--quiet", action="store_true", default=False, help="no progress bars")
 
 
+def _add_merge(commands: Any) -> None:
+    command = commands.add_parser(
+        "merge",
+        help="average models that share an ancestor, weighted by importance",
+        description="Writes the average of models that share an ancestor, weighted by the "
+        "importance of each parameter in each model.",
+    )
+    command.set_defaults(run=_merge)
+    command.add_argument(
+        "--models",
+        nargs="+",
+        required=True,
+        metavar="MODEL",
+        help="safetensors files, or folders that save_pretrained wrote",
+    )
+    command.add_argument(
+        "--importances",
+        nargs="+",
+        required=True,
+        metavar="STATE",
+        help="for each model, the file that MAS.save or EWC.save wrote",
+    )
+    command.add_argument("--out", required=True, help="the safetensors file to write")
+    command.add_argument(
+        "--weights",
+        nargs="+",
+        type=float,
+        metavar="W",
+        help="how much each model counts (default: all the same)",
+    )
+
+
 def _strength(word: str) -> float | str:
     """λ from the command line: a number, or ``auto``."""
     return word if word == "auto" else float(word)
@@ -135,6 +170,16 @@ def _demo(arguments: argparse.Namespace) -> int:
     except (ImportError, OSError, RuntimeError) as error:
         return _fail(str(error))
     show(run, out)
+    return 0
+
+
+def _merge(arguments: argparse.Namespace) -> int:
+    models, out = arguments.models, arguments.out
+    try:
+        merge(models, arguments.importances, weights=arguments.weights, out=out)
+    except (OSError, TypeError, ValueError) as error:
+        return _fail(str(error))
+    print(f"{out}: {len(models)} models, merged")
     return 0
 
 

@@ -50,17 +50,39 @@ def write(
         fetch: returns the tensor of a name, if ``tensors`` only have shapes and dtypes.
     """
     text = json.dumps(settings)
-    fetch = fetch or tensors.__getitem__
-    header, places = _layout(text, tensors)
     digest = _Digest(text)
+    header, places = _layout({"state": text, "sha256": _UNKNOWN}, tensors)
     with replacing(path) as file:
-        file.write(header)
-        for name in sorted(tensors):
-            tensor = fetch(name).detach().cpu().contiguous()
-            digest.add(name, tensor)
-            file.seek(len(header) + places[name])
-            file.write(_content(tensor))
+        _put(file, header, places, fetch or tensors.__getitem__, digest.add)
         _put_checksum(file, header, digest)
+
+
+def write_model(
+    path: str | os.PathLike[str],
+    metadata: Mapping[str, str],
+    tensors: Mapping[str, Tensor],
+    fetch: Callable[[str], Tensor],
+) -> None:
+    """Like :func:`write`, a file as other programs expect it: without settings and checksum."""
+    header, places = _layout(metadata, tensors)
+    with replacing(path) as file:
+        _put(file, header, places, fetch)
+
+
+def _put(
+    file: BinaryIO,
+    header: bytes,
+    places: Mapping[str, int],
+    fetch: Callable[[str], Tensor],
+    written: Callable[[str, Tensor], None] = lambda name, tensor: None,
+) -> None:
+    """Writes the header and the tensors, in the order of names; reports each to ``written``."""
+    file.write(header)
+    for name in sorted(places):
+        tensor = fetch(name).detach().cpu().contiguous()
+        written(name, tensor)
+        file.seek(len(header) + places[name])
+        file.write(_content(tensor))
 
 
 def read(
@@ -124,9 +146,11 @@ def _content(tensor: Tensor) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
-def _layout(text: str, tensors: Mapping[str, Tensor]) -> tuple[bytes, dict[str, int]]:
+def _layout(
+    metadata: Mapping[str, str], tensors: Mapping[str, Tensor]
+) -> tuple[bytes, dict[str, int]]:
     """The header of a safetensors file, and each tensor's offset after it."""
-    entries: dict[str, Any] = {"__metadata__": {"state": text, "sha256": _UNKNOWN}}
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     places, end = {}, 0
     for name in _by_alignment(tensors):
         tensor = tensors[name]

@@ -9,6 +9,9 @@ from importlib import util
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_model
+from torch import nn
 
 import mas_ext
 from mas_ext import cli
@@ -45,6 +48,8 @@ def test_info_without_rich(capsys, monkeypatch) -> None:
         ("demo --budget 0", "budget"),
         ("demo --lambda strong", "--lambda"),
         (f"demo --out {__file__}", "folder"),
+        ("merge --models a b --importances c d", "--out"),
+        ("merge --models a --importances b --out c --weights heavy", "'heavy'"),
     ],
 )
 def test_bad_arguments_exit_with_2(words: str, named: str, capsys) -> None:
@@ -90,6 +95,27 @@ def test_demo_without_its_packages(capsys, monkeypatch) -> None:
     _hide(monkeypatch, "mlxtend")
     assert cli.main(["demo"]) == 1
     assert 'the demo needs mlxtend: run  pip install "mas_ext[demo]"' in capsys.readouterr().err
+
+
+def test_merge(tmp_path: Path, capsys) -> None:
+    models, states = ([str(tmp_path / f"{kind}{i}") for i in range(2)] for kind in ("model", "mas"))
+    for path, state in zip(models, states, strict=True):
+        model = nn.Linear(3, 2)
+        save_model(model, path)
+        mas = mas_ext.MAS(model)
+        mas.consolidate([torch.randn(4, 3)])
+        mas.save(state)
+    out = str(tmp_path / "merged")
+    words = ["merge", "--models", *models, "--importances", *states, "--out", out]
+    assert cli.main([*words, "--weights", "1", "2.5"]) == 0
+    assert out in capsys.readouterr().out
+    merged = load_file(out)
+    expected = mas_ext.merge(models, states, weights=[1, 2.5])
+    assert all(torch.equal(merged[name], expected[name]) for name in expected)
+    assert cli.main([*words, "--weights", "1"]) == 1
+    assert "weights" in capsys.readouterr().err
+    assert cli.main([word.replace("mas1", "mas2") for word in words]) == 1
+    assert "mas2" in capsys.readouterr().err
 
 
 def test_bench_runs_the_package_of_the_working_directory(

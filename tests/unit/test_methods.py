@@ -152,7 +152,7 @@ def test_a_saved_state_goes_on_to_the_same_bits(tmp_path, method, load, budget):
     other = copy.deepcopy(model)
     second = method(other, budget=budget)
     load(first, second, tmp_path)
-    for model, regularizer in ((model, first), (other, second)):
+    for regularizer in (first, second):
         regularizer.update_importance(PAIRS)
         regularizer.consolidate()
         move(model)
@@ -169,7 +169,7 @@ def test_a_saved_state_goes_on_to_the_same_bits(tmp_path, method, load, budget):
 )
 def test_copies_and_pickles(method, copied):
     model, regularizer = learned(method, budget=0.05)
-    other, its = copied((model, regularizer))
+    _, its = copied((model, regularizer))
     assert type(its) is method
     assert repr(its).startswith(method.__name__)
     assert_states_equal(its.state_dict(), regularizer.state_dict())
