@@ -152,10 +152,10 @@ def test_a_saved_state_goes_on_to_the_same_bits(tmp_path, method, load, budget):
     other = copy.deepcopy(model)
     second = method(other, budget=budget)
     load(first, second, tmp_path)
-    for regularizer in (first, second):
+    for trained, regularizer in ((model, first), (other, second)):
         regularizer.update_importance(PAIRS)
         regularizer.consolidate()
-        move(model)
+        move(trained)
         regularizer.consolidate(PAIRS)
         regularizer.add_penalty_grad_()
     assert_states_equal(plain_state(second), plain_state(first))
