@@ -361,7 +361,7 @@ def _difference(value: float) -> str:
 
 
 def drift(found: Results) -> list[Table]:
-    return [_recipes(found), _limits(found)]
+    return [_recipes(found), _methods(found), _limits(found)]
 
 
 def _recipes(found: Results) -> Table:
@@ -375,10 +375,7 @@ def _recipes(found: Results) -> Table:
         row += [value, _points(problem["lambda"][value])]
         row += [_difference(summary.gain(problem, name)) for name in summary.RECIPES]
         rows.append(row)
-    judged = [problem for name, problem in found.items() if name not in CHOSEN_ON]
-    rows.append(["mean", "", "", "", "", *_means(found.values())])
-    if judged:
-        rows.append(["mean without *", "", "", "", "", *_means(judged)])
+    rows += _mean_rows(found, ["", "", "", ""], summary.RECIPES)
     close = sum(summary.gain(problem) >= -summary.CLOSE for problem in found.values())
     above = sum(summary.over_fine_tuning(problem) >= 0 for problem in found.values())
     note = (
@@ -393,11 +390,33 @@ def _recipes(found: Results) -> Table:
     return Table(title, headings, rows, note=note)
 
 
-def _means(problems: Iterable[Result]) -> list[str]:
-    problems = list(problems)
+def _methods(found: Results) -> Table:
+    """A row per problem: the default recipe, and settling alone, with each method's Ω."""
+    names = tuple(summary.METHODS.values())
+    rows = [
+        [problem["title"] + (" *" if name in CHOSEN_ON else "")]
+        + [_difference(summary.gain(problem, each)) for each in names]
+        for name, problem in found.items()
+    ]
+    title = (
+        "The same budget with other Ω: accuracy minus that of the best λ of MAS, in percentage "
+        "points. EWC has the exact Fisher information; L2-SP has Ω = 1."
+    )
+    return Table(title, ["", *summary.METHODS], [*rows, *_mean_rows(found, [], names)])
+
+
+def _mean_rows(found: Results, empty: list[str], names: Iterable[str]) -> list[list[str]]:
+    """Means over all problems, and over those that judge the default."""
+    judged = [problem for name, problem in found.items() if name not in CHOSEN_ON]
+    kinds = {"mean": list(found.values()), "mean without *": judged}
     return [
-        _difference(statistics.mean(summary.gain(problem, name) for problem in problems))
-        for name in summary.RECIPES
+        [
+            title,
+            *empty,
+            *(_difference(statistics.mean(summary.gain(p, each) for p in some)) for each in names),
+        ]
+        for title, some in kinds.items()
+        if some
     ]
 
 

@@ -12,7 +12,15 @@ from benchmarks.measure import deviation
 FREE = "fine-tuning"
 BOTH = "both"  # the penalty in training, and settling: the default recipe
 RECIPES = ("auto", "penalty", "settling", "interpolation", BOTH)
-OTHERS = ("L2-SP", "EWC", "EWC settling")  # the same recipes with other Ω
+# What each Ω gives with a recipe: heading → the name in the results.
+METHODS = {
+    "L2-SP, both": "L2-SP",
+    "EWC, both": "EWC",
+    "MAS, both": BOTH,
+    "L2-SP, settling": "interpolation",
+    "EWC, settling": "EWC settling",
+    "MAS, settling": "settling",
+}
 CLOSE = 0.01  # goal: the default recipe's accuracy is at most that much below the best λ's
 Runs = Sequence[Mapping[str, Any] | None]  # a run per seed; None: did not stay finite
 
