@@ -42,25 +42,26 @@ METHODS: dict[str, Method] = {
     "finetune": Method("Fine-tuning", "goes on training; nothing is held in place"),
     "l2sp": Method(
         "L2-SP",
-        "holds all parameters alike; settling is interpolation with the old ones (WiSE-FT)",
+        "a proximal step holds all parameters alike; settling is interpolation with the old ones "
+        "(WiSE-FT)",
         mas_ext.L2SP,
     ),
     "ewc": Method(
         "EWC",
-        "holds each parameter as firmly as the predicted probabilities depend on it",
+        "a proximal step holds each parameter as firmly as the probabilities depend on it",
         mas_ext.EWC,
         settings=("state_dtype",),
         measures=True,
     ),
     "mas_proximal": Method(
         "MAS, proximal",
-        "holds each parameter as firmly as the output depends on it",
+        "a proximal step holds each parameter as firmly as the output depends on it",
         strength="lambda_proximal",
         **_MAS,
     ),
     "mas": Method(
         "MAS, gradient",
-        "the same penalty, whose gradient joins the loss’s before the optimizer’s step",
+        "the penalty of MAS as a gradient, which joins the loss’s before the optimizer’s step",
         mode="gradient",
         strength="lambda_reg",
         **_MAS,

@@ -152,7 +152,7 @@ def learning_curves(run: Run) -> Figure:
         "Task 1, as later tasks are learned": metrics.first_task_accuracy,
     }
     with matplotlib.rc_context(STYLE):
-        figure = _figure(10.5, 3.7)
+        figure = _figure(10.5, 4.0)
         axes = figure.subplots(1, 2, sharey=True)
         for ax, (title, curve) in zip(axes, panels.items(), strict=True):
             for method, outcome in run.outcomes.items():
@@ -175,7 +175,10 @@ def learning_curves(run: Run) -> Figure:
             ax.grid(axis="y")
             ax.spines[["left"]].set_visible(False)
         axes[0].set_ylabel("test accuracy")
-        axes[0].legend(frameon=False, loc="lower left")
+        lines = axes[0].get_legend_handles_labels()
+        figure.legend(
+            *lines, frameon=False, loc="outside lower center", ncols=len(METHODS), handlelength=3.5
+        )
     return figure
 
 
@@ -212,7 +215,7 @@ def _draw_by_step(ax: Axes, run: Run, method: str, name: str) -> None:
         ax.plot(steps, values, color=COLOURS[method], linewidth=1.3)
         ax.axvline(start, color=GRID, linewidth=1, zorder=0)
     ax.set_yscale("log")
-    ax.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.yaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k" if x >= 1000 else f"{x:g}")
     ax.minorticks_off()
     ax.set_xlim(ends[0], ends[-1])
