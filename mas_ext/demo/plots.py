@@ -215,7 +215,7 @@ def _draw_by_step(ax: Axes, run: Run, method: str, name: str) -> None:
         ax.plot(steps, values, color=COLOURS[method], linewidth=1.3)
         ax.axvline(start, color=GRID, linewidth=1, zorder=0)
     ax.set_yscale("log")
-    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
     ax.yaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k" if x >= 1000 else f"{x:g}")
     ax.minorticks_off()
     ax.set_xlim(ends[0], ends[-1])
