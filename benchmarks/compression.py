@@ -77,8 +77,8 @@ def quality(model: nn.Module, omega: Omega, state_dtype: str) -> dict[str, float
 def of_learning(options: Options) -> Result:
     """The demo's tasks with every state dtype, once per seed."""
     from mas_ext.demo import Settings
-    from mas_ext.demo.learning import METHODS as LEARNERS
     from mas_ext.demo.learning import learn
+    from mas_ext.demo.methods import METHODS as LEARNERS
     from mas_ext.demo.metrics import average_accuracy, forgetting
     from mas_ext.demo.run import tasks_of
 

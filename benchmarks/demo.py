@@ -15,7 +15,7 @@ QUICK = {"tasks": 2, "epochs": 1}
 def _run(options: Options) -> Iterator[tuple[str, Result]]:
     """Permuted digits with the default settings, once per seed; a quick run has two short tasks."""
     from mas_ext.demo import Settings, run_demo
-    from mas_ext.demo.learning import METHODS
+    from mas_ext.demo.methods import METHODS
 
     short = QUICK if options.quick else {}
     runs = {}

@@ -61,7 +61,7 @@ def _add_demo(commands: Any) -> None:
     demo = commands.add_parser(
         "demo",
         help="learn a sequence of tasks with and without MAS, and write a report",
-        description="Learns tasks in turn with fine-tuning, interpolation and MAS, and writes "
+        description="Learns tasks in turn with fine-tuning, L2-SP, EWC and MAS, and writes "
         "results.json, accuracy.png, drift.png, importance.png, estimators.png and report.html.",
         argument_default=argparse.SUPPRESS,  # the defaults are those of Settings
     )
@@ -85,8 +85,8 @@ def _add_demo(commands: Any) -> None:
         "--lambda",
         dest="lambda_reg",
         type=_strength,
-        help="a fixed λ for MAS, or auto: from drift, without a budget (default: as the budget "
-        "needs it)",
+        help="a fixed λ for MAS in gradient mode, or auto: from drift, without a budget (default: "
+        "as the budget needs it)",
     )
     demo.add_argument("--lambda-proximal", type=_strength, help="the same for MAS's proximal step")
     demo.add_argument(
@@ -108,7 +108,7 @@ def _add_demo(commands: Any) -> None:
         "--methods",
         nargs="+",
         metavar="METHOD",
-        help="any of finetune, interpolated, mas, mas_proximal (default: all)",
+        help="any of finetune, l2sp, ewc, mas_proximal, mas (default: all)",
     )
     demo.add_argument("--out", default="mas-demo", help="folder for the report (default: mas-demo)")
     demo.add_argument("--quiet", action="store_true", default=False, help="no progress bars")

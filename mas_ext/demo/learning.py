@@ -1,4 +1,4 @@
-"""The network, the methods, and the loop in which each method learns the tasks in turn."""
+"""The network, and the loop in which each method learns the tasks in turn."""
 
 from __future__ import annotations
 
@@ -7,18 +7,20 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import Adam, Optimizer
 
-import mas_ext
 from mas_ext import DriftRecord, Settled
 from mas_ext.demo.data import CLASSES, PIXELS
+from mas_ext.demo.methods import METHODS, Method
 from mas_ext.demo.scenarios import Task
 from mas_ext.demo.settings import Settings
 from mas_ext.importance.batches import Forward
+from mas_ext.quadratic import QuadraticRegularizer
 
 HIDDEN = 256
 Batches = list[tuple[Tensor, Tensor]]
@@ -26,137 +28,61 @@ Batches = list[tuple[Tensor, Tensor]]
 Tick = Callable[[str, int], None]
 
 
-class FineTuning:
-    """Fine-tuning without protection: the baseline of the comparison, and base of all methods."""
+class Learner:
+    """A method at work on one model."""
 
-    label = "Fine-tuning"
-    measures = False  # whether the method has an Ω
-
-    def __init__(self, model: nn.Module, settings: Settings) -> None:
-        self.model = model
-        self.settings = settings
+    def __init__(self, method: Method, model: nn.Module, settings: Settings) -> None:
+        self.method = method
+        self.regularizer: QuadraticRegularizer | None = None
+        if method.regularizer is not None:
+            strength = getattr(settings, method.strength) if method.strength else None
+            self.regularizer = method.regularizer(
+                model,
+                strength,
+                budget=settings.budget if strength is None else None,
+                **{name: getattr(settings, name) for name in method.settings},
+            )
 
     def begin_task(self, optimizer: Optimizer) -> None:
-        """Called before each task with the optimizer that will learn it."""
+        """Makes the penalty act in every step of the optimizer that will learn the task."""
+        if self.regularizer is not None:
+            self.regularizer.attach(optimizer, mode=self.method.mode)
 
     def settle(self) -> Settled | None:
-        """Called after the training of each task; None for a method without a budget."""
-        return None
+        """After training: moves the parameters back until within the budget, if there is one."""
+        if self.regularizer is None or self.regularizer.budget is None:
+            return None
+        return self.regularizer.settle()
 
     def trace(self) -> list[DriftRecord]:
         """The measurements of the drift during the present task."""
-        return []
+        if self.regularizer is None:
+            return []
+        now = self.regularizer.num_tasks
+        return [one for one in self.regularizer.drift_trace if one.task == now]
 
     def end_task(self, task: Task, batches: Batches, tick: Tick) -> None:
-        """Called after each task with the batches on which to measure Ω."""
+        """Measures Ω on the task's images, if the method has one, and takes θ* ← θ."""
+        if self.regularizer is None:
+            return
+        options: dict[str, Any] = {"forward": forward_of(task)}
+        if self.method.measures:
+            options["progress"] = steps(tick, "measuring Ω")
+        self.regularizer.consolidate([images for images, _ in batches], **options)
 
     def importance(self) -> dict[str, Tensor]:
-        """A copy of Ω by parameter name; empty for a method without Ω."""
-        return {}
+        """A copy of Ω of all tasks so far by parameter name; empty if it is not measured."""
+        if self.regularizer is None or not self.method.measures:
+            return {}
+        return {name: omega.clone() for name, omega in self.regularizer.importance.items()}
 
     def lambda_reg(self) -> float | None:
-        """λ for the next task; None for a method without λ."""
-        return None
-
-
-class Interpolated(FineTuning):
-    """Fine-tuning, then back on the straight line to the old parameters until within the budget.
-
-    This is WiSE-FT (Wortsman et al., CVPR 2022) with the share of the old parameters found by
-    measuring: a baseline that needs neither λ nor Ω.
-    """
-
-    label = "Interpolated"
-
-    def __init__(self, model: nn.Module, settings: Settings) -> None:
-        super().__init__(model, settings)
-        self.mas = mas_ext.MAS(model, budget=settings.budget)  # never attached: no penalty
-
-    def settle(self) -> Settled | None:
-        """Interpolates between the parameters after and before the task."""
-        return self.mas.settle(weights="uniform")
-
-    def end_task(self, task: Task, batches: Batches, tick: Tick) -> None:
-        """Keeps references of the task, and takes θ* ← θ."""
-        images = [images for images, _ in batches]
-        # A MAS cannot end a task without an Ω, so it gets one that costs little and is not used.
-        self.mas.consolidate(
-            images[:1], estimator="batch", reference=images, forward=forward_of(task)
-        )
-
-
-class Mas(FineTuning):
-    """Memory Aware Synapses: adds the penalty's gradient to the loss's before the step."""
-
-    label = "MAS"
-    measures = True
-    mode = "gradient"
-
-    def __init__(self, model: nn.Module, settings: Settings) -> None:
-        super().__init__(model, settings)
-        strength = self.strength(settings)
-        self.mas = mas_ext.MAS(
-            model,
-            strength,
-            budget=settings.budget if strength is None else None,
-            drift=settings.drift,
-            state_dtype=settings.state_dtype,
-        )
-
-    def begin_task(self, optimizer: Optimizer) -> None:
-        """Attaches MAS to the optimizer."""
-        self.mas.attach(optimizer, mode=self.mode)
-
-    def strength(self, settings: Settings) -> float | str | None:
-        """This mode's λ, as it was set; None: it follows the budget."""
-        return settings.lambda_reg
-
-    def lambda_reg(self) -> float:
-        """This mode's λ, as it is."""
-        return float(self.mas.lambda_reg)  # type: ignore[arg-type]
-
-    def settle(self) -> Settled | None:
-        """Moves the parameters back towards θ*, the more important ones further."""
-        return None if self.mas.budget is None else self.mas.settle()
-
-    def trace(self) -> list[DriftRecord]:
-        """The measurements of the drift during the present task."""
-        return [one for one in self.mas.drift_trace if one.task == self.mas.num_tasks]
-
-    def end_task(self, task: Task, batches: Batches, tick: Tick) -> None:
-        """Measures the exact Ω on the task's images, merges it, and takes θ* ← θ."""
-        self.mas.consolidate(
-            [images for images, _ in batches],
-            forward=forward_of(task),
-            progress=steps(tick, "measuring Ω"),
-        )
-
-    def importance(self) -> dict[str, Tensor]:
-        """Ω of all tasks so far."""
-        return {name: omega.clone() for name, omega in self.mas.importance.items()}
-
-
-class MasProximal(Mas):
-    """MAS with a proximal step after the optimizer's step, which is stable for every λ."""
-
-    label = "MAS, proximal"
-    mode = "proximal"
-
-    def strength(self, settings: Settings) -> float | str | None:
-        """This mode's λ, as it was set; None: it follows the budget."""
-        return settings.lambda_proximal
-
-    def lambda_reg(self) -> float:
-        """This mode's λ, as it is."""
-        return float(self.mas.lambda_proximal)  # type: ignore[arg-type]
-
-
-METHODS: dict[str, type[FineTuning]] = {
-    "finetune": FineTuning,
-    "interpolated": Interpolated,
-    "mas": Mas,
-    "mas_proximal": MasProximal,
-}
+        """λ for the next task, in this method's mode; None for a method without λ."""
+        if self.regularizer is None:
+            return None
+        is_proximal = self.method.mode == "proximal"
+        found = self.regularizer.lambda_proximal if is_proximal else self.regularizer.lambda_reg
+        return float(found)  # type: ignore[arg-type]
 
 
 @dataclass
@@ -170,7 +96,7 @@ class Outcome:
         lambdas: λ after each task; None for a method without λ.
         drifts: for each task, the drift before and after settling; None without a budget.
         trace: the measurements of the drift during all tasks; empty if no λ follows a budget.
-        importance: for each task, Ω by parameter name after it; empty for a method without Ω.
+        importance: for each task, Ω by parameter name after it; empty if it is not measured.
         first_network: a copy of the network after the first task.
     """
 
@@ -187,12 +113,12 @@ class Outcome:
 def learn(method: str, tasks: list[Task], settings: Settings, tick: Tick) -> Outcome:
     """Learns the tasks in turn with one method, and tests on all tasks after each."""
     model = make_model(settings.seed)
-    learner = METHODS[method](model, settings)
+    learner = Learner(METHODS[method], model, settings)
     outcome = Outcome()
     for number, task in enumerate(tasks):
         start = time.perf_counter()
         # A new optimizer for each task: moments of the last task mean nothing for this one.
-        optimizer = Adam(model.parameters(), lr=settings.lr or 0.0)
+        optimizer = Adam(model.parameters(), lr=settings.lr or 0.0, fused=True)
         learner.begin_task(optimizer)
         train(model, optimizer, task, number, settings, tick)
         outcome.trace += learner.trace()

@@ -15,29 +15,41 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import LogLocator
 
+import mas_ext
 from mas_ext._drift.budget import DEFAULT_LIMIT, SLACK
 from mas_ext.demo import comparison, metrics
 from mas_ext.demo.data import SIDE
-from mas_ext.demo.learning import METHODS
+from mas_ext.demo.methods import METHODS
 from mas_ext.demo.results import Run
 
 INK, MUTED, GRID = "#1d2433", "#667085", "#d9dde5"
+# Colours that most colour-blind readers tell apart (after Okabe and Ito), and for those who do not,
+# and on paper, a marker and a line style each.
 COLOURS = {
-    "finetune": "#d1495b",
-    "interpolated": "#b9770e",
-    "mas": "#2f6fde",
-    "mas_proximal": "#12876f",
+    "finetune": "#d55e00",
+    "l2sp": "#dc9a00",
+    "ewc": "#a3458f",
+    "mas_proximal": "#0b8f6a",
+    "mas": "#1f5fbf",
+}
+MARKERS = {"finetune": "o", "l2sp": "s", "ewc": "v", "mas_proximal": "^", "mas": "D"}
+LINES: dict[str, Any] = {
+    "finetune": (0, (1, 1.2)),
+    "l2sp": (0, (6, 1.5, 1, 1.5)),
+    "ewc": (0, (2.5, 1.2)),
+    "mas_proximal": "-",
+    "mas": (0, (6, 1.5)),
 }
 THEMED = {INK: "--ink", MUTED: "--muted", GRID: "--line"} | {
     colour: f"--{method.replace('_', '-')}" for method, colour in COLOURS.items()
 }
-MARKERS = {"finetune": "o", "interpolated": "s", "mas": "D", "mas_proximal": "^"}
 ACCURACY = LinearSegmentedColormap.from_list(
     "accuracy", ["#f3e3d7", "#9db8dd", "#3f6fc0", "#1c3a80"]
 )
@@ -83,7 +95,7 @@ def accuracy_matrices(run: Run) -> Figure:
     seen = [r[np.tril_indices(len(r))].min() for r in matrices.values()]
     low = min(math.floor(min(seen) * 10) / 10, 0.9)
     with matplotlib.rc_context(STYLE):
-        figure = _figure(3.1 * len(matrices) + 0.9, 3.8)
+        figure = _figure(2.5 * len(matrices) + 0.9, 3.1)
         axes = figure.subplots(1, len(matrices), sharey=True, squeeze=False)[0]
         for ax, (method, matrix) in zip(axes, matrices.items(), strict=True):
             cells = _draw_matrix(ax, matrix, low)
@@ -140,7 +152,7 @@ def learning_curves(run: Run) -> Figure:
         "Task 1, as later tasks are learned": metrics.first_task_accuracy,
     }
     with matplotlib.rc_context(STYLE):
-        figure = _figure(10.5, 3.7)
+        figure = _figure(10.5, 4.0)
         axes = figure.subplots(1, 2, sharey=True)
         for ax, (title, curve) in zip(axes, panels.items(), strict=True):
             for method, outcome in run.outcomes.items():
@@ -149,8 +161,9 @@ def learning_curves(run: Run) -> Figure:
                     range(1, len(values) + 1),
                     values,
                     color=COLOURS[method],
+                    linestyle=LINES[method],
                     marker=MARKERS[method],
-                    markersize=5,
+                    markersize=6,
                     linewidth=2,
                     label=METHODS[method].label,
                 )
@@ -162,7 +175,10 @@ def learning_curves(run: Run) -> Figure:
             ax.grid(axis="y")
             ax.spines[["left"]].set_visible(False)
         axes[0].set_ylabel("test accuracy")
-        axes[0].legend(frameon=False, loc="lower left")
+        lines = axes[0].get_legend_handles_labels()
+        figure.legend(
+            *lines, frameon=False, loc="outside lower center", ncols=len(METHODS), handlelength=3.5
+        )
     return figure
 
 
@@ -176,6 +192,7 @@ def drift(run: Run) -> Figure:
         axes = figure.subplots(2, len(following), sharex=True, squeeze=False)
         for (above, below), method in zip(axes.T, following, strict=True):
             above.set_title(METHODS[method].label, loc="left", pad=20)
+            above.tick_params(labelleft=above is axes[0, 0])
             _draw_by_step(above, run, method, "drift")
             _draw_budget(above, run, method)
             _draw_by_step(below, run, method, "lambda_reg")
@@ -199,7 +216,7 @@ def _draw_by_step(ax: Axes, run: Run, method: str, name: str) -> None:
         ax.axvline(start, color=GRID, linewidth=1, zorder=0)
     ax.set_yscale("log")
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
-    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k" if x >= 1000 else f"{x:g}")
     ax.minorticks_off()
     ax.set_xlim(ends[0], ends[-1])
     ax.tick_params(which="both", length=0)
@@ -217,7 +234,7 @@ def _draw_budget(ax: Axes, run: Run, method: str) -> None:
     ax.plot(ends[1:], after, label="the task’s end, after settling", clip_on=False, **dots)
     for number, (start, end) in enumerate(pairwise(ends), start=2):
         middle, where = (start + end) / 2, ax.get_xaxis_transform()
-        ax.text(middle, 1.02, f"task {number}", transform=where, ha="center", color=MUTED)
+        ax.text(middle, 1.02, f"task {number}", transform=where, ha="center", color=MUTED, size=8)
 
 
 def _drift_range(run: Run, methods: list[str]) -> tuple[float, float]:
@@ -275,12 +292,11 @@ def importance(run: Run) -> Figure:
     with matplotlib.rc_context(STYLE):
         if not measured:
             return _empty("none of these methods measures Ω")
-        maps = pixel_maps(run, measured[0])
         figure = _figure(10.5, 5.6)
         grid = figure.add_gridspec(2, 1, height_ratios=[1.5, 1])
         top, bottom = figure.add_subfigure(grid[0]), figure.add_subfigure(grid[1])
         _draw_layers(top.subplots(), run, measured)
-        _draw_maps(bottom, maps, [task.name for task in run.tasks])
+        _draw_maps(bottom, run, pictured(run))
     return figure
 
 
@@ -288,9 +304,12 @@ def _draw_layers(ax: Axes, run: Run, measured: list[str]) -> None:
     """A thin bar from the 5th to the 95th percentile, a thick one between quartiles, the mean."""
     names = list(run.outcomes[measured[0]].importance[-1])
     for row, method in enumerate(measured):
-        shift = 0.3 * (row - (len(measured) - 1) / 2)
-        for y, omega in enumerate(run.outcomes[method].importance[-1].values()):
-            values = omega.flatten().numpy()
+        shift = 0.26 * (row - (len(measured) - 1) / 2)
+        layers = [omega.flatten() for omega in run.outcomes[method].importance[-1].values()]
+        unit = float(torch.cat(layers).mean()) or 1.0
+        for y, omega in enumerate(layers):
+            values = (omega / unit).numpy()
+            mean = values.mean()
             values = values[values > 0]
             if not len(values):
                 continue
@@ -307,7 +326,7 @@ def _draw_layers(ax: Axes, run: Run, measured: list[str]) -> None:
             )
             ax.plot(p50, y + shift, marker="|", color=colour, markersize=9, markeredgewidth=2)
             ax.plot(
-                omega.mean(),
+                mean,
                 y + shift,
                 marker=MARKERS[method],
                 color=colour,
@@ -321,12 +340,19 @@ def _draw_layers(ax: Axes, run: Run, measured: list[str]) -> None:
     ax.tick_params(which="both", length=0)
     ax.grid(axis="x")
     ax.spines[["left", "bottom"]].set_visible(False)
-    ax.set_title("Importance Ω of each layer after the last task", loc="left")
+    ax.set_title("Importance of each layer after the last task", loc="left")
     ax.set_xlabel(
-        "Ω (log scale) · line: 5th to 95th percentile of those above 0 · bar: middle half, with "
-        "the median · marker: mean"
+        "Ω / mean of the method’s Ω (log scale) · line: 5th to 95th percentile of those above 0 · "
+        "bar: middle half, with the median · marker: mean"
     )
-    ax.legend(frameon=False, loc="lower left")
+    ax.legend(frameon=False, loc="upper right")
+
+
+def pictured(run: Run) -> str:
+    """The method whose Ω the maps show: MAS if it is among them; empty if none measures Ω."""
+    measured = [method for method in run.outcomes if METHODS[method].measures]
+    of_mas = [method for method in measured if METHODS[method].regularizer is mas_ext.MAS]
+    return next(iter(of_mas or measured), "")
 
 
 def pixel_maps(run: Run, method: str) -> list[np.ndarray]:
@@ -338,8 +364,9 @@ def pixel_maps(run: Run, method: str) -> list[np.ndarray]:
     return [after - before for before, after in pairwise([0 * totals[0], *totals])]
 
 
-def _draw_maps(figure: Any, maps: list[np.ndarray], names: list[str]) -> None:
-    maps = maps[:MOST_MAPS]
+def _draw_maps(figure: Any, run: Run, method: str) -> None:
+    maps = pixel_maps(run, method)[:MOST_MAPS]
+    names = [task.name for task in run.tasks]
     axes = figure.subplots(1, max(len(maps), 5), squeeze=False)[0]
     brightest = max(m.max() for m in maps) or 1.0
     for ax in axes:
@@ -350,7 +377,8 @@ def _draw_maps(figure: Any, maps: list[np.ndarray], names: list[str]) -> None:
             f"{number + 1} · {names[number]}", fontsize=9, fontweight="normal", color=MUTED
         )
     figure.suptitle(
-        "Importance of each input pixel in the first layer, as each task added it",
+        f"{METHODS[method].label}: importance of each input pixel in the first layer, as each "
+        "task added it",
         x=0.008,
         ha="left",
         fontsize=11,

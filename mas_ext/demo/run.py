@@ -11,7 +11,8 @@ import torch
 
 from mas_ext.demo import comparison, plots, report, sweep
 from mas_ext.demo.data import load_digits
-from mas_ext.demo.learning import METHODS, Outcome, learn
+from mas_ext.demo.learning import Outcome, learn
+from mas_ext.demo.methods import METHODS
 from mas_ext.demo.progress import bars
 from mas_ext.demo.results import Run
 from mas_ext.demo.scenarios import Task, make_tasks

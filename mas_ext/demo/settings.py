@@ -10,11 +10,11 @@ from typing import Any
 from mas_ext._drift.budget import DEFAULT_LIMIT
 from mas_ext._strength.auto import DEFAULT_DRIFT
 from mas_ext._strength.strength import AUTO
+from mas_ext.demo.methods import METHODS
 from mas_ext.precision import check_state_dtype
 
 SCENARIOS = ("permuted", "rotated", "split")
 DATA = ("bundled", "torchvision")
-METHODS = ("finetune", "interpolated", "mas", "mas_proximal")
 MAX_TASKS = {"permuted": 100, "rotated": 18, "split": 5}
 
 # The defaults for settings that are None. Rotations interfere with each other more than
@@ -40,17 +40,17 @@ class Settings:
         budget: how far each task may change what was learned before it, in nats per prediction.
         lambda_reg: λ of MAS in gradient mode. None: λ follows the budget. A number, or ``"auto"``
             for a λ that is found from ``drift`` when a task ends: without a budget.
-        lambda_proximal: the same for the proximal step. This λ is far larger, since Adam rescales a
-            penalty's gradient, but not the proximal step, which is taken with the plain learning
-            rate.
+        lambda_proximal: the same for MAS's proximal step. This λ is far larger, since Adam rescales
+            a penalty's gradient, but not the proximal step, which is taken with the plain learning
+            rate. The λ of L2-SP and EWC always follow the budget.
         drift: for ``"auto"``: the fraction of the output's energy by which a new task may change
             old outputs. With a budget, λ begins there.
-        state_dtype: the dtype in which MAS stores Ω: ``"float32"``, ``"bfloat16"`` or ``"uint8"``.
+        state_dtype: the dtype of Ω in MAS and EWC: ``"float32"``, ``"bfloat16"`` or ``"uint8"``.
         importance_samples: the number of images per task to measure Ω on; None for all.
         seed: the seed of the initial parameters, the order of the images and the permutations.
-        sweep: whether to try the proximal step with several λ and several budgets as well.
-        methods: the methods to run, of ``finetune``, ``interpolated``, ``mas`` and
-            ``mas_proximal``.
+        sweep: whether to try MAS's proximal step with several λ and several budgets as well.
+        methods: the methods to run, of ``finetune``, ``l2sp``, ``ewc``, ``mas_proximal`` and
+            ``mas``.
 
     Raises:
         ValueError: a value is not allowed; the message names it and says which values are.
@@ -71,7 +71,7 @@ class Settings:
     importance_samples: int | None = None
     seed: int = 0
     sweep: bool = False
-    methods: tuple[str, ...] = METHODS
+    methods: tuple[str, ...] = tuple(METHODS)
 
     def __post_init__(self) -> None:
         _check_choice("scenario", self.scenario, SCENARIOS)
@@ -113,7 +113,7 @@ class Settings:
         given = asdict(self)
         if self.data == "bundled":
             del given["root"]
-        if self.methods == METHODS:
+        if self.methods == tuple(METHODS):
             del given["methods"]
         flags = ["--sweep"] if given.pop("sweep") else []
         words = [
@@ -140,7 +140,7 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 def _in_order(methods: tuple[str, ...]) -> tuple[str, ...]:
     for method in methods:
-        _check_choice("methods", method, METHODS)
+        _check_choice("methods", method, tuple(METHODS))
     if not methods:
         raise ValueError(f"methods is empty; use any of {', '.join(map(repr, METHODS))}")
     return tuple(method for method in METHODS if method in methods)

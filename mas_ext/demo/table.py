@@ -8,7 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from mas_ext.demo.learning import METHODS
+from mas_ext.demo.methods import METHODS
 from mas_ext.demo.run import Run
 
 

@@ -64,11 +64,11 @@ def test_demo(tmp_path: Path, capsys) -> None:
     words = (
         "demo --scenario split --data bundled --tasks 2 --epochs 1 --lambda 0.5 --budget 0.2 "
         "--lambda-proximal 20 --batch-size 100 --importance-samples 32 --seed 3 "
-        "--drift 0.3 --methods mas mas_proximal finetune"
+        "--drift 0.3 --methods mas l2sp ewc mas_proximal finetune"
     )
     assert cli.main([*words.split(), "--out", str(tmp_path / "new")]) == 0
     results = json.loads((tmp_path / "new" / "results.json").read_text("utf-8"))
-    assert list(results["methods"]) == ["finetune", "mas", "mas_proximal"]
+    assert list(results["methods"]) == ["finetune", "l2sp", "ewc", "mas_proximal", "mas"]
     expected = {"lambda_reg": 0.5, "budget": 0.2, "lambda_proximal": 20, "batch_size": 100}
     assert expected.items() <= results["settings"].items()
     out = capsys.readouterr().out
@@ -87,7 +87,7 @@ def test_the_reported_command_repeats_the_run() -> None:
         {"lambda_proximal": 3.0},
         {"sweep": True},
     ):
-        settings = Settings("rotated", tasks=3, seed=7, methods=("interpolated", "mas"), **strength)
+        settings = Settings("rotated", tasks=3, seed=7, methods=("l2sp", "mas"), **strength)
         assert cli.demo_settings(settings.command().split()[1:]) == settings
 
 

@@ -14,16 +14,17 @@ import torch
 pytest.importorskip("mlxtend", reason="needs mas_ext[demo]")
 
 from mas_ext import estimate_importance
-from mas_ext.demo import Run, Settings, comparison, metrics, run_demo, sweep
+from mas_ext.demo import Run, Settings, comparison, metrics, plots, run_demo, sweep
 from mas_ext.demo.data import Digits, load_digits, split_by_class
 from mas_ext.demo.learning import (
-    METHODS,
     accuracy,
     forward_of,
     make_model,
     measured_batches,
     within,
 )
+from mas_ext.demo.methods import METHODS
+from mas_ext.demo.report import headline
 from mas_ext.demo.scenarios import make_tasks, permutations, rotate
 from tests.support.regularizers import assert_refused, refusal
 
@@ -56,7 +57,7 @@ def test_results_have_the_documented_form(run: Run, folder: Path) -> None:
     assert results == json.loads(json.dumps(run.results))
     assert results["scenario"] == "permuted"
     assert results["settings"]["tasks"] == 2
-    assert list(results["methods"]) == ["finetune", "interpolated", "mas", "mas_proximal"]
+    assert list(results["methods"]) == ["finetune", "l2sp", "ewc", "mas_proximal", "mas"]
     for numbers in results["methods"].values():
         assert set(numbers) >= NUMBERS
         matrix = numbers["accuracy_matrix"]
@@ -70,10 +71,12 @@ def test_the_first_task_is_the_same_for_all(run: Run) -> None:
     # Same start, same batches, and nothing to protect yet.
     first = [outcome.accuracy_matrix[0] for outcome in run.outcomes.values()]
     assert all(row == first[0] for row in first)
-    omegas = [outcome.importance[0] for outcome in run.outcomes.values() if outcome.importance[0]]
-    assert len(omegas) == 2
-    for name, omega in omegas[0].items():
-        torch.testing.assert_close(omega, omegas[1][name], rtol=0, atol=0)
+    measured = [name for name, outcome in run.outcomes.items() if outcome.importance[0]]
+    assert measured == ["ewc", "mas_proximal", "mas"]
+    of_ewc, *of_mas = [run.outcomes[name].importance[0] for name in measured]
+    for name, omega in of_mas[0].items():
+        torch.testing.assert_close(omega, of_mas[1][name], rtol=0, atol=0)
+        assert not torch.allclose(omega, of_ewc[name])
 
 
 def test_mas_remembers_more_than_fine_tuning(run: Run) -> None:
@@ -90,7 +93,7 @@ def test_every_method_with_a_budget_keeps_it(run: Run) -> None:
             assert (first.before, first.after) == (0, 0)
             assert 0 < last.after <= QUICK.budget
             assert numbers["drift"][1] == [last.before, last.after]
-        assert bool(outcome.trace) == METHODS[method].measures
+        assert bool(outcome.trace) == (last is not None)
         if outcome.trace:  # with its own λ, and not that of the other mode
             assert outcome.trace[0].lambda_reg == pytest.approx(outcome.lambdas[0])
 
@@ -126,7 +129,7 @@ def test_global_state_stays(digits: tuple[Digits, Digits]) -> None:
             "lambda_proximal": 20.0,
             "methods": ("mas", "mas_proximal"),
         },
-        {"tasks": 1, "methods": ("interpolated",)},
+        {"tasks": 1, "methods": ("l2sp",)},
     ],
     ids=str,
 )
@@ -142,10 +145,11 @@ def test_other_scenarios_run_and_report(options: dict, tmp_path: Path) -> None:
     assert settings.command() in re.sub(r"</?span>", "", page)
     fixed = settings.lambda_reg is not None
     assert ("λ, MAS" in page) == fixed
+    assert ("What was held in place" in page) == (settings.methods != ("l2sp",))
     assert ("How far it drifted" in page) == (not fixed and settings.tasks > 1)
     assert not fixed or not any("drift" in one for one in done.results["methods"].values())
     if settings.tasks == 1:
-        numbers = done.results["methods"]["interpolated"]
+        numbers = done.results["methods"]["l2sp"]
         assert numbers["forgetting"] == numbers["backward_transfer"] == 0
         assert numbers["average_accuracy"] == numbers["accuracy_matrix"][0][0]
 
@@ -173,6 +177,60 @@ def test_report_says_what_matters(run: Run, folder: Path) -> None:
     assert QUICK.command() in re.sub(r"</?span>", "", page)
     assert run.results["versions"]["torch"] in page
     assert page.count("<svg") == 6
+    assert headline(run) in page
+
+
+#: The accuracies of methods, and what the report then says of MAS.
+SAID = {
+    "ahead": (
+        {"finetune": 0.5, "l2sp": 0.6, "ewc": 0.7, "mas_proximal": 0.8, "mas": 0.9},
+        "With the same kind of step, MAS is 10.0 points ahead of EWC, the best of the others.",
+    ),
+    "ahead for its step": (
+        {"finetune": 0.5, "ewc": 0.8, "mas_proximal": 0.805, "mas": 0.9},
+        "With the same kind of step, MAS gains nothing over EWC here: 80.5 % and 80.0 %.",
+    ),
+    "behind": (
+        {"finetune": 0.5, "l2sp": 0.9, "ewc": 0.7, "mas_proximal": 0.8},
+        "With the same kind of step, MAS gains nothing over L2-SP here: 80.0 % and 90.0 %.",
+    ),
+    "behind with another step": (
+        {"l2sp": 0.9, "mas": 0.8},
+        "MAS, gradient gains nothing over L2-SP here: 80.0 % and 90.0 %.",
+    ),
+    "behind without protection": (
+        {"finetune": 0.9, "mas_proximal": 0.8},
+        "MAS, proximal gains nothing over Fine-tuning here: 80.0 % and 90.0 %.",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SAID)
+def test_the_headline_names_the_best_whichever_it_is(run: Run, case: str) -> None:
+    accuracies, said = SAID[case]
+    methods = {
+        name: {"average_accuracy": accuracy, "forgetting": 0.1}
+        for name, accuracy in accuracies.items()
+    }
+    one = replace(run)
+    one.__dict__["results"] = {"methods": methods}
+    words = headline(one)
+    best = max(accuracies, key=lambda name: accuracies[name])
+    assert words.startswith(f"{METHODS[best].label} did best")
+    assert words.endswith(said)
+    assert ("ordinary way" in words) == ("finetune" in accuracies and best != "finetune")
+
+
+def test_nothing_is_said_of_a_single_method(run: Run) -> None:
+    one = replace(run)
+    one.__dict__["results"] = {"methods": {"mas": {"average_accuracy": 0.9}}}
+    assert headline(one) == ""
+
+
+def test_every_method_looks_different() -> None:
+    for looks in (plots.COLOURS, plots.MARKERS, plots.LINES):
+        assert list(looks) == list(METHODS)
+        assert len(set(looks.values())) == len(METHODS)
 
 
 # -- The exact Ω against that of batches -----------------------------------------------------------
@@ -365,7 +423,7 @@ def test_a_sweep_is_over_strengths(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 WRONG = {
     "scenario": ({"scenario": "shuffled"}, "'permuted'"),
     "data": ({"data": "cifar"}, "'bundled'"),
-    "methods": ({"methods": ("ewc",)}, "'ewc'"),
+    "methods": ({"methods": ("l2",)}, "'l2sp'"),
     "methods is empty": ({"methods": ()}, "methods"),
     "tasks": ({"tasks": 0}, "0"),
     "tasks of split": ({"scenario": "split", "tasks": 6}, "at most 5"),
