@@ -152,10 +152,10 @@ def test_a_saved_state_goes_on_to_the_same_bits(tmp_path, method, load, budget):
     other = copy.deepcopy(model)
     second = method(other, budget=budget)
     load(first, second, tmp_path)
-    for model, regularizer in ((model, first), (other, second)):
+    for trained, regularizer in ((model, first), (other, second)):
         regularizer.update_importance(PAIRS)
         regularizer.consolidate()
-        move(model)
+        move(trained)
         regularizer.consolidate(PAIRS)
         regularizer.add_penalty_grad_()
     assert_states_equal(plain_state(second), plain_state(first))
@@ -169,7 +169,7 @@ def test_a_saved_state_goes_on_to_the_same_bits(tmp_path, method, load, budget):
 )
 def test_copies_and_pickles(method, copied):
     model, regularizer = learned(method, budget=0.05)
-    other, its = copied((model, regularizer))
+    _other, its = copied((model, regularizer))
     assert type(its) is method
     assert repr(its).startswith(method.__name__)
     assert_states_equal(its.state_dict(), regularizer.state_dict())
@@ -251,7 +251,7 @@ def test_auto_without_a_budget_is_refused_when_it_is_measured(method, strength):
     regularizer.consolidate(PAIRS)
 
 
-@pytest.mark.parametrize(("first", "second"), itertools.permutations(METHODS, 2))
+@pytest.mark.parametrize(("first", "second"), [*itertools.permutations(METHODS, 2)])
 def test_another_method_does_not_go_on(first, second):
     _, regularizer = learned(METHODS[first])
     other = METHODS[second](mlp())

@@ -172,9 +172,7 @@ SEQUENCES: dict[str, Callable[[], nn.Module]] = {
 
 
 @pytest.mark.parametrize("name", SEQUENCES)
-@pytest.mark.parametrize(
-    ("order", "reduction"), [(1, "abs"), (-1, "square")], ids=["", "reversed"]
-)
+@pytest.mark.parametrize(("order", "reduction"), [(1, "abs"), (-1, "square")], ids=["", "reversed"])
 def test_batches_of_other_sizes_and_lengths(name, order, reduction):
     model = SEQUENCES[name]().double()
     batches = [normal(b, t, 8) for b, t in LENGTHS[::order]]
