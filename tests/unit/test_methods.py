@@ -251,7 +251,7 @@ def test_auto_without_a_budget_is_refused_when_it_is_measured(method, strength):
     regularizer.consolidate(PAIRS)
 
 
-@pytest.mark.parametrize(("first", "second"), itertools.permutations(METHODS, 2))
+@pytest.mark.parametrize(("first", "second"), [*itertools.permutations(METHODS, 2)])
 def test_another_method_does_not_go_on(first, second):
     _, regularizer = learned(METHODS[first])
     other = METHODS[second](mlp())

@@ -84,12 +84,11 @@ def test_the_drift_comes_near_the_limit_from_any_lambda(learned, kind, mode, fac
 
 
 @pytest.mark.parametrize("factor", [1e-6, 1e6])
-@pytest.mark.parametrize(("kind", "mode"), [("Adam", "proximal"), ("SGD", "proximal")])
-@pytest.mark.parametrize("method", [EWC, L2SP])
-def test_so_it_does_for_the_other_methods(learned, method, kind, mode, factor):
+@pytest.mark.parametrize(("method", "kind"), [(EWC, "Adam"), (EWC, "SGD"), (L2SP, "Adam")])
+def test_so_it_does_for_the_other_methods(learned, method, kind, factor):
     """A proximal step is stable at the λ that a Fisher information needs."""
     model, regularizer = begun(learned, factor=factor, method=method)
-    train(model, [optimizer_of(kind, mode, model, regularizer)], 400)
+    train(model, [optimizer_of(kind, "proximal", model, regularizer)], 800)
     assert 0.35 < regularizer.drift_measured() / (SLACK * LIMIT) < 1.5
 
 
