@@ -13,6 +13,8 @@ from benchmarks.benchmark import Benchmark, Options, Result
 from benchmarks.models import TRAINING
 from mas_ext import estimate_importance
 from mas_ext._state.stored_importance import StoredImportance
+from mas_ext.demo import Settings
+from mas_ext.demo.learning import Batches
 from mas_ext.precision import STATE_DTYPES
 
 Omega = Mapping[str, Tensor]
@@ -23,9 +25,8 @@ QUICK = {"tasks": 2, "epochs": 1}
 
 
 # -- Ω ---------------------------------------------------------------------------------------------
-def of_demo(**short: int) -> tuple[nn.Module, Omega]:
-    """The demo's network after its first task, and its Ω."""
-    from mas_ext.demo import Settings
+def learned(**short: int) -> tuple[nn.Module, Batches, Settings]:
+    """The demo's network after its first task, and the batches that Ω is measured on."""
     from mas_ext.demo.learning import learn, measured_batches
     from mas_ext.demo.run import tasks_of
 
@@ -33,7 +34,12 @@ def of_demo(**short: int) -> tuple[nn.Module, Omega]:
     (task,) = tasks_of(settings)
     network = learn("finetune", [task], settings, lambda *_: None).first_network
     assert network is not None
-    return network, estimate_importance(network, measured_batches(task, settings))
+    return network, measured_batches(task, settings), settings
+
+
+def of_demo(**short: int) -> tuple[nn.Module, Omega]:
+    network, batches, _ = learned(**short)
+    return network, estimate_importance(network, batches)
 
 
 def of_model(name: str, **short: int) -> tuple[nn.Module, Omega]:

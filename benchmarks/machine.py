@@ -13,7 +13,14 @@ import torch
 
 import mas_ext
 
-COMPETITORS = ("avalanche-lib", "opacus", "backpack-for-pytorch", "torchvision", "transformers")
+COMPETITORS = (
+    "avalanche-lib",
+    "opacus",
+    "backpack-for-pytorch",
+    "nngeometry",
+    "torchvision",
+    "transformers",
+)
 
 
 def machine() -> dict[str, Any]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-Batch = Tensor | dict[str, Tensor]  # the input, or keyword arguments
+# The input, or (input, labels); or keyword arguments, and "labels" if there are any.
+Batch = Tensor | tuple[Tensor, Tensor] | dict[str, Tensor]
 
 WIDTH, LENGTH, LAYERS, HEADS, VOCABULARY = 256, 64, 4, 4, 8192  # of the language models
 
@@ -87,16 +89,13 @@ class TokensToRow(nn.Module):
 
 
 # -- what they are given ---------------------------------------------------------------------------
-def _normal(*shape: int) -> Callable[[int], Tensor]:
-    return lambda count: torch.randn(count, *shape)
-
-
-def _labelled(*shape: int) -> Callable[[int], tuple[Tensor, Tensor]]:
-    return lambda count: (torch.randn(count, *shape), torch.randint(10, (count,)))
+def _labelled(*shape: int, classes: int = 10) -> Callable[[int], tuple[Tensor, Tensor]]:
+    return lambda count: (torch.randn(count, *shape), torch.randint(classes, (count,)))
 
 
 def _tokens(count: int) -> dict[str, Tensor]:
-    return {"input_ids": torch.randint(VOCABULARY, (count, LENGTH))}
+    tokens = torch.randint(VOCABULARY, (count, LENGTH))
+    return {"input_ids": tokens, "labels": tokens}
 
 
 def _text(count: int) -> tuple[Tensor, Tensor]:
@@ -119,7 +118,7 @@ class Workload:
     title: str
     details: str
     build: Callable[[], nn.Module]
-    sample: Callable[[int], object]
+    sample: Callable[[int], Any]
     batch_size: int = 32
     task: int = 0
     optimizer: str = ""
@@ -130,7 +129,7 @@ class Workload:
         torch.manual_seed(0)
         return self.build().eval()
 
-    def batch(self, size: int | None = None) -> object:
+    def batch(self, size: int | None = None) -> Any:
         torch.manual_seed(1)
         return self.sample(size or self.batch_size)
 
@@ -141,11 +140,11 @@ _LANGUAGE = f"d={WIDTH}, T={LENGTH}, {LAYERS} layers, V={VOCABULARY:,}"
 # Small enough to wait for batch size 1.
 WORKLOADS = {
     "mlp": Workload(
-        "MLP", "784-1024-1024-10", lambda: mlp(784, 1024, 1024, 10), _normal(784), batch_size=128
+        "MLP", "784-1024-1024-10", lambda: mlp(784, 1024, 1024, 10), _labelled(784), batch_size=128
     ),
-    "cnn": Workload("CNN", "3×32×32, 32-64-128-128", cnn, _normal(3, 32, 32)),
-    "resnet18": Workload("ResNet-18", "3×64×64", resnet18, _normal(3, 64, 64)),
-    "vit": Workload("ViT", "d=192, T=65, 6 layers", vit, _normal(3, 32, 32)),
+    "cnn": Workload("CNN", "3×32×32, 32-64-128-128", cnn, _labelled(3, 32, 32)),
+    "resnet18": Workload("ResNet-18", "3×64×64", resnet18, _labelled(3, 64, 64, classes=1000)),
+    "vit": Workload("ViT", "d=192, T=65, 6 layers", vit, _labelled(3, 32, 32)),
     "gpt2": Workload("GPT-2", f"{_LANGUAGE}, tied head", gpt2, _tokens),
     "llama": Workload("Llama", _LANGUAGE, llama, _tokens),
 }

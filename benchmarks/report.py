@@ -42,6 +42,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "results.json"
 OURS, ROOFLINE, PLAIN, EXACT = "mas_ext", "roofline", "without MAS", "mas_ext, exact"
 PER_SAMPLE = ("batch size 1", "vmap(grad)", "Opacus", "BackPACK")
+OUR_SQUARE, SQUARES = "mas_ext, square", (*PER_SAMPLE, "nngeometry")
 UNCHUNKED = "vmap(grad), unchunked"
 
 
@@ -201,25 +202,78 @@ def per_sample(models: Results) -> list[Table]:
         Table(
             "Our time relative to the faster inexact batch-mean; our time, and the time of exact "
             "alternatives relative to it; our extra memory relative to unchunked vmap(grad)'s; "
-            "and the share of Ω that the batch-mean finds.",
-            ("", "/ batch-mean", "mas_ext, ms", *PER_SAMPLE, "memory", "batch-mean finds"),
-            [_importance(result) for result in models.values()],
-        )
+            "the share of Ω that the batch-mean finds; and the time of the squares of the same "
+            "gradients relative to that of their absolute values.",
+            (
+                *("", "/ batch-mean", "mas_ext, ms", *PER_SAMPLE),
+                *("memory", "batch-mean finds", "square / abs"),
+            ),
+            [
+                [*_importance(found, PER_SAMPLE), *_beside(found), _over_ours(found, OUR_SQUARE)]
+                for found in models.values()
+            ],
+        ),
+        Table(
+            "The diagonal of the empirical Fisher information, 1/B Σ_k (∂ log p(y_k|x_k)/∂θ)²: "
+            "the same columns, and the share that the square of the batch's mean gradient finds.",
+            ("", "/ batch-mean", "mas_ext, ms", *SQUARES, "batch-mean finds"),
+            [
+                [*_importance(found, SQUARES), percent(found["share_kept_by_batch_mean"])]
+                for found in ({**result, **result["fisher"]} for result in models.values())
+            ],
+        ),
     ]
 
 
-def _importance(result: Result) -> list[str]:
-    rows, extra = result["providers"], result["extra_bytes"]
-    ours, most = extra.get(OURS), extra.get(UNCHUNKED)
-    over = (rows[n]["time_over_ours"]["median"] if n in rows else None for n in PER_SAMPLE)
+def _importance(result: Result, names: Iterable[str]) -> list[str]:
+    ours = result["providers"][OURS]
     return [
         result["title"],
-        two_digits(rows[OURS]["time_over_batch_mean"]["median"]),
-        three_digits(rows[OURS]["seconds"]["median"] * 1e3),
-        *("–" if ratio is None else times(ratio) for ratio in over),
+        two_digits(ours["time_over_batch_mean"]["median"]),
+        three_digits(ours["seconds"]["median"] * 1e3),
+        *(_over_ours(result, name) for name in names),
+    ]
+
+
+def _over_ours(result: Result, name: str) -> str:
+    row = result["providers"].get(name)
+    return "–" if row is None else times(row["time_over_ours"]["median"])
+
+
+def _beside(result: Result) -> list[str]:
+    ours, most = (result["extra_bytes"].get(name) for name in (OURS, UNCHUNKED))
+    return [
         percent(ours / most if ours is not None and most else None),
         percent(result["share_kept_by_batch_mean"], 0),
     ]
+
+
+def fisher(models: Results) -> list[Table]:
+    rows = []
+    for found in models.values():
+        batch, length, other = found["batch"], found["batch_size"], found["of_model"]
+        way = "every class" if other["criterion"] == "exact_fisher" else f"{other['draws']} draws"
+        rows.append(
+            [
+                found["title"],
+                f"{found['samples'] // length} × {length}",
+                percent(batch["mass"]),
+                f"{batch['mass'] * length:.2f}",
+                f"{batch['rank_correlation']:.3f}",
+                f"{found['preset_error']:.0e}",
+                f"{other['mass']:.2f}",
+                f"{other['rank_correlation']:.3f} ({way})",
+            ]
+        )
+    title = (
+        "The square of each batch's mean gradient, averaged over batches, compared with the mean "
+        "over samples of squares: what is left of the sum, the same times the batch size, and "
+        "Spearman's rank correlation. Then how far preset('avalanche_ewc') is from that loop, and "
+        "the Fisher information of labels of the model's own distribution compared with that of "
+        "the data's: their sums' ratio and rank correlation."
+    )
+    headings = ["", "samples", "is left", "times B", "rank correlation", "preset is off by"]
+    return [Table(title, [*headings, "model's / data's labels", "rank correlation, those"], rows)]
 
 
 def outer(cases: Results) -> list[Table]:
@@ -450,6 +504,7 @@ TABLES: dict[str, Callable[[Results], list[Table]]] = {
     "scaling": scaling,
     "training": training,
     "per_sample": per_sample,
+    "fisher": fisher,
     "outer": outer,
     "demo": demo,
     "compression": compression,

@@ -16,14 +16,19 @@ from benchmarks.measure import can_measure_memory, interleave, ratios, spread
 from benchmarks.models import WORKLOADS, Workload
 from benchmarks.per_sample import memory
 from benchmarks.per_sample.providers import (
-    BATCH,
     BATCH_MEAN,
     BATCH_MEANS,
     BATCH_SIZE_1,
+    FISHER,
+    MAS,
+    MAS_SQUARE,
+    OUR_SQUARE,
     OURS,
     UNCHUNKED,
+    Quantity,
     Step,
     Unsupported,
+    in_chunks,
     providers,
     take,
     vmapped,
@@ -48,11 +53,13 @@ def error(omega: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> tuple[
     return max((of(name), name) for name in expected)
 
 
-def best_chunk(workload: Workload, batch: Any, candidates: Iterable[int]) -> dict[int, float]:
+def best_chunk(
+    workload: Workload, batch: Any, candidates: Iterable[int], quantity: Quantity = MAS
+) -> dict[int, float]:
     """Seconds per sample that vmap takes with each chunk length, the fastest first."""
     model, seconds = workload.model(), {}
     for length in candidates:
-        step = vmapped(model, take(batch, 0, length), length)
+        step = vmapped(model, take(batch, 0, length), quantity, length=length)
         step()
         seconds[length] = min(_timed(step)[0] for _ in range(2)) / length
     return dict(sorted(seconds.items(), key=lambda item: item[1]))
@@ -71,21 +78,22 @@ def _mass(omega: Mapping[str, Tensor]) -> float:
 class Verified:
     """The providers that agree with batch size 1, and why the others are skipped."""
 
-    def __init__(self, workload: Workload, batch: Any, chunk: int) -> None:
+    def __init__(self, workload: Workload, batch: Any, chunk: int, quantity: Quantity) -> None:
         self.steps: dict[str, Step] = {}
         self.estimates: dict[str, float] = {}  # seconds per call
         self.skipped: dict[str, str] = {}
         self.kept = 1.0  # the share of Ω that the batch-mean finds
-        prepared = providers(chunk)
-        expected = prepared[BATCH_SIZE_1](workload.model(), batch)()
-        for name, prepare in prepared.items():
+        expected = in_chunks(workload.model(), batch, quantity, length=1)()
+        for name, prepare in providers(chunk, quantity).items():
             try:
+                if name == OUR_SQUARE:  # the last one
+                    expected = in_chunks(workload.model(), batch, MAS_SQUARE, length=1)()
                 step = prepare(workload.model(), batch)
                 self.estimates[name], omega = _timed(step)
                 self._verify(name, omega, expected)
                 self.steps[name] = step
             except Exception as reason:
-                if name in (OURS, BATCH_SIZE_1, *BATCH_MEANS):
+                if name in (OURS, OUR_SQUARE, BATCH_SIZE_1, *BATCH_MEANS):
                     raise
                 self.skipped[name] = _one_line(reason)
 
@@ -95,7 +103,8 @@ class Verified:
         if name in BATCH_MEANS:
             kept = _mass(omega) / _mass(expected)
             assert kept <= 1 + TOLERANCE, f"{name} finds {kept} of Ω, and can only find a part"
-            assert name == BATCH_MEAN or abs(kept - self.kept) <= TOLERANCE, (kept, self.kept)
+            off = abs(kept / self.kept - 1)
+            assert name == BATCH_MEAN or off <= TOLERANCE, (kept, self.kept)
             self.kept = kept
             return
         off, worst = error(omega, expected)
@@ -109,7 +118,7 @@ class Verified:
         every = {
             name: min(most, max(1, int(self.estimates[name] / fastest / 4))) for name in self.steps
         }
-        return {**every, OURS: 1, BATCH_MEAN: 1, BATCH: 1}
+        return {**every, **dict.fromkeys((OURS, OUR_SQUARE, *BATCH_MEANS), 1)}
 
 
 def _one_line(reason: Exception) -> str:
@@ -133,20 +142,35 @@ def extra_memory(workload: str, chunk: int) -> dict[str, int | None]:
 
 
 def measure(name: str, options: Options, budget: float) -> Result:
-    """One model: verified, timed in interleaved rounds, then memory in separate processes."""
+    """One model: each quantity, then memory in separate processes."""
     workload = WORKLOADS[name]
-    batch = workload.batch(QUICK_BATCH if options.quick else None)
+    found = measure_quantity(workload, MAS, workload.title, options, budget / 2)
+    fisher = measure_quantity(workload, FISHER, f"{workload.title}, Fisher", options, budget / 2)
+    options.progress(f"{workload.title}: peak memory, in a process per provider")
+    return {
+        "title": workload.title,
+        "details": workload.details,
+        "parameters": sum(p.numel() for p in workload.model().parameters()),
+        **found,
+        "extra_bytes": {} if options.quick else extra_memory(name, found["chunk"]),
+        "fisher": fisher,
+    }
+
+
+def measure_quantity(
+    workload: Workload, quantity: Quantity, title: str, options: Options, budget: float
+) -> Result:
+    """Every provider of a quantity, verified and timed in interleaved rounds."""
     size = QUICK_BATCH if options.quick else workload.batch_size
-    options.progress(f"{workload.title}: looking for the best chunk of vmap")
+    batch = workload.batch(size)
+    options.progress(f"{title}: looking for the best chunk of vmap")
     candidates = [4] if options.quick else [2**n for n in range(size.bit_length())]
-    by_chunk = best_chunk(workload, batch, candidates)
-    chunk = next(iter(by_chunk))
-    options.progress(f"{workload.title}: verifying against batch size 1")
-    verified = Verified(workload, batch, chunk)
-    options.progress(f"{workload.title}: timing at most {options.rounds} rounds")
+    chunk = next(iter(best_chunk(workload, batch, candidates, quantity)))
+    options.progress(f"{title}: verifying against batch size 1")
+    verified = Verified(workload, batch, chunk, quantity)
+    options.progress(f"{title}: timing at most {options.rounds} rounds")
     every = verified.every(options.rounds)
     seconds = interleave(verified.steps, options.rounds, every, budget)
-    options.progress(f"{workload.title}: peak memory, in a process per provider")
     reference = min(BATCH_MEANS, key=lambda mean: statistics.median(seconds[mean]))
 
     def over(provider: str, other: str) -> dict[str, float]:
@@ -154,10 +178,7 @@ def measure(name: str, options: Options, budget: float) -> Result:
         return spread(ratios(seconds[provider], seconds[other][:: every[provider]]))
 
     return {
-        "title": workload.title,
-        "details": workload.details,
         "batch_size": size,
-        "parameters": sum(p.numel() for p in workload.model().parameters()),
         "rounds": len(seconds[OURS]),
         "batch_mean": reference,
         "share_kept_by_batch_mean": verified.kept,
@@ -172,7 +193,6 @@ def measure(name: str, options: Options, budget: float) -> Result:
         },
         "skipped": verified.skipped,
         "chunk": chunk,
-        "extra_bytes": {} if options.quick else extra_memory(name, chunk),
     }
 
 
@@ -186,7 +206,8 @@ BENCHMARK = Benchmark(
     name="per_sample",
     title="Exact importance of a batch",
     about="Ω = 1/B Σ_k |∂‖F(x_k)‖²/∂θ| of the second and later batches of a model, next to "
-    "everything else that computes it exactly, and to the batch's mean gradient, which does not.",
+    "everything else that computes it exactly, and to the batch's mean gradient, which does not. "
+    "Then the diagonal of the empirical Fisher information, 1/B Σ_k (∂ log p(y_k|x_k)/∂θ)².",
     run=_run,
-    seconds=(75, 3),
+    seconds=(150, 6),
 )

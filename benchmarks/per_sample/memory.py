@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from benchmarks.measure import peak_of, resident_bytes, return_free_memory
 from benchmarks.models import WORKLOADS, Batch
-from benchmarks.per_sample.providers import UNCHUNKED, Step, objective, providers, take, vmapped
+from benchmarks.per_sample.providers import MAS, UNCHUNKED, Step, providers, take, vmapped
 
 PLAIN = "forward and backward"
 _ALLOCATOR = {
@@ -55,7 +55,7 @@ def forward_and_backward(model: nn.Module, batch: Batch) -> Step:
 
     def step() -> Mapping[str, Tensor]:
         outputs.clear()
-        scalar = objective(model, batch)
+        scalar = MAS.of(model, batch)
         torch.autograd.grad(scalar, outputs.pop())
         return {}
 

@@ -1,19 +1,23 @@
-"""Implementations of the importance of one batch, Ω = 1/B Σ_k |∂‖F(x_k)‖²/∂θ|.
+"""Implementations of a quantity of one batch, Ω = 1/B Σ_k f(∂s_k/∂θ).
 
-Each function prepares what a user would prepare once, which is not timed, and returns the call that
-is timed. The call makes an Ω of zeros and adds to it, the way importance is accumulated. Every
-provider has a model of its own and may add hooks to it.
+MAS has s = ‖F(x)‖² and f = |·|; the empirical Fisher information's diagonal has s = −log p(y|x) and
+f = (·)². Each function prepares what a user would prepare once, which is not timed, and returns the
+call that is timed. The call makes an Ω of zeros and adds to it, the way importance is accumulated.
+Every provider has a model of its own and may add hooks to it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import cross_entropy
 from torch.utils._pytree import tree_leaves, tree_map
 
 from benchmarks.models import Batch
@@ -22,11 +26,11 @@ from mas_ext import estimate_importance
 Step = Callable[[], Mapping[str, Tensor]]
 Prepare = Callable[[nn.Module, Batch], Step]
 
-OURS, BATCH_SIZE_1 = "mas_ext", "batch size 1"
+OURS, OUR_SQUARE, BATCH_SIZE_1 = "mas_ext", "mas_ext, square", "batch size 1"
 BATCH_MEAN, BATCH = "batch-mean", "batch-mean, mas_ext"
 BATCH_MEANS = (BATCH_MEAN, BATCH)  # inexact: what cancels within the batch is lost
 VMAP, UNCHUNKED = "vmap(grad)", "vmap(grad), unchunked"
-OPACUS, BACKPACK = "Opacus", "BackPACK"
+OPACUS, BACKPACK, NNGEOMETRY = "Opacus", "BackPACK", "nngeometry"
 
 
 class Unsupported(Exception):
@@ -47,59 +51,107 @@ def chunks(batch: Batch, length: int) -> Iterator[Batch]:
 
 
 def arguments(batch: Batch) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-    return ((), batch) if isinstance(batch, dict) else ((batch,), {})
+    """Of the model, which gets no labels."""
+    if isinstance(batch, dict):
+        return (), {name: value for name, value in batch.items() if name != "labels"}
+    return (batch[0] if isinstance(batch, tuple) else batch,), {}
 
 
-def total(output: object) -> Tensor:
-    """Σ_k ‖F(x_k)‖² of what a model returned."""
-    return getattr(output, "logits", output).square().sum()
+# -- quantities ------------------------------------------------------------------------------------
+def squared_norms(output: Tensor, batch: Batch) -> Tensor:
+    """Σ_k ‖F(x_k)‖²."""
+    return output.square().sum()
 
 
-def objective(model: nn.Module, batch: Batch) -> Tensor:
-    args, kwargs = arguments(batch)
-    return total(model(*args, **kwargs))
+def negative_log_likelihoods(output: Tensor, batch: Batch) -> Tensor:
+    """−Σ_k log p(y_k|x_k); of a language model, of each sequence's next tokens."""
+    if isinstance(batch, dict):
+        output, labels = output[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
+    else:
+        labels = batch[1]
+    return cross_entropy(output, labels, reduction="sum")
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """Ω = 1/B Σ_k f(∂s_k/∂θ).
+
+    Attributes:
+        total: (output, batch) → Σ_k s_k.
+        reduce: f. Gradients of two parameters may share memory, so that only an f that changes
+            nothing the second time may overwrite them.
+        options: of estimate_importance, for this quantity.
+    """
+
+    total: Callable[[Tensor, Batch], Tensor]
+    reduce: Callable[[Tensor], Tensor]
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def of(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Σ_k s_k."""
+        return self.of_output(self.call(model, batch), batch)
+
+    def of_output(self, output: Any, batch: Batch) -> Tensor:
+        return self.total(getattr(output, "logits", output), batch)
+
+    @staticmethod
+    def call(model: nn.Module, batch: Batch) -> Any:
+        args, kwargs = arguments(batch)
+        return model(*args, **kwargs)
+
+    def add_each(
+        self, omega: Mapping[str, Tensor], per_sample: Iterable[Tensor], scale: float
+    ) -> None:
+        """Adds f of gradients [samples, …], which may be overwritten."""
+        for o, g in zip(omega.values(), per_sample, strict=True):
+            o.add_(self.reduce(g.detach()).sum(0), alpha=scale)
+
+
+MAS = Quantity(squared_norms, torch.Tensor.abs_)
+MAS_SQUARE = Quantity(squared_norms, torch.square, {"reduction": "square"})
+FISHER = Quantity(negative_log_likelihoods, torch.square, {"criterion": "empirical_fisher"})
+
+
+# -- providers -------------------------------------------------------------------------------------
 
 
 def zeros(model: nn.Module) -> dict[str, Tensor]:
     return {name: torch.zeros_like(p) for name, p in model.named_parameters()}
 
 
-def add_abs_of_each(omega: dict[str, Tensor], per_sample: Iterable[Tensor], scale: float) -> None:
-    """From gradients [samples, …], which are overwritten."""
-    for o, g in zip(omega.values(), per_sample, strict=True):
-        o.add_(g.detach().abs_().sum(0), alpha=scale)
+def ours(
+    model: nn.Module, batch: Batch, quantity: Quantity = MAS, estimator: str = "per_sample"
+) -> Step:
+    return lambda: estimate_importance(model, [batch], estimator=estimator, **quantity.options)
 
 
-def ours(model: nn.Module, batch: Batch, estimator: str = "per_sample") -> Step:
-    return lambda: estimate_importance(model, [batch], estimator=estimator)
-
-
-def in_chunks(model: nn.Module, batch: Batch, length: int) -> Step:
-    """The absolute value of each chunk's gradient, as a loop over a DataLoader does it."""
+def in_chunks(model: nn.Module, batch: Batch, quantity: Quantity = MAS, *, length: int) -> Step:
+    """f of each chunk's mean gradient, as a loop over a DataLoader does it."""
     params = list(model.parameters())
 
     def step() -> dict[str, Tensor]:
         omega = zeros(model)
         for chunk in chunks(batch, length):
-            grads = torch.autograd.grad(objective(model, chunk), params)
+            grads = torch.autograd.grad(quantity.of(model, chunk) / size(chunk), params)
             for o, g in zip(omega.values(), grads, strict=True):
-                o.add_(g.abs(), alpha=1 / size(batch))
+                o.add_(quantity.reduce(g), alpha=size(chunk) / size(batch))
         return omega
 
     return step
 
 
-def batch_mean(model: nn.Module, batch: Batch) -> Step:
-    return in_chunks(model, batch, size(batch))
+def batch_mean(model: nn.Module, batch: Batch, quantity: Quantity = MAS) -> Step:
+    return in_chunks(model, batch, quantity, length=size(batch))
 
 
-def vmapped(model: nn.Module, batch: Batch, length: int) -> Step:
+def vmapped(model: nn.Module, batch: Batch, quantity: Quantity = MAS, *, length: int) -> Step:
     """Gradients of ``length`` samples at a time."""
     params = {name: p.detach() for name, p in model.named_parameters()}
 
     def of_one(params: dict[str, Tensor], sample: Batch) -> Tensor:
         batch_of_one = tree_map(lambda t: t.unsqueeze(0), sample)
-        return total(functional_call(model, params, *arguments(batch_of_one)))
+        output = functional_call(model, params, *arguments(batch_of_one))
+        return quantity.of_output(output, batch_of_one)
 
     of_each = vmap(grad(of_one), in_dims=(None, 0))
 
@@ -107,13 +159,13 @@ def vmapped(model: nn.Module, batch: Batch, length: int) -> Step:
     def step() -> dict[str, Tensor]:
         omega = zeros(model)
         for chunk in chunks(batch, length):
-            add_abs_of_each(omega, of_each(params, chunk).values(), 1 / size(batch))
+            quantity.add_each(omega, of_each(params, chunk).values(), 1 / size(batch))
         return omega
 
     return step
 
 
-def opacus(model: nn.Module, batch: Batch) -> Step:
+def opacus(model: nn.Module, batch: Batch, quantity: Quantity = MAS) -> Step:
     from opacus.grad_sample import GradSampleModule
 
     refused = GradSampleModule.validate(model)
@@ -124,9 +176,9 @@ def opacus(model: nn.Module, batch: Batch) -> Step:
     batch = _with_positions(model, batch)
 
     def step() -> dict[str, Tensor]:
-        objective(wrapped, batch).backward()
+        quantity.of(wrapped, batch).backward()
         omega = zeros(model)
-        add_abs_of_each(omega, (p.grad_sample for p in model.parameters()), 1 / size(batch))
+        quantity.add_each(omega, (p.grad_sample for p in model.parameters()), 1 / size(batch))
         wrapped.zero_grad(set_to_none=True)  # grad_sample too
         return omega
 
@@ -141,20 +193,28 @@ def _with_positions(model: nn.Module, batch: Batch) -> Batch:
     return {**batch, "position_ids": torch.arange(ids.shape[1]).expand_as(ids)}
 
 
-def backpack(model: nn.Module, batch: Batch) -> Step:
+def backpack(model: nn.Module, batch: Batch, quantity: Quantity = MAS) -> Step:
+    """It can sum the squares itself, without a gradient per sample."""
     from backpack import backpack as extended_backward
-    from backpack.extensions import BatchGrad
+    from backpack.extensions import BatchGrad, SumGradSquared
 
     extended = _extended(model)
+    extension = BatchGrad() if quantity is MAS else SumGradSquared()
 
     def step() -> dict[str, Tensor]:
-        with extended_backward(BatchGrad()):
-            objective(extended, batch).backward()
-        _check_each_has(extended, "grad_batch")
+        with extended_backward(extension):
+            quantity.of(extended, batch).backward()
+        _check_each_has(extended, extension.savefield)
         omega = zeros(extended)
-        add_abs_of_each(omega, (p.grad_batch for p in extended.parameters()), 1 / size(batch))
+        saved = [getattr(p, extension.savefield) for p in extended.parameters()]
+        if quantity is MAS:
+            quantity.add_each(omega, saved, 1 / size(batch))
+        else:
+            for o, squares in zip(omega.values(), saved, strict=True):
+                o.add_(squares, alpha=1 / size(batch))
         for p in extended.parameters():
-            p.grad, p.grad_batch = None, None
+            p.grad = None
+            delattr(p, extension.savefield)
         return omega
 
     return step
@@ -179,9 +239,40 @@ def _check_each_has(model: nn.Module, attribute: str) -> None:
         raise Unsupported(f"no rule for {len(missing)} of {count} parameters, such as {missing[0]}")
 
 
-def providers(chunk: int) -> dict[str, Prepare]:
+def nngeometry(model: nn.Module, batch: Batch, quantity: Quantity) -> Step:
+    """The diagonal of E[JᵀJ], where J is that of the one number −log p(y|x)."""
+    from nngeometry.backend import TorchHooksJacobianBackend
+    from nngeometry.layercollection import LayerCollection
+    from nngeometry.object import PMatDiag, PVector
+    from torch.utils.data import DataLoader
+
+    layers = LayerCollection.from_model(model)
+    if not isinstance(batch, tuple):
+        raise Unsupported("differentiates with respect to the inputs, and tokens have no gradient")
+    count = size(batch)
+    # Its own loader would stack samples one by one.
+    loader = DataLoader(range(count), count, collate_fn=lambda _: [t.detach() for t in batch])
+    backend = TorchHooksJacobianBackend(
+        model, lambda x, y: cross_entropy(model(x), y, reduction="none"), layer_collection=layers
+    )
+
+    def step() -> dict[str, Tensor]:
+        found = PVector(layers, vector_repr=PMatDiag(backend, examples=loader).get_diag())
+        omega = {
+            f"{layer}.{part}": values
+            for layer, parts in found.to_dict().items()
+            for part, values in zip(("weight", "bias"), parts, strict=False)
+        }
+        for name, o in (result := zeros(model)).items():
+            o.add_(omega[name])
+        return result
+
+    return step
+
+
+def providers(chunk: int, quantity: Quantity = MAS) -> dict[str, Prepare]:
     """Everything that is timed, ours first; ``chunk``: samples per call of vmap."""
-    return {
+    every: dict[str, Callable[..., Step]] = {
         OURS: ours,
         BATCH_MEAN: batch_mean,
         BATCH: partial(ours, estimator="batch"),
@@ -190,3 +281,9 @@ def providers(chunk: int) -> dict[str, Prepare]:
         OPACUS: opacus,
         BACKPACK: backpack,
     }
+    if quantity is FISHER:
+        every[NNGEOMETRY] = nngeometry  # has no absolute value
+    prepared: dict[str, Prepare] = {n: partial(p, quantity=quantity) for n, p in every.items()}
+    if quantity is MAS:  # the same scalar, so that only f differs
+        prepared[OUR_SQUARE] = partial(ours, quantity=MAS_SQUARE)
+    return prepared
