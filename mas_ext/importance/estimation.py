@@ -78,6 +78,7 @@ class Estimation:
         outputs: which of the model's outputs are measured; None before the first batch.
         division: how batches are divided into samples, where it is not by the rows of all inputs.
         rank: the number of this process among those that share the data.
+        checked: the number of the last batch whose samples were found not to depend on each other.
     """
 
     model: nn.Module
@@ -90,6 +91,7 @@ class Estimation:
     outputs: Outputs | None = None
     division: Division = field(default_factory=dict)
     rank: int = 0
+    checked: int = -1
     _warned: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:

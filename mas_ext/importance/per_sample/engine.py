@@ -122,8 +122,9 @@ def _plan_for(estimation: Estimation, batch: Batch, graph: Graph) -> Plan:
     if plan is None:
         plan = _checked_plan(estimation, batch, graph, plans.know(graph))
         plans.keep(plan)
-    else:
+    elif estimation.checked < estimation.batches:  # with the first target of the batch
         _check_later_batch(estimation, batch, graph, plan)
+    estimation.checked = estimation.batches
     return plan.without(find_moved_rows(plan, graph)) if plan.may_move_rows else plan
 
 
