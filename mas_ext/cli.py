@@ -132,9 +132,8 @@ def _add_merge(commands: Any) -> None:
     command.add_argument(
         "--importances",
         nargs="+",
-        required=True,
         metavar="STATE",
-        help="for each model, the file that MAS.save or EWC.save wrote",
+        help="for each model, the file that MAS.save or EWC.save wrote (default: a plain average)",
     )
     command.add_argument("--out", required=True, help="the safetensors file to write")
     command.add_argument(
@@ -176,7 +175,8 @@ def _demo(arguments: argparse.Namespace) -> int:
 def _merge(arguments: argparse.Namespace) -> int:
     models, out = arguments.models, arguments.out
     try:
-        merge(models, arguments.importances, weights=arguments.weights, out=out)
+        importances = arguments.importances or [{}] * len(models)
+        merge(models, importances, weights=arguments.weights, out=out)
     except (OSError, TypeError, ValueError) as error:
         return _fail(str(error))
     print(f"{out}: {len(models)} models, merged")

@@ -102,6 +102,8 @@ def merge(
     Source: Matena & Raffel, *Merging models with Fisher-weighted averaging*, NeurIPS 2022,
     https://arxiv.org/abs/2111.09832.
     """
+    if out is not None and not os.path.isdir(os.path.dirname(os.path.abspath(out))):
+        raise ValueError(f"out: the folder of {os.fspath(out)!r} does not exist; make it first")
     merging = _Merging(_sources(models, importances, weights))
     if out is None:
         return merging.state_dict()
@@ -120,6 +122,7 @@ class _Source:
         keys: parameter or buffer name → its key in ``entries``; without what is no tensor.
         twins: pairs of names that share one tensor.
         omega: name → Ω.
+        reduction: how gradients count in it, if its file says so.
         weight: w, of which the largest of all models' is 1.
         metadata: of its file.
     """
@@ -129,6 +132,7 @@ class _Source:
     keys: Mapping[str, str]
     twins: Sequence[tuple[str, str]]
     omega: Mapping[str, Tensor]
+    reduction: str
     weight: float
     metadata: Mapping[str, str]
 
@@ -162,19 +166,25 @@ class _Source:
 
 def _sources(models: Any, importances: Any, weights: Any) -> list[_Source]:
     models, importances = _listed(models, "models"), _listed(importances, "importances")
-    if not models:
-        raise ValueError("models is empty; pass the models to merge")
+    if len(models) < 2:
+        raise ValueError(f"models: there are {len(models)}; pass two or more to merge")
     if len(importances) != len(models):
         raise ValueError(
             f"there are {len(models)} models and {len(importances)} importances; pass one for each "
             "model, {} if it was not measured"
         )
-    return [
+    sources = [
         _source(_label("model", i, model), model, _label("importance", i, omega), omega, weight)
         for i, (model, omega, weight) in enumerate(
             zip(models, importances, _checked_weights(weights, len(models)), strict=True)
         )
     ]
+    if len(reductions := {source.reduction for source in sources} - {""}) > 1:
+        raise ValueError(
+            f"importances: they were measured with the reductions {sorted(reductions)}, whose "
+            "sizes cannot be compared; measure all models in the same way"
+        )
+    return sources
 
 
 def _listed(values: Any, what: str) -> list[Any]:
@@ -216,14 +226,14 @@ def _source(label: str, model: Any, omega_label: str, omega: Any, weight: float)
             f"{label} is a {type(model).__name__}; pass a module, a state dictionary, or the path "
             "of a safetensors file"
         )
-    measured = _importance(omega_label, omega)
+    measured, reduction = _importance(omega_label, omega)
     modules = modules or _modules_left(entries, measured)
     keys = {canonical_name(k, modules): k for k, e in entries.items() if isinstance(e, Tensor)}
     for name, key in keys.items():
         _check_readable(entries[key], f"{name!r} of {label}")
     stored = [(canonical_name(a, modules), canonical_name(b, modules)) for a, b in left_out.items()]
     twins = [*stored, *_same_memory({name: entries[key] for name, key in keys.items()})]
-    return _Source(label, entries, keys, twins, measured, weight, metadata)
+    return _Source(label, entries, keys, twins, measured, reduction, weight, metadata)
 
 
 def _modules_left(entries: Mapping[str, Any], omega: Mapping[str, Tensor]) -> int:
@@ -234,9 +244,10 @@ def _modules_left(entries: Mapping[str, Any], omega: Mapping[str, Tensor]) -> in
     return int(any(name.removeprefix("module.") in omega for name in names))
 
 
-def _importance(label: str, omega: Any) -> Mapping[str, Tensor]:
+def _importance(label: str, omega: Any) -> tuple[Mapping[str, Tensor], str]:
+    """Ω by name, and how gradients count in it if that is known."""
     if isinstance(omega, Mapping):
-        return omega
+        return omega, ""
     if not isinstance(omega, (str, os.PathLike)):
         raise TypeError(
             f"{label} is a {type(omega).__name__}; pass a mapping from parameter name to "
@@ -245,7 +256,8 @@ def _importance(label: str, omega: Any) -> Mapping[str, Tensor]:
     state = checkpoint.read(omega)
     if not state["importance"]:
         raise ValueError(f"{label} has none yet; save after consolidate()")
-    return _Dequantized(state["importance"], state.get("importance_scales", {}))
+    omega = _Dequantized(state["importance"], state.get("importance_scales", {}))
+    return omega, state.get("reduction", "")
 
 
 class _Dequantized(Mapping[str, Tensor]):

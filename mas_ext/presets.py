@@ -70,10 +70,10 @@ class Preset:
         }
 
     def regularizer(self, lambda_reg: float | str = 1.0) -> dict[str, Any]:
-        """The arguments of MAS, as in ``mas_ext.MAS(model, **preset.regularizer(their_lambda))``.
+        """The arguments of the class, as in ``mas_ext.MAS(model, **preset.regularizer(λ))``.
 
         Args:
-            lambda_reg: λ as the implementation defines it, or ``"auto"``.
+            lambda_reg: λ as the implementation defines it, or for MAS ``"auto"``.
 
         Raises:
             ValueError: λ is negative or not finite.
@@ -89,7 +89,7 @@ class Preset:
 
         Args:
             model: as for :class:`mas_ext.MAS`.
-            lambda_reg: λ as the implementation defines it, or ``"auto"``.
+            lambda_reg: λ as the implementation defines it, or for MAS ``"auto"``.
             options: further arguments of the class; they override the preset's.
 
         Raises:
@@ -112,8 +112,8 @@ _BATCH = Deviation(
 )
 _SQUARED_BATCH = Deviation(
     "a batch's mean gradient is squared",
-    "samples of opposite sign cancel, and what is left is up to as many times too small as a batch "
-    "has samples",
+    "samples of opposite sign cancel; of independent gradients with mean 0, 1/B is left, for "
+    "batches of B samples",
 )
 _GIVEN = Deviation(
     "labels are those of the data",
@@ -224,7 +224,10 @@ _PRESETS = (
         method="ewc",
         estimator="per_sample",
         criterion="fisher",
-        notes=("γ is alpha=, as in preset('online_ewc', alpha=0.95)",),
+        notes=(
+            "γ is alpha=, as in preset('online_ewc', alpha=0.95)",
+            "its penalty has γF for the tasks before: pass γ times its λ",
+        ),
     ),
     Preset(
         "avalanche_ewc",

@@ -59,6 +59,8 @@ class QuadraticRegularizer:
     They differ in how Ω is measured. See :class:`mas_ext.MAS` for the arguments.
     """
 
+    #: The method's name in a saved state.
+    method: ClassVar[str] = "MAS"
     #: The options of ``consolidate``, and those by which the method differs from the defaults.
     options: ClassVar[type] = CheckpointedMeasurementOptions
     defaults: ClassVar[Mapping[str, Any]] = {}
@@ -97,7 +99,13 @@ class QuadraticRegularizer:
         #: The parameters that the penalty is over; :mod:`mas_ext.optim` works on the same object.
         self.protected = ProtectedParameters(
             ParameterIndex(model),
-            RegularizerState(consolidated, strength, check_merge(merge), floor=check_floor(floor)),
+            RegularizerState(
+                consolidated,
+                strength,
+                check_merge(merge),
+                method=self.method,
+                floor=check_floor(floor),
+            ),
             None if self._budget is None else DriftTracker(self._budget, group),
         )
         self._use_strength(strength)
@@ -193,7 +201,7 @@ class QuadraticRegularizer:
     def update_importance(
         self, data: Iterable[Any], **options: Unpack[CheckpointedMeasurementOptions]
     ) -> None:
-        """Adds to the current task's Ω from unlabelled data; θ* and the penalty stay.
+        """Adds to the current task's Ω from data; θ* and the penalty stay.
 
         Call it as often as you want, during training or in deployment: every sample counts the
         same, and :meth:`consolidate` ends the task. After an error everything is as it was.
@@ -344,7 +352,7 @@ class QuadraticRegularizer:
         if self.protected.tracker is None:
             raise ValueError(
                 "budget: there is none, so no references were kept to measure the drift on; pass "
-                "MAS(model, budget=0.1)"
+                f"{type(self).__name__}(model, budget=0.1)"
             )
         return self.protected.tracker
 
@@ -517,6 +525,7 @@ class QuadraticRegularizer:
             self._selected(),
             strict,
             state_dtype=self.state_dtype,
+            method=self.method,
             floor=self._state.floor,
             tracker=self.protected.tracker,
         )

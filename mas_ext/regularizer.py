@@ -114,7 +114,8 @@ class EWC(QuadraticRegularizer):
     ``consolidate`` and ``update_importance`` take the options of
     :func:`mas_ext.estimate_importance`. By default ``criterion="fisher"`` draws one label per
     sample from the model. ``"exact_fisher"`` goes through all classes, which takes a backward pass
-    for each; ``"empirical_fisher"`` uses the labels in the data.
+    for each; ``"empirical_fisher"`` uses the labels in the data. Whatever the criterion, gradients
+    are squared, unless you pass ``reduction="abs"``.
 
     Args:
         model, params, budget, floor, state_dtype, process_group: see :class:`mas_ext.MAS`.
@@ -126,6 +127,7 @@ class EWC(QuadraticRegularizer):
     Source: Kirkpatrick et al., PNAS 2017, https://arxiv.org/abs/1612.00796.
     """
 
+    method: ClassVar[str] = "EWC"
     defaults: ClassVar[Mapping[str, Any]] = {"criterion": "fisher", "reduction": "square"}
 
     def __init__(
@@ -182,6 +184,7 @@ class L2SP(QuadraticRegularizer):
     Source: Li et al., ICML 2018, https://arxiv.org/abs/1802.01483.
     """
 
+    method: ClassVar[str] = "L2SP"
     options: ClassVar[type] = ReferenceOptions
 
     def __init__(

@@ -27,7 +27,7 @@ FORMAT = "mas_ext"
 # 3: Ω in other dtypes than float32, and λ by name.
 # 4: "drift", and "energy" and "seen" that λ is found from.
 # 5: "control" and "references" of a drift budget.
-# 6: "reduction".
+# 6: "method" and "reduction".
 VERSION = 6
 GROUPS = ("importance", "anchor", "earlier", "open")
 SCALES = {"importance": "importance_scales", "earlier": "earlier_scales"}
@@ -65,7 +65,7 @@ def upgraded(state: Mapping[str, Any]) -> Mapping[str, Any]:
     if state["version"] < 5:
         added |= {"control": {}, "references": {}}
     if state["version"] < 6:
-        added |= {"reduction": "abs" if state["anchor"] or state["open"] else ""}
+        added |= {"method": "MAS", "reduction": "abs" if state["anchor"] or state["open"] else ""}
     return {**state, **added}
 
 
@@ -78,6 +78,7 @@ _CONTENTS: dict[str, Any] = {
     "state_dtype": str,
     "merge": (str, tuple, list),
     "num_tasks": int,
+    "method": str,
     "reduction": str,
     "tasks": Mapping,
     "num_samples": Mapping,

@@ -38,6 +38,7 @@ class RegularizerState:
         task: the sums of the task that has not ended.
         energy: the objective's mean over tasks, from which ``lambda_reg="auto"`` finds λ.
         num_tasks: how many tasks have ended.
+        method: whose Ω it is: ``"MAS"``, ``"EWC"`` or ``"L2SP"``.
         reduction: how gradients count in Ω; empty before the first measurement.
         floor: what is added to every Ω of a task, as a fraction of their mean.
         drift: what is remembered for a drift budget.
@@ -50,6 +51,7 @@ class RegularizerState:
     task: TaskAccumulator = field(default_factory=TaskAccumulator)
     energy: OutputEnergy = field(default_factory=OutputEnergy)
     num_tasks: int = 0
+    method: str = "MAS"
     reduction: str = ""
     floor: float = 0.0
     drift: DriftState = field(default_factory=DriftState)
@@ -91,9 +93,9 @@ class RegularizerState:
         if self.reduction not in ("", reduction):
             raise ValueError(
                 f"reduction: Ω has been measured with {self.reduction!r} so far, and {reduction!r} "
-                "does not add up with it; use the same criterion and reduction for all tasks"
+                "does not add up with it; use the same for all tasks"
             )
-        _check_auto(self.strength, reduction, predicts)
+        _check_auto(self.strength, self.method, reduction, predicts)
         self.reduction = reduction
 
     # -- λ and the end of a task -------------------------------------------------------------------
@@ -107,7 +109,7 @@ class RegularizerState:
         predicts: bool,
     ) -> None:
         """Takes over λ; raises ValueError if it does not suit these parameters, or Ω."""
-        _check_auto(strength, self.reduction or "abs", predicts)
+        _check_auto(strength, self.method, self.reduction, predicts)
         strength.check_covers(selected)
         strength.check_patterns(named)
         self._resolve(strength, named)
@@ -191,6 +193,7 @@ class RegularizerState:
             "merge": self.merge,
             "state_dtype": self.state_dtype,
             "num_tasks": self.num_tasks,
+            "method": self.method,
             "reduction": self.reduction,
             "control": control,
             "references": copies(references),
@@ -215,16 +218,22 @@ class RegularizerState:
         strict: bool,
         *,
         state_dtype: str,
+        method: str = "MAS",
         floor: float = 0.0,
         tracker: DriftTracker | None = None,
     ) -> RegularizerState:
         """From what :meth:`to_dict` or :meth:`to_packed_dict` returned, in the model's layout.
 
-        The last three stay as they are where the state is loaded.
+        The keyword arguments stay as they are where the state is loaded.
 
         See :meth:`mas_ext.MAS.load_state_dict` for what it raises.
         """
         state = _checked(state, named, selected, strict)
+        if state["method"] != method:
+            raise ValueError(
+                f"the state is of mas_ext.{state['method']}, and this is {method}, whose Ω is "
+                "another; load it into one of its own method"
+            )
         strength = RegularizationStrength(state["lambda_reg"], state["drift"])
         strength.check_covers(state["anchor"])
         energy = OutputEnergy(**state["energy"])
@@ -242,6 +251,7 @@ class RegularizerState:
             TaskAccumulator.from_state_dict(state, params),
             energy,
             state["num_tasks"],
+            method,
             state["reduction"],
             floor,
             DriftState() if tracker is None else tracker.restored(state),
@@ -252,12 +262,17 @@ class RegularizerState:
         return restored
 
 
-def _check_auto(strength: RegularizationStrength, reduction: str, predicts: bool) -> None:
+def _check_auto(
+    strength: RegularizationStrength, method: str, reduction: str, predicts: bool
+) -> None:
     """Raises ValueError if λ is to be found from an Ω that does not say it."""
-    if strength.is_auto and reduction != "abs" and not predicts:
+    if not strength.is_auto or predicts:
+        return
+    if method != "MAS" or reduction not in ("", "abs"):
         raise ValueError(
-            f"lambda_reg='auto' follows from E‖F‖² and Ω = E|∂‖F‖²/∂θ|, and reduction="
-            f"{reduction!r} measures another Ω; pass a number, or budget= to have λ adjusted"
+            f"lambda_reg='auto' works with MAS's Ω alone, without a drift budget, and this Ω is "
+            f"that of {method if method != 'MAS' else f'reduction={reduction!r}'}; pass a number, "
+            "or budget=0.08, which finds λ during training"
         )
 
 

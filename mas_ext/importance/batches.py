@@ -362,10 +362,10 @@ class CustomBatch:
 
 
 def labels_in(content: Any) -> Any:
-    """The labels of a batch: ``"labels"`` or ``"label"``, or the last item of several; or None."""
+    """The labels of a batch: ``"labels"`` or ``"label"``, or the second of two items; or None."""
     if isinstance(content, Mapping):
         return next((content[key] for key in _LABELS if key in content), None)
-    return content[-1] if isinstance(content, (tuple, list)) and len(content) > 1 else None
+    return content[1] if isinstance(content, (tuple, list)) and len(content) == 2 else None
 
 
 def mask_in(content: Any, output: Tensor) -> Tensor | None:

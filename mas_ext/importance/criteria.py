@@ -62,14 +62,15 @@ class Situation:
         """
         if len(self.outputs) > 1:
             raise ValueError(
-                f"criterion: a Fisher information is of one output's classes, and the model has "
-                f"the outputs {', '.join(self.outputs)}; pass forward=, a callable(model, batch) "
-                "that returns the logits, or use criterion='gauss_newton', 'mas' or a callable"
+                f"criterion: the Fisher information needs the classes of one output, and the model "
+                f"has the outputs {', '.join(self.outputs)}; pass forward=, a callable(model, "
+                "batch) that returns the logits, or use criterion='gauss_newton', 'mas' or a "
+                "callable"
             )
         logits = at_least_float32(classes_last(self.output.detach()))
         if logits.shape[-1] < 2:
             raise ValueError(
-                f"criterion: a Fisher information is of the probabilities of classes, and an "
+                f"criterion: the Fisher information needs the probabilities of classes, and an "
                 f"output of shape {list(self.output.shape)} has only one per prediction; use "
                 "criterion='gauss_newton', 'mas' or a callable"
             )
@@ -86,12 +87,23 @@ class Situation:
             return None
         is_distribution = labels.is_floating_point()
         if labels.shape != (shape if is_distribution else shape[:-1]):
+            self._check_classes_are_last(labels)
             return None
         labels = labels.to(self.output.device, labels.dtype if is_distribution else torch.long)
         if len(shape) > 2 and predicts_next_token(self.model):
             nothing = 0 if is_distribution else IGNORED
             return torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], nothing)], 1)
         return labels
+
+    def _check_classes_are_last(self, labels: Tensor) -> None:
+        """Raises ValueError if the labels show that an output is [B, C, T]."""
+        shape = self.output.shape
+        if len(shape) == 3 and labels.shape == (shape[0], shape[2]):
+            raise ValueError(
+                f"criterion: an output of three dimensions is [B, T, C], and labels of shape "
+                f"{list(labels.shape)} say that {list(shape)} is [B, C, T]; transpose it: "
+                "forward=lambda model, batch: model(batch[0]).transpose(1, 2)"
+            )
 
     @property
     def counts(self) -> Tensor | None:
@@ -145,13 +157,23 @@ def given_labels(situation: Situation) -> Iterator[Target]:
     """
     labels, classes = situation.labels, situation.logits.shape[-1]
     if labels is None:
+        shape = list(situation.logits.shape)
         raise ValueError(
-            f"criterion='empirical_fisher' needs labels, and the batch has none for an output of "
-            f"shape {list(situation.output.shape)}: yield (input, labels) or a mapping with "
-            "'labels', where labels are class numbers, one per prediction, or probabilities; or "
-            "use criterion='fisher', which draws them from the model"
+            f"criterion='empirical_fisher' needs labels: class numbers {shape[:-1]}, or "
+            f"probabilities {shape}. The batch has {_found_in(situation.batch.content)}; yield "
+            "(input, labels) or a mapping with 'labels', or use criterion='fisher', which draws "
+            "labels from the model"
         )
-    if not labels.is_floating_point():
+    if labels.is_floating_point():
+        sums = labels.double().sum(-1)
+        is_one = torch.isclose(sums, torch.ones_like(sums), rtol=1e-2, atol=1e-2)
+        if (labels < 0).any() or not (is_one | (sums == 0)).all():
+            raise ValueError(
+                "criterion='empirical_fisher': floating-point labels are probabilities, and these "
+                "are negative or do not add up to 1; pass class numbers, or for regression use "
+                "criterion='gauss_newton'"
+            )
+    else:
         wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= classes))]
         if len(wrong):
             raise ValueError(
@@ -159,6 +181,16 @@ def given_labels(situation: Situation) -> Iterator[Target]:
                 f"{classes} classes; number them from 0, with {IGNORED} for what does not count"
             )
     yield situation.target(labels)
+
+
+def _found_in(content: Any) -> str:
+    """What a batch has in place of labels, in words."""
+    if isinstance(content, (tuple, list)) and len(content) > 2:
+        return f"{len(content)} items, of which it is unclear which are labels"
+    labels = labels_in(content)
+    if isinstance(labels, Tensor):
+        return f"{labels.dtype} labels of shape {list(labels.shape)}"
+    return "none" if labels is None else f"a {type(labels).__name__}, which is not a tensor"
 
 
 def drawn_labels(situation: Situation) -> Iterator[Target]:
@@ -287,9 +319,13 @@ def seed_of(seed: int, rank: int, samples: int) -> int:
 
 
 def predicts_next_token(model: nn.Module) -> bool:
-    """Whether a transformers model is a causal language model, whose labels are its inputs."""
-    generates = getattr(model, "can_generate", None)
-    is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    """Whether it is, or has inside, a causal language model of transformers."""
+    return any(_is_causal(module) for module in model.modules())
+
+
+def _is_causal(module: nn.Module) -> bool:
+    generates = getattr(module, "can_generate", None)
+    is_encoder_decoder = getattr(getattr(module, "config", None), "is_encoder_decoder", False)
     return callable(generates) and bool(generates()) and not is_encoder_decoder
 
 

@@ -26,8 +26,8 @@ class Importance(Mapping[str, Tensor]):
 
     Attributes:
         num_samples: N, the number of samples that Ω is the mean over.
-        energy: the mean over these samples of what was differentiated: E‖F(x)‖² for ``"mas"``; of
-            a Fisher information, the mean of −log p(y|x).
+        energy: the mean over these samples of what was differentiated: E‖F(x)‖² for ``"mas"``;
+            for the Fisher criteria, the mean of −log p(y|x).
         coverage: parameter name → the path that computed its Ω; ``"none"`` if no path could, in
             which case Ω is 0.
         outputs: which of the model's outputs were measured: ``("output",)`` for a model that
@@ -87,15 +87,15 @@ def estimate_importance(
         data: an iterable of batches. A batch may be a tensor, which is passed to the model; a tuple
             or list, whose first item is passed; or a mapping, which is passed as keyword arguments
             without ``labels`` and ``label``. Labels, which only ``"empirical_fisher"`` needs, are
-            these, or the last item of a tuple or list. Tensors are moved to the
+            these, or the second of two items. Tensors are moved to the
             model's device, unless you pass ``forward``. Because random states are restored, a
             shuffling DataLoader draws the same order in every measurement, unless it has a
             ``generator`` of its own.
         estimator: how Ω is computed.
 
             - ``"per_sample"`` (default) is exact.
-            - ``"batch"`` takes the absolute value of each batch's mean gradient, weighted by batch
-              size. Gradients of opposite sign cancel within a batch, so Ω is too small.
+            - ``"batch"`` reduces each batch's mean gradient, weighted by batch size. Gradients of
+              opposite sign cancel within a batch, so Ω is too small.
             - ``"local"`` is the paper's Hebbian variant and needs only one forward pass per batch.
               For a Linear or Conv layer followed by ReLU, it uses ‖·‖² of that layer's own output
               in place of the network's (of the linear output, if no ReLU follows). All other
@@ -118,10 +118,10 @@ def estimate_importance(
               model's device.
 
             Logits have their classes in the last dimension, [B, C] or [B, T, C], and in dimension 1
-            of images, [B, C, H, W]. A sample is a row of the batch: a sequence's log-probabilities
-            are summed over its predictions, without those whose label is −100 or, where there are
-            no labels, whose ``attention_mask`` is 0. Of causal language models of transformers,
-            each position predicts the next token's label.
+            of images, [B, C, H, W]; transpose [B, C, T] with ``forward``. A sample is a row of the
+            batch: a sequence's log-probabilities are summed over its predictions, without those
+            whose label is −100 or, where there are no labels, whose ``attention_mask`` is 0. Of
+            causal language models of transformers, each position predicts the next token's label.
         reduction: how each sample's gradient g counts: ``"abs"``, :math:`|g|`, or ``"square"``,
             :math:`g^2`. None: ``"abs"`` for ``"mas"`` and callables, ``"square"`` for the others.
         objective: for ``criterion="mas"``: ``"squared_l2"`` (‖F‖², default), ``"l2"`` (‖F‖) or
@@ -131,7 +131,8 @@ def estimate_importance(
         draws: how many labels, or v, to draw per sample; each takes a backward pass. The error of
             a Fisher information falls as 1/√draws, and as 1/√N.
         seed: of these draws. They depend on the seed, the number of the process and the position
-            of the batch in the data, and leave PyTorch's generators alone.
+            of the batch in the data, so also on the batch size. PyTorch's generators stay as they
+            are.
         forward: ``callable(model, batch) -> Tensor``, for batches that the model cannot take as
             they are. It gets the model (the inner module, if the model is wrapped in
             ``DistributedDataParallel``) and a batch as ``data`` yielded it, and must return the

@@ -54,7 +54,9 @@ class _Plugin(SupervisedPlugin):
     ) -> None:
         super().__init__()
         check_mode(mode)
-        Measurement(**{**method.defaults, **importance}).check()
+        if "forward" in importance:
+            raise TypeError("forward: the plugin runs the model as Avalanche does; leave it out")
+        Measurement.from_options({**method.defaults, **importance}).check()
         self.mas: QuadraticRegularizer | None = None
         self._method, self._mode = method, mode
         self._regularizer, self._importance = regularizer, importance
@@ -197,12 +199,12 @@ class EWCPlugin(_Plugin):
 
     All experiences share one θ*, the parameters after the last one. Avalanche's
     ``mode="separate"`` keeps one per experience; the two are the same until the second has ended.
-    What else differs is said at :class:`MASPlugin`.
+    For the other differences, see :class:`MASPlugin`.
 
     Args:
         ewc_lambda: λ ≥ 0, without the factor ½ of :class:`mas_ext.EWC`, or with a budget
             ``"auto"``. None: 1, or ``"auto"`` with a budget.
-        decay_factor: γ in [0, 1), as in F ← γF + F_experience. None: the sum.
+        decay_factor: γ in [0, 1], as in F ← γF + F_experience. None: 1, the sum.
         verbose, mode, budget, floor, params: see :class:`MASPlugin`.
         importance: options of :func:`mas_ext.estimate_importance`, such as ``criterion`` and
             ``max_samples``.
@@ -227,14 +229,29 @@ class EWCPlugin(_Plugin):
         params: Selection = None,
         **importance: Unpack[MeasurementOptions],
     ) -> None:
+        if "separate" in (mode, decay_factor) or "online" in (mode, decay_factor):
+            raise ValueError(
+                "mode: 'separate' and 'online' are Avalanche's. Here EWCPlugin(ewc_lambda) is the "
+                "former, with one θ* for all experiences, and EWCPlugin(ewc_lambda, decay_factor) "
+                "the latter; mode= is 'gradient' or 'proximal'"
+            )
         regularizer = {
             **preset("avalanche_ewc").regularizer(_start(ewc_lambda, budget)),
             "budget": budget,
             "floor": floor,
-            "merge": check_merge("sum" if decay_factor is None else ("decay", decay_factor)),
+            "merge": _merge_of(decay_factor),
             "params": params,
         }
         super().__init__(EWC, mode, regularizer, {"progress": verbose, **importance})
+
+
+def _merge_of(decay_factor: Any) -> Merge:
+    """How Fisher informations are merged; ValueError for a factor out of range."""
+    if decay_factor is None or decay_factor == 1:
+        return "sum"
+    if not isinstance(decay_factor, (int, float)) or not 0 <= decay_factor < 1:
+        raise ValueError(f"decay_factor is {decay_factor!r}; pass a number from 0 to 1, or None")
+    return check_merge(("decay", decay_factor))
 
 
 def _start(lambda_reg: float | str | None, budget: float | DriftBudget | None) -> float | str:

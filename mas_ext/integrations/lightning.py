@@ -58,7 +58,7 @@ class MASCallback(HasRegularizer, Callback):
     ``callback.mas.save(path)``.
 
     Args:
-        lambda_reg: λ, as for :class:`mas_ext.MAS`; 1 by default.
+        lambda_reg: λ, as for :class:`mas_ext.MAS`. None: 1, or ``"auto"`` with a budget.
         mas: a :class:`mas_ext.MAS` of the module, or of a part of it, to use instead of creating
             one with these options.
         mode: ``"gradient"`` or ``"proximal"``, as for :meth:`mas_ext.MAS.attach`.
