@@ -81,7 +81,7 @@ def merge(
     one tensor, in any of the models, get the same values.
 
     Args:
-        models: two or more of: a module; a state dictionary; a safetensors file, or a folder that
+        models: each a module; a state dictionary; a safetensors file, or a folder that
             ``save_pretrained`` wrote. Files are merged tensor by tensor, so none of the models has
             to fit in memory.
         importances: Ω of each model: a mapping from parameter name to Ω, such as what
@@ -166,8 +166,8 @@ class _Source:
 
 def _sources(models: Any, importances: Any, weights: Any) -> list[_Source]:
     models, importances = _listed(models, "models"), _listed(importances, "importances")
-    if len(models) < 2:
-        raise ValueError(f"models: there are {len(models)}; pass two or more to merge")
+    if not models:
+        raise ValueError("models is empty; pass the models to merge")
     if len(importances) != len(models):
         raise ValueError(
             f"there are {len(models)} models and {len(importances)} importances; pass one for each "

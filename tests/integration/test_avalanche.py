@@ -348,6 +348,7 @@ BAD = {
     "estimator": ({"estimator": "exact"}, "'per_sample'"),
     "training": ({"training": True}, "estimator='batch'"),
     "weighting": ({"weighting": "batches"}, "estimator='batch'"),
+    "criterion": ({"criterion": "si"}, "'fisher'"),
 }
 
 
@@ -355,3 +356,18 @@ BAD = {
 def test_bad_arguments(name):
     options, remedy = BAD[name]
     assert_refused(refusal(lambda: MASPlugin(**options), ValueError, name, remedy))
+
+
+AVALANCHES = {  # calls of Avalanche's own plugin that mean something else here
+    "mode": (lambda: EWCPlugin(1.0, mode="online", decay_factor=0.9), ValueError, "decay_factor"),
+    "position": (lambda: EWCPlugin(1.0, "separate"), ValueError, "Avalanche"),
+    "factor": (lambda: EWCPlugin(1.0, 1.5), ValueError, "decay_factor"),
+    "option": (lambda: EWCPlugin(1.0, keep_importance_data=True), TypeError, "max_samples"),
+    "forward": (lambda: EWCPlugin(1.0, forward=print), TypeError, "leave it out"),
+}
+
+
+@pytest.mark.parametrize("name", AVALANCHES)
+def test_what_means_something_else_in_avalanche(name):
+    call, *expected = AVALANCHES[name]
+    assert_refused(refusal(call, *expected))

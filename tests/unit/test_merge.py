@@ -269,16 +269,27 @@ def test_a_module_that_is_really_called_module():
 # -- Files -----------------------------------------------------------------------------------------
 @pytest.fixture
 def files(tmp_path):
-    """Two models, and the states that MAS and EWC saved of them."""
+    """Two models, and the states that EWC saved of them."""
     models, states = fine_tuned()[0], []
     paths = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
-    for model, path, method in zip(models, paths, (MAS, EWC), strict=True):
+    for model, path in zip(models, paths, strict=True):
         safetensors.torch.save_model(model, str(path))
-        regularizer = method(model)
+        regularizer = EWC(model)
         regularizer.consolidate([vectors(dtype=torch.float32)])
         regularizer.save(tmp_path / f"{path.stem}.mas")
         states.append(regularizer)
     return models, [s.importance for s in states], paths, [p.with_suffix(".mas") for p in paths]
+
+
+def test_states_of_other_methods_are_not_mixed(files, tmp_path):
+    models, _, paths, states = files
+    mas = MAS(models[0])
+    mas.consolidate([vectors(dtype=torch.float32)])
+    mas.save(tmp_path / "other")
+    mixed = [tmp_path / "other", states[1]]
+    case = refusal(lambda: merge(paths, mixed, out=tmp_path / "out"), ValueError, "reductions")
+    assert_refused(case)
+    assert not (tmp_path / "out").exists()
 
 
 def test_files(files, tmp_path):

@@ -243,21 +243,27 @@ def test_refusals_change_nothing(case):
 
 @pytest.mark.parametrize("method", [EWC, L2SP])
 @pytest.mark.parametrize("strength", ["auto", {"0.*": "auto", "*": 1.0}], ids=["all", "a pattern"])
-def test_auto_without_a_budget_is_refused_when_it_is_measured(method, strength):
-    regularizer = method(mlp(), strength)
-    case = refusal(lambda: regularizer.consolidate(PAIRS), ValueError, "auto", "budget")
-    assert_refused(case, unchanged=(regularizer,))
-    regularizer.lambda_reg = 2.0
-    regularizer.consolidate(PAIRS)
+def test_auto_without_a_budget_is_refused(method, strength):
+    case = refusal(lambda: method(mlp(), strength), ValueError, "auto", "budget", method.__name__)
+    assert_refused(case)
+    method(mlp(), strength, budget=0.1).consolidate(PAIRS)
+
+
+def test_auto_does_not_go_with_squares():
+    mas = MAS(mlp(), "auto")
+    case = refusal(
+        lambda: mas.consolidate(PAIRS, criterion="fisher"), ValueError, "auto", "reduction='square'"
+    )
+    assert_refused(case, unchanged=(mas,))
 
 
 @pytest.mark.parametrize(("first", "second"), [*itertools.permutations(METHODS, 2)])
 def test_another_method_does_not_go_on(first, second):
     _, regularizer = learned(METHODS[first])
     other = METHODS[second](mlp())
-    other.load_state_dict(regularizer.state_dict())
-    case = refusal(lambda: other.update_importance(PAIRS), ValueError, "reduction")
-    assert_refused(case, unchanged=(other,))
+    state = regularizer.state_dict()
+    case = refusal(other.load_state_dict, ValueError, METHODS[first].__name__)
+    assert_refused(case, state, unchanged=(other,))
 
 
 def test_a_measurement_that_failed_does_not_say_how_the_next_one_counts():

@@ -261,6 +261,8 @@ REFUSALS = {
             ("complex", (X, torch.zeros(10, 4, dtype=torch.complex64)), "labels"),
             ("other classes", (X, torch.rand(10, 3)), "labels"),
             ("text", (X, ["a"] * 10), "labels"),
+            ("one of three items", (X, Y, torch.zeros_like(Y)), "3 items"),
+            ("of a regression", (X, torch.randn(10, 4)), "probabilities", "gauss_newton"),
             ("too large", (X, Y + 1), "label 4", "4 classes"),
             ("negative", {"input": X, "labels": Y - 1}, "label -1"),
         )
