@@ -219,7 +219,7 @@ def per_sample(models: Results) -> list[Table]:
             ("", "/ batch-mean", "mas_ext, ms", *SQUARES, "batch-mean finds"),
             [
                 [*_importance(found, SQUARES), percent(found["share_kept_by_batch_mean"])]
-                for found in ({**result, **result["fisher"]} for result in models.values())
+                for found in ({**r, **r["fisher"]} for r in models.values() if "fisher" in r)
             ],
         ),
     ]
@@ -260,7 +260,7 @@ def fisher(models: Results) -> list[Table]:
                 percent(batch["mass"]),
                 f"{batch['mass'] * length:.2f}",
                 f"{batch['rank_correlation']:.3f}",
-                f"{found['preset_error']:.0e}",
+                percent(found["preset_error"], 4),
                 f"{other['mass']:.2f}",
                 f"{other['rank_correlation']:.3f} ({way})",
             ]
