@@ -274,6 +274,25 @@ def test_pairs_of_tokens_and_labels():
     assert_same(omega, dict(estimate_importance(model, [mapping], criterion="empirical_fisher")))
 
 
+class Inside(nn.Module):
+    """A module of one's own around a language model, as a LightningModule is."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.model(input_ids=input_ids).logits
+
+
+def test_a_language_model_inside_another_module():
+    model, batch = language_model("gpt2")
+    mapping = {"input_ids": batch["input_ids"], "labels": labelled(model, batch)["labels"]}
+    omega = estimate_importance(model, [mapping], criterion="empirical_fisher")
+    inside = estimate_importance(Inside(model), [mapping], criterion="empirical_fisher")
+    assert_same({name.removeprefix("model."): t for name, t in inside.items()}, dict(omega))
+
+
 # -- Masked classes, empty batches -----------------------------------------------------------------
 def masked(classes: list[int]) -> nn.Module:
     def forward(m: Net, x: Tensor) -> Tensor:

@@ -242,6 +242,13 @@ REFUSALS = {
         criterion="exact_fisher",
         by=GRADIENTS,
     ),
+    "classes before positions": refused(
+        *(ValueError, "[B, C, T]", "transpose(1, 2)"),
+        model=lambda: nn.Conv1d(6, 4, 1).double(),
+        data=lambda: [(torch.randn(5, 6, 3).double(), torch.randint(4, (5, 3)))],
+        criterion="fisher",
+        by=GRADIENTS,
+    ),
     **{
         f"labels: {name}": refused(
             *(ValueError, "empirical_fisher", *words),
