@@ -245,7 +245,7 @@ REFUSALS = {
     "classes before positions": refused(
         *(ValueError, "[B, C, T]", "transpose(1, 2)"),
         model=lambda: nn.Conv1d(6, 4, 1).double(),
-        data=lambda: [(torch.randn(5, 6, 3).double(), torch.randint(4, (5, 3)))],
+        data=lambda: [(X.view(5, 2, 6).mT, Y.view(5, 2))],
         criterion="fisher",
         by=GRADIENTS,
     ),
@@ -269,7 +269,7 @@ REFUSALS = {
             ("other classes", (X, torch.rand(10, 3)), "labels"),
             ("text", (X, ["a"] * 10), "labels"),
             ("one of three items", (X, Y, torch.zeros_like(Y)), "3 items"),
-            ("of a regression", (X, torch.randn(10, 4)), "probabilities", "gauss_newton"),
+            ("of a regression", (X, X[:, :4]), "probabilities", "gauss_newton"),
             ("too large", (X, Y + 1), "label 4", "4 classes"),
             ("negative", {"input": X, "labels": Y - 1}, "label -1"),
         )
