@@ -6,10 +6,11 @@
     mas.settle()                            # at the end of a task: the drift is at most 0.08
     mas.consolidate(data)                   # measures the importance; labels are not used
 
-See :class:`MAS`, :class:`DriftBudget`, :func:`estimate_importance`, :func:`merge` (models that
-share an ancestor), :func:`preset` (what other implementations compute), :mod:`mas_ext.optim`
-(optimizers whose step includes the penalty), :mod:`mas_ext.functional` (the operators on lists of
-tensors), :mod:`mas_ext.reference` (the same in plain PyTorch) and :func:`build_info`.
+See :class:`MAS`, :class:`EWC`, :class:`L2SP`, :class:`DriftBudget`, :func:`estimate_importance`,
+:func:`merge` (models that share an ancestor), :func:`preset` (what other implementations compute),
+:mod:`mas_ext.optim` (optimizers whose step includes the penalty), :mod:`mas_ext.functional` (the
+operators on lists of tensors), :mod:`mas_ext.reference` (the same in plain PyTorch) and
+:func:`build_info`.
 """
 
 from mas_ext import functional, optim, reference
