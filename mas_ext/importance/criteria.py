@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ class Situation:
         """A new generator on the output's device."""
         return torch.Generator(self.output.device).manual_seed(self.seed)
 
-    @property
+    @cached_property
     def logits(self) -> Tensor:
         """The output as logits [B, …, classes], in float32 at least, without a graph.
 
@@ -76,7 +77,7 @@ class Situation:
             )
         return logits
 
-    @property
+    @cached_property
     def labels(self) -> Tensor | None:
         """The batch's labels, one per prediction or a distribution, or None if it has none.
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mas_ext import functional
+from mas_ext.reference import magnitude_of
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,6 @@ class Reduction:
         functional.accumulate_outer_(omega, left, right, reduction=self.name)
 
 
-ABS = Reduction("abs", torch.abs, lambda weight: weight)
-SQUARE = Reduction("square", torch.square, torch.sqrt)
+ABS = Reduction("abs", magnitude_of("abs"), lambda weight: weight)
+SQUARE = Reduction("square", magnitude_of("square"), torch.sqrt)
 REDUCTIONS = {reduction.name: reduction for reduction in (ABS, SQUARE)}

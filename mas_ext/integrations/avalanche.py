@@ -26,7 +26,7 @@ from mas_ext.importance.batches import Forward
 from mas_ext.importance.options import Measurement, MeasurementOptions
 from mas_ext.presets import preset
 from mas_ext.quadratic import QuadraticRegularizer
-from mas_ext.regularizer import EWC, MAS
+from mas_ext.regularizer import METHODS
 
 try:
     from avalanche.core import SupervisedPlugin
@@ -39,7 +39,15 @@ except ImportError as error:
 
 
 class _Plugin(SupervisedPlugin):
-    """What the plugins share. Subclasses pass the arguments of the regularizer and of measuring.
+    """What the plugins share.
+
+    Args:
+        implementation: the preset of Avalanche's plugin.
+        strength: λ as that plugin defines it; None: the default.
+        merge: how the Ω of experiences is merged.
+        mode: as for :meth:`mas_ext.MAS.attach`.
+        importance: options of measuring.
+        regularizer: further arguments of the regularizer.
 
     Attributes:
         mas: the regularizer of the strategy's model; None before the first training.
@@ -47,19 +55,28 @@ class _Plugin(SupervisedPlugin):
 
     def __init__(
         self,
-        method: type[QuadraticRegularizer],
+        implementation: str,
+        strength: float | str | None,
+        merge: Merge,
         mode: str,
-        regularizer: dict[str, Any],
         importance: dict[str, Any],
+        **regularizer: Any,
     ) -> None:
         super().__init__()
         check_mode(mode)
+        theirs = preset(implementation)
+        method = METHODS[theirs.method]
         if "forward" in importance:
             raise TypeError("forward: the plugin runs the model as Avalanche does; leave it out")
         Measurement.from_options({**method.defaults, **importance}).check()
         self.mas: QuadraticRegularizer | None = None
         self._method, self._mode = method, mode
-        self._regularizer, self._importance = regularizer, importance
+        self._regularizer = {
+            **theirs.regularizer(_start(strength, regularizer["budget"])),
+            **regularizer,
+            "merge": check_merge(merge),
+        }
+        self._importance = importance
         self._model: nn.Module | None = None
         self._attached: Attachment | None = None
 
@@ -177,14 +194,16 @@ class MASPlugin(_Plugin):
         params: Selection = None,
         **importance: Unpack[MeasurementOptions],
     ) -> None:
-        regularizer = {
-            **preset("avalanche").regularizer(_start(lambda_reg, budget)),
-            "budget": budget,
-            "floor": floor,
-            "merge": check_merge(("ema", alpha) if merge is None else merge),
-            "params": params,
-        }
-        super().__init__(MAS, mode, regularizer, {"progress": verbose, **importance})
+        super().__init__(
+            "avalanche",
+            lambda_reg,
+            ("ema", alpha) if merge is None else merge,
+            mode,
+            {"progress": verbose, **importance},
+            budget=budget,
+            floor=floor,
+            params=params,
+        )
 
 
 class EWCPlugin(_Plugin):
@@ -235,14 +254,16 @@ class EWCPlugin(_Plugin):
                 "former, with one θ* for all experiences, and EWCPlugin(ewc_lambda, decay_factor) "
                 "the latter; mode= is 'gradient' or 'proximal'"
             )
-        regularizer = {
-            **preset("avalanche_ewc").regularizer(_start(ewc_lambda, budget)),
-            "budget": budget,
-            "floor": floor,
-            "merge": _merge_of(decay_factor),
-            "params": params,
-        }
-        super().__init__(EWC, mode, regularizer, {"progress": verbose, **importance})
+        super().__init__(
+            "avalanche_ewc",
+            ewc_lambda,
+            _merge_of(decay_factor),
+            mode,
+            {"progress": verbose, **importance},
+            budget=budget,
+            floor=floor,
+            params=params,
+        )
 
 
 def _merge_of(decay_factor: Any) -> Merge:
@@ -251,7 +272,7 @@ def _merge_of(decay_factor: Any) -> Merge:
         return "sum"
     if not isinstance(decay_factor, (int, float)) or not 0 <= decay_factor < 1:
         raise ValueError(f"decay_factor is {decay_factor!r}; pass a number from 0 to 1, or None")
-    return check_merge(("decay", decay_factor))
+    return ("decay", float(decay_factor))
 
 
 def _start(lambda_reg: float | str | None, budget: float | DriftBudget | None) -> float | str:
