@@ -1,0 +1,1 @@
+"""What a pretrained language model keeps of what it knew while it learns, method by method."""
