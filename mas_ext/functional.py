@@ -16,7 +16,8 @@ read it.
 tensor on the device is read there: nothing waits for the host, a captured CUDA graph sees new
 values, and ``torch.compile`` does not recompile for them.
 
-:func:`accumulate_outer_` works on one parameter and takes single tensors.
+:func:`accumulate_outer_`, :func:`low_rank_penalty` and :func:`low_rank_penalty_grad_` work on one
+parameter and take single tensors.
 
 Errors: ``RuntimeError``, which names the tensor and the remedy, or ``ValueError`` for an unknown
 reduction or mode; raised before anything is written.
@@ -42,6 +43,8 @@ __all__ = [
     "accumulate_outer_",
     "adamw_step_",
     "add_penalty_grad_",
+    "low_rank_penalty",
+    "low_rank_penalty_grad_",
     "penalty",
     "penalty_and_grad",
     "proximal_step_",
@@ -54,6 +57,7 @@ Scalar = float | Tensor
 _accumulate_importance = writing("accumulate_importance_")
 _accumulate_outer = writing("accumulate_outer_")
 _add_penalty_grad = writing("add_penalty_grad_")
+_low_rank_penalty_grad = writing("low_rank_penalty_grad_")
 _proximal_step = writing("proximal_step_")
 _sgd_step = writing("sgd_step_")
 _adamw_step = writing("adamw_step_")
@@ -215,6 +219,80 @@ def add_penalty_grad_(
     scale = None if grad_scale is None else _scalar("grad_scale", grad_scale)
     state = list(params), list(anchors), list(omega), list(omega_scales)
     return _add_penalty_grad(list(grads), *state, strength, scale)
+
+
+def low_rank_penalty(
+    a: Tensor,
+    b: Tensor,
+    omega: Tensor,
+    lambda_reg: Scalar,
+    scale: float = 1.0,
+    *,
+    omega_scales: Tensor | None = None,
+) -> Tensor:
+    r"""The penalty of a low-rank update of a weight, twice differentiable in every tensor.
+
+    .. math:: \frac{\lambda}{2} \sum_{ij} \Omega_{ij} \Delta_{ij}^2,
+        \qquad \Delta = \text{scale} \cdot B A
+
+    This is the penalty of a LoRA adapter's merged weight, anchored at the weight without the
+    adapter. Tiles of Δ are formed, weighted and consumed at once: nothing of the size of Ω is
+    allocated. (The gradient of a gradient is in plain PyTorch, and allocates.)
+
+    If ``a`` or ``b`` requires a gradient, it is computed in the same pass, and the backward pass
+    multiplies it by the incoming gradient. Use ``torch.autograd``: the transforms of ``torch.func``
+    cannot differentiate operators.
+
+    Args:
+        a: A [rank, in], float32, float64, bfloat16 or float16, any strides.
+        b: B [out, rank], in the dtype of ``a``, any strides.
+        omega: Ω [out, in], any strides; may be stored in less where ``a`` is not float64.
+        lambda_reg: λ.
+        scale: a finite number ≥ 0.
+        omega_scales: of Ω's codes if it is uint8, a tensor float32 [⌈elements/256⌉].
+
+    For a weight that is stored transposed [in, out], pass ``omega.mT``.
+
+    Returns:
+        A 0-dim tensor: float64 if ``a`` is, else float32.
+
+    Source: Aljundi et al., ECCV 2018, equation 3; Hu et al., ICLR 2022, for Δ.
+    """
+    strength = _scalar("lambda_reg", lambda_reg)
+    with_grads = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
+    value, _, _ = torch.ops.mas_ext.low_rank_penalty(
+        a, b, omega, omega_scales, strength, scale, with_grads
+    )
+    return value
+
+
+def low_rank_penalty_grad_(
+    grad_a: Tensor,
+    grad_b: Tensor,
+    a: Tensor,
+    b: Tensor,
+    omega: Tensor,
+    lambda_reg: Scalar,
+    scale: float = 1.0,
+    *,
+    omega_scales: Tensor | None = None,
+) -> Tensor:
+    r"""Adds the gradients of :func:`low_rank_penalty` to ``grad_a`` and ``grad_b``.
+
+    .. math:: G_A \leftarrow G_A + \text{scale} \cdot B^\top (\lambda\,\Omega \circ \Delta) \qquad
+        G_B \leftarrow G_B + \text{scale} \cdot (\lambda\,\Omega \circ \Delta) A^\top
+
+    Args:
+        grad_a, grad_b: gradients in the shapes and the dtype of ``a`` and ``b``, any strides;
+            written.
+        a, b, omega, scale, omega_scales: as for :func:`low_rank_penalty`.
+        lambda_reg: λ ≥ 0.
+
+    Returns:
+        The penalty as in :func:`low_rank_penalty`. Never waits for the device.
+    """
+    strength = _scalar("lambda_reg", lambda_reg)
+    return _low_rank_penalty_grad(grad_a, grad_b, a, b, omega, omega_scales, strength, scale)
 
 
 def proximal_step_(

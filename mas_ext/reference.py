@@ -22,6 +22,8 @@ __all__ = [
     "add_penalty_grad_",
     "check_reduction",
     "displacement",
+    "low_rank_penalty",
+    "low_rank_penalty_grad_",
     "magnitude_of",
     "penalty",
     "penalty_and_grad",
@@ -180,6 +182,52 @@ def proximal_step_(
         moved = p.to(o.dtype) - displacement(p, a) * (c / (1 + c))
         p.copy_(torch.where(o == 0, p, moved.to(p.dtype)))
     return penalty(params, anchors, omega, lambda_reg, omega_scales=omega_scales)
+
+
+def _stored(omega: Tensor, omega_scales: Tensor | None) -> Tensor:
+    (weights,) = to_accumulation_dtype([omega], [] if omega_scales is None else [omega_scales])
+    return weights
+
+
+def low_rank_penalty(
+    a: Tensor,
+    b: Tensor,
+    omega: Tensor,
+    lambda_reg: Scalar,
+    scale: float = 1.0,
+    *,
+    omega_scales: Tensor | None = None,
+) -> Tensor:
+    """See :func:`mas_ext.functional.low_rank_penalty`."""
+    weights = _stored(omega, omega_scales)
+    delta = scale * (b.to(weights.dtype) @ a.to(weights.dtype))
+    return (0.5 * lambda_reg * _sum(weights * delta * delta)).to(value_dtype([a]))
+
+
+def low_rank_penalty_grad_(
+    grad_a: Tensor,
+    grad_b: Tensor,
+    a: Tensor,
+    b: Tensor,
+    omega: Tensor,
+    lambda_reg: Scalar,
+    scale: float = 1.0,
+    *,
+    omega_scales: Tensor | None = None,
+) -> Tensor:
+    """See :func:`mas_ext.functional.low_rank_penalty_grad_`."""
+    weights = _stored(omega, omega_scales)
+    left, right = b.to(weights.dtype), a.to(weights.dtype)
+    coefficient = _factor(lambda_reg, weights, scale * scale)
+    by_a, energy = torch.zeros_like(right), torch.zeros((), dtype=torch.float64, device=a.device)
+    for w, rows, grad in zip(*(t.split(_ROWS) for t in (weights, left, grad_b)), strict=True):
+        product = rows @ right
+        weighted = w * product
+        by_a += rows.mT @ weighted
+        grad.copy_(grad.to(w.dtype) + coefficient * (weighted @ right.mT))
+        energy += _sum(weighted * product)
+    grad_a.copy_(grad_a.to(by_a.dtype) + coefficient * by_a)
+    return (0.5 * lambda_reg * scale * scale * energy).to(value_dtype([a]))
 
 
 # The order within a step: ±g/s, the penalty's gradient, weight decay, the optimizer's rule.

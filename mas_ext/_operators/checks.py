@@ -301,6 +301,33 @@ def check_factors(op: str, operands: Sequence[Operands]) -> None:
     _check_same_size(op, tensors, ("right", 2), ("omega", 1), "d")
 
 
+def check_low_rank(op: str, operands: Sequence[Operands]) -> None:
+    """A[rank, in], B[out, rank], Ω[out, in], and gradients in the shapes of A and B."""
+    tensors = {argument.name: argument.tensors[0] for argument in operands}
+    for argument in operands:
+        _check_layout(op, argument, 0)
+        _check_device(op, argument, operands[0], 0)
+        _check_dtype(op, argument, 0, tensors["a"].dtype)
+    _check_dimensions(op, "a", tensors["a"], 2, "[rank, in]")
+    _check_dimensions(op, "b", tensors["b"], 2, "[out, rank]")
+    _check_dimensions(op, "omega", tensors["omega"], 2, "a matrix [out, in]")
+    _check_same_size(op, tensors, ("b", 1), ("a", 0), "the rank")
+    _check_same_size(op, tensors, ("omega", 0), ("b", 0), "out")
+    _check_same_size(op, tensors, ("omega", 1), ("a", 1), "in")
+    if "grad_a" in tensors:
+        _check_grad_shape(op, "grad_a", tensors["grad_a"], "a", tensors["a"])
+        _check_grad_shape(op, "grad_b", tensors["grad_b"], "b", tensors["b"])
+
+
+def _check_grad_shape(op: str, name: str, grad: Tensor, of: str, tensor: Tensor) -> None:
+    if grad.shape != tensor.shape:
+        _fail(
+            op,
+            f"{name} has shape {list(grad.shape)} but {of} has shape {list(tensor.shape)}; pass a "
+            "gradient in its shape",
+        )
+
+
 def _check_dimensions(op: str, name: str, tensor: Tensor, dims: int, expected: str) -> None:
     if tensor.dim() != dims:
         _fail(op, f"{name} has shape {list(tensor.shape)}; pass {expected}")
@@ -360,22 +387,32 @@ def check_call(operator: Operator, call: Call, *, read: bool) -> list[Operands]:
     _check_numbers(operator, call, read)
     operator.check(operator.name, call, read)
     operands = [
-        Operands(argument, call[argument.name] if argument.is_list else [call[argument.name]])
+        Operands(argument, _tensors_of(argument, call))
         for argument in operator.arguments
         if argument.role in (Role.VALUES, Role.OMEGA) and not _left_out(operator, argument, call)
     ]
     (operator.check_operands or check_lists)(operator.name, operands)
     for argument in operator.arguments:
         if argument.role is Role.OMEGA_SCALES:
-            scales = Operands(argument, call[argument.name])
+            scales = Operands(argument, _tensors_of(argument, call))
             (omega,) = (each for each in operands if each.is_omega)
             _check_scales(operator.name, omega, scales)
             operands.append(scales)
     return operands
 
 
+def _tensors_of(argument: Argument, call: Call) -> Sequence[Tensor]:
+    """Those that a call gives for an argument: a list, a single tensor or, for None, nothing."""
+    given = call[argument.name]
+    if argument.is_list:
+        return given
+    return [] if given is None else [given]
+
+
 def _check_scalars(operator: Operator, call: Call) -> None:
-    first = next(call[a.name] for a in operator.arguments if a.role in (Role.VALUES, Role.OMEGA))
+    first = next(
+        _tensors_of(a, call) for a in operator.arguments if a.role in (Role.VALUES, Role.OMEGA)
+    )
     for argument in operator.arguments:
         value = call[argument.name]
         if argument.role is Role.SCALAR and value is not None:

@@ -29,6 +29,7 @@ from mas_ext._operators.arguments import (
 )
 from mas_ext._operators.checks import check_beta, check_non_negative, check_positive
 from mas_ext._operators.operator import Call, Operator, Result
+from mas_ext.precision import accumulation_dtype
 
 
 def _empty_penalty(call: Call) -> Tensor:
@@ -41,9 +42,27 @@ def _empty_penalty_and_grads(call: Call) -> tuple[Tensor, list[Tensor]]:
     return _empty_penalty(call), [torch.empty_like(p) for p in call["params"]]
 
 
+def _empty_low_rank_penalty(call: Call) -> Tensor:
+    a = call["a"]
+    return torch.empty((), dtype=reference.value_dtype([a]), device=a.device)
+
+
+def _low_rank_grads(call: Call) -> tuple[Tensor, Tensor]:
+    """Zeros in the accumulation dtype, which a backward pass multiplies before it rounds."""
+    dtype = accumulation_dtype(call["a"].dtype)
+    shapes = [call[name].shape if call["with_grads"] else (0,) for name in ("a", "b")]
+    by_a, by_b = (call["a"].new_zeros(shape, dtype=dtype) for shape in shapes)
+    return by_a, by_b
+
+
 NOTHING = Result("()", lambda call: None)
 PENALTY = Result("Tensor", _empty_penalty)
 PENALTY_AND_GRADS = Result("(Tensor, Tensor[])", _empty_penalty_and_grads)
+LOW_RANK_PENALTY = Result("Tensor", _empty_low_rank_penalty)
+LOW_RANK_PENALTY_AND_GRADS = Result(
+    "(Tensor, Tensor, Tensor)",
+    lambda call: (_empty_low_rank_penalty(call), *_low_rank_grads(call)),
+)
 
 
 # ================================================================================================
@@ -58,6 +77,14 @@ STATE = (PARAMS, ANCHORS, *STORED_OMEGA)
 MAGNITUDE = (number("scale", 1.0, check_non_negative), flag("square"))
 LAMBDA = scalar("lambda_reg", check_non_negative)
 LR = scalar("lr", check_non_negative)
+# A LoRA adapter's factors and the Ω of the weight that it changes.
+ADAPTER = (
+    matrix("a"),
+    matrix("b"),
+    matrix("omega", Role.OMEGA),
+    Argument("omega_scales", "Tensor?", Role.OMEGA_SCALES),
+)
+ADAPTER_SCALE = number("scale", 1.0, check_non_negative)
 # How a step ends: of every optimizer.
 STEP_OPTIONS = (
     flag("maximize"),
@@ -82,6 +109,13 @@ def _penalty_and_new_grads(**call: Any) -> tuple[Tensor, list[Tensor]]:
     value, grads = reference.penalty_and_grad(**call)
     likes = zip(call["params"], grads, strict=True)
     return value, [torch.empty_like(p).copy_(g) for p, g in likes]  # in the strides of params
+
+
+def _low_rank_penalty(**call: Any) -> tuple[Tensor, Tensor, Tensor]:
+    by_a, by_b = _low_rank_grads(call)
+    if call.pop("with_grads"):
+        return reference.low_rank_penalty_grad_(by_a, by_b, **call), by_a, by_b
+    return reference.low_rank_penalty(**call), by_a, by_b
 
 
 def _sgd_step(*, proximal: bool, **call: Any) -> Tensor:
@@ -129,6 +163,22 @@ _DECLARED = (
         (written(GRADS), *STATE, LAMBDA, optional_scalar("grad_scale", check_non_negative)),
         PENALTY,
         reference.add_penalty_grad_,
+    ),
+    Operator(
+        "low_rank_penalty",
+        (*ADAPTER, scalar("lambda_reg"), ADAPTER_SCALE, flag("with_grads", True)),
+        LOW_RANK_PENALTY_AND_GRADS,
+        _low_rank_penalty,
+        check_operands=checks.check_low_rank,
+        backward=autograd.low_rank_penalty_backward,
+        save=autograd.save_low_rank,
+    ),
+    Operator(
+        "low_rank_penalty_grad_",
+        (written(matrix("grad_a")), written(matrix("grad_b")), *ADAPTER, LAMBDA, ADAPTER_SCALE),
+        LOW_RANK_PENALTY,
+        reference.low_rank_penalty_grad_,
+        check_operands=checks.check_low_rank,
     ),
     Operator(
         "proximal_step_",

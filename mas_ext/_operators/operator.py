@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mas_ext._operators import autograd
 from mas_ext._operators.arguments import REQUIRED, Argument, Operands
 
 Call = Mapping[str, Any]  # the arguments of one call by name, defaults included
@@ -37,6 +38,7 @@ class Operator:
             whether values may be read, which fake tensors do not have.
         check_operands: what shapes, dtypes and devices must be; None for the rules of lists.
         backward: its gradient, where it is differentiable.
+        save: what the backward pass needs of a call.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Operator:
     check: Callable[[str, Call, bool], None] = _no_more_to_check
     check_operands: Callable[[str, Sequence[Operands]], None] | None = None
     backward: Callable[..., tuple[Any, ...]] | None = None
+    save: Callable[..., None] = autograd.save_state
 
     @property
     def writes(self) -> bool:

@@ -16,7 +16,6 @@ import torch
 from torch.autograd.graph import increment_version
 from torch.overrides import has_torch_function
 
-from mas_ext._operators import autograd
 from mas_ext._operators.checks import check_call, check_no_overlap
 from mas_ext._operators.declarations import OPERATORS
 from mas_ext._operators.operator import Operator
@@ -85,7 +84,7 @@ def _register(operator: Operator) -> None:
         LIBRARY.impl(name, _version_kernel(op), "ADInplaceOrView", with_keyset=True)
     if operator.backward is not None:
         torch.library.register_autograd(
-            qualified, operator.backward, setup_context=autograd.save_state, lib=LIBRARY
+            qualified, operator.backward, setup_context=operator.save, lib=LIBRARY
         )
 
 
