@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -35,6 +36,11 @@ def _walk(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[tuple[str,
         if child is not None:
             below = prefix if _is_wrapper_step(module, attribute) else f"{prefix}{attribute}."
             yield from _walk(child, below, seen)
+
+
+def modules_by_prefix(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module once, with what the canonical names of its parameters begin with."""
+    return _walk(model, "", set())
 
 
 def canonical_name(key: str, modules: int = 0) -> str:
@@ -77,7 +83,7 @@ class ParameterIndex:
         self._named, self._links, self._owners = {}, [], []
         seen: set[int] = set()
         sharded = sharded_by_current_id(self.model)
-        for prefix, module in _walk(self.model, "", set()):
+        for prefix, module in modules_by_prefix(self.model):
             for owner in (module._parameters, module._modules):
                 self._owners.append((owner, len(owner)))
                 self._links += [(owner, key, value) for key, value in owner.items()]
@@ -97,12 +103,24 @@ class ParameterIndex:
             self._look_up()
         return self._named
 
+    @property
+    def adapted(self) -> Mapping[str, Any]:
+        """The frozen parameters that are trained through their adapters, by name: none."""
+        return {}
 
-def select(named: Mapping[str, Parameter], params: Selection) -> dict[str, Parameter]:
-    """The parameters that require gradients and are selected by ``params``.
+    def measurable(self) -> AbstractContextManager[None]:
+        """Lets gradients reach all parameters that are measured."""
+        return nullcontext()
+
+
+def select(
+    named: Mapping[str, Parameter], params: Selection, adapted: Collection[str] = ()
+) -> dict[str, Parameter]:
+    """The parameters that are trained and are selected by ``params``.
 
     Args:
         named: parameters by canonical name.
+        adapted: the names of frozen ones that are trained through their adapters.
         params: None for all; a name or glob, or several, each of which must match a parameter; or
             a ``callable(name, parameter) -> bool``.
 
@@ -110,7 +128,7 @@ def select(named: Mapping[str, Parameter], params: Selection) -> dict[str, Param
         ValueError: a pattern matches nothing.
         TypeError: ``params`` is none of these.
     """
-    trainable = {name: p for name, p in named.items() if p.requires_grad}
+    trainable = {n: p for n, p in named.items() if p.requires_grad or n in adapted}
     if params is None:
         return trainable
     if callable(params):
@@ -143,9 +161,11 @@ def _patterns(params: Iterable[str]) -> list[str]:
     return patterns
 
 
-def select_some(named: Mapping[str, Parameter], params: Selection) -> dict[str, Parameter]:
+def select_some(
+    named: Mapping[str, Parameter], params: Selection, adapted: Collection[str] = ()
+) -> dict[str, Parameter]:
     """Like :func:`select`; raises ValueError if nothing, or what has no Ω, is selected."""
-    selected = select(named, params)
+    selected = select(named, params, adapted)
     for name, p in selected.items():
         if is_lazy(p):
             raise ValueError(
@@ -165,9 +185,11 @@ def select_some(named: Mapping[str, Parameter], params: Selection) -> dict[str, 
     return selected
 
 
-def select_measurable(named: Mapping[str, Parameter], params: Selection) -> dict[str, Parameter]:
+def select_measurable(
+    named: Mapping[str, Parameter], params: Selection, adapted: Collection[str] = ()
+) -> dict[str, Parameter]:
     """Like :func:`select_some`; raises ValueError if the model has no values."""
-    selected = select_some(named, params)
+    selected = select_some(named, params, adapted)
     check_materialised(selected)
     return selected
 

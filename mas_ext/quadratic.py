@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import Unpack
 
+from mas_ext._adapters.lora import MergedIndex
 from mas_ext._distributed.ranks import ProcessGroup
 from mas_ext._distributed.topology import check_process_group
 from mas_ext._drift.budget import DriftBudget, check_limit
@@ -78,6 +79,7 @@ class QuadraticRegularizer:
         merge: str | tuple[str, float] = "sum",
         state_dtype: str = "float32",
         drift: Drift = DEFAULT_DRIFT,
+        adapters: str = "separate",
         process_group: ProcessGroup = None,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -98,7 +100,7 @@ class QuadraticRegularizer:
         group = check_process_group(process_group)
         #: The parameters that the penalty is over; :mod:`mas_ext.optim` works on the same object.
         self.protected = ProtectedParameters(
-            ParameterIndex(model),
+            _index(model, adapters),
             RegularizerState(
                 consolidated,
                 strength,
@@ -110,7 +112,7 @@ class QuadraticRegularizer:
         )
         self._use_strength(strength)
         self._process_group = group
-        select_some(self._named(), self._params)
+        select_some(self._named(), self._params, self.protected.index.adapted)
 
     def __repr__(self) -> str:
         state = self._state
@@ -128,7 +130,7 @@ class QuadraticRegularizer:
         return self.protected.index.named()
 
     def _selected(self) -> dict[str, nn.Parameter]:
-        return select(self._named(), self._params)
+        return select(self._named(), self._params, self.protected.index.adapted)
 
     # -- properties --------------------------------------------------------------------------------
 
@@ -194,7 +196,9 @@ class QuadraticRegularizer:
     @property
     def anchor(self) -> Mapping[str, Tensor]:
         """Views of θ* by parameter name; empty before the first task is consolidated."""
-        return self._state.shardings.placed(self._state.consolidated.anchor)
+        anchor = self._state.shardings.placed(self._state.consolidated.anchor)
+        updates = self.protected.updates()
+        return {**anchor, **{u.weight.name: u.anchor() for u in updates}} if updates else anchor
 
     # -- measuring ---------------------------------------------------------------------------------
 
@@ -260,7 +264,7 @@ class QuadraticRegularizer:
             saved = MeasurementCheckpoint() if data is None else self._measure(data, measurement)
             self.protected.warn_of_no_importance()
             references = self._next_references(reference, measurement.forward)
-            self._state.end_task(self._named(), self._selected())
+            self._state.end_task(self._named(), self._selected(), self.protected.index.adapted)
         self._state.begin_task(references)
         self.protected.has_acted = False
         saved.remove()
@@ -278,25 +282,30 @@ class QuadraticRegularizer:
         state.begin_measurement(measurement.reduction_name, predicts=self._budget is not None)
         measurement = replace(measurement, samples_before=state.task.statistics.samples)
         saved = make_checkpoint(measurement, state.num_tasks, state.task.counts)
-        named = select_measurable(self._named(), self._params)
+        named = self._measurable()
         task = state.task.with_room_for(state.local(named), check_weighting(measurement.weighting))
 
         def counted(more: SampleStatistics) -> None:
             task.count(named, more)
             state.task = task
 
-        measured = add_importance_(
-            {name: task.sums[name] for name in named},
-            self.protected.index.model,
-            self._sampled(data, measurement),
-            named,
-            measurement,
-            counted=counted,
-            process_group=self._process_group,
-            checkpoint=saved,
-        )
+        with self.protected.index.measurable():
+            measured = add_importance_(
+                {name: task.sums[name] for name in named},
+                self.protected.index.model,
+                self._sampled(data, measurement),
+                named,
+                measurement,
+                counted=counted,
+                process_group=self._process_group,
+                checkpoint=saved,
+            )
         state.task.unreached = [n for n, path in measured.coverage.items() if path == UNREACHED]
         return saved
+
+    def _measurable(self) -> dict[str, nn.Parameter]:
+        """The parameters that are measured, by name."""
+        return select_measurable(self._named(), self._params, self.protected.index.adapted)
 
     def _sampled(self, data: Iterable[Any], measurement: Measurement) -> Iterable[Any]:
         """The data, of which references are kept when they are read; under a drift budget only."""
@@ -501,7 +510,7 @@ class QuadraticRegularizer:
         are the same again after loading; :meth:`save` writes the codes themselves, unless the model
         is sharded.
         """
-        return self._state.to_packed_dict(self._selected())
+        return self._state.to_packed_dict(self._selected(), self.protected.index.adapted)
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
         """Replaces everything that is remembered; also λ, ``drift`` and ``merge``.
@@ -524,6 +533,7 @@ class QuadraticRegularizer:
             self._named(),
             self._selected(),
             strict,
+            adapted=self.protected.index.adapted,
             state_dtype=self.state_dtype,
             method=self.method,
             floor=self._state.floor,
@@ -551,3 +561,10 @@ class QuadraticRegularizer:
                 Everything is as it was.
         """
         self.load_state_dict(checkpoint.read(path), strict)
+
+
+def _index(model: nn.Module, adapters: str) -> ParameterIndex:
+    """The model's parameters, as LoRA adapters are to be held."""
+    if adapters not in ("separate", "merged"):
+        raise ValueError(f"adapters: {adapters!r} is unknown; use 'separate' or 'merged'")
+    return MergedIndex(model) if adapters == "merged" else ParameterIndex(model)

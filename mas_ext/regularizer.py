@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 
 from mas_ext._distributed.ranks import ProcessGroup
 from mas_ext._drift.budget import DriftBudget
-from mas_ext._parameters import Selection, select_measurable
+from mas_ext._parameters import Selection
 from mas_ext._strength.strength import Lambda
 from mas_ext.importance.batches import Forward
 from mas_ext.importance.loop import check_data
@@ -76,6 +76,15 @@ class MAS(QuadraticRegularizer):
         drift: ε, for ``lambda_reg="auto"``: by what fraction of the output's energy E‖F(x)‖² a new
             task may change what was learned. Less means more protection. A number, or one per
             pattern whose λ is ``"auto"``.
+        adapters: how LoRA adapters of a PEFT model are protected. ``"separate"``: A and B like any
+            other parameters. ``"merged"``: their update of the frozen weight W as a whole,
+            λ/2 Σ Ω(W + s·BA − θ*)², with the Ω of W, which is measured although W is frozen.
+            :meth:`consolidate` must then be called before the training, too. θ* is W itself, of
+            which there is no copy, with the adapters at the end of the last task. Names are those
+            of the model without adapters, so that Ω may come from there, and a saved state fits
+            every model with the same base; it is refused where the base is another. Needs
+            ``mode="gradient"``. Not for DoRA and other variants, whose update is not a product;
+            Ω of quantized weights must be measured before they are quantized.
         process_group: the processes that share the data, if the model does not say it. None: those
             of ``DistributedDataParallel`` or of ``fully_shard``'s mesh; otherwise each process
             measures by itself.
@@ -118,7 +127,8 @@ class EWC(QuadraticRegularizer):
     are squared, unless you pass ``reduction="abs"``.
 
     Args:
-        model, params, budget, floor, state_dtype, process_group: see :class:`mas_ext.MAS`.
+        model, params, budget, floor, state_dtype, adapters, process_group: see
+            :class:`mas_ext.MAS`.
         lambda_reg: λ ≥ 0, with the ½ of the equation, or a mapping from name or glob to numbers.
             None: 1, or with a budget ``"auto"``: found from the mean of F, and then adjusted.
         merge: see :class:`mas_ext.MAS`. ``"sum"`` is Kirkpatrick's, with one θ* for all tasks;
@@ -140,6 +150,7 @@ class EWC(QuadraticRegularizer):
         params: Selection = None,
         merge: str | tuple[str, float] = "sum",
         state_dtype: str = "float32",
+        adapters: str = "separate",
         process_group: ProcessGroup = None,
     ) -> None:
         super().__init__(
@@ -150,6 +161,7 @@ class EWC(QuadraticRegularizer):
             params=params,
             merge=merge,
             state_dtype=state_dtype,
+            adapters=adapters,
             process_group=process_group,
         )
 
@@ -177,7 +189,7 @@ class L2SP(QuadraticRegularizer):
     interpolation between the new and the old parameters.
 
     Args:
-        model, params, budget, process_group: see :class:`mas_ext.MAS`.
+        model, params, budget, adapters, process_group: see :class:`mas_ext.MAS`.
         lambda_reg: λ ≥ 0, with the ½ of the equation, or a mapping from name or glob to numbers.
             None: 1, or with a budget ``"auto"``: begins with a constant and is then adjusted.
 
@@ -194,6 +206,7 @@ class L2SP(QuadraticRegularizer):
         *,
         budget: float | DriftBudget | None = None,
         params: Selection = None,
+        adapters: str = "separate",
         process_group: ProcessGroup = None,
     ) -> None:
         super().__init__(
@@ -204,6 +217,7 @@ class L2SP(QuadraticRegularizer):
             params=params,
             merge="max",  # of ones
             state_dtype="uint8",  # in which 1 is exact
+            adapters=adapters,
             process_group=process_group,
         )
 
@@ -229,7 +243,7 @@ class L2SP(QuadraticRegularizer):
         check_data(data)
         state = self._state
         state.begin_measurement("none", predicts=self.budget is not None)
-        named = select_measurable(self._named(), self._params)
+        named = self._measurable()
         task = state.task.with_room_for(state.local(named))
         sampled = self._sampled(data, measurement)
         if sampled is not data:

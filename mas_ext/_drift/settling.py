@@ -4,6 +4,11 @@ r"""Settling: moving the parameters back towards θ* until the drift is within t
 
 is the proximal step from where training ended; with Ω = 1 it is the straight line between the new
 and the old parameters.
+
+LoRA adapters cannot move each element of a weight by itself. Of their update Δ, one part per weight
+is kept, the same problem's solution among the multiples of Δ:
+
+.. math:: \Delta_c = \frac{\sum\Delta_i^2}{\sum(1 + c\,\Omega_i)\Delta_i^2}\,\Delta
 """
 
 from __future__ import annotations
@@ -18,7 +23,8 @@ from torch import Tensor, nn
 
 from mas_ext._distributed.shards import Placement, local
 from mas_ext._drift.references import evaluating
-from mas_ext._penalty.parameter_groups import ParameterGroup, ProtectedParameter, grouped
+from mas_ext._penalty.parameter_groups import ProtectedParameter, grouped
+from mas_ext._penalty.weight_updates import ProtectedUpdate
 
 WEIGHTS = ("importance", "uniform")
 CLOSE = 0.98  # of the limit: then the search ends
@@ -68,6 +74,7 @@ class Path:
 
     Args:
         protected: the parameters that are moved. Where λ is 0, they are free here too.
+        updates: of weights by their adapters, which are moved likewise.
         model: its floating-point buffers are moved along: a buffer keeps the part of its change
             that the parameters keep of theirs, measured by ‖θ − θ*‖.
         buffers: the model's buffers when the task began, by name.
@@ -80,12 +87,19 @@ class Path:
     def __init__(
         self,
         protected: list[ProtectedParameter],
+        updates: list[ProtectedUpdate],
         model: nn.Module,
         buffers: dict[str, Tensor],
         weights: str,
     ) -> None:
         self._moved = [one for one in protected if float(one.lambda_reg) > 0]
-        self._groups = _relative(grouped(self._moved))
+        held = [one for one in updates if float(one.lambda_reg) > 0]
+        groups = grouped(self._moved)
+        strengths = [float(one.lambda_reg) for one in groups] + [float(u.lambda_reg) for u in held]
+        largest = max(strengths, default=1.0)
+        # λ divided by the largest, so that patterns keep their proportions.
+        self._groups = [g._replace(lambda_reg=g.lambda_reg / largest) for g in groups]
+        self._updates = [_MovedUpdate(u, float(u.lambda_reg) / largest) for u in held]
         self.is_uniform = weights == "uniform"
         self._end = [local(one.param).detach().clone() for one in self._moved]
         self._buffers = [
@@ -101,6 +115,7 @@ class Path:
         if self.is_uniform:
             return 1.0
         size = 2 * sum(float(group.penalty()) for group in self._groups)
+        size += sum(update.weighted for update in self._updates)
         unit = self._length**2 / size if size > 0 else 1.0
         return unit if 0 < unit < math.inf else 1.0
 
@@ -109,6 +124,8 @@ class Path:
         """Sets the model to θ_c."""
         for one, end in zip(self._moved, self._end, strict=True):
             local(one.param).copy_(one.anchor if math.isinf(c) else end)
+        for update in self._updates:
+            update.put(c, self.is_uniform)
         if 0 < c < math.inf:
             self._move(c)
         kept = self._kept(c)
@@ -139,13 +156,42 @@ class Path:
             )
             for one in self._moved
         )
-        return math.sqrt(sum(float(square) for square in squares))
+        updates = (update.update.square() for update in self._updates)
+        return math.sqrt(sum(float(square) for square in (*squares, *updates)))
 
 
-def _relative(groups: list[ParameterGroup]) -> list[ParameterGroup]:
-    """With each λ divided by the largest, so that patterns keep their proportions."""
-    largest = max((float(group.lambda_reg) for group in groups), default=1.0)
-    return [group._replace(lambda_reg=group.lambda_reg / largest) for group in groups]
+class _MovedUpdate:
+    """The update of one weight, on its way back.
+
+    Attributes:
+        update: what is moved.
+        weighted: Σ λΩ(θ−θ*)² where training ended, with a λ relative to the largest.
+    """
+
+    def __init__(self, update: ProtectedUpdate, lambda_reg: float) -> None:
+        self.update = update
+        with torch.no_grad():
+            self.weighted = 2 * float(update.penalty(lambda_reg))
+        self._square = float(update.square())
+        self._end = {name: one.copied() for name, one in update.weight.adapters().items()}
+        if update.weight.layer.merged_adapters:
+            raise ValueError(
+                f"the adapters of {update.weight.name!r} are merged into it, and to move them "
+                "would change nothing; call unmerge_adapter() before settle()"
+            )
+
+    def put(self, c: float, is_uniform: bool) -> None:
+        """Keeps the part of the update that is left at c."""
+        weighted = self._square if is_uniform else self.weighted
+        if c == 0 or weighted == 0:
+            kept = 1.0
+        else:
+            kept = 0.0 if math.isinf(c) else self._square / (self._square + c * weighted)
+        for name, now in self.update.weight.adapters().items():
+            end, before = self._end[name], self.update.before.get(name)
+            now.b.copy_(end.b * kept if before is None else torch.lerp(before.b, end.b, kept))
+            if before is not None:
+                now.a.copy_(torch.lerp(before.a, end.a, kept))
 
 
 def search(path: Path, drift: Callable[[], float], limit: float, before: float) -> Found | None:

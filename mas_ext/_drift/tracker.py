@@ -277,7 +277,9 @@ class DriftTracker:
         state = protected.state
         if self._largest[:2] != (state.strength, state.num_tasks):
             ranks = self._placement(protected.index.model).ranks
-            largest = ranks.largest(max((one.largest() for one in protected.find()), default=0.0))
+            sizes = [one.largest() for one in protected.find()]
+            sizes += [one.largest() for one in protected.updates()]
+            largest = ranks.largest(max(sizes, default=0.0))
             self._largest = state.strength, state.num_tasks, largest / state.strength.factor
         return step_is_stable_up_to(max(rates) * self._largest[2])
 
@@ -291,7 +293,13 @@ class DriftTracker:
         assert references is not None
         # Where Ω is 0, importance moves nothing, though it may matter by now.
         for weighted in dict.fromkeys((weights, "uniform")):
-            path = Path(protected.find(), protected.index.model, references.buffers, weighted)
+            path = Path(
+                protected.find(),
+                protected.updates(),
+                protected.index.model,
+                references.buffers,
+                weighted,
+            )
             found = None
             try:
                 found = search(path, lambda: self.measured(protected), limit, before)

@@ -38,6 +38,8 @@ class Attachment:
         self, protected: ProtectedParameters, optimizer: Optimizer | None, mode: str
     ) -> None:
         check_mode(mode)
+        if mode == "proximal":
+            protected.check_proximal()
         self.last_penalty: Tensor | None = None
         self._reference: Callable[[], ProtectedParameters | None] = lambda: protected
         self._optimizer = optimizer

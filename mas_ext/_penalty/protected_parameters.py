@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Iterable, Set
 from typing import Any
 from weakref import WeakSet
 
@@ -19,6 +19,7 @@ from mas_ext._penalty.parameter_groups import (
     Scalar,
     grouped,
 )
+from mas_ext._penalty.weight_updates import ProtectedUpdate
 from mas_ext._state.importance_state import matches_anchor
 from mas_ext._state.regularizer_state import RegularizerState
 from mas_ext._strength.auto import UpdateKind
@@ -71,20 +72,23 @@ class ProtectedParameters:
     def penalty(self, update: UpdateKind = "gradient") -> Tensor:
         """See :meth:`mas_ext.MAS.penalty`; with λ for this kind of update."""
         values = [group.penalty() for group in self._groups(update=update)]
+        values += [one.penalty() for one in self.updates(update=update)]
         return self.sum(values) if values else self._zero(torch.is_grad_enabled())
 
     def add_penalty_grad_(
         self, grad_scale: Scalar | None = None, only: Set[int] | None = None
     ) -> Tensor:
         """See :meth:`mas_ext.MAS.add_penalty_grad_`."""
-        groups = self._groups(only)
-        self.has_acted |= bool(groups)
-        return self.sum([group.add_penalty_grad_(grad_scale) for group in groups])
+        groups, updates = self._groups(only), self.updates(only)
+        self.has_acted |= bool(groups or updates)
+        values = [group.add_penalty_grad_(grad_scale) for group in groups]
+        return self.sum(values + [one.add_penalty_grad_(grad_scale, only) for one in updates])
 
     def proximal_step_(
         self, lr: Scalar, only: Set[int] | None = None, update: UpdateKind = "normalized"
     ) -> Tensor:
         """See :meth:`mas_ext.MAS.proximal_step_`."""
+        self.check_proximal()
         groups = self._groups(only, update)
         self.has_acted |= bool(groups)
         return self.sum([group.proximal_step_(lr) for group in groups])
@@ -139,13 +143,16 @@ class ProtectedParameters:
     def _find(self, only: Set[int] | None, update: UpdateKind) -> list[ProtectedParameter]:
         named, remembered = self.index.named(), self.state.consolidated
         stored, strength = remembered.importance.stored, self.state.strength
-        self._warn_of_missing([name for name in remembered.anchor if name not in named])
+        self._warn_of_missing(self._missing())
         # Selected before anything is looked up: with one optimizer per parameter each asks for one.
         # In the model's order, which a file does not keep: sums depend on it in their last bit.
         names = [
             name
             for name, p in named.items()
-            if name in remembered.anchor and p.requires_grad and (only is None or id(p) in only)
+            if name in remembered.anchor
+            and p.requires_grad
+            and (only is None or id(p) in only)
+            and name not in remembered.adapted
         ]
         return [
             ProtectedParameter(
@@ -158,6 +165,40 @@ class ProtectedParameters:
             )
             for name in names
         ]
+
+    def updates(
+        self, only: Set[int] | None = None, update: UpdateKind = "gradient"
+    ) -> list[ProtectedUpdate]:
+        """The weights that are trained through their adapters, with λ for this kind of update."""
+        remembered, strength = self.state.consolidated, self.state.strength
+        if not remembered.adapted:
+            return []
+        adapted = {n: w for n, w in self.index.adapted.items() if n in remembered.adapted}
+        remembered.make_room({n: w.weight for n, w in adapted.items()}, adapted)
+        return [
+            ProtectedUpdate(
+                weight,
+                self.state.adapters.adapters.get(name, {}),
+                *remembered.importance.stored(name),
+                strength.lambda_of(name, update),
+            )
+            for name, weight in adapted.items()
+            if only is None or any(id(p) in only for p in weight.params())
+        ]
+
+    def _missing(self) -> list[str]:
+        """What was measured and is no longer in the model, or no longer has an adapter."""
+        named, remembered = self.index.named(), self.state.consolidated
+        gone = remembered.adapted - self.index.adapted.keys() if remembered.adapted else ()
+        return [name for name in remembered.anchor if name not in named or name in gone]
+
+    def check_proximal(self) -> None:
+        """Raises ValueError if there is no proximal step for what is protected."""
+        if self.index.adapted:
+            raise ValueError(
+                'mode: the proximal step is not available with adapters="merged"; use '
+                'mode="gradient"'
+            )
 
     def _groups(
         self, only: Set[int] | None = None, update: UpdateKind = "gradient"
@@ -191,14 +232,19 @@ class ProtectedParameters:
 
     def are_in(self, optimizer: Optimizer) -> bool:
         """Whether an optimizer holds any parameter of the model."""
-        ours = {id(p) for p in self.index.named().values()}
+        ours = self._ids(self.index.named())
         return not ours.isdisjoint(parameter_ids(optimizer))
 
     def act_on(self, optimizer: Optimizer) -> bool:
         """Whether an optimizer holds any parameter that has an importance."""
-        named = self.index.named()
-        ours = {id(named[name]) for name in self.state.consolidated.anchor if name in named}
+        ours = self._ids(self.state.consolidated.anchor)
         return not ours.isdisjoint(parameter_ids(optimizer))
+
+    def _ids(self, names: Iterable[str]) -> set[int]:
+        """The ids of parameters that are in the model, or of their adapters'."""
+        named, adapted = self.index.named(), self.index.adapted
+        ours = {id(named[name]) for name in names if name in named and name not in adapted}
+        return ours.union(id(p) for n in names if n in adapted for p in adapted[n].params())
 
     def check_are_in(self, optimizer: Optimizer) -> None:
         """Raises ValueError if an optimizer holds no parameter of the model."""
@@ -221,7 +267,8 @@ class ProtectedParameters:
     @torch.no_grad()
     def _have_moved(self) -> bool:
         """Whether a protected parameter is not at its anchor. Waits for the device."""
-        return any(not torch.equal(local(one.param), one.anchor) for one in self.find())
+        moved = any(not torch.equal(local(one.param), one.anchor) for one in self.find())
+        return moved or any(bool(one.square() > 0) for one in self.updates())
 
 
 def parameter_ids(optimizer: Any) -> set[int]:

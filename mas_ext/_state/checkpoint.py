@@ -2,20 +2,23 @@
 
 A file is safetensors: tensors ``importance/NAME``, ``anchor/NAME``, ``earlier/NAME`` and
 ``open/NAME`` (the sums of the task that has not ended); ``importance_scales/NAME`` where Ω is
-stored as uint8 codes; ``references/NAME`` of a drift budget (``_drift/stored.py``); everything else
-as JSON in the metadata (``tensor_file.py``).
+stored as uint8 codes; ``references/NAME`` of a drift budget (``_drift/stored.py``);
+``adapters/NAME/...`` of weights that are trained through adapters, which have no ``anchor/NAME``
+(``_adapters/anchors.py``); everything else as JSON in the metadata (``tensor_file.py``).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mas_ext._adapters import anchors
+from mas_ext._adapters.lora import AdaptedWeight
 from mas_ext._distributed.gathering import write_once
 from mas_ext._storage import tensor_file
 from mas_ext._strength.auto import DEFAULT_DRIFT, OutputEnergy
@@ -28,11 +31,12 @@ FORMAT = "mas_ext"
 # 4: "drift", and "energy" and "seen" that λ is found from.
 # 5: "control" and "references" of a drift budget.
 # 6: "method" and "reduction".
-VERSION = 6
+# 7: "adapters".
+VERSION = 7
 GROUPS = ("importance", "anchor", "earlier", "open")
 SCALES = {"importance": "importance_scales", "earlier": "earlier_scales"}
 PER_PARAMETER = (*GROUPS, *SCALES.values())
-TENSORS = (*PER_PARAMETER, "references")
+TENSORS = (*PER_PARAMETER, "references", "adapters")
 
 StateDict = dict[str, Any]
 
@@ -66,6 +70,8 @@ def upgraded(state: Mapping[str, Any]) -> Mapping[str, Any]:
         added |= {"control": {}, "references": {}}
     if state["version"] < 6:
         added |= {"method": "MAS", "reduction": "abs" if state["anchor"] or state["open"] else ""}
+    if state["version"] < 7:
+        added |= {"adapters": {}}
     return {**state, **added}
 
 
@@ -92,12 +98,17 @@ def check_contents(state: Mapping[str, Any]) -> None:
     for key, kind in _CONTENTS.items():
         if not isinstance(state.get(key), kind):
             raise ValueError(f"the state is damaged: {key!r} is {state.get(key)!r}")
-    counts = {"tasks": state["anchor"], "num_samples": state["open"]}
-    for key, tensors in counts.items():
-        if state[key].keys() != tensors.keys():
+    counts = {"tasks": _held(state, state["tasks"]), "num_samples": state["open"].keys()}
+    for key, names in counts.items():
+        if state[key].keys() != names:
             raise ValueError(f"the state is damaged: {key!r} counts other parameters than it has")
     for group, key in SCALES.items():
         _check_scales(state[group], state[key], key)
+
+
+def _held(state: Mapping[str, Any], names: Collection[str]) -> set[str]:
+    """Whose θ* the state has; of weights with adapters, those among ``names``."""
+    return state["anchor"].keys() | anchors.names(state["adapters"]).intersection(names)
 
 
 def _check_scales(omega: Mapping[str, Tensor], scales: Mapping[str, Tensor], key: str) -> None:
@@ -129,6 +140,31 @@ def dequantized(state: Mapping[str, Any], names: Iterable[str]) -> StateDict:
     return {**state, **changed}
 
 
+@torch.no_grad()
+def with_anchors_of_base(
+    state: Mapping[str, Any],
+    named: Mapping[str, Tensor],
+    adapted: Mapping[str, AdaptedWeight],
+) -> StateDict:
+    """The state with θ* where this model needs it, if the model is the base it was measured with.
+
+    Weights that are trained through adapters need none. Without adapters, θ* of those that were is
+    the model itself.
+
+    Raises:
+        ValueError: it is another base.
+    """
+    kept = dict(state["anchor"])
+    for name, one in adapted.items():
+        if (anchor := kept.pop(name, None)) is not None:
+            anchors.check_base(name, anchors.fingerprint(one), anchors.elements(anchor))
+    for name in state["importance"].keys() - state["anchor"].keys() - adapted.keys():
+        if name in named:
+            anchors.check_without_adapters(state["adapters"], name, named[name])
+            kept[name] = named[name].detach()
+    return {**state, "anchor": kept}
+
+
 def check_parameters(
     state: Mapping[str, Any],
     named: Mapping[str, Tensor],
@@ -143,7 +179,7 @@ def check_parameters(
         selected: the names of those that the MAS protects.
         strict: whether the state must have all of ``selected``, unless it has none.
     """
-    importance, anchor, earlier, in_progress = (state[group] for group in GROUPS)
+    importance, earlier, in_progress = (state[g] for g in ("importance", "earlier", "open"))
     for name, tensor in [item for group in GROUPS for item in state[group].items()]:
         if name not in named:
             raise ValueError(
@@ -155,11 +191,12 @@ def check_parameters(
                 f"parameter {name!r} has shape {list(named[name].shape)} in this model and "
                 f"{list(tensor.shape)} in the state; load before the model grows"
             )
-    if importance.keys() != anchor.keys() or (earlier and earlier.keys() != anchor.keys()):
+    held = _held(state, importance)
+    if importance.keys() != held or (earlier and earlier.keys() != held):
         raise ValueError(
             "the state is damaged: importance, anchor and earlier name other parameters"
         )
-    known = anchor.keys() | in_progress.keys()
+    known = importance.keys() | in_progress.keys()
     missing = [name for name in selected if name not in known]
     if strict and known and missing:
         raise ValueError(

@@ -11,7 +11,7 @@ is no room for the references of a drift budget in a new MAS: loaded in place, t
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -27,12 +27,15 @@ _TASKS, _SAMPLES = 0, 1  # columns of the counts
 _COUNTED = {"tasks": _TASKS, "num_samples": _SAMPLES}
 
 
-def packed(state: StateDict, unmeasured: Mapping[str, Tensor]) -> StateDict:
+def packed(
+    state: StateDict, unmeasured: Mapping[str, Tensor], adapted: Collection[str] = ()
+) -> StateDict:
     """The state as tensors, with room for parameters that have not been measured."""
     state = dequantized(state, state["importance"])
     tensors = {group: dict(state[group]) for group in GROUPS}
     for name, p in unmeasured.items():
-        tensors["anchor"][name] = p.detach().clone()
+        if name not in adapted:
+            tensors["anchor"][name] = p.detach().clone()
         tensors["importance"][name] = _zeros(p, state["state_dtype"])
     if state["merge"] == "sum_of_sums":
         for name, omega in tensors["importance"].items():
@@ -41,6 +44,8 @@ def packed(state: StateDict, unmeasured: Mapping[str, Tensor]) -> StateDict:
     settings["control"] = without_references(state["control"])
     counts = _counts(state, _names(tensors))
     packed_state = {"settings": _bytes(settings), "counts": counts, **tensors}
+    if state["adapters"]:
+        packed_state["adapters"] = dict(state["adapters"])
     if state["references"]:
         packed_state["references"] = {**state["references"], _ABOUT: _bytes(state["control"])}
     return packed_state
@@ -70,7 +75,9 @@ def unpacked(state: Mapping[str, Any]) -> StateDict:
     _check_loaded(state, settings, groups)
     tensors = {g: {n: t for n, t in state[g].items() if n in groups[g]} for g in GROUPS}
     scales: StateDict = {group: {} for group in SCALES.values()}
-    return {**settings, **known, **tensors, **scales, **_references(state, settings)}
+    adapters = dict(state.get("adapters", {}))
+    references = _references(state, settings)
+    return {**settings, **known, **tensors, **scales, "adapters": adapters, **references}
 
 
 def _references(state: Mapping[str, Any], settings: StateDict) -> StateDict:

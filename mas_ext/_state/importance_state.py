@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any
 
@@ -30,39 +30,56 @@ class ImportanceState:
 
     Attributes:
         importance: name → Ω, stored in the state's dtype.
-        anchor: name → θ*, in the parameter's dtype.
+        anchor: name → θ*, in the parameter's dtype. For ``adapted`` a stand-in without memory, of
+            the weight's shape, dtype and device.
+        adapted: the names of weights that are trained through their adapters.
         tasks: name → in how many tasks the parameter was measured.
         earlier: name → Σ of all former ``importance``; empty unless the merge policy needs it.
     """
 
+    adapted: frozenset[str] = frozenset()
+
     def __init__(self, state_dtype: str = "float32") -> None:
         self.importance = StoredImportance({}, state_dtype)
-        self.anchor = FlatTensors({})
+        self.anchor: Mapping[str, Tensor] = {}
         self.tasks: dict[str, int] = {}
         self.earlier = StoredImportance({}, state_dtype)
 
     @torch.no_grad()
-    def make_room(self, params: Mapping[str, Tensor]) -> None:
+    def make_room(self, params: Mapping[str, Tensor], adapted: Collection[str] = ()) -> None:
         """Adds parameters that are new, and follows those that grew or changed device or dtype.
 
         What is new gets Ω = 0 and its present value as its anchor. Parameters that are remembered
         and not in ``params`` stay as they are.
 
+        Args:
+            params: by name.
+            adapted: the names of those that are trained through their adapters.
+
         Raises:
             ValueError: a parameter has shrunk or changed its rank; nothing is changed.
         """
-        if all(n in self.anchor and matches_anchor(self.anchor[n], p) for n, p in params.items()):
+        adapted = frozenset(params).intersection(adapted)
+        matches = all(
+            name in self.anchor
+            and matches_anchor(self.anchor[name], p)
+            and (name in self.adapted) == (name in adapted)
+            for name, p in params.items()
+        )
+        if matches:
             return
         for name, p in params.items():
             if name in self.anchor:
                 check_growth(name, self.anchor[name], p)
         like = {**self.anchor, **params}
-        anchor = FlatTensors(like)
-        for name, tensor in like.items():
-            anchor[name].copy_(tensor)
-            if name in self.anchor:
+        adapted |= self.adapted - params.keys()
+        anchor = FlatTensors({name: tensor for name, tensor in like.items() if name not in adapted})
+        for name in anchor:
+            anchor[name].copy_(like[name])
+            if name in self.anchor and name not in self.adapted:
                 leading(anchor[name], self.anchor[name].shape).copy_(self.anchor[name])
-        self.anchor = anchor
+        self.anchor = {n: anchor[n] if n in anchor else _stand_in(t) for n, t in like.items()}
+        self.adapted = adapted
         self.importance = _grown(self.importance, like)
         if self.earlier:
             self.earlier = _grown(self.earlier, like)
@@ -100,7 +117,7 @@ class ImportanceState:
             "tasks": dict(self.tasks),
             "importance": importance,
             "importance_scales": importance_scales,
-            "anchor": copies(self.anchor),
+            "anchor": copies({n: a for n, a in self.anchor.items() if n not in self.adapted}),
             "earlier": earlier,
             "earlier_scales": earlier_scales,
         }
@@ -108,17 +125,22 @@ class ImportanceState:
     @classmethod
     @torch.no_grad()
     def from_state_dict(
-        cls, state: Mapping[str, Any], params: Mapping[str, Tensor], state_dtype: str = "float32"
+        cls,
+        state: Mapping[str, Any],
+        params: Mapping[str, Tensor],
+        state_dtype: str = "float32",
+        adapted: Collection[str] = (),
     ) -> ImportanceState:
         """From a state dictionary that has been checked, in the layout of this model.
 
         Its Ω may have been stored in another dtype.
         """
         restored = cls(state_dtype)
-        restored.make_room({name: params[name] for name in state["anchor"]})
+        restored.make_room({name: params[name] for name in state["importance"]}, adapted)
         restored.tasks = dict(state["tasks"])
         for name, value in state["anchor"].items():
-            restored.anchor[name].copy_(value)
+            if name not in restored.adapted:
+                restored.anchor[name].copy_(value)
         restored.earlier = StoredImportance({n: params[n] for n in state["earlier"]}, state_dtype)
         for stored, group in ((restored.importance, "importance"), (restored.earlier, "earlier")):
             for name, value in state[group].items():
@@ -132,9 +154,10 @@ class ImportanceState:
         task: TaskAccumulator,
         merge: Merge,
         floors: Mapping[str, float] | None = None,
+        adapted: Collection[str] = (),
     ) -> None:
         """Merges a task's Ω, plus ``floors``, and takes θ* ← θ for all of ``params``."""
-        self.make_room(params)
+        self.make_room(params, adapted)
         floors = floors or {}
         if needs_earlier(merge) and not self.earlier:
             self.earlier = StoredImportance(self.anchor, self.importance.state_dtype)
@@ -143,7 +166,8 @@ class ImportanceState:
             self._merge(name, total, task.counts[name], floors.get(name, 0.0), merge)
             self.tasks[name] += 1
         for name, p in params.items():
-            self.anchor[name].copy_(p)
+            if name not in self.adapted:
+                self.anchor[name].copy_(p)
 
     def _merge(self, name: str, total: Tensor, count: int, floor: float, merge: Merge) -> None:
         """Merges Ω = total/count + floor, a piece at a time.
@@ -184,6 +208,11 @@ class ImportanceState:
         if self.tasks[name] == 0 or not accumulates(merge):
             return None
         return partial(rounding_thresholds, new, self.tasks[name])
+
+
+def _stand_in(tensor: Tensor) -> Tensor:
+    """In the shape, dtype and device of a tensor, and without memory."""
+    return torch.empty(1, dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
 
 
 def _grown(stored: StoredImportance, like: Mapping[str, Tensor]) -> StoredImportance:

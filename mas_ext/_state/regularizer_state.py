@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.nn import Parameter
 
+from mas_ext._adapters.anchors import AdapterAnchors
+from mas_ext._adapters.lora import AdaptedWeight
 from mas_ext._distributed.shards import Shardings, local_parts
 from mas_ext._drift.references import References
 from mas_ext._drift.stored import DriftState
@@ -43,6 +45,7 @@ class RegularizerState:
         floor: what is added to every Ω of a task, as a fraction of their mean.
         drift: what is remembered for a drift budget.
         shardings: how each parameter was sharded when it was first remembered.
+        adapters: θ* of the weights that are trained through their adapters.
     """
 
     consolidated: ImportanceState
@@ -56,9 +59,12 @@ class RegularizerState:
     floor: float = 0.0
     drift: DriftState = field(default_factory=DriftState)
     shardings: Shardings = field(default_factory=Shardings)
+    adapters: AdapterAnchors = field(default_factory=AdapterAnchors)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update({"drift": DriftState(), "reduction": "abs", **state})  # older pickles
+        # Older pickles lack some.
+        added = {"drift": DriftState(), "reduction": "abs", "adapters": AdapterAnchors()}
+        self.__dict__.update({**added, **state})
 
     @property
     def state_dtype(self) -> str:
@@ -138,7 +144,12 @@ class RegularizerState:
         check_energy(self.energy.mean)
         strength.resolve(statistics, self.energy.mean)
 
-    def end_task(self, named: Mapping[str, Parameter], selected: Mapping[str, Parameter]) -> None:
+    def end_task(
+        self,
+        named: Mapping[str, Parameter],
+        selected: Mapping[str, Parameter],
+        adapted: Mapping[str, AdaptedWeight],
+    ) -> None:
         """Merges the task's Ω, takes θ* ← θ, and finds λ where it is ``"auto"``."""
         task = self.task
         if not task.counts:
@@ -154,7 +165,8 @@ class RegularizerState:
         if self.strength.is_auto and self.reduction == "abs":
             check_energy(energy.mean)
         floors = task.floors(self.floor, named)
-        self.consolidated.end_task(params, task, self.merge, floors)
+        self.consolidated.end_task(params, task, self.merge, floors, adapted)
+        self.adapters = AdapterAnchors.of({n: a for n, a in adapted.items() if n in params})
         self.energy = energy
         self._resolve(self.strength, named)
         self.task = TaskAccumulator()
@@ -197,6 +209,7 @@ class RegularizerState:
             "reduction": self.reduction,
             "control": control,
             "references": copies(references),
+            "adapters": self.adapters.state_dict(),
             **self.consolidated.state_dict(),
             **self.task.state_dict(),
         }
@@ -204,10 +217,14 @@ class RegularizerState:
         placed = {g: dict(self.shardings.placed(state[g])) for g in checkpoint.GROUPS}
         return {**state, **placed}
 
-    def to_packed_dict(self, selected: Mapping[str, Parameter]) -> checkpoint.StateDict:
+    def to_packed_dict(
+        self, selected: Mapping[str, Parameter], adapted: Mapping[str, AdaptedWeight]
+    ) -> checkpoint.StateDict:
         """The same as tensors only, with room for parameters that have not been measured."""
         unmeasured = {n: p for n, p in selected.items() if n not in self.consolidated.anchor}
-        return distributed_checkpoint.packed(self.to_dict(), unmeasured)
+        room = AdapterAnchors.room_for(adapted).state_dict()
+        state = {**self.to_dict(), "adapters": {**room, **self.adapters.state_dict()}}
+        return distributed_checkpoint.packed(state, unmeasured, adapted)
 
     @classmethod
     def from_dict(
@@ -217,6 +234,7 @@ class RegularizerState:
         selected: Mapping[str, Parameter],
         strict: bool,
         *,
+        adapted: Mapping[str, AdaptedWeight],
         state_dtype: str,
         method: str = "MAS",
         floor: float = 0.0,
@@ -228,16 +246,16 @@ class RegularizerState:
 
         See :meth:`mas_ext.MAS.load_state_dict` for what it raises.
         """
-        state = _checked(state, named, selected, strict)
+        state = _checked(state, named, selected, strict, adapted)
         if state["method"] != method:
             raise ValueError(
                 f"the state is of mas_ext.{state['method']}, and this is {method}, whose Ω is "
                 "another; load it into one of its own method"
             )
         strength = RegularizationStrength(state["lambda_reg"], state["drift"])
-        strength.check_covers(state["anchor"])
+        strength.check_covers(state["importance"])
         energy = OutputEnergy(**state["energy"])
-        if strength.is_auto and state["anchor"] and state["reduction"] == "abs":
+        if strength.is_auto and state["importance"] and state["reduction"] == "abs":
             check_energy(energy.mean)
         merge = check_merge(state["merge"])
         shardings = Shardings().joined_by(named)
@@ -245,7 +263,7 @@ class RegularizerState:
         state = {**state, **{g: shardings.parts(state[g]) for g in checkpoint.GROUPS}}
         params = local_parts(named)
         restored = cls(
-            ImportanceState.from_state_dict(state, params, state_dtype),
+            ImportanceState.from_state_dict(state, params, state_dtype, adapted),
             strength,
             merge,
             TaskAccumulator.from_state_dict(state, params),
@@ -256,6 +274,7 @@ class RegularizerState:
             floor,
             DriftState() if tracker is None else tracker.restored(state),
             shardings,
+            AdapterAnchors.from_state_dict(state["adapters"], adapted),
         )
         restored._resolve(strength, named)
         restored.follow_controller()
@@ -281,6 +300,7 @@ def _checked(
     named: Mapping[str, Parameter],
     selected: Mapping[str, Parameter],
     strict: bool,
+    adapted: Mapping[str, AdaptedWeight],
 ) -> Mapping[str, Any]:
     """A state dictionary of the present version that belongs to this model."""
     if distributed_checkpoint.is_packed(state):
@@ -288,15 +308,18 @@ def _checked(
     checkpoint.check_format(state, "the state")
     state = checkpoint.upgraded(state)
     checkpoint.check_contents(state)
+    if adapted:
+        state = checkpoint.known_parameters(state, {**selected})
     if not strict:
-        had_parameters = bool(state["anchor"] or state["open"])
+        had_parameters = bool(state["importance"] or state["open"])
         state = checkpoint.known_parameters(state, named)
-        if had_parameters and not (state["anchor"] or state["open"]):
+        if had_parameters and not (state["importance"] or state["open"]):
             raise ValueError(
                 "the state has no parameter of this model, also with strict=False: was the model "
                 "wrapped or renamed? Load into one whose parameters have the names in the state"
             )
     checkpoint.check_parameters(state, named, selected, strict)
-    check_materialised({name: named[name] for name in {**state["anchor"], **state["open"]}})
+    state = checkpoint.with_anchors_of_base(state, named, adapted)
+    check_materialised({name: named[name] for name in {**state["importance"], **state["open"]}})
     check_weighting(state["weighting"])
     return state

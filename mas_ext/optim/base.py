@@ -58,6 +58,11 @@ class PenaltyOptimizer(torch.optim.Optimizer):
         if not isinstance(mas, MAS):
             raise TypeError(f"mas is a {type(mas).__name__}; pass a mas_ext.MAS")
         functional.check_mode(mode)
+        if mas.protected.index.adapted:
+            raise ValueError(
+                'mas: adapters="merged" is not available here; use torch\'s class and '
+                "mas.attach(optimizer)"
+            )
         _check_implementation(options)
         _check_group(options)
         self.mas, self.mode, self.last_penalty = mas, mode, None

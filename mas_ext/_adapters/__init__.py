@@ -1,0 +1,1 @@
+"""LoRA adapters whose update of a weight is protected as a whole: ``adapters="merged"``."""
