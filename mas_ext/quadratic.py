@@ -567,4 +567,12 @@ def _index(model: nn.Module, adapters: str) -> ParameterIndex:
     """The model's parameters, as LoRA adapters are to be held."""
     if adapters not in ("separate", "merged"):
         raise ValueError(f"adapters: {adapters!r} is unknown; use 'separate' or 'merged'")
-    return MergedIndex(model) if adapters == "merged" else ParameterIndex(model)
+    if adapters == "separate":
+        return ParameterIndex(model)
+    index = MergedIndex(model)
+    if not index.adapted:
+        raise ValueError(
+            'adapters="merged": the model has no LoRA layers; pass a model of '
+            'peft.get_peft_model() with a LoraConfig, or use adapters="separate"'
+        )
+    return index

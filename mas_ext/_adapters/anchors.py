@@ -69,12 +69,12 @@ class AdapterAnchors:
         Raises:
             ValueError: it is of another base, or of adapters that do not fit these layers.
         """
-        anchors = cls()
+        anchors = cls({}, {name: fingerprint(one) for name, one in adapted.items()})
         for key, value in state.items():
             name, _, part = key.rpartition("/")
-            if part == _FINGERPRINT and name in adapted:
-                anchors.fingerprints[name] = value
-                check_base(name, fingerprint(adapted[name]), value)
+            if part == _FINGERPRINT and name in adapted and len(value):
+                check_base(name, anchors.fingerprints[name], value)
+                anchors.fingerprints[name] = value.cpu()
             weight, _, adapter = name.rpartition("/")
             if part == "a" and weight in adapted and state[f"{name}/b"].any():
                 factors = (value, state[f"{name}/b"])

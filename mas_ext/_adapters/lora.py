@@ -157,11 +157,6 @@ class MergedIndex(ParameterIndex):
                 factors |= _factor_ids(module)
                 name = _name_without_adapters(f"{prefix}base_layer.weight")
                 adapted[name] = AdaptedWeight(name, module)
-        if not adapted:
-            raise ValueError(
-                'adapters="merged": the model has no LoRA layers; pass a model of '
-                'peft.get_peft_model() with a LoraConfig, or use adapters="separate"'
-            )
         _check_distinct(adapted)
         named = {
             _name_without_adapters(name): p

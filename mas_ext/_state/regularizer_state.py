@@ -274,7 +274,9 @@ class RegularizerState:
             floor,
             DriftState() if tracker is None else tracker.restored(state),
             shardings,
-            AdapterAnchors.from_state_dict(state["adapters"], adapted),
+            AdapterAnchors.from_state_dict(
+                state["adapters"], {n: a for n, a in adapted.items() if n in state["importance"]}
+            ),
         )
         restored._resolve(strength, named)
         restored.follow_controller()
