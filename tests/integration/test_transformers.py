@@ -125,6 +125,29 @@ def test_only_the_adapters_of_a_peft_model(library, tmp_path):
     assert recorder.logged[-1] > 0
 
 
+def test_adapters_held_as_one_update_resume_in_bfloat16(library, tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    options = {"bf16": True, "accumulate": 2, "saves": True, "save_steps": 2, "lr": 0.05}
+
+    def learn(folder, **more):
+        model = peft.get_peft_model(llama(), config)
+        budget = mas_ext.DriftBudget(1e-4, every=1)
+        mas = mas_ext.MAS(model, budget=budget, adapters="merged")
+        mas.consolidate([{"input_ids": row["input_ids"][None]} for row in texts(1)])
+        callback, recorder = MASCallback(mas=mas, consolidate=False), library.Recorder()
+        options["others"] = [recorder]
+        library.learn(model, texts(2), callback, folder, **options, **more)
+        return model, mas, recorder.logged
+
+    model, mas, logged = learn(tmp_path / "whole")
+    assert logged[-1] > 0
+    learn(tmp_path / "parts", max_steps=2)
+    again, resumed, _ = learn(tmp_path / "parts", resume=True)
+    assert_states_equal(again.state_dict(), model.state_dict())
+    assert_states_equal(resumed.state_dict(), mas.state_dict())
+
+
 # -- Folders that training resumes from ------------------------------------------------------------
 SAVING = {"saves": True, "save_steps": 5, "lr": 0.05, "momentum": 0.9}
 
