@@ -33,6 +33,7 @@ from mas_ext._parameters import (
 from mas_ext._penalty.attachment import Attachment, unwrapped
 from mas_ext._penalty.parameter_groups import Scalar
 from mas_ext._penalty.protected_parameters import ProtectedParameters
+from mas_ext._penalty.weight_updates import Anchors
 from mas_ext._state import checkpoint
 from mas_ext._state.importance_state import ImportanceState
 from mas_ext._state.merging import check_merge
@@ -198,7 +199,7 @@ class QuadraticRegularizer:
         """Views of θ* by parameter name; empty before the first task is consolidated."""
         anchor = self._state.shardings.placed(self._state.consolidated.anchor)
         updates = self.protected.updates()
-        return {**anchor, **{u.weight.name: u.anchor() for u in updates}} if updates else anchor
+        return Anchors(anchor, updates) if updates else anchor
 
     # -- measuring ---------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ product of two matrices, in which the old adapters have negative signs, and W is
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 
 import torch
@@ -49,10 +49,14 @@ class ProtectedUpdate:
         if change is None:
             return torch.zeros((), device=self.omega.device)
         a, b = change
+        omega, a = self.omega, a.view(-1, *self.omega.shape[1:])
+        # Convolutions may have channels last: what is read is one matrix in memory.
+        strides = omega.stride()
+        order = [0, *sorted(range(1, omega.dim()), key=lambda d: -strides[d])]
         return functional.low_rank_penalty(
-            a,
+            a.permute(order).flatten(1),
             b,
-            self.omega.view(len(b), -1),
+            omega.permute(order).flatten(1),
             self.lambda_reg if lambda_reg is None else lambda_reg,
             omega_scales=self.scales,
         )
@@ -73,7 +77,7 @@ class ProtectedUpdate:
 
     @torch.no_grad()
     def anchor(self) -> Tensor:
-        """θ*: W, or a new tensor if adapters were part of it."""
+        """θ*: W, or a new tensor if adapters are part of only one of them."""
         weight = self.weight.weight.detach()
         parts = [*self.before.values()]
         if merged := self.weight.layer.merged_adapters:  # are in W by now
@@ -103,3 +107,27 @@ class ProtectedUpdate:
             return torch.zeros((), dtype=torch.float64, device=self.omega.device)
         a, b = (factor.double() for factor in change)
         return ((b.T @ b) * (a @ a.T)).sum()
+
+
+class Anchors(Mapping[str, Tensor]):
+    """θ* by name; of adapted weights it is computed at each access, and unknown if quantized.
+
+    Args:
+        own: θ* of all others.
+        updates: of the adapted weights.
+    """
+
+    def __init__(self, own: Mapping[str, Tensor], updates: list[ProtectedUpdate]) -> None:
+        adapted = {update.weight.name for update in updates}
+        self._own = {name: anchor for name, anchor in own.items() if name not in adapted}
+        self._updates = {u.weight.name: u for u in updates if not u.weight.is_quantized}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._updates[name].anchor() if name in self._updates else self._own[name]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._own
+        yield from self._updates
+
+    def __len__(self) -> int:
+        return len(self._own) + len(self._updates)

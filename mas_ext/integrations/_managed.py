@@ -250,8 +250,8 @@ def _check_options(
     RegularizationStrength(
         regularizer.get("lambda_reg", automatic), regularizer.get("drift", DEFAULT_DRIFT)
     )
-    # A small model serves to check all options but those that name the real model's parameters.
-    named = {"drift", "params"}
+    # A small model serves to check all options but those that are about the real one's parameters.
+    named = {"drift", "params", "adapters"}
     if isinstance(regularizer.get("lambda_reg"), Mapping):
         named.add("lambda_reg")
     method(nn.Linear(1, 1), **{n: value for n, value in regularizer.items() if n not in named})

@@ -111,16 +111,19 @@ def test_a_language_model_is_measured_exactly_and_stays_in_training_mode(library
     assert_exact(callback.mas.importance, expected)
 
 
-def test_only_the_adapters_of_a_peft_model(library, tmp_path):
+@pytest.mark.parametrize("adapters", ["separate", "merged"])
+def test_only_the_adapters_of_a_peft_model(library, tmp_path, adapters):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    model, callback = peft.get_peft_model(llama(), config), MASCallback()
+    model, callback = peft.get_peft_model(llama(), config), MASCallback(adapters=adapters)
     recorder = library.Recorder()
     options = {"max_steps": 2, "others": [recorder]}
     library.learn(model, texts(1), callback, tmp_path, **options)
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert set(callback.mas.importance) == trained
     assert all("lora_" in name for name in trained)
+    if adapters == "merged":
+        trained = {n for n, _ in llama().named_parameters() if "q_proj" in n}
+    assert set(callback.mas.importance) == trained
     library.learn(model, texts(2), callback, tmp_path, **options)
     assert recorder.logged[-1] > 0
 

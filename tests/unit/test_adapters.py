@@ -167,6 +167,16 @@ def test_the_penalty_of_the_merged_update(body, state_dtype):
     assert_same_penalty(model, mas, by_hand(model, mas))
 
 
+def test_a_convolution_with_channels_last():
+    model, x = adapted("convolutions")
+    model = model.to(memory_format=torch.channels_last)
+    mas = MAS(model, 2.0, **MERGED)
+    mas.consolidate([x])
+    assert not mas.importance["0.weight"].is_contiguous()
+    move(model)
+    assert_same_penalty(model, mas, by_hand(model, mas))
+
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "rslora": {"use_rslora": True},
     "ranks of their own": {"rank_pattern": {"0": 4}, "alpha_pattern": {"0": 1}},
