@@ -1,6 +1,6 @@
 """``python -m benchmarks``: times mas_ext and the alternatives to it on this machine.
 
-Without a name, every benchmark runs except ``drift``, which takes as long as all the others.
+Without a name, every benchmark runs except ``drift`` and ``retention``, which take hours.
 ``report`` measures nothing: it draws the plots and writes the HTML report again from results.json
 in --out. If that is the committed results.json, the tables in the documentation are updated, too.
 """
@@ -17,6 +17,7 @@ from benchmarks import report, runner
 from benchmarks.drift.problems import PROBLEMS
 from benchmarks.models import WORKLOADS
 from benchmarks.registry import BENCHMARKS, JOBS
+from benchmarks.retention.study import TEXTS
 from benchmarks.state import SIZES
 
 
@@ -33,10 +34,11 @@ def _parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--workloads",
         nargs="+",
-        choices=(*WORKLOADS, *PROBLEMS),
+        choices=(*WORKLOADS, *PROBLEMS, *TEXTS),
         default=(),
         metavar="NAME",
-        help=f"for per_sample: {', '.join(WORKLOADS)}; for drift: {', '.join(PROBLEMS)}",
+        help=f"for per_sample: {', '.join(WORKLOADS)}; for drift: {', '.join(PROBLEMS)}; "
+        f"for retention: {', '.join(TEXTS)}",
     )
     parser.add_argument("--repeats", type=int, metavar="N", help="most rounds (20; 3 if quick)")
     parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2), help="for training runs")

@@ -19,6 +19,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 
 from benchmarks.benchmark import Result, Results
 from benchmarks.drift import summary
+from benchmarks.retention import summary as retained
 from benchmarks.text import count, duration, minus, percent, times
 
 OURS, ROOFLINE, PLAIN = "mas_ext", "roofline", "without MAS"
@@ -283,6 +284,39 @@ def _log(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
+# -- what a pretrained model keeps -----------------------------------------------------------------
+DRIFTS = [0.003 * 1.2**k for k in range(22)]
+
+
+def retention(found: Results, machine: str) -> Figure:
+    """All weights on the left, LoRA on the right: what is learned within each limit."""
+    figure, every = panels(2 * len(found), 5.6, 4.2)
+    for number, result in enumerate(found.values()):
+        methods = retained.methods_of(result)
+        for axes, with_lora in zip(every[2 * number :], (False, True), strict=False):
+            chosen = {n: m for n, m in methods.items() if n.startswith("LoRA") == with_lora}
+            others = [n for n, m in chosen.items() if not m.ours]
+            colours = dict(zip(others, PALETTE * 2, strict=False))
+            dashes = {n: "-" if k < len(PALETTE) else DASHED for k, n in enumerate(others)}
+            mine = dict(zip([n for n, m in chosen.items() if m.ours], OUR_DASHES, strict=False))
+            for name, method in chosen.items():
+                y = [retained.perplexity(result, method, limit)[0] for limit in DRIFTS]
+                look: Any = {"lw": 1.3, "color": colours.get(name), "ls": dashes.get(name)}
+                if method.ours:
+                    look = {"lw": 2.2, "color": GREEN, "ls": mine[name], "zorder": 4}
+                axes.plot(DRIFTS, y, label=name, **look)
+            _log(axes)
+            axes.set_xlabel("drift on held-out English and code, nats (logarithmic)", size=9)
+            axes.set_ylabel("perplexity on the new text", size=9)
+            axes.legend(fontsize=7, frameon=False, loc="upper right")
+            _panel_title(axes, f"{result['title']}, {'LoRA' if with_lora else 'all weights'}")
+    title = "What is learned within a limit of the drift; lower is better"
+    return finish(figure, title, machine)
+
+
+OUR_DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1, 1, 1)))
+
+
 # -- files -----------------------------------------------------------------------------------------
 PLOTS: dict[str, Callable[[Results, str], Figure]] = {
     **{name: partial(lists, name) for name in ("penalty", "accumulate", "proximal")},
@@ -290,6 +324,7 @@ PLOTS: dict[str, Callable[[Results, str], Figure]] = {
     "training": training,
     "per_sample": per_sample,
     "drift": drift,
+    "retention": retention,
 }
 
 

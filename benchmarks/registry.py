@@ -19,6 +19,7 @@ from benchmarks import (
 from benchmarks.benchmark import Benchmark
 from benchmarks.drift import study
 from benchmarks.job import benchmark_of
+from benchmarks.retention import study as retention
 
 JOBS = {job.name: job for job in (penalty.JOB, accumulate.JOB, proximal.JOB, *optimizer_steps.JOBS)}
 BENCHMARKS: dict[str, Benchmark] = {
@@ -34,5 +35,6 @@ BENCHMARKS: dict[str, Benchmark] = {
         compression.BENCHMARK,
         narrow.BENCHMARK,
         study.BENCHMARK,
+        retention.BENCHMARK,
     )
 }

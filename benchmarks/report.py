@@ -27,6 +27,7 @@ from benchmarks.drift import summary
 from benchmarks.drift.problems import CHOSEN_ON
 from benchmarks.machine import describe
 from benchmarks.measure import deviation
+from benchmarks.retention import summary as retained
 from benchmarks.text import (
     Table,
     count,
@@ -498,6 +499,59 @@ def _spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
+# -- what a pretrained model keeps -----------------------------------------------------------------
+def retention(texts: Results) -> list[Table]:
+    return [_retained(result) for result in texts.values()]
+
+
+def _retained(result: Result) -> Table:
+    """A row per method: what it learns within each limit, what is left, and what it costs."""
+    methods, begun = retained.methods_of(result), retained.start(result)
+    rows = [
+        [
+            name,
+            *(_within(result, method, limit) for limit in retained.LIMITS),
+            *_left(retained.left(result, method)),
+            two_digits(retained.seconds(result, method)),
+            f"{retained.extra_bytes(result, method) / 1e9:.1f}",
+        ]
+        for name, method in methods.items()
+    ]
+    lowest = [f"{retained.best(result, limit)} at {limit:g}" for limit in retained.LIMITS]
+    typical = f"{retained.TYPICAL:g}"
+    return Table(
+        f"{result['title']}: perplexity per token on held-out text of the new language "
+        f"({math.exp(begun.losses['new']):.1f} at first), at most this drift (nats per prediction, "
+        "held-out English and code). Then, at "
+        f"{typical}: perplexity on English and on code relative to before, and questions answered "
+        f"({percent(begun.answered, 0)} at first). Then the time of one training run, with Ω, over "
+        "that of plain fine-tuning, and GB of memory beyond it in training. Seeds "
+        f"{', '.join(map(str, result['seeds']))}.",
+        [
+            "",
+            *(f"drift ≤ {limit:g}" for limit in retained.LIMITS),
+            "English",
+            "code",
+            "answered",
+            "time",
+            "memory",
+        ],
+        rows,
+        frozenset(name for name, method in methods.items() if method.ours),
+        f"Lowest: {', '.join(lowest)}.",
+    )
+
+
+def _within(result: Result, method: retained.Method, limit: float) -> str:
+    mean, spread = retained.perplexity(result, method, limit)
+    return f"{mean:.2f}" + (f" ± {spread:.2f}" if len(result["seeds"]) > 1 else "")
+
+
+def _left(found: dict[str, float]) -> list[str]:
+    ratios = [minus(f"{100 * (found[name] - 1):+.1f} %") for name in ("english", "code")]
+    return [*ratios, percent(found["answered"], 0)]
+
+
 _STEPS = [f"{n}_{mode}" for n in ("sgd", "momentum", "adamw") for mode in ("gradient", "proximal")]
 TABLES: dict[str, Callable[[Results], list[Table]]] = {
     **dict.fromkeys(["penalty", "accumulate", "proximal", *_STEPS], lists),
@@ -510,6 +564,7 @@ TABLES: dict[str, Callable[[Results], list[Table]]] = {
     "compression": compression,
     "narrow": narrow,
     "drift": drift,
+    "retention": retention,
 }
 
 

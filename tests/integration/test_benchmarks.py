@@ -37,6 +37,9 @@ from benchmarks.machine import machine
 from benchmarks.measure import interleave
 from benchmarks.models import TRAINING
 from benchmarks.registry import BENCHMARKS, JOBS
+from benchmarks.retention import summary as retained
+from benchmarks.retention.methods import METHODS, TRAININGS, UNIFORM, Method
+from benchmarks.retention.texts import LENGTH, Texts
 from benchmarks.state import Size, flatten, linear, make_state
 from benchmarks.text import Table, count, duration, percent
 from mas_ext import functional
@@ -288,3 +291,50 @@ def test_networks_and_scenarios():
     assert all(map(torch.equal, ours.parameters(), demo.parameters()))
     together = Learner.after_first_task(replace(PROBLEMS["incremental"], **SMALL), 0, 3)
     assert together.as_tested(together.tasks[2]).classes == (0, 1, 2, 3, 4, 5)
+
+
+# -- what a pretrained model keeps -----------------------------------------------------------------
+def point(drift, new):
+    return {"drift": drift, "perplexity": {"new": new, "english": 2.0, "code": 3.0}, "answered": 1}
+
+
+def test_the_lowest_perplexity_within_a_limit_of_the_drift():
+    curves = {"steps": [point(0.04, 20.0), point(0.36, 5.0)], UNIFORM: [point(0.01, 30.0)]}
+    runs = [{"before": point(0.0, 80.0), "curves": curves}]
+    result = {"trainings": {"plain": runs, "later": runs}}
+
+    def found(limit, way="steps"):
+        return retained.perplexity(result, Method(("plain", "later"), way), limit)[0]
+
+    assert found(1.0) == found(0.36) == pytest.approx(5.0)
+    assert found(0.01) == pytest.approx(40.0)  # halfway in the root of the drift
+    assert found(0.16) == pytest.approx(10.0)
+    assert found(0.01, UNIFORM) == pytest.approx(30.0)
+    assert found(0.1225, UNIFORM) == pytest.approx((30.0 * 5.0) ** 0.5)
+    first = retained.within(result, Method(("plain",)), 0.01)[0]
+    assert first.over(retained.start(result), "new") == pytest.approx(0.5)
+
+
+def test_what_is_tested_is_not_trained_on(tmp_path):
+    for number, name in enumerate(("new", "english", "code")):
+        tokens = [str(number * 100_000 + k) for k in range(40 * LENGTH + 5)]
+        (tmp_path / f"{name}.txt").write_text(" ".join(tokens))
+
+    class Numbers:
+        def __call__(self, text):
+            return type("", (), {"input_ids": [int(word) for word in text.split()]})
+
+    texts = Texts.read(tmp_path, "new", Numbers(), kept=3, tested=4)
+    trained = {*texts.learned.flatten().tolist(), *texts.old.flatten().tolist()}
+    tested = {token for part in texts.held_out.values() for token in part.flatten().tolist()}
+    assert not trained & tested
+    assert {*texts.kept.flatten().tolist()} <= trained
+    assert [len(part) for part in texts.held_out.values()] == [4, 4, 4]
+    assert len(texts.kept) == 6
+
+
+def test_every_method_is_shown_by_runs_that_take_its_way_back():
+    for name, method in METHODS.items():
+        assert method.trainings, name
+        for run in method.trainings:
+            assert method.way in ("steps", *TRAININGS[run].ways), name
