@@ -31,7 +31,6 @@ REGULARIZERS = {"MAS": MAS, "EWC": EWC, "L2-SP": L2SP}
 RANK = 16  # of LoRA
 TOGETHER = 4  # blocks in a forward pass
 WARM_UP = 0.05  # the part of the steps in which the learning rate rises
-WAY_BACK = (0.25, 0.75, 2.0)  # c, in units of the one that moves the parameters about halfway
 
 
 @dataclass(frozen=True)
@@ -43,6 +42,8 @@ class Setting:
         steps: of training, with ``TOGETHER`` blocks each.
         tested: after how many of them the model is tested.
         kept, held_out: blocks of each watched text that are kept, and of each text that is tested.
+        uniform_way, weighted_way: c on the way back, without and with Ω, in units of the one that
+            moves the parameters about halfway. A few parameters have most of ΣΩ.
     """
 
     rate: float = 1e-4
@@ -51,6 +52,8 @@ class Setting:
     tested: tuple[int, ...] = (15, 30, 60)
     kept: int = 12
     held_out: int = 16
+    uniform_way: tuple[float, ...] = (0.25, 0.75, 2.0)
+    weighted_way: tuple[float, ...] = (0.02, 0.07, 0.25, 0.6)
 
 
 QUICK = Setting(steps=3, tested=(3,), kept=2, held_out=2)
@@ -166,10 +169,12 @@ class Trial:
         """Moves the result towards the start, as :meth:`mas_ext.MAS.settle` does; yields each c."""
         name = BY_MAS if way == UNIFORM else way  # θ* is the same in every file
         held = self._regularizer(name, measured).protected
-        weights = "uniform" if way == UNIFORM else "importance"
+        is_uniform, setting = way == UNIFORM, self.setting
+        weights = "uniform" if is_uniform else "importance"
         path = WayBack(held.find(), held.updates(), self.model, {}, weights)
-        for c in WAY_BACK:
-            path.put(c * path.unit())
+        unit = path.unit()
+        for c in reversed(setting.uniform_way if is_uniform else setting.weighted_way):
+            path.put(c * unit)
             yield c
         path.put(0.0)
 

@@ -86,7 +86,7 @@ def _curve(run: Result, way: str) -> list[Result]:
     steps = run["curves"][STEPS]
     if way == STEPS:
         return [run["before"], *steps]
-    return [run["before"], *reversed(run["curves"][way]), steps[-1]]
+    return [run["before"], *run["curves"][way], steps[-1]]
 
 
 def perplexity(result: Result, method: Method, limit: float) -> tuple[float, float]:
