@@ -14,7 +14,7 @@ help:
 	@echo "make bench     every way to do each job, side by side; writes out/benchmarks/report.html"
 	@echo "make docs      the documentation, in out/docs/index.html; its examples run as tests"
 	@echo "make install   everything for development, with the kernels built in place"
-	@echo "make lint      ruff, mypy, clang-format; 'make format' fixes what can be fixed"
+	@echo "make lint      ruff, mypy, clang-format, zizmor; 'make format' fixes what can be fixed"
 	@echo "make notebook  execute examples/AMS_Train.ipynb in place"
 	@echo "make wheel     a wheel for the torch that is installed, in dist/"
 	@echo "make gpu       everything that needs a GPU: checks and timings, in out/gpu/report.md"
@@ -58,6 +58,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
+	$(BIN)/zizmor --offline --quiet --persona pedantic .github
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
