@@ -1,0 +1,358 @@
+// low_rank_penalty on the CPU: λ/2 Σ Ω∘Δ² with Δ = scale·B·A, and its gradients to A and B.
+//
+// Blocks of P = B·A are formed in the cache, weighted by Ω and used at once: for the sum, for the
+// gradient of the right factor (P∘Ω)ᵀ·left, and for that of the left factor (P∘Ω)·right. Ω is read
+// once and nothing of its size is allocated.
+//
+// Ω is cut into groups × groups parts, in steps of one part per row and column of that grid. The
+// parts of a step add to different elements of the gradients, so threads can share them, and the
+// order in which an element is added to does not depend on the number of threads.
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <numeric>
+#include <vector>
+
+#include "kernels.h"
+#include "lanes.h"
+#include "multiversion.h"
+#include "panels.h"
+#include "product_tile.h"
+#include "scratch.h"
+
+namespace mas_ext::cpu {
+namespace {
+
+constexpr int64_t kBlockRows = 32;
+constexpr int64_t kMostColumns = 256, kLeastColumns = 64;  // of a block
+constexpr int64_t kPackedElements = 4096;  // of the right factor, where columns allow
+constexpr int64_t kLeastGroup = 64;        // rows or columns of a part
+constexpr int64_t kFewGroups = 8, kMostGroups = 32, kManyInGroup = 256;
+constexpr double kSerialBelow = 2'000'000.0;  // multiplications: about 40 µs of one thread
+
+int64_t round_up(int64_t n, int64_t to) { return divide_up(n, to) * to; }
+
+// How Ω is cut. It depends on the problem alone, so that the number of threads does not change a
+// bit.
+struct Blocking {
+  int64_t groups, group_rows, group_columns, block_columns;
+
+  explicit Blocking(const LowRank& call) {
+    const int64_t least = std::min(call.rows, call.columns);
+    groups = std::clamp(least / kManyInGroup, kFewGroups, kMostGroups);
+    groups = std::max<int64_t>(1, std::min(groups, least / kLeastGroup));
+    block_columns = std::clamp(kPackedElements / call.rank / kLeastColumns * kLeastColumns,
+                               kLeastColumns, kMostColumns);
+    group_rows = round_up(divide_up(call.rows, groups), kBlockRows);
+    group_columns = round_up(divide_up(call.columns, groups), kLeastColumns);
+  }
+};
+
+// ------------------------------------------------------------------------------------------------
+// Ω, and what is done with it
+// ------------------------------------------------------------------------------------------------
+// A block of Ω, however it is stored, as rows of `width` numbers.
+template <class A, class Stored>
+MAS_MULTIVERSION void read_numbers(A* __restrict__ block, const Stored* __restrict__ omega,
+                                   int64_t row_stride, int64_t stride, int64_t rows,
+                                   int64_t columns, int64_t width) {
+  for (int64_t row = 0; row < rows; ++row) {
+    read_run<MagnitudeTaken>(block + row * width, omega + row * row_stride, stride, columns, false);
+  }
+}
+
+MAS_MULTIVERSION void read_codes(float* __restrict__ block, const LowRank& call, int64_t first,
+                                 int64_t rows, int64_t columns, int64_t width) {
+  const auto* codes = static_cast<const uint8_t*>(call.omega);
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t column = 0; column < columns; ++column) {
+      const int64_t place = first + row * call.row_stride + column * call.column_stride;
+      block[row * width + column] =
+          dequantize(codes[place], call.omega_scales[place / kScaleBlock]);
+    }
+  }
+}
+
+template <class A>
+void read_omega(A* block, const LowRank& call, int64_t first, int64_t rows, int64_t columns,
+                int64_t width) {
+  const auto read = [&]<class Stored>(const Stored*) {
+    read_numbers(block, static_cast<const Stored*>(call.omega) + first, call.row_stride,
+                 call.column_stride, rows, columns, width);
+  };
+  if constexpr (std::is_same_v<A, float>) {
+    switch (call.omega_dtype) {
+      case ScalarType::Byte: return read_codes(block, call, first, rows, columns, width);
+      case ScalarType::BFloat16: return read(static_cast<const BFloat16*>(nullptr));
+      default: break;
+    }
+  }
+  read(static_cast<const A*>(nullptr));
+}
+
+// P ← Ω∘P, which is the gradient to P but for λ; returns Σ Ω∘P².
+template <class A>
+MAS_MULTIVERSION double weigh(A* __restrict__ products, const A* __restrict__ omega, int64_t size) {
+  return sum_in_lanes<A>(size, [&](auto at, int64_t i) {
+    const auto delta = at.load(products, i), weighted = at.load(omega, i) * delta;
+    at.store(products, i, weighted);
+    return weighted * delta;
+  });
+}
+
+// ------------------------------------------------------------------------------------------------
+// One thread's share
+// ------------------------------------------------------------------------------------------------
+template <class Shape, class T>
+class Worker {
+  using A = typename Shape::A;
+  static constexpr int kRows = Shape::kBytes == 64 ? 8 : 4;  // of a tile of two registers' width
+  static constexpr int kNarrowRows = 8;                      // of one
+  static constexpr int kWidth = Shape::kColumns, kNarrow = Shape::kLanes;
+  static_assert(kBlockRows % kNarrowRows == 0 && kLeastColumns % kWidth == 0);
+
+ public:
+  Worker(const LowRank& call, const Blocking& blocking, double lambda)
+      : call_(call),
+        blocking_(blocking),
+        coefficient_(finite<A>(lambda * call.scale * call.scale)),
+        padded_(round_up(call.rank, kNarrowRows)),
+        narrow_(kNarrow >= kTileRows && call.rank <= kNarrow),
+        left_(kBlockRows * padded_),
+        right_(blocking.block_columns * call.rank),
+        turned_(call.has_grads() ? blocking.block_columns * round_up(call.rank, rank_width()) : 0),
+        omega_(kBlockRows * blocking.block_columns),
+        products_(kBlockRows * blocking.block_columns) {}
+
+  // Adds a part's share to the gradients, and returns its Σ Ω∘P².
+  double run(int64_t row_group, int64_t column_group) {
+    const int64_t row = row_group * blocking_.group_rows;
+    const int64_t column = column_group * blocking_.group_columns;
+    const int64_t row_end = std::min(row + blocking_.group_rows, call_.rows);
+    const int64_t column_end = std::min(column + blocking_.group_columns, call_.columns);
+    double energy = 0;
+    for (column_ = column; column_ < column_end; column_ += blocking_.block_columns) {
+      columns_ = std::min(blocking_.block_columns, column_end - column_);
+      pack_right();
+      for (row_ = row; row_ < row_end; row_ += kBlockRows) {
+        rows_ = std::min(kBlockRows, row_end - row_);
+        energy += run_block();
+      }
+    }
+    return energy;
+  }
+
+ private:
+  int rank_width() const { return narrow_ ? kNarrow : kWidth; }
+
+  // Panels [rank, kWidth] of columns, and turned around [column, rank_width] of ranks.
+  void pack_right() {
+    const LowRankFactor& factor = call_.right;
+    const T* data = static_cast<const T*>(factor.data) + column_ * factor.stride;
+    for (int64_t column = 0; column < columns_; column += kWidth) {
+      pack_panel<MagnitudeTaken, kWidth>(right_.get() + column * call_.rank,
+                                         data + column * factor.stride, factor.stride,
+                                         factor.rank_stride, columns_ - column, call_.rank, false);
+    }
+    if (call_.has_grads()) {
+      narrow_ ? turn<kNarrow>(data) : turn<kWidth>(data);
+    }
+  }
+
+  template <int Width>
+  void turn(const T* data) {
+    if constexpr (Width >= kTileRows) {
+      for (int64_t k = 0; k < call_.rank; k += Width) {
+        pack_panel<MagnitudeTaken, Width>(
+            turned_.get() + k * columns_, data + k * call_.right.rank_stride,
+            call_.right.rank_stride, call_.right.stride, call_.rank - k, columns_, false);
+      }
+    }
+  }
+
+  // Rows of `padded_` elements.
+  void pack_left() {
+    const LowRankFactor& factor = call_.left;
+    const T* data = static_cast<const T*>(factor.data) + row_ * factor.stride;
+    for (int64_t row = 0; row < kBlockRows; ++row) {
+      A* to = left_.get() + row * padded_;
+      const int64_t count = row < rows_ ? call_.rank : 0;
+      read_run<MagnitudeTaken>(to, data + row * factor.stride, factor.rank_stride, count, false);
+      std::fill(to + count, to + padded_, A(0));
+    }
+  }
+
+  double run_block() {
+    width_ = round_up(columns_, kWidth);
+    pack_left();
+    read_omega(omega_.get(), call_, row_ * call_.row_stride + column_ * call_.column_stride, rows_,
+               columns_, width_);
+    multiply();
+    clear_padding();
+    const double energy = weigh(products_.get(), omega_.get(), rows_ * width_);
+    if (call_.has_grads()) {
+      add_to_right();
+      narrow_ ? add_to_left<kNarrowRows, 1>() : add_to_left<kRows, 2>();
+    }
+    return energy;
+  }
+
+  // P = left·rightᵀ.
+  void multiply() {
+    for (int64_t column = 0; column < columns_; column += kWidth) {
+      for (int64_t row = 0; row < rows_; row += kRows) {
+        product_tile<Shape, kRows, 2>({left_.get() + row * padded_, padded_, 1},
+                                      right_.get() + column * call_.rank, kWidth, call_.rank, A(1),
+                                      products_.get() + row * width_ + column, width_);
+      }
+    }
+  }
+
+  // What is beyond the last column has no Ω, and would be NaN beside an infinite factor.
+  void clear_padding() {
+    for (int64_t row = 0; columns_ < width_ && row < rows_; ++row) {
+      std::fill(products_.get() + row * width_ + columns_, products_.get() + (row + 1) * width_,
+                A(0));
+      std::fill(omega_.get() + row * width_ + columns_, omega_.get() + (row + 1) * width_, A(0));
+    }
+  }
+
+  // [rank, column] += coefficient·leftᵀ·(Ω∘P)
+  void add_to_right() {
+    const LowRankFactor& factor = call_.right;
+    for (int64_t column = 0; column < columns_; column += kWidth) {
+      for (int64_t k = 0; k < call_.rank; k += kRows) {
+        alignas(64) A increment[kRows * kWidth];
+        product_tile<Shape, kRows, 2>({left_.get() + k, 1, padded_}, products_.get() + column,
+                                      width_, rows_, coefficient_, increment, kWidth);
+        add_tile<kWidth>(static_cast<A*>(factor.grad) + (column_ + column) * factor.grad_stride +
+                             k * factor.grad_rank_stride,
+                         factor.grad_rank_stride, factor.grad_stride, increment,
+                         std::min<int64_t>(kRows, call_.rank - k),
+                         std::min<int64_t>(kWidth, columns_ - column));
+      }
+    }
+  }
+
+  // [row, rank] += coefficient·(Ω∘P)·right
+  template <int Rows, int Vectors>
+  void add_to_left() {
+    constexpr int kRanks = Vectors * Shape::kLanes;
+    const LowRankFactor& factor = call_.left;
+    for (int64_t k = 0; k < call_.rank; k += kRanks) {
+      for (int64_t row = 0; row < rows_; row += Rows) {
+        alignas(64) A increment[Rows * kRanks];
+        product_tile<Shape, Rows, Vectors>({products_.get() + row * width_, width_, 1},
+                                           turned_.get() + k * columns_, kRanks, columns_,
+                                           coefficient_, increment, kRanks);
+        add_tile<kRanks>(static_cast<A*>(factor.grad) + (row_ + row) * factor.grad_stride +
+                             k * factor.grad_rank_stride,
+                         factor.grad_stride, factor.grad_rank_stride, increment,
+                         std::min<int64_t>(Rows, rows_ - row),
+                         std::min<int64_t>(kRanks, call_.rank - k));
+      }
+    }
+  }
+
+  const LowRank& call_;
+  const Blocking& blocking_;
+  const A coefficient_;
+  const int64_t padded_;
+  const bool narrow_;  // whether one register holds all ranks
+  Scratch<A> left_, right_, turned_, omega_, products_;
+  int64_t row_ = 0, column_ = 0, rows_ = 0, columns_ = 0, width_ = 0;  // of the current block
+};
+
+// ------------------------------------------------------------------------------------------------
+// All of it
+// ------------------------------------------------------------------------------------------------
+template <class Shape, class T>
+double run(const LowRank& call, double lambda) {
+  const Blocking blocking(call);
+  const int64_t groups = blocking.groups;
+  std::vector<double> energies(static_cast<size_t>(groups * groups));
+  for (int64_t step = 0; step < groups; ++step) {
+    const auto run_parts = [&](int64_t first, int64_t last) {
+      Worker<Shape, T> worker(call, blocking, lambda);
+      for (int64_t row = first; row < last; ++row) {
+        const int64_t column = (row + step) % groups;
+        energies[static_cast<size_t>(row * groups + column)] = worker.run(row, column);
+      }
+    };
+    const double work = static_cast<double>(call.rows) * static_cast<double>(call.columns) *
+                        static_cast<double>(call.rank);
+    if (work < kSerialBelow || groups == 1) {
+      run_parts(0, groups);
+    } else {
+      torch::stable::parallel_for(0, groups, 1, run_parts);
+    }
+  }
+  return std::accumulate(energies.begin(), energies.end(), 0.0);
+}
+
+// A gradient in 16 bits is summed in float32 and rounded once.
+template <class T, class A>
+class Sums {
+ public:
+  Sums(LowRankFactor& factor, int64_t size, int64_t rank)
+      : factor_(factor), original_(factor), size_(size), rank_(rank), sums_(size * rank) {
+    std::fill_n(sums_.get(), size * rank, A(0));
+    factor.grad = sums_.get();
+    factor.grad_stride = rank;
+    factor.grad_rank_stride = 1;
+  }
+
+  void add_to_original() {
+    for (int64_t i = 0; i < size_; ++i) {
+      for (int64_t k = 0; k < rank_; ++k) {
+        T& grad = static_cast<T*>(
+            original_.grad)[i * original_.grad_stride + k * original_.grad_rank_stride];
+        grad = static_cast<T>(static_cast<A>(grad) + sums_.get()[i * rank_ + k]);
+      }
+    }
+    factor_ = original_;
+  }
+
+ private:
+  LowRankFactor& factor_;
+  const LowRankFactor original_;
+  const int64_t size_, rank_;
+  Scratch<A> sums_;
+};
+
+template <class Shape, class T>
+double run_and_round(LowRank call, double lambda) {
+  using A = typename Shape::A;
+  if (!call.has_grads() || call.grad_dtype == accumulate_dtype(call.dtype)) {
+    return run<Shape, T>(call, lambda);
+  }
+  Sums<T, A> left(call.left, call.rows, call.rank), right(call.right, call.columns, call.rank);
+  const double energy = run<Shape, T>(call, lambda);
+  left.add_to_original();
+  right.add_to_original();
+  return energy;
+}
+
+struct Kernels : CpuKernels {
+  static Tensor low_rank_penalty(const Call&, const LowRank& problem, double lambda) {
+    const double energy = problem.is_empty() ? 0.0 : visit_dtype(problem.dtype, [&]<class T>() {
+      using A = accumulate_t<T>;
+      switch (register_bytes()) {
+        case 64: return run_and_round<TileShape<A, 64>, T>(problem, lambda);
+        case 32: return run_and_round<TileShape<A, 32>, T>(problem, lambda);
+        default: return run_and_round<TileShape<A, 16>, T>(problem, lambda);
+      }
+    });
+    return penalty_of(lambda, problem.scale * problem.scale * energy,
+                      accumulate_dtype(problem.dtype));
+  }
+};
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(mas_ext, CPU, m) {
+  m.impl("low_rank_penalty", TORCH_BOX(&low_rank_penalty<Kernels>));
+  m.impl("low_rank_penalty_grad_", TORCH_BOX(&low_rank_penalty_grad_<Kernels>));
+}
+
+}  // namespace mas_ext::cpu
