@@ -24,6 +24,7 @@ namespace mas_ext::cpu {
 namespace {
 
 constexpr int64_t kBlockRows = 32;
+constexpr int64_t kConvertedRows = 8;  // of Ω at a time, if it is not read where it lies
 constexpr int64_t kMostColumns = 256, kLeastColumns = 64;  // of a block
 constexpr int64_t kPackedElements = 4096;  // of the right factor, where columns allow
 constexpr int64_t kLeastGroup = 64;        // rows or columns of a part
@@ -90,14 +91,25 @@ void read_omega(A* block, const LowRank& call, int64_t first, int64_t rows, int6
   read(static_cast<const A*>(nullptr));
 }
 
-// P ← Ω∘P, which is the gradient to P but for λ; returns Σ Ω∘P².
+// P ← Ω∘P, which is the gradient to P but for λ; returns Σ Ω∘P². Rows are whole lanes wide.
 template <class A>
-MAS_MULTIVERSION double weigh(A* __restrict__ products, const A* __restrict__ omega, int64_t size) {
-  return sum_in_lanes<A>(size, [&](auto at, int64_t i) {
-    const auto delta = at.load(products, i), weighted = at.load(omega, i) * delta;
-    at.store(products, i, weighted);
-    return weighted * delta;
-  });
+MAS_MULTIVERSION double weigh(A* __restrict__ products, const A* __restrict__ omega,
+                              int64_t omega_stride, int64_t rows, int64_t width) {
+  double lanes[kLanes] = {};
+  for (int64_t row = 0; row < rows; ++row, products += width, omega += omega_stride) {
+    for (int64_t i = 0; i < width; i += kLanes) {
+      A energies[kLanes];  // apart from the sum, or the compiler would not vectorise either
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const A delta = products[i + lane];
+        products[i + lane] = omega[i + lane] * delta;
+        energies[lane] = products[i + lane] * delta;
+      }
+      for (int lane = 0; lane < kLanes; ++lane) {
+        lanes[lane] += static_cast<double>(energies[lane]);
+      }
+    }
+  }
+  return sum_of(lanes);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -121,7 +133,7 @@ class Worker {
         left_(kBlockRows * padded_),
         right_(blocking.block_columns * call.rank),
         turned_(call.has_grads() ? blocking.block_columns * round_up(call.rank, rank_width()) : 0),
-        omega_(kBlockRows * blocking.block_columns),
+        omega_(kConvertedRows * blocking.block_columns),
         products_(kBlockRows * blocking.block_columns) {}
 
   // Adds a part's share to the gradients, and returns its Σ Ω∘P².
@@ -183,18 +195,30 @@ class Worker {
   }
 
   double run_block() {
-    width_ = round_up(columns_, kWidth);
+    width_ = round_up(columns_, std::max<int64_t>(kWidth, kLanes));
     pack_left();
-    read_omega(omega_.get(), call_, row_ * call_.row_stride + column_ * call_.column_stride, rows_,
-               columns_, width_);
     multiply();
-    clear_padding();
-    const double energy = weigh(products_.get(), omega_.get(), rows_ * width_);
+    const double energy = weigh_block();
     if (call_.has_grads()) {
       add_to_right();
       narrow_ ? add_to_left<kNarrowRows, 1>() : add_to_left<kRows, 2>();
     }
     return energy;
+  }
+
+  // The rows of Ω below the block are fetched tile by tile, since their runs are too short for the
+  // processor to foresee.
+  void fetch_below(int64_t row, int64_t column) const {
+    constexpr int64_t kLine = 64;
+    const int64_t bytes = bytes_of_stored(call_.omega_dtype);
+    const int64_t first = row_ + kBlockRows + row, end = std::min(first + kRows, call_.rows);
+    for (int64_t below = first; call_.column_stride == 1 && below < end; ++below) {
+      const auto* run = static_cast<const char*>(call_.omega) +
+                        (below * call_.row_stride + column_ + column) * bytes;
+      for (int64_t at = 0; at < kWidth * bytes; at += kLine) {
+        prefetch(run + at);
+      }
+    }
   }
 
   // P = left·rightᵀ.
@@ -204,16 +228,37 @@ class Worker {
         product_tile<Shape, kRows, 2>({left_.get() + row * padded_, padded_, 1},
                                       right_.get() + column * call_.rank, kWidth, call_.rank, A(1),
                                       products_.get() + row * width_ + column, width_);
+        fetch_below(row, column);
       }
     }
   }
 
+  double weigh_block() {
+    double energy = 0;
+    for (int64_t row = 0; row < rows_; row += kConvertedRows) {
+      energy += weigh_rows(row, std::min(kConvertedRows, rows_ - row));
+    }
+    return energy;
+  }
+
+  double weigh_rows(int64_t row, int64_t rows) {
+    A* products = products_.get() + row * width_;
+    const int64_t first = (row_ + row) * call_.row_stride + column_ * call_.column_stride;
+    if (call_.omega_dtype == accumulate_dtype(call_.dtype) && call_.column_stride == 1 &&
+        columns_ == width_) {
+      const A* omega = static_cast<const A*>(call_.omega) + first;
+      return weigh(products, omega, call_.row_stride, rows, width_);
+    }
+    read_omega(omega_.get(), call_, first, rows, columns_, width_);
+    clear_padding(omega_.get(), rows);
+    clear_padding(products, rows);
+    return weigh(products, omega_.get(), width_, rows, width_);
+  }
+
   // What is beyond the last column has no Ω, and would be NaN beside an infinite factor.
-  void clear_padding() {
-    for (int64_t row = 0; columns_ < width_ && row < rows_; ++row) {
-      std::fill(products_.get() + row * width_ + columns_, products_.get() + (row + 1) * width_,
-                A(0));
-      std::fill(omega_.get() + row * width_ + columns_, omega_.get() + (row + 1) * width_, A(0));
+  void clear_padding(A* block, int64_t rows) const {
+    for (int64_t row = 0; row < rows; ++row) {
+      std::fill(block + row * width_ + columns_, block + (row + 1) * width_, A(0));
     }
   }
 
@@ -323,14 +368,16 @@ class Sums {
 template <class Shape, class T>
 double run_and_round(LowRank call, double lambda) {
   using A = typename Shape::A;
-  if (!call.has_grads() || call.grad_dtype == accumulate_dtype(call.dtype)) {
-    return run<Shape, T>(call, lambda);
+  if constexpr (!std::is_same_v<T, A>) {
+    if (call.has_grads() && call.grad_dtype == call.dtype) {
+      Sums<T, A> left(call.left, call.rows, call.rank), right(call.right, call.columns, call.rank);
+      const double energy = run<Shape, T>(call, lambda);
+      left.add_to_original();
+      right.add_to_original();
+      return energy;
+    }
   }
-  Sums<T, A> left(call.left, call.rows, call.rank), right(call.right, call.columns, call.rank);
-  const double energy = run<Shape, T>(call, lambda);
-  left.add_to_original();
-  right.add_to_original();
-  return energy;
+  return run<Shape, T>(call, lambda);
 }
 
 struct Kernels : CpuKernels {
