@@ -276,9 +276,7 @@ def exact_tensors(op: str, before: State, scalars: Scalars = Scalars()) -> list[
     return [element for column in columns for element in column]
 
 
-def exact_value(
-    op: str, before: State, outcome: Outcome, scalars: Scalars
-) -> tuple[float, float]:
+def exact_value(op: str, before: State, outcome: Outcome, scalars: Scalars) -> tuple[float, float]:
     """The penalty before the call or, where the operator is proximal, after it; and how far from it
     its terms may be."""
     if op in LOW_RANK_OPS:
