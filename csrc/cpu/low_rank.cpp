@@ -4,12 +4,12 @@
 // gradient of the right factor (P∘Ω)ᵀ·left, and for that of the left factor (P∘Ω)·right. Ω is read
 // once and nothing of its size is allocated.
 //
-// Ω is cut into groups × groups parts, in steps of one part per row and column of that grid. The
-// parts of a step add to different elements of the gradients, so threads can share them, and the
-// order in which an element is added to does not depend on the number of threads.
+// Ω is cut into groups × groups parts. Threads share those that add to different elements of the
+// gradients, and the order in which an element is added to does not depend on their number.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <bit>
 #include <numeric>
 #include <vector>
 
@@ -33,6 +33,11 @@ constexpr double kSerialBelow = 2'000'000.0;  // multiplications: about 40 µs o
 
 int64_t round_up(int64_t n, int64_t to) { return divide_up(n, to) * to; }
 
+// The largest up to n.
+int64_t power_of_two(int64_t n) {
+  return static_cast<int64_t>(std::bit_floor(static_cast<uint64_t>(n)));
+}
+
 // How Ω is cut. It depends on the problem alone, so that the number of threads does not change a
 // bit.
 struct Blocking {
@@ -41,7 +46,7 @@ struct Blocking {
   explicit Blocking(const LowRank& call) {
     const int64_t least = std::min(call.rows, call.columns);
     groups = std::clamp(least / kManyInGroup, kFewGroups, kMostGroups);
-    groups = std::max<int64_t>(1, std::min(groups, least / kLeastGroup));
+    groups = power_of_two(std::max<int64_t>(1, std::min(groups, least / kLeastGroup)));
     block_columns = std::clamp(kPackedElements / call.rank / kLeastColumns * kLeastColumns,
                                kLeastColumns, kMostColumns);
     group_rows = round_up(divide_up(call.rows, groups), kBlockRows);
@@ -311,25 +316,37 @@ class Worker {
 // ------------------------------------------------------------------------------------------------
 // All of it
 // ------------------------------------------------------------------------------------------------
+// Into a power of two, as the order of parts in `run` wants it.
+int64_t threads_for(const LowRank& call, const Blocking& blocking) {
+  const double work = static_cast<double>(call.rows) * static_cast<double>(call.columns) *
+                      static_cast<double>(call.rank);
+  const int64_t threads = work < kSerialBelow ? 1 : torch::stable::get_num_threads();
+  return power_of_two(std::min(threads, blocking.groups));
+}
+
+// The part of row group g and column group g^t comes t-th, for its rows as for its columns. With as
+// many threads, each of `threads` steps is a range of t, and each thread's share a range of g.
 template <class Shape, class T>
 double run(const LowRank& call, double lambda) {
   const Blocking blocking(call);
-  const int64_t groups = blocking.groups;
+  const int64_t groups = blocking.groups, threads = threads_for(call, blocking);
+  const int64_t each = groups / threads;
   std::vector<double> energies(static_cast<size_t>(groups * groups));
-  for (int64_t step = 0; step < groups; ++step) {
+  for (int64_t step = 0; step < groups; step += each) {
     const auto run_parts = [&](int64_t first, int64_t last) {
       Worker<Shape, T> worker(call, blocking, lambda);
-      for (int64_t row = first; row < last; ++row) {
-        const int64_t column = (row + step) % groups;
-        energies[static_cast<size_t>(row * groups + column)] = worker.run(row, column);
+      for (int64_t share = first * each; share < last * each; share += each) {
+        for (int64_t t = step; t < step + each; ++t) {
+          for (int64_t row = share; row < share + each; ++row) {
+            energies[static_cast<size_t>(row * groups + (row ^ t))] = worker.run(row, row ^ t);
+          }
+        }
       }
     };
-    const double work = static_cast<double>(call.rows) * static_cast<double>(call.columns) *
-                        static_cast<double>(call.rank);
-    if (work < kSerialBelow || groups == 1) {
-      run_parts(0, groups);
+    if (threads == 1) {
+      run_parts(0, 1);
     } else {
-      torch::stable::parallel_for(0, groups, 1, run_parts);
+      torch::stable::parallel_for(0, threads, 1, run_parts);
     }
   }
   return std::accumulate(energies.begin(), energies.end(), 0.0);
