@@ -26,16 +26,19 @@ struct LowRank {
   ScalarType dtype, omega_dtype, grad_dtype;
   double scale;
 
-  bool has_grads() const { return left.grad != nullptr; }
+  MAS_HOST_DEVICE bool has_grads() const { return left.grad != nullptr; }
   bool is_empty() const { return rows == 0 || columns == 0 || rank == 0; }
 };
 
-// Transposes the problem if that makes the columns of Ω adjacent in memory.
+inline void transpose(LowRank& call) {
+  std::swap(call.left, call.right);
+  std::swap(call.rows, call.columns);
+  std::swap(call.row_stride, call.column_stride);
+}
+
 inline void turn_columns_innermost(LowRank& call) {
   if (rows_are_inner(call.rows, call.columns, call.row_stride, call.column_stride)) {
-    std::swap(call.left, call.right);
-    std::swap(call.rows, call.columns);
-    std::swap(call.row_stride, call.column_stride);
+    transpose(call);
   }
 }
 

@@ -67,7 +67,7 @@ inline const char* dtype_name(ScalarType dtype) {
   }
 }
 
-inline int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
+MAS_HOST_DEVICE int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
 // Of a matrix: whether a step along a column is shorter in memory than one along a row.
 inline bool rows_are_inner(int64_t rows, int64_t columns, int64_t row_stride,
