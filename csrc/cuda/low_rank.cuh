@@ -28,7 +28,7 @@
 namespace mas_ext::cuda {
 
 constexpr int kRanks = 16;     // of the gradient, multiplied at a time
-constexpr int kRankTiles = 4;  // of that many, whose sums a block has
+constexpr int kRankTiles = 2;  // of that many, whose sums a block has
 constexpr int kBlockRanks = kRanks * kRankTiles;
 constexpr int kQuarter = kThreads / 4;
 constexpr int kSide = 4;                            // a thread's sums are kSide × kSide
@@ -276,7 +276,7 @@ __device__ void put_sums(const LowRank& call, const LowRankParts& parts, int64_t
 
 // `energies`: a sum for every tile of columns and part, or nullptr.
 template <class A>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, sizeof(A) == sizeof(float) ? 2 : 1)
     low_rank_kernel(const __grid_constant__ LowRank call, LowRankParts parts, double* energies) {
   __shared__ LowRankShared<A> shared;
   const LowRankBlock block(call, parts.count);
