@@ -120,20 +120,32 @@ struct LowRankBlock {
 template <class A, int Ranks, class Put>
 __device__ void stage_ranks(const LowRankFactor& factor, ScalarType dtype, int64_t first,
                             int64_t size, int64_t first_rank, int64_t rank, Put put) {
+  constexpr int kEach = kTile * Ranks / kThreads;
+  static_assert(kEach * kThreads == kTile * Ranks);
   const bool along_places = factor.stride <= factor.rank_stride;
+  const auto place_of = [&](int v) {
+    const int i = static_cast<int>(threadIdx.x) + v * kThreads;
+    return along_places ? i % kTile : i / Ranks;
+  };
+  const auto rank_of = [&](int v) {
+    const int i = static_cast<int>(threadIdx.x) + v * kThreads;
+    return along_places ? i / kTile : i % Ranks;
+  };
+  A values[kEach] = {};
   visit_values<A>(dtype, [&]<class T>() {
-#pragma unroll 4  // loads in flight
-    for (int i = static_cast<int>(threadIdx.x); i < kTile * Ranks; i += kThreads) {
-      const int place = along_places ? i % kTile : i / Ranks;
-      const int k = along_places ? i / kTile : i % Ranks;
-      A value = A(0);
-      if (first + place < size && first_rank + k < rank) {
-        value = static_cast<A>(static_cast<const T*>(
-            factor.data)[(first + place) * factor.stride + (first_rank + k) * factor.rank_stride]);
+#pragma unroll
+    for (int v = 0; v < kEach; ++v) {  // all are in flight before the first is stored
+      const int64_t place = first + place_of(v), k = first_rank + rank_of(v);
+      if (place < size && k < rank) {
+        values[v] = static_cast<A>(
+            static_cast<const T*>(factor.data)[place * factor.stride + k * factor.rank_stride]);
       }
-      put(place, k) = value;
     }
   });
+#pragma unroll
+  for (int v = 0; v < kEach; ++v) {
+    put(place_of(v), rank_of(v)) = values[v];
+  }
 }
 
 template <class A, class Stored>

@@ -36,7 +36,7 @@ class Size(NamedTuple):
         return "x".join(map(str, self))
 
 
-SMALL = Size(5, 6, 3)
+SMALL, MEDIUM = Size(5, 6, 3), Size(70, 90, 20)
 # CPU kernels have tiles of 4 or 8 rows and of 4 to 32 columns, hold 32 rows and 64 to 256 columns
 # of Ω at a time, and cut Ω into up to 8 x 8 parts of 64 or more. CUDA kernels have tiles of
 # 64 x 64 and hold 64 ranks at a time.

@@ -197,6 +197,12 @@ def small(op: str, dtype: torch.dtype = torch.float32, **more: Any) -> State:
     return make(op, [dtype] * 2, [(33,), (4, 5)], **more)
 
 
+def medium(op: str, dtype: torch.dtype = torch.float32, **more: Any) -> State:
+    """Single tensors of more than one tile of the CUDA kernels."""
+    inputs = SINGLE[OPERATORS[op].function]
+    return inputs.make(inputs.MEDIUM, dtype, **more)
+
+
 def lists_of(op: str, state: State) -> dict[str, list[Tensor]]:
     """All that the operator is given, by name."""
     names = [*OPERATORS[op].lists, "steps", "omega_scales"]
