@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mas_ext._distributed.fsdp import find_sharded_model
 from mas_ext._distributed.ranks import ProcessGroup
+from mas_ext._distributed.shards import is_sharded
 from mas_ext._drift.budget import DriftBudget
 from mas_ext._drift.controller import step_is_stable_up_to
 from mas_ext._drift.metrics import resolve
@@ -194,10 +194,10 @@ class DriftTracker:
         model, references = protected.index.model, self._kept(protected)
         if references is None:
             return torch.zeros((), device=next(model.parameters()).device)
-        if find_sharded_model(model) is not None:
+        if any(is_sharded(param) for param in model.parameters()):
             raise ValueError(
-                "drift_loss: the model is sharded, and one process's random references would be "
-                "run by all; use the penalty, which needs no forward pass"
+                "drift_loss: the model is sharded, and all processes would have to run the same "
+                "references; use the penalty, which runs none"
             )
         return references.loss(model, samples or references.batch_size)
 
