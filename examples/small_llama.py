@@ -16,7 +16,7 @@ from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 LENGTH = 64  # bytes that it is trained on at once
 
 
-def standard_library(size=400_000):
+def standard_library(size=300_000):
     """``size`` characters of docstrings, and of code without docstrings and comments."""
     prose, code = "", ""
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
@@ -54,14 +54,14 @@ def train(model, tokens, steps):
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
-        batch = rows[torch.randint(len(rows), (16,))]
+        batch = rows[torch.randint(len(rows), (8,))]
         optimizer.zero_grad()
         model(input_ids=batch, labels=batch).loss.backward()
         optimizer.step()
         schedule.step()
 
 
-def prepare(folder, steps=400, seed=0):
+def prepare(folder, steps=300, seed=0):
     """Writes ``model/``, ``english.txt`` and ``code.txt`` into the folder, and returns it."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
