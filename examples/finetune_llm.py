@@ -323,8 +323,7 @@ def parse(arguments=None):
     add(
         "--keep",
         nargs="+",
-        default=["self"],
-        help="text files like those on which the model is to stay as it is; or self (the default)",
+        help="text files on which it is to stay as it is, or self: text that it writes itself",
     )
     add("--watch", nargs="+", default=[], help="more text files to report the perplexity of")
     add(
@@ -360,6 +359,7 @@ def parse(arguments=None):
         use_small_llama(options)
     elif options.text is None:
         parser.error("TEXT is missing: the file to learn")
+    options.keep = options.keep or ["self"]
     return options
 
 
@@ -369,8 +369,9 @@ def use_small_llama(options):
 
     folder = prepare(options.out / "small")
     options.model, options.text = str(folder / "model"), str(folder / "code.txt")
-    if options.keep == ["self"]:
-        options.keep = [str(folder / "english.txt")]
+    english = str(folder / "english.txt")
+    options.keep = options.keep or [english]
+    options.watch = [*options.watch, english]
 
 
 def gathered(stages, what):
