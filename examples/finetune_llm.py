@@ -26,6 +26,7 @@ import mas_ext
 from mas_ext.integrations.transformers import MASCallback
 
 RATES = {"full": 3e-4, "lora": 1e-3}  # learning rates
+SELF = "self"  # in place of a file to keep: text that the model writes
 RANK = 16  # of LoRA adapters
 SHOWN = ("before", "settled")  # stages at which the report shows what the model writes
 HELD_OUT = 0.1  # of every text, at its end: nothing is learned from it and no reference taken
@@ -72,23 +73,27 @@ def spread(rows, count):
 # -- what is to be kept ----------------------------------------------------------------------------
 def references(model, tokenizer, texts, options):
     """The text on which the model is to predict what it predicts now [N, length]."""
-    if options.keep == ["self"]:
-        return own_text(model, tokenizer, options.references, options.length)
     share = math.ceil(options.references / len(options.keep))
-    return torch.cat([spread(texts[path][0], share) for path in options.keep])
+    kept = [
+        own_text(model, tokenizer, share, options.length)
+        if source == SELF
+        else spread(texts[source][0], share)
+        for source in options.keep
+    ]
+    return torch.cat(kept)
 
 
 def own_text(model, tokenizer, count, length):
     """What the model writes if you let it: samples from nothing but the first token."""
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    return write(model, torch.full((count, 1), first), length - 1, do_sample=True)
+    from_all = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    return write(model, torch.full((count, 1), first), length - 1, **from_all)
 
 
 def write(model, tokens, more, **how):
     """``tokens`` [N, T], and what the model writes after them."""
     model.eval()
     tokens = tokens.to(model.device)
-    how = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0, **how}
     return model.generate(
         input_ids=tokens,
         attention_mask=torch.ones_like(tokens),
@@ -201,13 +206,12 @@ def table(results):
 
 def summary(results):
     """What settling did, in words."""
-    drift, budget = results["drift"], results["budget"]
+    drift, budget, kept = results["drift"], results["budget"], results["kept"]
     moved = sorted(results["movement"].items(), key=lambda item: -item[1])
-    kept = "all" if drift["kept"] == 1 else f"{drift['kept']:.0%}"
     most = ", ".join(f"{name} by {share:.2%}" for name, share in moved[:3])
     return (
         f"Training moved the predictions on the reference text by {drift['trained']:.3f} nats per "
-        f"token. The budget is {budget:g}: settling kept {kept} of the change of the weights, "
+        f"token. The budget is {budget:g}: settling kept {kept:.0%} of the change of the weights, "
         f"which leaves {drift['settled']:.3f} nats. What has moved most is {most}."
     )
 
@@ -256,51 +260,55 @@ def plot(results, path):
 
 # -- all of it -------------------------------------------------------------------------------------
 def run(options):
-    """Learns the text; returns the model, its tokenizer, and what goes into the report."""
+    """Learns the text, and writes and returns what there is to report."""
     began = time.monotonic()
 
     def say(what):
         print(f"[{time.monotonic() - began:4.0f} s] {what}", flush=True)
 
     torch.manual_seed(options.seed)
+    say(f"loading {options.model}")
     model, tokenizer = load(options)
-    files = [path for path in options.keep if path != "self"]
+    files = [path for path in options.keep if path != SELF]
     paths = dict.fromkeys([options.text, *files, *options.watch])
     texts = {path: read(path, tokenizer, options.length) for path in paths}
-    say("the model writes its own reference text" if not files else "reading the reference text")
-    kept = references(model, tokenizer, texts, options)
-    mas = remember(model, kept, options)
-    say("perplexities before")
+    say("remembering what it predicts for the reference text")
+    mas = remember(model, references(model, tokenizer, texts, options), options)
+    say("perplexities before training")
     stages = {"before": examine(model, tokenizer, texts, options)}
     say(f"learning {options.text}")
     learn(model, texts[options.text][0], mas, options)
     say("perplexities after training")
     stages["trained"] = examine(model, tokenizer, texts, options)
-    say("settling: about ten measurements of the drift")
+    say("settling: the drift is measured about ten times")
     settled = mas.settle(weights="uniform")
-    say(f"perplexities after settling: {settled}")
+    say("perplexities after settling")
     stages["settled"] = examine(model, tokenizer, texts, options)
+    results = gathered(options, stages, settled, mas.drift_trace, movement(model, mas))
+    save(model, tokenizer, results, options.out)
     say("done")
-    return (
-        model,
-        tokenizer,
-        {
-            "title": f"{options.model} has learned {options.text}",
-            "text": options.text,
-            "budget": options.budget,
-            "perplexity": gathered(stages, "perplexity"),
-            "start": gathered(stages, "start"),
-            "written": gathered(stages, "written"),
-            "drift": {
-                "trained": settled.before,
-                "settled": settled.after,
-                "kept": 1 / (1 + settled.c),
-            },
-            "trace": [(record.step, record.drift) for record in mas.drift_trace],
-            "movement": movement(model, mas),
-            "seconds": time.monotonic() - began,
-        },
-    )
+    return results
+
+
+def gathered(options, stages, settled, trace, moved):
+    """What there is to report, as it is written to results.json."""
+    found = {
+        what: {
+            path: {name: of[path][what] for name, of in stages.items()} for path in stages["before"]
+        }
+        for what in ("perplexity", "start", "written")
+    }
+    return {
+        "title": f"{options.model} has learned {options.text}",
+        "text": options.text,
+        "budget": options.budget,
+        "drift": {"trained": settled.before, "settled": settled.after},
+        "kept": 1
+        / (1 + settled.c),  # of the change: settling with uniform weights is a straight line
+        "trace": [*((one.step, one.drift) for one in trace), (options.steps, settled.before)],
+        "movement": moved,
+        **found,
+    }
 
 
 def save(model, tokenizer, results, folder):
@@ -359,7 +367,7 @@ def parse(arguments=None):
         use_small_llama(options)
     elif options.text is None:
         parser.error("TEXT is missing: the file to learn")
-    options.keep = options.keep or ["self"]
+    options.keep = options.keep or [SELF]
     return options
 
 
@@ -374,17 +382,10 @@ def use_small_llama(options):
     options.watch = [*options.watch, english]
 
 
-def gathered(stages, what):
-    """text → stage → a finding, from stage → text → findings."""
-    paths = next(iter(stages.values()))
-    return {path: {stage: found[path][what] for stage, found in stages.items()} for path in paths}
-
-
 def main():
-    """Prints the table and writes everything."""
+    """Prints the table; everything else is in the folder."""
     options = parse()
-    model, tokenizer, results = run(options)
-    save(model, tokenizer, results, options.out)
+    results = run(options)
     print("", table(results), summary(results), sep="\n\n")
     print(f"\nThe model is in {options.out / 'model'}, the report in {options.out / 'report.md'}.")
 
