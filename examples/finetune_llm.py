@@ -337,7 +337,7 @@ def parse(arguments=None):
     add(
         "--budget",
         type=float,
-        default=0.05,
+        default=0.15,
         help="how far the predictions on the kept text may move, in nats per token",
     )
     add(
