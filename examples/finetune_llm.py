@@ -198,9 +198,9 @@ def table(results):
     for path, of in results["perplexity"].items():
         before, trained, settled = (of[stage] for stage in ("before", "trained", "settled"))
         ratios = " | ".join(f"{100 * (settled / x - 1):+.1f} %" for x in (before, trained))
-        role = "learned" if path == results["text"] else "watched"
+        roles = {**dict.fromkeys(results["keep"], "kept"), results["text"]: "learned"}
         numbers = f"{before:.2f} | {trained:.2f} | {settled:.2f}"
-        lines.append(f"| {path} ({role}) | {numbers} | {ratios} |")
+        lines.append(f"| {path} ({roles.get(path, 'watched')}) | {numbers} | {ratios} |")
     return "\n".join(lines)
 
 
@@ -301,10 +301,10 @@ def gathered(options, stages, settled, trace, moved):
     return {
         "title": f"{options.model} has learned {options.text}",
         "text": options.text,
+        "keep": options.keep,
         "budget": options.budget,
         "drift": {"trained": settled.before, "settled": settled.after},
-        "kept": 1
-        / (1 + settled.c),  # of the change: settling with uniform weights is a straight line
+        "kept": 1 / (1 + settled.c),  # of the change of every weight
         "trace": [*((one.step, one.drift) for one in trace), (options.steps, settled.before)],
         "movement": moved,
         **found,
