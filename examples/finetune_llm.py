@@ -199,6 +199,7 @@ def table(results):
         before, trained, settled = (of[stage] for stage in ("before", "trained", "settled"))
         ratios = " | ".join(f"{100 * (settled / x - 1):+.1f} %" for x in (before, trained))
         roles = {**dict.fromkeys(results["keep"], "kept"), results["text"]: "learned"}
+        role = roles.get(path, "watched")
         numbers = f"{before:.2f} | {trained:.2f} | {settled:.2f}"
         lines.append(f"| {path} ({roles.get(path, 'watched')}) | {numbers} | {ratios} |")
     return "\n".join(lines)
