@@ -201,7 +201,7 @@ def table(results):
         roles = {**dict.fromkeys(results["keep"], "kept"), results["text"]: "learned"}
         role = roles.get(path, "watched")
         numbers = f"{before:.2f} | {trained:.2f} | {settled:.2f}"
-        lines.append(f"| {path} ({roles.get(path, 'watched')}) | {numbers} | {ratios} |")
+        lines.append(f"| {path} ({role}) | {numbers} | {ratios} |")
     return "\n".join(lines)
 
 
