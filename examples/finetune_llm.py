@@ -4,7 +4,8 @@
 
 MODEL is a name on the Hugging Face hub or a folder, TEXT a file to learn. The model first writes
 some text of its own (--keep self), or reads files that you name, and remembers what it predicts
-there. Then it learns TEXT with an ordinary Trainer. At last it is moved back towards what it was
+there. Then it learns TEXT with a Trainer, freely or with the drift from these predictions as a term
+of the loss (--drift-loss). At last it is moved back towards what it was
 until its predictions differ from the remembered ones by no more than a budget (mas.settle()).
 
 Without MODEL and TEXT, a very small Llama is made first, which knows English, and learns code.
@@ -21,9 +22,9 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from transformers.trainer_callback import TrainerCallback
 
 import mas_ext
-from mas_ext.integrations.transformers import MASCallback
 
 RATES = {"full": 3e-4, "lora": 1e-3}  # learning rates
 SELF = "self"  # in place of a file to keep: text that the model writes
@@ -105,15 +106,10 @@ def write(model, tokens, more, **how):
 
 def remember(model, kept, options):
     """A regularizer that knows the model as it is now, and what it predicts for ``kept``."""
-    kept = kept[torch.randperm(len(kept))]  # training measures on a part of them at a time
-    budget = mas_ext.DriftBudget(
-        options.budget,
-        reference=[{"input_ids": part} for part in kept.split(16)],
-        samples=len(kept),
-        slack=1e6,  # training is not held back, see lambda_reg; settling does all
-    )
-    adapters = "merged" if options.lora else "separate"
-    mas = mas_ext.L2SP(model, lambda_reg=1e-12, budget=budget, adapters=adapters)
+    kept = kept[torch.randperm(len(kept))]  # each batch has some of all files
+    reference = [{"input_ids": part} for part in kept.split(16)]
+    budget = mas_ext.DriftBudget(options.budget, reference=reference, samples=len(kept))
+    mas = mas_ext.L2SP(model, budget=budget, adapters="merged" if options.lora else "separate")
     mas.consolidate()
     return mas
 
@@ -135,12 +131,42 @@ def training_arguments(options):
     )
 
 
+class HoldingTrainer(Trainer):
+    """Adds the drift to the loss, with a factor."""
+
+    def __init__(self, mas, factor, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.mas, self.factor = mas, factor
+
+    def compute_loss(self, model, inputs, **options):
+        """As in every Trainer, and the drift on half as many references as there are samples."""
+        loss = super().compute_loss(model, inputs, **options)
+        return loss + self.factor * self.mas.drift_loss(max(1, len(inputs["input_ids"]) // 2))
+
+
+class Trace(TrainerCallback):
+    """Measures the drift a few times in training."""
+
+    def __init__(self, mas, steps):
+        self.mas, self.every, self.found = mas, max(1, steps // 5), []
+
+    def on_step_end(self, args, state, control, **_):
+        """Notes (step, drift)."""
+        if state.global_step % self.every == 0 and state.global_step < state.max_steps:
+            self.found.append((state.global_step, self.mas.drift_measured()))
+
+
 def learn(model, rows, mas, options):
-    """Trains on the rows; the callback measures the drift on the way."""
+    """Trains on the rows; returns the drift on the way."""
     samples = [{"input_ids": row, "labels": row} for row in rows]
-    callback = MASCallback(mas=mas, consolidate=False)
-    arguments = training_arguments(options)
-    Trainer(model, arguments, train_dataset=samples, callbacks=[callback]).train()
+    trace, arguments = Trace(mas, options.steps), training_arguments(options)
+    given = {"train_dataset": samples, "callbacks": [trace]}
+    if options.drift_loss:
+        trainer = HoldingTrainer(mas, options.drift_loss, model, arguments, **given)
+    else:
+        trainer = Trainer(model, arguments, **given)
+    trainer.train()
+    return trace.found
 
 
 # -- what has become of the model ------------------------------------------------------------------
@@ -278,14 +304,14 @@ def run(options):
     say("perplexities before training")
     stages = {"before": examine(model, tokenizer, texts, options)}
     say(f"learning {options.text}")
-    learn(model, texts[options.text][0], mas, options)
+    trace = learn(model, texts[options.text][0], mas, options)
     say("perplexities after training")
     stages["trained"] = examine(model, tokenizer, texts, options)
     say("settling: the drift is measured about ten times")
     settled = mas.settle(weights="uniform")
     say("perplexities after settling")
     stages["settled"] = examine(model, tokenizer, texts, options)
-    results = gathered(options, stages, settled, mas.drift_trace, movement(model, mas))
+    results = gathered(options, stages, settled, trace, movement(model, mas))
     save(model, tokenizer, results, options.out)
     say("done")
     return results
@@ -306,7 +332,7 @@ def gathered(options, stages, settled, trace, moved):
         "budget": options.budget,
         "drift": {"trained": settled.before, "settled": settled.after},
         "kept": 1 / (1 + settled.c),  # of the change of every weight
-        "trace": [*((one.step, one.drift) for one in trace), (options.steps, settled.before)],
+        "trace": [(0, 0.0), *trace, (options.steps, settled.before)],
         "movement": moved,
         **found,
     }
@@ -340,6 +366,13 @@ def parse(arguments=None):
         type=float,
         default=0.15,
         help="how far the predictions on the kept text may move, in nats per token",
+    )
+    add(
+        "--drift-loss",
+        type=float,
+        default=0.0,
+        metavar="FACTOR",
+        help="of the drift as a term of the loss: 1 keeps more and takes longer; default: 0",
     )
     add(
         "--lora",
