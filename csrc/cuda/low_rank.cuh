@@ -115,6 +115,10 @@ struct LowRankBlock {
   }
 };
 
+__device__ inline int up_to(int most, int64_t left) {
+  return static_cast<int>(left < most ? left : most);
+}
+
 // Reads kTile places of a factor and `Ranks` ranks to wherever `put(place, rank)` is; what is
 // beyond the factor is zero. Neighbouring threads read neighbours in memory.
 template <class A, int Ranks, class Put>
@@ -131,14 +135,16 @@ __device__ void stage_ranks(const LowRankFactor& factor, ScalarType dtype, int64
     const int i = static_cast<int>(threadIdx.x) + v * kThreads;
     return along_places ? i / kTile : i % Ranks;
   };
+  const int places = up_to(kTile, size - first), ranks = up_to(Ranks, rank - first_rank);
+  const int64_t origin = first * factor.stride + first_rank * factor.rank_stride;
   A values[kEach] = {};
   visit_values<A>(dtype, [&]<class T>() {
 #pragma unroll
     for (int v = 0; v < kEach; ++v) {  // all are in flight before the first is stored
-      const int64_t place = first + place_of(v), k = first_rank + rank_of(v);
-      if (place < size && k < rank) {
-        values[v] = static_cast<A>(
-            static_cast<const T*>(factor.data)[place * factor.stride + k * factor.rank_stride]);
+      const int place = place_of(v), k = rank_of(v);
+      if (place < places && k < ranks) {
+        values[v] = static_cast<A>(static_cast<const T*>(
+            factor.data)[origin + place * factor.stride + k * factor.rank_stride]);
       }
     }
   });
@@ -164,8 +170,8 @@ class Weights {
  public:
   __device__ Weights(const LowRank& call, int64_t row, int64_t column)
       : along_columns_(call.column_stride <= call.row_stride),
-        rows_(call.rows - row),
-        columns_(call.columns - column) {
+        rows_(up_to(kTile, call.rows - row)),
+        columns_(up_to(kTile, call.columns - column)) {
     visit_stored<A>(call.omega_dtype, [&]<class Stored>() {
 #pragma unroll
       for (int v = 0; v < kWeights; ++v) {
@@ -202,7 +208,7 @@ class Weights {
   __device__ bool is_inside(int v) const { return row_of(v) < rows_ && column_of(v) < columns_; }
 
   const bool along_columns_;
-  const int64_t rows_, columns_;  // from the tile on
+  const int rows_, columns_;  // of the tile
   A omega_[kWeights] = {};
 };
 
@@ -220,6 +226,7 @@ __device__ void form_product(const LowRank& call, int64_t row, int64_t column,
     stage_ranks<A, kSlots>(call.right, call.dtype, column, call.columns, first, call.rank,
                            [&](int place, int k) -> A& { return staged.right[k][place]; });
     __syncthreads();
+#pragma unroll 1  // the body is long enough
     for (int slot = 0; slot < kSlots && first + slot < call.rank; ++slot) {
       tile.multiply(staged.left[slot], staged.right[slot]);
     }
