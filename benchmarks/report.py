@@ -313,6 +313,27 @@ def _square(row: Result) -> list[str]:
     return [f"{row['square_over_abs']:.2f}", f"{row['best_square_over_ours']:.1f} ({way})"]
 
 
+def low_rank(cases: Results) -> list[Table]:
+    alternatives = ("autograd", "by hand")
+    rows = [
+        [
+            row["title"],
+            three_digits(row["seconds"][OURS] * 1e3),
+            f"{row['gigaflops']:.0f}",
+            *(times(row["time_over_ours"][name]) for name in alternatives),
+            *(percent(row["extra_share"][name], 2) for name in (OURS, *alternatives)),
+        ]
+        for row in cases.values()
+    ]
+    title = (
+        "Value, and gradients added to those of A and B, in float32: milliseconds and FLOPs of "
+        "mas_ext, the time of the others relative to it, and the peak of extra memory relative to "
+        "the weight's."
+    )
+    headings = ["weight", "ms", "GFLOP/s", "autograd", "by hand"]
+    return [Table(title, [*headings, "memory: mas_ext", "autograd", "by hand"], rows)]
+
+
 # -- learning --------------------------------------------------------------------------------------
 def demo(results: Results) -> list[Table]:
     (result,) = results.values()
@@ -560,6 +581,7 @@ TABLES: dict[str, Callable[[Results], list[Table]]] = {
     "per_sample": per_sample,
     "fisher": fisher,
     "outer": outer,
+    "low_rank": low_rank,
     "demo": demo,
     "compression": compression,
     "narrow": narrow,

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <initializer_list>
+#include <optional>
 #include <string>
 
 #include "arguments.h"
@@ -102,8 +103,8 @@ inline void check_scales(const char* op, const Argument& omega, const TensorList
       }
       check_codes(op, omega, i, scales);
     } else if (!tensors.empty() && tensors[i].numel() != 0) {
-      fail(op, "omega_scales[", i, "] has shape ", shape_of(tensors[i]), " but ", at(omega, i),
-           " is ", dtype_name(dtype), ", which has no scales; pass a tensor without elements");
+      fail(op, at(scales, i), " has shape ", shape_of(tensors[i]), " but ", at(omega, i), " is ",
+           dtype_name(dtype), ", which has no scales; pass a tensor without elements");
     }
   }
 }
@@ -209,6 +210,36 @@ inline void check_outer(const char* op, const Tensor& omega, const Tensor& left,
   check_same_size(op, "left", left, 2, "omega", omega, 0, "p");
   check_same_size(op, "right", right, 2, "omega", omega, 1, "d");
   check_no_overlap(op, arguments, {.name = "", .tensors = TensorList{}});
+}
+
+// A[rank, in], B[out, rank], Ω[out, in], and gradients in the shapes of A and B. The arguments are
+// the gradients, where there are any, then A, B and Ω.
+inline void check_low_rank(const char* op, std::initializer_list<Argument> arguments,
+                           const std::optional<Tensor>& omega_scales) {
+  const Argument* factors = arguments.end() - 3;
+  const Tensor &a = *factors[0].tensors[0].tensor, &b = *factors[1].tensors[0].tensor,
+               &omega = *factors[2].tensors[0].tensor;
+  for (const Argument& argument : arguments) {
+    check_layout(op, argument, 0);
+    check_device(op, argument, *arguments.begin(), 0);
+    check_dtype(op, argument, 0, dtype_of(a));
+  }
+  check_dimensions(op, "a", a, 2, "[rank, in]");
+  check_dimensions(op, "b", b, 2, "[out, rank]");
+  check_dimensions(op, "omega", omega, 2, "a matrix [out, in]");
+  check_same_size(op, "b", b, 1, "a", a, 0, "the rank");
+  check_same_size(op, "omega", omega, 0, "b", b, 0, "out");
+  check_same_size(op, "omega", omega, 1, "a", a, 1, "in");
+  for (const Argument *grad = arguments.begin(), *of = factors; grad < factors; ++grad, ++of) {
+    if (grad->tensors[0].sizes != of->tensors[0].sizes) {
+      fail(op, grad->name, " has shape ", shape_of(*grad->tensors[0].tensor), " but ", of->name,
+           " has shape ", shape_of(*of->tensors[0].tensor), "; pass a gradient in its shape");
+    }
+  }
+  const TensorList given = omega_scales ? TensorList{*omega_scales} : TensorList{};
+  const Argument scales{.name = "omega_scales", .tensors = given, .is_list = false};
+  check_scales(op, factors[2], given, scales);
+  check_no_overlap(op, arguments, scales);
 }
 
 // ------------------------------------------------------------------------------------------------

@@ -67,6 +67,14 @@ inline const char* dtype_name(ScalarType dtype) {
   }
 }
 
+MAS_HOST_DEVICE int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
+// Of a matrix: whether a step along a column is shorter in memory than one along a row.
+inline bool rows_are_inner(int64_t rows, int64_t columns, int64_t row_stride,
+                           int64_t column_stride) {
+  return columns == 1 || (rows > 1 && row_stride < column_stride);
+}
+
 // Calls `function.template operator()<T>()` with the C++ type of a supported dtype.
 template <class F>
 decltype(auto) visit_dtype(ScalarType dtype, F&& function) {

@@ -19,6 +19,7 @@
 
 #include "checks.h"
 #include "formulas.h"
+#include "low_rank.h"
 #include "outer.h"
 #include "steps.h"
 #include "tensor_list.h"
@@ -177,6 +178,103 @@ Tensor proximal_step_(const TensorList& params, const TensorList& anchors, const
       Kernels::proximal_step({op, home_of(params, lambda_reg)}, list, lambda, rate);
   list.write_back();
   return value;
+}
+
+// ------------------------------------------------------------------------------------------------
+// The penalty of a low-rank update
+// ------------------------------------------------------------------------------------------------
+inline LowRankFactor factor_of(const Tensor& tensor, int64_t dim) {
+  return {tensor.const_data_ptr(), tensor.stride(dim), tensor.stride(1 - dim), nullptr, 0, 0};
+}
+
+inline void add_to(LowRankFactor& factor, const Tensor& grad, int64_t dim) {
+  factor.grad = grad.data_ptr();
+  factor.grad_stride = grad.stride(dim);
+  factor.grad_rank_stride = grad.stride(1 - dim);
+}
+
+// Of tensors that passed the checks.
+inline LowRank low_rank_of(const Tensor& a, const Tensor& b, const Tensor& omega,
+                           const std::optional<Tensor>& omega_scales, double scale) {
+  const ScalarType stored = dtype_of(omega);
+  return {omega.const_data_ptr(),
+          is_codes(stored) ? static_cast<const float*>(omega_scales->const_data_ptr()) : nullptr,
+          omega.stride(0),
+          omega.stride(1),
+          factor_of(b, 0),
+          factor_of(a, 1),
+          omega.size(0),
+          omega.size(1),
+          a.size(0),
+          dtype_of(a),
+          stored,
+          dtype_of(a),
+          scale};
+}
+
+inline Argument single(const char* name, const Tensor& tensor) {
+  return {.name = name, .tensors = tensor, .is_list = false};
+}
+inline Argument single_omega(const Tensor& omega) {
+  return {.name = "omega", .tensors = omega, .is_omega = true, .is_list = false};
+}
+inline Argument single_written(const char* name, const Tensor& tensor) {
+  return {.name = name, .tensors = tensor, .writable = true, .is_list = false};
+}
+
+template <class Kernels>
+Tensor low_rank_penalty_with_grads(const Call& call, LowRank problem, const Tensor& grad_a,
+                                   const Tensor& grad_b, typename Kernels::Number lambda) {
+  add_to(problem.left, grad_b, 0);
+  add_to(problem.right, grad_a, 1);
+  problem.grad_dtype = dtype_of(grad_a);
+  turn_columns_innermost(problem);
+  return Kernels::low_rank_penalty(call, problem, lambda);
+}
+
+// With the gradients if they are asked for, in the accumulation dtype; else with empty tensors.
+template <class Kernels>
+std::tuple<Tensor, Tensor, Tensor> low_rank_penalty(const Tensor& a, const Tensor& b,
+                                                    const Tensor& omega,
+                                                    const std::optional<Tensor>& omega_scales,
+                                                    const Tensor& lambda_reg, double scale,
+                                                    bool with_grads) {
+  constexpr const char* op = "low_rank_penalty";
+  const auto lambda = read_scalar<Kernels>(op, "lambda_reg", lambda_reg, {a}, allow_any);
+  check_non_negative(op, "scale", scale);
+  check_low_rank(op, {single("a", a), single("b", b), single_omega(omega)}, omega_scales);
+  LowRank problem = low_rank_of(a, b, omega, omega_scales, scale);
+  const auto zeros = [&](const Tensor& factor) {
+    Tensor result = with_grads
+                        ? torch::stable::new_empty(factor, {factor.size(0), factor.size(1)},
+                                                   accumulate_dtype(problem.dtype))
+                        : torch::stable::new_empty(factor, {0}, accumulate_dtype(problem.dtype));
+    return torch::stable::zero_(result);
+  };
+  const Tensor grad_a = zeros(a), grad_b = zeros(b);
+  if (with_grads) {
+    return {low_rank_penalty_with_grads<Kernels>({op, a}, problem, grad_a, grad_b, lambda), grad_a,
+            grad_b};
+  }
+  turn_columns_innermost(problem);
+  return {Kernels::low_rank_penalty({op, a}, problem, lambda), grad_a, grad_b};
+}
+
+template <class Kernels>
+Tensor low_rank_penalty_grad_(const Tensor& grad_a, const Tensor& grad_b, const Tensor& a,
+                              const Tensor& b, const Tensor& omega,
+                              const std::optional<Tensor>& omega_scales, const Tensor& lambda_reg,
+                              double scale) {
+  constexpr const char* op = "low_rank_penalty_grad_";
+  const auto lambda =
+      read_scalar<Kernels>(op, "lambda_reg", lambda_reg, {grad_a}, check_non_negative);
+  check_non_negative(op, "scale", scale);
+  check_low_rank(op,
+                 {single_written("grad_a", grad_a), single_written("grad_b", grad_b),
+                  single("a", a), single("b", b), single_omega(omega)},
+                 omega_scales);
+  return low_rank_penalty_with_grads<Kernels>(
+      {op, a}, low_rank_of(a, b, omega, omega_scales, scale), grad_a, grad_b, lambda);
 }
 
 // ------------------------------------------------------------------------------------------------

@@ -30,9 +30,7 @@ struct Outer {
 
 // Transposes the problem if that makes the columns of Ω adjacent in memory.
 inline void turn_columns_innermost(Outer& call) {
-  const bool rows_are_inner =
-      call.columns == 1 || (call.rows > 1 && call.row_stride < call.column_stride);
-  if (rows_are_inner) {
+  if (rows_are_inner(call.rows, call.columns, call.row_stride, call.column_stride)) {
     std::swap(call.left, call.right);
     std::swap(call.rows, call.columns);
     std::swap(call.row_stride, call.column_stride);

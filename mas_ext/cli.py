@@ -1,4 +1,4 @@
-"""The command ``mas-ext``: demo, benchmarks, merging of models, and what was built."""
+"""The command ``mas-ext``: demo, benchmarks, merging of models, and what a bug report needs."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mas_ext import build_info, merge
+from mas_ext import merge
 from mas_ext._drift.budget import DEFAULT_LIMIT
+from mas_ext._environment import environment
 
 if TYPE_CHECKING:
     from mas_ext.demo import Settings
@@ -48,7 +49,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_demo(commands)
     _add_merge(commands)
-    info = commands.add_parser("info", help="what was compiled and what runs")
+    info = commands.add_parser(
+        "info", help="what was compiled, what runs and where, to paste into a bug report"
+    )
     info.add_argument("--json", action="store_true", help="as JSON")
     info.set_defaults(run=_info)
     commands.add_parser(
@@ -199,34 +202,31 @@ def _settings(arguments: argparse.Namespace) -> Settings:
 
 
 def _info(arguments: argparse.Namespace) -> int:
-    info = build_info()
+    found = environment()
     if arguments.json:
-        print(json.dumps(info, indent=2))
-        return 0
-    rows = {name.replace("_", " "): _in_words(value) for name, value in info.items()}
-    if find_spec("rich") is None:  # rich is installed with mas_ext[demo]
-        for name, words in rows.items():
-            print(f"{name:<20} {words}")
-        return 0
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title="mas_ext", box=box.SIMPLE_HEAD, show_header=False, title_justify="left")
-    for name, words in rows.items():
-        table.add_row(name, words)
-    Console().print(table)
+        print(json.dumps(found, indent=2))
+    else:
+        print("\n".join(_as_list({"mas_ext": found.pop("version"), **found})))
     return 0
+
+
+def _as_list(values: dict[str, Any], indent: str = "") -> Iterator[str]:
+    """The lines of a Markdown list, which reads as well in plain text."""
+    for name, value in values.items():
+        label = name if name == "mas_ext" else name.replace("_", " ")
+        if isinstance(value, dict):
+            yield f"{indent}- {label}:"
+            yield from _as_list(value, indent + "  ")
+        else:
+            yield f"{indent}- {label}: {_in_words(value)}"
 
 
 def _in_words(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list):
-        return ", ".join(value) or "–"
-    if isinstance(value, dict):
-        return "; ".join(f"{name}: {_in_words(each)}" for name, each in value.items())
-    return "–" if value is None else str(value)
+        return ", ".join(value) or "none"
+    return "none" if value is None else str(value)
 
 
 def _bench(words: list[str]) -> int:

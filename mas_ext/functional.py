@@ -237,7 +237,9 @@ def low_rank_penalty(
 
     This is the penalty of a LoRA adapter's merged weight, anchored at the weight without the
     adapter. Tiles of Δ are formed, weighted and consumed at once: nothing of the size of Ω is
-    allocated. (The gradient of a gradient is in plain PyTorch, and allocates.)
+    allocated. (On a GPU, sums of up to a sixteenth of its elements are. The gradient of a gradient
+    is in plain PyTorch, and allocates.) Sums have an order that does not depend on the number of
+    threads.
 
     If ``a`` or ``b`` requires a gradient, it is computed in the same pass, and the backward pass
     multiplies it by the incoming gradient. Use ``torch.autograd``: the transforms of ``torch.func``
@@ -287,6 +289,8 @@ def low_rank_penalty_grad_(
             written.
         a, b, omega, scale, omega_scales: as for :func:`low_rank_penalty`.
         lambda_reg: λ ≥ 0.
+
+    Gradients in 16 bits are rounded once: on the CPU they are summed in a float32 copy.
 
     Returns:
         The penalty as in :func:`low_rank_penalty`. Never waits for the device.

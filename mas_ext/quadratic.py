@@ -18,7 +18,7 @@ from typing_extensions import Unpack
 from mas_ext._adapters.lora import MergedIndex
 from mas_ext._distributed.ranks import ProcessGroup
 from mas_ext._distributed.topology import check_process_group
-from mas_ext._drift.budget import DriftBudget, check_limit
+from mas_ext._drift.budget import DriftBudget, check_count, check_limit
 from mas_ext._drift.references import References
 from mas_ext._drift.settling import Settled, check_weights, mean_loss
 from mas_ext._drift.tracker import DriftRecord, DriftTracker
@@ -357,6 +357,33 @@ class QuadraticRegularizer:
             ValueError: there is no budget.
         """
         return self._tracker().measured(self.protected)
+
+    def drift_loss(self, samples: int | None = None) -> Tensor:
+        r"""The drift on some of the references, differentiable: to add to the loss.
+
+        .. math:: L_\text{new}(\theta) + w\,E[\mathrm{KL}(p_\text{before} \Vert p_\theta)]
+
+        A penalty holds the parameters; this term holds what the model says, and leaves the
+        parameters free (Buzzega et al., *Dark experience for general continual learning*, NeurIPS
+        2020; on inputs of the new task: Li and Hoiem, *Learning without forgetting*, ECCV 2016).
+        Every step also runs the references, forward and backward. No :meth:`attach` is needed,
+        and both can be used together.
+
+        Args:
+            samples: how many references, at most those of one batch. They are chosen at random
+                with PyTorch's generator. None: as many as the data's batches have.
+
+        Returns:
+            A 0-dim float32 tensor in the unit of the budget's metric, computed in evaluation mode;
+            zero before the first :meth:`consolidate`. For ``"kl"``, w = 1 is a good start.
+
+        Raises:
+            ValueError: there is no budget; ``samples`` is not a positive whole number; or the model
+                is sharded.
+        """
+        if samples is not None:
+            check_count("samples", samples)
+        return self._tracker().loss(self.protected, samples)
 
     def _tracker(self) -> DriftTracker:
         if self.protected.tracker is None:

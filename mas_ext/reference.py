@@ -227,7 +227,7 @@ def low_rank_penalty_grad_(
         grad.copy_(grad.to(w.dtype) + coefficient * (weighted @ right.mT))
         energy += _sum(weighted * product)
     grad_a.copy_(grad_a.to(by_a.dtype) + coefficient * by_a)
-    return (0.5 * lambda_reg * scale * scale * energy).to(value_dtype([a]))
+    return (0.5 * lambda_reg * (scale * scale * energy)).to(value_dtype([a]))
 
 
 # The order within a step: ±g/s, the penalty's gradient, weight decay, the optimizer's rule.

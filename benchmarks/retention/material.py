@@ -113,7 +113,9 @@ def _write_model(folder: Path) -> None:
     (file,) = source.glob("*.gguf")
     AutoTokenizer.from_pretrained(source, gguf_file=file.name).save_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=file.name, dtype="float32")
-    model.hf_quantizer = None  # its weights were dequantized on the way
+    # Its weights were dequantized on the way; a Trainer would refuse a model that says otherwise.
+    model.hf_quantizer = None
+    del model.config.quantization_config
     model.save_pretrained(folder)
 
 

@@ -8,13 +8,12 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <memory>
-#include <new>
 
 #include "kernels.h"
 #include "multiversion.h"
 #include "outer_tile.h"
 #include "panels.h"
+#include "scratch.h"
 
 namespace mas_ext::cpu {
 namespace {
@@ -26,8 +25,6 @@ constexpr int64_t kDepth = 256, kBlockRows = 256, kBlockColumns = 512;
 constexpr int64_t kLeastRows = 64, kLeastColumns = 128;
 constexpr int64_t kTasksPerThread = 2;        // balances the load
 constexpr double kSerialBelow = 2'000'000.0;  // multiplications: about 40 µs of one thread
-
-int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
 // The size of about equal blocks of whole tiles, at most `most`.
 int64_t even_size(int64_t n, int64_t most, int64_t tile) {
@@ -61,22 +58,6 @@ struct Blocking {
     row_blocks = divide_up(call.rows, rows);
     column_blocks = divide_up(call.columns, columns);
   }
-};
-
-// Uninitialized memory, aligned to a cache line.
-template <class A>
-class Scratch {
- public:
-  explicit Scratch(int64_t size)
-      : data_(static_cast<A*>(::operator new(static_cast<size_t>(size) * sizeof(A), kLine))) {}
-  A* get() const { return data_.get(); }
-
- private:
-  static constexpr std::align_val_t kLine{64};
-  struct Free {
-    void operator()(A* data) const { ::operator delete(data, kLine); }
-  };
-  std::unique_ptr<A, Free> data_;
 };
 
 // Panels of Width rows, each with the positions of all samples.

@@ -108,6 +108,10 @@ MAS_MULTIVERSION void add_tile(A* __restrict__ omega, int64_t row_stride, int64_
       for (int column = 0; column < kColumns; ++column) {
         omega[column] += increment[column];
       }
+    } else if (column_stride == 1) {
+      for (int64_t column = 0; column < columns; ++column) {
+        omega[column] += increment[column];
+      }
     } else {
       for (int64_t column = 0; column < columns; ++column) {
         omega[column * column_stride] += increment[column];

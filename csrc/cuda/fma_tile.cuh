@@ -14,10 +14,9 @@ namespace mas_ext::cuda {
 // product of the current sample, and the sum of the magnitudes of earlier samples. Its rows (and
 // columns) come in runs of kRun, which is one access to shared memory, kTile / (kRows / kRun)
 // apart, so that the threads of a warp read neighbouring runs.
-template <class T>
+template <class T, int kRows = 8, int kColumns = sizeof(T) == sizeof(float) ? 8 : 4>
 class FmaTile {
   using A = accumulate_t<T>;
-  static constexpr int kRows = 8, kColumns = sizeof(T) == sizeof(float) ? 8 : 4;
   static constexpr int kRun = kVectorBytes / sizeof(A);
   static constexpr int kAcross = kTile / kColumns;  // threads that share rows
 
@@ -28,14 +27,19 @@ class FmaTile {
   static constexpr int kStep = 1;  // slots per multiplication
 
   __device__ void multiply(const Stage<T>& stage, int slot) {
+    multiply(stage.left[slot], stage.right[slot]);
+  }
+
+  // A slot of each factor.
+  __device__ void multiply(const T* left_slot, const T* right_slot) {
     A left[kRows], right[kColumns];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      left[r] = static_cast<A>(stage.left[slot][row(r)]);
+      left[r] = static_cast<A>(left_slot[row(r)]);
     }
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
-      right[c] = static_cast<A>(stage.right[slot][column(c)]);
+      right[c] = static_cast<A>(right_slot[column(c)]);
     }
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {

@@ -68,9 +68,9 @@ class DriftBudget:
     def __post_init__(self) -> None:
         object.__setattr__(self, "limit", check_limit(self.limit))
         resolve(self.metric)
-        _check_count("samples", self.samples)
+        check_count("samples", self.samples)
         if self.every is not None:
-            _check_count("every", self.every)
+            check_count("every", self.every)
         if isinstance(self.slack, bool) or not isinstance(self.slack, (int, float)):
             raise TypeError(f"slack is {self.slack!r}; pass a number")
         if not 1 <= self.slack < math.inf:
@@ -97,6 +97,6 @@ def check_limit(limit: Any) -> float:
     return float(limit)
 
 
-def _check_count(name: str, value: Any) -> None:
+def check_count(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} is {value!r}; pass a positive whole number")

@@ -21,7 +21,7 @@ from mas_ext._distributed.fsdp import find_sharded_model
 from mas_ext._distributed.ranks import Ranks
 from mas_ext._drift.metrics import Comparison
 from mas_ext.importance.batches import Batch, CustomBatch, Forward, Inputs, mask_in
-from mas_ext.importance.isolation import undisturbed
+from mas_ext.importance.isolation import in_evaluation_mode, undisturbed
 from mas_ext.importance.outputs import Outputs, find_outputs
 
 
@@ -103,13 +103,20 @@ class Reference:
 
     def compared(self, model: nn.Module, comparison: Comparison) -> tuple[float, float]:
         """Distance and weight."""
-        distance = weight = 0.0
-        for kept, output in zip(self.before, self._run(model)[0], strict=True):
-            mask = mask_in(self.batch.content, output)
-            pair = comparison.compare(kept.to(output.device), output, mask)
-            more, counts = torch.stack(pair).tolist()  # waits for an accelerator once
-            distance, weight = distance + more, weight + counts
+        distance, weight = self.distance(model, comparison).tolist()  # waits for an accelerator
         return distance, weight
+
+    def distance(self, model: nn.Module, comparison: Comparison) -> Tensor:
+        """Distance and weight as a tensor [2], differentiable."""
+        pairs = [
+            torch.stack(
+                comparison.compare(
+                    kept.to(output.device), output, mask_in(self.batch.content, output)
+                )
+            )
+            for kept, output in zip(self.before, self._run(model)[0], strict=True)
+        ]
+        return torch.stack(pairs).sum(0)
 
     def _run(self, model: nn.Module) -> tuple[list[Tensor], Outputs]:
         placed = _placed(self.batch, next(model.parameters()).device, self.accelerated)
@@ -192,6 +199,17 @@ class References:
     def batch_size(self) -> int:
         """The samples in the largest batch of any task's data."""
         return max(task.batch_size for task in self.tasks)
+
+    def loss(self, model: nn.Module, samples: int) -> Tensor:
+        """Distance / weight of some of the references, chosen at random: one forward pass."""
+        parts = [part for task in self.tasks for part in task.parts]
+        sizes = torch.tensor([float(part.samples) for part in parts])
+        part = parts[int(torch.multinomial(sizes, 1))]
+        if part.divides and samples < part.samples:
+            part = part.take(torch.randperm(part.samples)[:samples].tolist())
+        with in_evaluation_mode(model), torch.enable_grad():
+            distance, weight = part.distance(model, self.comparison)
+        return (distance / weight.clamp_min(1e-30)).float()
 
     def drift(self, model: nn.Module, ranks: Ranks, window: tuple[int, int] | None = None) -> float:
         """Σ distance / Σ weight; Inf if an output is not finite. Every rank must call it.

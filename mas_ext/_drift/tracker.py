@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakSet
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mas_ext._distributed.ranks import ProcessGroup
+from mas_ext._distributed.shards import is_sharded
 from mas_ext._drift.budget import DriftBudget
 from mas_ext._drift.controller import step_is_stable_up_to
 from mas_ext._drift.metrics import resolve
@@ -178,22 +179,39 @@ class DriftTracker:
 
     def measured(self, protected: ProtectedParameters, some: int | None = None) -> float:
         """The drift since the task began, on all references, or on the next ``some``."""
-        state = protected.state
-        references = state.drift.references
-        if references is None and state.num_tasks == 0:
-            return 0.0
+        state, references = protected.state, self._kept(protected)
         if references is None:
-            raise RuntimeError(
-                "the drift cannot be measured: the loaded state has no references. They are kept "
-                "again when the next task ends; torch.distributed.checkpoint does not load "
-                "them, and a MAS without a budget does not keep them"
-            )
+            return 0.0
         placement = self._placement(protected.index.model)
         window = None
         if some is not None:
             count = max(1, some // len(references.tasks))
             window = (state.drift.controller.measured * count, count)
         return references.drift(placement.model, placement.ranks, window)
+
+    def loss(self, protected: ProtectedParameters, samples: int | None) -> Tensor:
+        """See :meth:`mas_ext.MAS.drift_loss`."""
+        model, references = protected.index.model, self._kept(protected)
+        if references is None:
+            return torch.zeros((), device=next(model.parameters()).device)
+        if any(is_sharded(param) for param in model.parameters()):
+            raise ValueError(
+                "drift_loss: the model is sharded, and all processes would have to run the same "
+                "references; use the penalty, which runs none"
+            )
+        return references.loss(model, samples or references.batch_size)
+
+    def _kept(self, protected: ProtectedParameters) -> References | None:
+        """The references; None before the first task has ended."""
+        state = protected.state
+        references = state.drift.references
+        if references is None and state.num_tasks > 0:
+            raise RuntimeError(
+                "the drift cannot be measured: the loaded state has no references. They are kept "
+                "again when the next task ends; torch.distributed.checkpoint does not load "
+                "them, and a MAS without a budget does not keep them"
+            )
+        return references
 
     def warn_if_over(self, protected: ProtectedParameters) -> None:
         """Warns if a task is about to end above the limit."""

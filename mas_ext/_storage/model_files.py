@@ -52,12 +52,16 @@ def _files(path: Path) -> list[Path]:
 
 
 def _indexed(path: Path) -> list[str]:
-    """The names of the files that an index lists."""
+    """The names of the files that an index lists, all in its own folder."""
     try:
-        return sorted(set(json.loads(path.read_text("utf-8"))["weight_map"].values()))
+        names = sorted(set(json.loads(path.read_text("utf-8"))["weight_map"].values()))
+        if outside := [name for name in names if Path(name).name != name]:
+            raise ValueError(f"{outside[0]!r} is not in its folder")
+        return names
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{os.fspath(path)!r} is not the index of a model in several files; use another copy"
+            f"{os.fspath(path)!r} is not the index of a model in several files ({error}); use "
+            "another copy"
         ) from error
 
 

@@ -36,6 +36,14 @@ def undisturbed(model: nn.Module, training: bool = False) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """For forward passes that are differentiated, as they are in training."""
+    modules = list(model.modules())
+    with _modes(modules, False), _recurrent_backends(modules):
+        yield
+
+
 _graph_readers: list[bool] = []  # not a ContextVar: a device's backward pass has its own thread
 
 

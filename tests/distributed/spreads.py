@@ -202,6 +202,7 @@ def assert_the_budget_is_kept(spread: Spread, own: list[Tensor], x: Tensor) -> N
         optimizer.zero_grad()
         loss(model, share.split(3)[spread.rank]).backward()
         optimizer.step()
+    assert_the_drift_is_a_loss(model, mas, own)
     moved = {name: p.clone() for name, p in parameters(model).items()}
     drift = mas.drift_measured()
     assert drift == pytest.approx(kl(before, moved, x), rel=1e-3)
@@ -219,6 +220,22 @@ def assert_the_budget_is_kept(spread: Spread, own: list[Tensor], x: Tensor) -> N
     }
     assert_same(parameters(model), expected, 1e-5)
     assert kl(before, expected, x) == pytest.approx(settled.after, rel=1e-2)
+
+
+def assert_the_drift_is_a_loss(model: nn.Module, mas: MAS, own: list[Tensor]) -> None:
+    """Its gradient is averaged with that of the loss; a sharded model is refused."""
+    if any(isinstance(p, DTensor) for p in model.parameters()):
+        with pytest.raises(ValueError, match="drift_loss"):
+            mas.drift_loss()
+        return
+    model.zero_grad()
+    total = loss(model, own[0]) + mas.drift_loss()
+    alone = torch.autograd.grad(total, [*model.parameters()], retain_graph=True)
+    total.backward()
+    for p, mine in zip(model.parameters(), alone, strict=True):
+        dist.all_reduce(mine)
+        torch.testing.assert_close(p.grad, mine / dist.get_world_size())
+    model.zero_grad()
 
 
 def kl(before: Net, after: dict[str, Tensor], x: Tensor) -> float:

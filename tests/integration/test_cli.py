@@ -3,37 +3,70 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from importlib import util
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_model
 from torch import nn
 
 import mas_ext
-from mas_ext import cli
+from mas_ext import _environment, cli
 
 
 def test_info_as_json(capsys) -> None:
     assert cli.main(["info", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == mas_ext.build_info()
+    info = json.loads(capsys.readouterr().out)
+    assert info.items() >= mas_ext.build_info().items()
+    assert info["cpu"]
+    assert info["threads"] == torch.get_num_threads()
+    assert info["libraries"]["numpy"] == np.__version__
 
 
-def test_info_as_a_table(capsys) -> None:
+def test_info_is_a_markdown_list_of_all_that_the_json_has(capsys) -> None:
     assert cli.main(["info"]) == 0
-    out = capsys.readouterr().out
-    assert mas_ext.build_info()["torch"] in out
-    assert "native" in out
-    assert "never run on a GPU" in " ".join(out.split())
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"- mas_ext: {mas_ext.__version__}"
+    assert f"- torch: {torch.__version__}" in lines
+    assert f"- threads: {torch.get_num_threads()}" in lines
+    assert f"  - numpy: {np.__version__}" in lines
+    assert "never run on a GPU" in next(line for line in lines if line.startswith("  - cuda: "))
+    info = _environment.environment()
+    assert len(lines) == len(info) + len(info["verified"]) + len(info["libraries"])
+    assert all(re.match(r"(  )?- [\w -]+:( .+)?$", line) for line in lines)
 
 
-def test_info_without_rich(capsys, monkeypatch) -> None:
-    _hide(monkeypatch, "rich")
+def test_info_about_gpus(capsys, monkeypatch) -> None:
+    cards = [SimpleNamespace(name=n, major=9, minor=0, total_memory=80 * 2**30) for n in "AB"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: cards[i])
     assert cli.main(["info"]) == 0
-    assert mas_ext.build_info()["torch"] in capsys.readouterr().out
+    expected = "- gpus: A (compute capability 9.0, 80 GiB), B (compute capability 9.0, 80 GiB)\n"
+    assert expected in capsys.readouterr().out
+
+    def broken(i: int) -> None:
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", broken)
+    assert cli.main(["info"]) == 0
+    assert "- gpus: cannot be read: CUDA error: out of memory\n" in capsys.readouterr().out
+
+
+def test_info_about_a_library_that_is_not_installed(capsys, monkeypatch) -> None:
+    def missing(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(_environment, "version", missing)
+    assert cli.main(["info"]) == 0
+    assert "  - peft: not installed\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,28 @@ def proximal(s: State, n: Numbers) -> list[list[Exact]]:
     return [[_pulled(_term(p), a, step * o) for p, a, o in pieces]]
 
 
+def _low_rank(s: State, n: Numbers) -> tuple[Tensor, Exact, Tensor, Tensor]:
+    """λΩ, Δ, A and B."""
+    (a,), (b,), (omega,) = s.a, s.b, s.omega
+    return n["lambda_reg"] * omega, Exact(b @ a, b.abs() @ a.abs()).times(n["scale"]), a, b
+
+
+def low_rank_gradient(s: State, n: Numbers) -> list[list[Exact]]:
+    strength, delta, a, b = _low_rank(s, n)
+    weighted = delta.times(strength)
+    by_a = Exact(b.mT @ weighted.values, b.mT.abs() @ weighted.magnitude).times(n["scale"])
+    by_b = Exact(weighted.values @ a.mT, weighted.magnitude @ a.mT.abs()).times(n["scale"])
+    return [[_term(s.grad_a[0]) + by_a], [_term(s.grad_b[0]) + by_b]]
+
+
+def low_rank_value(state: State, n: Numbers) -> tuple[float, float]:
+    """λ/2 Σ ΩΔ², and what an error of Δ, relative to the magnitude of its terms, makes of it."""
+    strength, delta, _, _ = _low_rank(state.double(), n)
+    doubled = (strength * delta.values.abs() * delta.magnitude).abs().sum()
+    dtype = accumulation_dtype(state.a[0].dtype)
+    return 0.5 * float((strength * delta.values**2).sum()), ARITHMETIC[dtype] * float(doubled)
+
+
 # -- Optimizer steps -------------------------------------------------------------------------------
 def _sgd(i: int, p: Exact, g: Exact, s: State, n: Numbers) -> list[Exact]:
     g = g + p.times(n.get("weight_decay", 0.0))

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tests.support import exact, outer, tensors
+from tests.support import exact, low_rank, outer, tensors
 from tests.support.exact import Exact, Formula, assert_near, assert_value_near
 from tests.support.tensors import STATE_LISTS, State, make_state
 
@@ -77,9 +77,18 @@ class Operator:
 
     @property
     def takes_lists(self) -> bool:
-        return self.function != "accumulate_outer_"
+        return self.function not in SINGLE
 
 
+# Operators on single tensors, and where their inputs are made.
+SINGLE = {
+    "accumulate_outer_": outer,
+    "low_rank_penalty": low_rank,
+    "low_rank_penalty_grad_": low_rank,
+}
+
+
+_ADAPTER = ("a", "b", "omega", "lambda_reg", "scale")
 _STATE = ("params", "anchors", "omega", "lambda_reg")
 _IMPORTANCE = Operator(
     "accumulate_importance_", ("omega", "grads", "scale"), exact.importance, ("omega",)
@@ -102,6 +111,14 @@ OPERATORS = {
         ("grads",),
     ),
     "proximal_step_": Operator("proximal_step_", (*_STATE, "lr"), exact.proximal, ("params",)),
+    "low_rank_penalty": Operator("low_rank_penalty", _ADAPTER, exact.nothing),
+    "low_rank_penalty_grad_": Operator(
+        "low_rank_penalty_grad_",
+        ("grad_a", "grad_b", *_ADAPTER),
+        exact.low_rank_gradient,
+        ("grad_a", "grad_b"),
+        times=2.5,
+    ),
 }
 
 MODES = ("gradient", "proximal")
@@ -152,16 +169,17 @@ OPERATORS |= {
 STEPS = [f"{rule} {mode}" for rule in RULES for mode in MODES]
 ALL = list(OPERATORS)
 OPS = [op for op in ALL if op not in STEPS and OPERATORS[op].takes_lists]  # steps are apart
-OUTER_OPS = [op for op in ALL if not OPERATORS[op].takes_lists]
+OUTER_OPS = [op for op in ALL if OPERATORS[op].function == "accumulate_outer_"]
+LOW_RANK_OPS = [op for op in ALL if SINGLE.get(OPERATORS[op].function) is low_rank]
 PENALTY_OPS = [op for op in OPS if OPERATORS[op].has_penalty]
 WRITING = [op for op in ALL if OPERATORS[op].written]
 DIFFERENTIABLE = [op for op in ALL if OPERATORS[op].differentiable]
 
 
-def samples(op: str) -> list[tensors.Sample] | list[outer.Sample]:
+def samples(op: str) -> list[tensors.Sample] | list[outer.Sample] | list[low_rank.Sample]:
     """All for the operators on lists; every second one for each row of the optimizer steps."""
     if not OPERATORS[op].takes_lists:
-        return outer.SAMPLES
+        return SINGLE[OPERATORS[op].function].SAMPLES
     every = tensors.SAMPLES + (tensors.KEPT_SAMPLES if OPERATORS[op].has_penalty else [])
     return every[(STEPS.index(op) + 1) // 2 % 2 :: 2] if op in STEPS else every
 
@@ -174,8 +192,15 @@ def make(op: str, dtypes: list[torch.dtype], shapes: list[tuple[int, ...]], **mo
 def small(op: str, dtype: torch.dtype = torch.float32, **more: Any) -> State:
     """A few tensors of any operator."""
     if not OPERATORS[op].takes_lists:
-        return outer.make(outer.Size(3, 4, 5, 6), dtype, **more)
+        inputs = SINGLE[OPERATORS[op].function]
+        return inputs.make(inputs.SMALL, dtype, **more)
     return make(op, [dtype] * 2, [(33,), (4, 5)], **more)
+
+
+def medium(op: str, dtype: torch.dtype = torch.float32, **more: Any) -> State:
+    """Single tensors of more than one tile of the CUDA kernels."""
+    inputs = SINGLE[OPERATORS[op].function]
+    return inputs.make(inputs.MEDIUM, dtype, **more)
 
 
 def lists_of(op: str, state: State) -> dict[str, list[Tensor]]:
@@ -199,8 +224,9 @@ def list_arguments(op: str) -> list[str]:
 # -- Calls -----------------------------------------------------------------------------------------
 def _given(op: str, state: State) -> dict[str, Any]:
     """The lists, or the single tensors that the operator takes in their place."""
-    singles = ("steps",) if OPERATORS[op].takes_lists else ("omega", "left", "right")
-    return {n: ts[0] if n in singles and ts else ts for n, ts in vars(state).items()}
+    if OPERATORS[op].takes_lists:
+        return {**vars(state), "steps": state.steps[0] if state.steps else []}
+    return {n: ts[0] if ts else None for n, ts in vars(state).items()}
 
 
 def arguments(op: str, state: State, scalars: Scalars = Scalars()) -> list[Any]:  # noqa: B008
@@ -240,7 +266,7 @@ def call(
     known = {**_given(op, state), **scalars._asdict()}
     keywords = {**{name: known[name] for name in row.keywords}, **row.options}
     if state.omega_scales:
-        keywords["omega_scales"] = state.omega_scales
+        keywords["omega_scales"] = known["omega_scales"]
     positional = arguments(op, state, scalars)
     result = getattr(module, row.function)(*positional, **{**keywords, **more})
     if op == "penalty_and_grad":
@@ -256,17 +282,20 @@ def exact_tensors(op: str, before: State, scalars: Scalars = Scalars()) -> list[
     return [element for column in columns for element in column]
 
 
-def exact_value(op: str, before: State, outcome: Outcome, scalars: Scalars) -> float:
-    """The penalty before the call or, where the operator is proximal, after it."""
+def exact_value(op: str, before: State, outcome: Outcome, scalars: Scalars) -> tuple[float, float]:
+    """The penalty before the call or, where the operator is proximal, after it; and how far from it
+    its terms may be."""
+    if op in LOW_RANK_OPS:
+        return exact.low_rank_value(before, scalars.numbers())
     state = State(before.params, before.anchors, before.omega, [], before.omega_scales)
     if "proximal" in op:
         state.params = [t.cpu() for t in outcome.tensors[: len(before.params)]]
-    return exact.penalty_value(state, scalars.lambda_reg)
+    return exact.penalty_value(state, scalars.lambda_reg), 0.0
 
 
 def terms_dtype(state: State) -> torch.dtype:
     """The loosest in which terms of the penalty are formed."""
-    doubles = [p.dtype == torch.float64 for p in state.params]
+    doubles = [p.dtype == torch.float64 for p in (*state.params, *state.a)]
     return torch.float64 if doubles and all(doubles) else torch.float32
 
 
@@ -286,8 +315,8 @@ def assert_right(
         assert_near(actual.cpu(), one, times=OPERATORS[op].times, dust=less, what=what)
     assert (outcome.value is not None) == OPERATORS[op].has_penalty
     if outcome.value is not None:
-        double = any(p.dtype == torch.float64 for p in before.params)
+        double = any(p.dtype == torch.float64 for p in (*before.params, *before.a))
         assert outcome.value.dtype == (torch.float64 if double else torch.float32)
-        value = exact_value(op, before, outcome, scalars)
+        value, off = exact_value(op, before, outcome, scalars)
         dtype = terms_dtype(before)
-        assert_value_near(outcome.value.cpu(), value, dtype=dtype, dust=value_dust)
+        assert_value_near(outcome.value.cpu(), value, dtype=dtype, dust=value_dust + off)

@@ -27,6 +27,7 @@ class Size(NamedTuple):
         return "x".join(map(str, self))
 
 
+SMALL, MEDIUM = Size(3, 4, 5, 6), Size(5, 17, 70, 90)
 # Kernels pack rows of Ω by 4 and columns by 32, 24, 16 or 12, take 8 rows a tile beyond 8
 # positions, hold 256 (sample, position) pairs at a time, and cut Ω into blocks of 256 × 512.
 SIZES = [

@@ -136,6 +136,10 @@ class State:
     steps: list[Tensor] = field(default_factory=list)  # one tensor of counts, as a list of one
     left: list[Tensor] = field(default_factory=list)  # the factors of accumulate_outer_
     right: list[Tensor] = field(default_factory=list)
+    a: list[Tensor] = field(default_factory=list)  # those of low_rank_penalty, and their gradients
+    b: list[Tensor] = field(default_factory=list)
+    grad_a: list[Tensor] = field(default_factory=list)
+    grad_b: list[Tensor] = field(default_factory=list)
 
     def lists(self) -> dict[str, list[Tensor]]:
         """The lists by name, in order; optional ones only where there is something in them."""

@@ -471,11 +471,19 @@ def broken_index(path):
     (path / "model.safetensors.index.json").write_text("[]")
 
 
+def index_of_a_file_elsewhere(path):
+    path.mkdir()
+    safetensors.torch.save_file(mlp().state_dict(), path.parent / "elsewhere.safetensors")
+    listed = {"weight_map": dict.fromkeys(mlp().state_dict(), "../elsewhere.safetensors")}
+    (path / "model.safetensors.index.json").write_text(json.dumps(listed))
+
+
 BAD_MODELS = {
     "missing": (lambda path: None, FileNotFoundError, "not exist"),
     "pickled": (lambda path: torch.save({"w": torch.ones(2)}, path), ValueError, "torch.load()"),
     "an empty folder": (lambda path: path.mkdir(), FileNotFoundError, "model.safetensors"),
     "a broken index": (broken_index, ValueError, "index"),
+    "an index of a file elsewhere": (index_of_a_file_elsewhere, ValueError, "index"),
 }
 BAD_IMPORTANCES = {
     "missing": (lambda path: None, FileNotFoundError, "not exist"),

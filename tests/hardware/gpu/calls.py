@@ -8,11 +8,15 @@ import torch
 
 import mas_ext
 from tests.hardware.gpu.device import DEVICE
-from tests.support import operators, outer, tensors
-from tests.support.operators import OPERATORS, PENALTY_OPS, Outcome, Scalars
+from tests.support import operators, tensors
+from tests.support.operators import LOW_RANK_OPS, OPERATORS, PENALTY_OPS, Outcome, Scalars
 from tests.support.tensors import State
 
-KEPT = {f"{op}, Ω in {kept}": (op, kept) for op in PENALTY_OPS for kept in tensors.KEPT}
+KEPT = {
+    f"{op}, Ω in {kept}": (op, kept)
+    for op in (*PENALTY_OPS, *LOW_RANK_OPS)
+    for kept in tensors.KEPT
+}
 ALL = [*operators.ALL, *KEPT]
 SHAPES = [(20_000,), (33, 7), (), (8192,)]
 
@@ -60,6 +64,7 @@ def make(
     if OPERATORS[op].takes_lists:
         before = operators.make(op, [dtype] * len(SHAPES), SHAPES, kept=kept)
     else:
-        before = outer.make(outer.Size(5, 17, 70, 90), dtype)
+        more = {"kept": kept} if kept else {}
+        before = operators.medium(op, dtype, **more)
     scalars = Scalars(found_inf=0.0).as_tensors(scalar_dtype, scalars_on)
     return Call(op, before, before.copy(DEVICE), scalars)

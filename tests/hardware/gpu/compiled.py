@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 
 import mas_ext
 from tests.hardware.gpu.device import DEVICE, REHEARSAL
-from tests.support import operators, outer
+from tests.support import operators
 from tests.support.operators import OPERATORS, Scalars
 from tests.support.tensors import State
 
@@ -39,7 +39,7 @@ def inputs(op: str) -> Lists:
     if OPERATORS[op].takes_lists:
         state = operators.make(op, [torch.float32] * len(SHAPES), SHAPES, device=DEVICE)
     else:
-        state = outer.make(outer.Size(3, 17, 70, 66), device=DEVICE)
+        state = operators.medium(op, device=DEVICE)
     return operators.lists_of(op, state)
 
 

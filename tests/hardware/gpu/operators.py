@@ -13,10 +13,11 @@ import mas_ext
 from mas_ext.precision import num_scales
 from tests.hardware.gpu.device import DEVICE, REHEARSAL, needs_gpu
 from tests.hardware.gpu.steps import NOT_HERE
-from tests.support import outer
+from tests.support import low_rank, outer
 from tests.support.exact import assert_value_near
 from tests.support.operators import (
     ALL,
+    LOW_RANK_OPS,
     OPERATORS,
     OPS,
     OUTER_OPS,
@@ -55,6 +56,19 @@ def check(op: str, state: State, what: str = "") -> Outcome:
 def test_outer_around_its_tiles(dtype: torch.dtype, op: str, layout: str) -> None:
     for size in (outer.Size(3, 5, 63, 65), outer.Size(2, 8, 64, 128), outer.Size(9, 1, 64, 72)):
         problem = outer.make(size, dtype, layout, device=DEVICE)
+        check(op, problem, what=str(size))
+
+
+# Tiles of 64 × 64; 16 ranks at a time, 32 a block; rows that are divided into parts.
+@pytest.mark.parametrize("kept", [None, *KEPT])
+@pytest.mark.parametrize("layout", low_rank.LAYOUTS)
+@pytest.mark.parametrize("op", LOW_RANK_OPS)
+@each_dtype
+def test_low_rank_around_its_tiles(
+    dtype: torch.dtype, op: str, layout: str, kept: str | None
+) -> None:
+    for size in ((63, 65, 15), (64, 128, 33), (65, 64, 70), (400, 70, 3)):
+        problem = low_rank.make(low_rank.Size(*size), dtype, layout, device=DEVICE, kept=kept)
         check(op, problem, what=str(size))
 
 
@@ -245,7 +259,12 @@ def test_on_a_device_that_is_not_the_current(op: str) -> None:
 @needs_gpu
 @pytest.mark.parametrize(
     ("op", "name"),
-    [("penalty", "params"), ("adam gradient", "grads"), ("accumulate_outer_", "right")],
+    [
+        ("penalty", "params"),
+        ("adam gradient", "grads"),
+        ("accumulate_outer_", "right"),
+        ("low_rank_penalty_grad_", "omega"),
+    ],
 )
 def test_tensors_on_different_devices_are_refused(op: str, name: str) -> None:
     state = small(op, device="cuda")

@@ -12,7 +12,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import accumulate, job, narrow, optimizer_steps, outer, penalty, proximal
+from benchmarks import (
+    accumulate,
+    job,
+    low_rank,
+    narrow,
+    optimizer_steps,
+    outer,
+    penalty,
+    proximal,
+)
 from benchmarks.benchmark import Options, Result
 from benchmarks.job import OURS, Job, Provider
 from benchmarks.state import SIZES, Size, State, linear
@@ -123,4 +132,19 @@ def test_outer(case: outer.Case, add_row: Callable[..., None]) -> None:
         f"{found['square_over_abs']:.2f}",
         found["best_square"],
         f"{found['best_square_over_ours']:.2f}",
+    )
+
+
+@pytest.mark.parametrize(
+    "case", low_rank.QUICK if REHEARSAL else low_rank.CASES, ids=lambda case: case.title
+)
+def test_low_rank(case: low_rank.Case, add_row: Callable[..., None]) -> None:
+    found = low_rank.measure(case, ROUNDS, SECONDS, DEVICE)
+    add_row(
+        "low_rank_penalty_grad_",
+        ["weight", "µs", "TFLOP/s", *(f"{n} / ours" for n in low_rank.STEPS if n != OURS)],
+        case.title,
+        f"{found['seconds'][OURS] * 1e6:.1f}",
+        f"{found['gigaflops'] / 1e3:.3g}",
+        *(f"{ratio:.2f}" for n, ratio in found["time_over_ours"].items() if n != OURS),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 ARCHITECTURES = (80, 90, 100, 120)
@@ -60,6 +60,7 @@ class Product:
     """A hot loop that multiplies what lies in shared memory, read by accesses of 16 bytes."""
 
     instruction: str  # that does it
+    in_vectors: bool = True  # whether the factors are brought there by 16-byte accesses as well
 
     @property
     def work(self) -> str:
@@ -153,11 +154,21 @@ EXPECTATIONS = [
         for title, magnitude in MAGNITUDES.items()
         for dtype, product in PRODUCTS.items()
     ),
-    # One block that adds a number for every 8,192 elements; a thread an element of a small Ω; and a
-    # thread a parameter's number of steps, which is of this dtype.
+    # Factors and Ω of any type are converted where they are read, an element at a time.
+    *(
+        Expectation(
+            "low rank",
+            dtype,
+            rf"low_rank_kernel<{dtype}>",
+            replace(PRODUCTS[dtype], in_vectors=False),
+        )
+        for dtype in ("float", "double")
+    ),
+    # One block that adds a number for every 8,192 elements; a thread an element of a small Ω, or of
+    # a low-rank gradient; and a thread a parameter's number of steps, which is of this dtype.
     *(
         Expectation(name, dtype, rf"{name}<{dtype}>", None)
-        for name in ("finish_penalty", "add_parts", "bias_corrections")
+        for name in ("finish_penalty", "add_parts", "add_low_rank", "bias_corrections")
         for dtype in ("float", "double")
     ),
 ]

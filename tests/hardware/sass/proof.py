@@ -158,7 +158,7 @@ class Proof:
             yield from self.streaming(wanted)
         elif isinstance(wanted, Product):
             yield from self.in_the_hot_loop()
-            yield from self.multiplying()
+            yield from self.multiplying(wanted)
 
     def anywhere(self) -> Iterator[str]:
         kernel = self.kernel
@@ -199,12 +199,12 @@ class Proof:
                 f" {needed:.0f} keep the memory busy"
             )
 
-    def multiplying(self) -> Iterator[str]:
+    def multiplying(self, wanted: Product) -> Iterator[str]:
         if narrow := self.shared_reads.narrow():
             yield f"the hot loop reads shared memory by {listed(narrow)}"
         if not self.shared_reads.found:
             yield "the hot loop reads nothing from shared memory"
-        if not any(vectors(loop) for loop in self.loops):
+        if wanted.in_vectors and not any(vectors(loop) for loop in self.loops):
             yield "no loop with 16-byte accesses brings the factors there"
 
 

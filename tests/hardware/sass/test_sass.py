@@ -196,6 +196,12 @@ def test_a_product(old, new, problems):
     assert prove(kernels)[1] == [f"{where}: {problem}" for problem in problems]
 
 
+def test_a_product_whose_factors_are_brought_one_by_one():
+    symbol = "_ZN7mas_ext4cuda15low_rank_kernelIfEEvNS_7LowRankE"
+    code = PRODUCT.replace("HMMA.16816.F32.BF16 R12, R4, R8, R12", "FFMA R12, R4, R8, R12")
+    assert prove(assemble(*listings(code.replace("LDG.E.128", "LDG.E"), symbol=symbol)))[1] == []
+
+
 def test_loads_are_in_flight_until_one_is_used():
     code = """
     /*0000*/  LDG.E.128 R4, desc[UR4][R2.64] ;

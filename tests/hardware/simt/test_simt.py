@@ -54,7 +54,10 @@ RUNS = [
     Run("steps", "thread", "bias_corrections/", 14),
     *(Run("outer", "address", f"outer/{d}", 90) for d in DTYPES),
     Run("outer", "thread", "", 90, "3/8"),
-    Run("vast", "address", "", 18),
+    Run("low_rank", "address", "low_rank/float32", 140),
+    *(Run("low_rank", "address", f"low_rank/{d}", 50, "1/2") for d in DTYPES[1:]),
+    Run("low_rank", "thread", "", 60, "3/8"),
+    Run("vast", "address", "", 22),
     Run("tables", "address", "", 250),
     Run("tables", "thread", "finish/", 20, "3/4"),
 ]
@@ -121,6 +124,6 @@ def test_what_is_right_is_not_a_fault() -> None:
 
 
 def test_every_mutant_has_a_name_and_its_text_is_in_the_kernels() -> None:
-    assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS) >= 132
+    assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS) >= 173
     for mutant in MUTANTS:
         assert mutant.planted()

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "harness/list_cases.h"
+#include "harness/low_rank.h"
 #include "harness/outer.h"
 #include "harness/steps.h"
 
@@ -161,6 +162,31 @@ void test_outer(Program& program, const std::string& dtype) {
   }
 }
 
+const Layout kRanksInside{"", {1, 0}};
+
+const std::vector<LowRankLayouts> kLowRankLayouts{
+    {"rows of omega", {"", {1, 0}, 1, {kFar / 16}}, kRanksInside, kRanksInside},
+    {"columns of omega", {"", {1, 0}, kFar / 32}, kRanksInside, kRanksInside},
+    {"rows of left", kRowMajor, {"", {1, 0}, 1, {kFar / 16}}, kRanksInside},
+    {"ranks of right", kRowMajor, kRanksInside, {"", {0, 1}, 1, {kFar}}},
+};
+
+void test_low_rank(Program& program) {
+  for (const LowRankLayouts& layouts : kLowRankLayouts) {
+    program.test(std::string("vast/low_rank/") + layouts.name, [&](uint64_t seed) {
+      const LowRankCase c{.size = {66, 67, 3}, .layouts = layouts};
+      LowRankProblem<float, float, VastBuffer> before(c), after(c);
+      before.fill(c, seed);
+      after.fill(c, seed);
+      const float value = LowRankLaunches(after, c).run();
+      const LowRankOracle oracle(program, before, c);
+      oracle.check_value(value);
+      oracle.check_grads(after.grad_left, before.grad_left, true);
+      oracle.check_grads(after.grad_right, before.grad_right, false);
+    });
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -172,5 +198,6 @@ int main(int argc, char** argv) {
   test_list<AddGradient, float, uint8_t>(program, {ScalarType::Float, ScalarType::Byte});
   test_outer<float>(program, "float32");
   test_outer<BFloat16>(program, "bfloat16");
+  test_low_rank(program);
   return program.finish();
 }

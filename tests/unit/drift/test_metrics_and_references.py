@@ -125,6 +125,67 @@ def test_many_outputs_are_compared_in_pieces():
     assert mas.drift_measured() == found  # what was kept is as it was
 
 
+# -- as a term of the loss -------------------------------------------------------------------------
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("form", FORMS)
+def test_the_drift_as_a_loss_has_the_gradient_of_its_definition(form, metric):
+    make, batch, dim, keep = FORMS[form]
+    model = make()
+
+    def output():
+        return (model(**batch) if isinstance(batch, dict) else model(batch)).movedim(dim, -1)
+
+    before = output().detach()
+    mas = began(model, [batch], DriftBudget(0.1, metric))
+    move(model, 0.3)
+    loss = mas.drift_loss()
+    assert loss.item() == pytest.approx(mas.drift_measured(), rel=1e-5)
+    now = output()
+    keep = torch.ones(before.shape[:-1], dtype=torch.bool) if keep is None else keep
+    if metric == "kl":
+        p, q = log_softmax(before, -1), log_softmax(now, -1)
+        expected = (p.exp() * (p - q)).sum(-1)[keep].mean()
+    else:
+        expected = (now - before)[keep].square().sum() / before[keep].square().sum()
+    params = list(model.parameters())
+    grads, oracle = (torch.autograd.grad(value, params) for value in (loss, expected))
+    for mine, theirs in zip(grads, oracle, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=5e-3, atol=1e-4)
+
+
+def test_the_loss_is_the_mean_over_random_references():
+    model = mlp()
+    mas = began(model, X.split(5), DriftBudget(0.1, lambda a, b: (b - a).square().sum(1)))
+    before = model(X)
+    move(model, 0.3)
+    each = (model(X) - before).square().sum(1).detach()
+    assert len(mas.protected.state.drift.references.tasks[0].parts) > 1
+    torch.manual_seed(0)
+    found = torch.stack([mas.drift_loss(samples=1).detach() for _ in range(4000)])
+    distance = (found[:, None] - each.float()).abs()
+    assert distance.min(1).values.max() < 1e-6
+    counts = distance.argmin(1).bincount(minlength=12)
+    assert (counts - 4000 / 12).abs().max() < 4.5 * (4000 / 12) ** 0.5
+    torch.manual_seed(0)
+    assert torch.equal(mas.drift_loss(samples=1), found[0])
+
+
+def test_the_loss_is_that_of_evaluation_and_leaves_the_model_in_its_mode():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 4))
+    model.double()[1].eval()
+    mas = began(model, [X])
+    move(model, 0.3)
+    buffers = copy.deepcopy(dict(model.named_buffers()))
+    assert mas.drift_loss().item() == pytest.approx(mas.drift_measured(), rel=1e-5)
+    assert [module.training for module in model] == [True, False, True, True]
+    assert all(torch.equal(b, buffers[name]) for name, b in model.named_buffers())
+
+
+def test_before_the_first_task_ends_the_loss_is_zero():
+    assert MAS(mlp(), budget=0.1).drift_loss() == 0
+
+
 @pytest.mark.parametrize("metric", METRICS)
 def test_only_the_former_outputs_of_a_head_that_grew_count(metric):
     model = mlp()
@@ -200,6 +261,8 @@ BAD_BUDGETS = {
     "reference": (lambda: DriftBudget(0.1, reference=3), TypeError, "reference"),
     "forward": (lambda: DriftBudget(0.1, forward=3), TypeError, "forward"),
     "no budget": (lambda: MAS(mlp()).drift_measured(), ValueError, "budget"),
+    "no budget, loss": (lambda: MAS(mlp()).drift_loss(), ValueError, "budget"),
+    "no samples": (lambda: began(mlp(), [X]).drift_loss(samples=0), ValueError, "samples"),
     "no budget, settle": (lambda: MAS(mlp()).settle(), ValueError, "budget"),
     "no budget, reference": (lambda: began(mlp(), [X], None, reference=[X]), ValueError, "budget"),
     "empty reference": (lambda: began(mlp(), [X], reference=[]), ValueError, "reference"),

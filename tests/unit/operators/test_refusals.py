@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from mas_ext import functional, reference
-from tests.support import outer
 from tests.support.operators import (
     ALL,
     OPERATORS,
@@ -28,6 +27,7 @@ from tests.support.operators import (
     make,
     raw,
     raw_arguments,
+    small,
 )
 from tests.support.tensors import State, compressed
 
@@ -39,7 +39,7 @@ PENALTY_ROWS = [op for op in ROWS if OPERATORS[op].has_penalty]
 
 def sound(op: str) -> State:
     if not OPERATORS[op].takes_lists:
-        return outer.make(outer.Size(3, 4, 5, 6))
+        return small(op)
     return make(op, [torch.float32] * 3, [(4, 5), (6,), (6,)])
 
 

@@ -26,6 +26,7 @@ from tests.support.exact import assert_value_near, penalty_value
 from tests.support.operators import (
     ALL,
     DIFFERENTIABLE,
+    LOW_RANK_OPS,
     OPERATORS,
     OPS,
     OUTER_OPS,
@@ -143,7 +144,8 @@ def test_without_memory(op: str, name: str, where: str) -> None:
         state = on_device(op, device)
         value, tensors = call(functional, op, state, scalars)
     if value is not None:
-        assert (value.device, value.dtype, value.shape) == (device, torch.float64, ())
+        dtype = torch.float64 if OPERATORS[op].takes_lists else torch.float32
+        assert (value.device, value.dtype, value.shape) == (device, dtype, ())
     like = state.params if op == "penalty_and_grad" else written(op, state)
     for actual, expected in zip(tensors, like, strict=True):
         assert actual.device == device
@@ -462,7 +464,7 @@ def check_compiled(
 
 STRENGTHS = [Scalars(lambda_reg=strength, lr=strength / 3) for strength in (0.5, 2.0, 7.0)]
 # Every kind of signature with the backend that compiles; it takes seconds for each.
-INDUCTOR = ["penalty_and_grad", "add_penalty_grad_", "accumulate_outer_"]
+INDUCTOR = ["penalty_and_grad", "add_penalty_grad_", "accumulate_outer_", "low_rank_penalty_grad_"]
 
 
 @pytest.mark.parametrize(
@@ -507,7 +509,7 @@ def test_compiled_backward_is_autograds(op: str, backend: str) -> None:
 
 def test_every_pair_of_dtype_and_layout_is_in_the_record() -> None:
     """Otherwise the pairwise selection has lost its point."""
-    for op in [*OPS, *OUTER_OPS]:
+    for op in [*OPS, *OUTER_OPS, *LOW_RANK_OPS]:
         found = samples(op)
         for layout in {s.layout for s in found}:
             assert {s.dtype for s in found if s.layout == layout} == set(DTYPES), layout
