@@ -98,7 +98,7 @@ def test_options_reach_mas_and_its_measurements(library, tmp_path):
     assert repr(callback.mas).startswith("MAS(lambda_reg=0.5, merge='max'")
     how.pop("forward", None)
     expected = mas_ext.estimate_importance(model, X.split(4), params=["body.3.*"], **how)
-    assert_same(callback.mas.importance, expected, 0, 0)
+    assert_same(callback.mas.importance, expected)
 
 
 @pytest.mark.parametrize(
