@@ -19,7 +19,6 @@ from benchmarks.retention.texts import WATCHED
 
 LIMITS = (0.02, 0.05, 0.1)  # of the drift on held-out text, in nats per prediction
 TYPICAL = 0.05  # the limit at which the other figures are shown
-LEVEL = 0.01  # perplexities that differ by less, relatively, are called level
 PLAIN = "plain"
 
 
@@ -62,13 +61,9 @@ def start(result: Result) -> Figures:
 
 def within(result: Result, method: Method, limit: float) -> list[Figures]:
     """For each seed, the point of the method's curves that is best within a limit."""
-    runs = [result["trainings"][name] for name in method.trainings if name in result["trainings"]]
     return [
-        min(
-            (point for run in of_seed for point in _reached(run, method.way, limit)),
-            key=lambda point: point.losses["new"],
-        )
-        for of_seed in zip(*runs, strict=True)
+        min(_reached(run, method.way, limit), key=lambda point: point.losses["new"])
+        for run in result["trainings"][method.training]
     ]
 
 
@@ -104,38 +99,27 @@ def left(result: Result, method: Method) -> dict[str, float]:
 
 def methods_of(result: Result) -> dict[str, Method]:
     """Those of which there are runs."""
-    found = result["trainings"]
-    return {n: m for n, m in METHODS.items() if any(name in found for name in m.trainings)}
+    return {n: m for n, m in METHODS.items() if m.training in result["trainings"]}
 
 
-def best(result: Result, limit: float, ours: bool | None = None) -> str:
-    """The method with the lowest perplexity; only of ours, or of the others, if asked for."""
-    chosen = methods_of(result)
-    names = [n for n, method in chosen.items() if ours is None or method.ours == ours]
-    return min(names, key=lambda name: perplexity(result, chosen[name], limit)[0])
+def best(result: Result, limit: float) -> str:
+    """The method with the lowest perplexity."""
+    methods = methods_of(result)
+    return min(methods, key=lambda name: perplexity(result, methods[name], limit)[0])
 
 
 def seconds(result: Result, method: Method) -> float:
     """Of one training run and the measurement of Ω, relative to plain training."""
-    plain = _mean_cost(result, PLAIN, "seconds")
-    mine = max(_mean_cost(result, name, "seconds") for name in _present(result, method))
-    measured = {name: result["measured"][name]["seconds"] for name in (BY_MAS, BY_EWC)}
-    names = {method.way, *_regularizers(method)}
-    return (mine + sum(measured[name] for name in names if name in measured)) / plain
+    needed = {method.way, TRAININGS[method.training].regularizer}
+    measured = sum(result["measured"][name]["seconds"] for name in needed & {BY_MAS, BY_EWC})
+    mine = _mean_cost(result, method.training, "seconds") + measured
+    return mine / _mean_cost(result, PLAIN, "seconds")
 
 
 def extra_bytes(result: Result, method: Method) -> float:
     """At the peak of training, beyond plain training."""
-    peaks = [_mean_cost(result, name, "peak_bytes") for name in _present(result, method)]
-    return max(peaks) - _mean_cost(result, PLAIN, "peak_bytes")
-
-
-def _regularizers(method: Method) -> set[str | None]:
-    return {TRAININGS[name].regularizer for name in method.trainings}
-
-
-def _present(result: Result, method: Method) -> list[str]:
-    return [name for name in method.trainings if name in result["trainings"]]
+    mine, plain = (_mean_cost(result, n, "peak_bytes") for n in (method.training, PLAIN))
+    return mine - plain
 
 
 def _mean_cost(result: Result, name: str, figure: str) -> float:
