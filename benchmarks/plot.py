@@ -308,7 +308,7 @@ def retention(found: Results, machine: str) -> Figure:
             _log(axes)
             axes.set_xlabel("drift on held-out English and code, nats (logarithmic)", size=9)
             axes.set_ylabel("perplexity on the new text", size=9)
-            axes.legend(fontsize=7, frameon=False, loc="upper right")
+            axes.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
             _panel_title(axes, f"{result['title']}, {'LoRA' if with_lora else 'all weights'}")
     title = "What is learned within a limit of the drift; lower is better"
     return finish(figure, title, machine)

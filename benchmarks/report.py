@@ -534,7 +534,7 @@ def _retained(result: Result) -> Table:
             *(_within(result, method, limit) for limit in retained.LIMITS),
             *_left(retained.left(result, method)),
             two_digits(retained.seconds(result, method)),
-            f"{retained.extra_bytes(result, method) / 1e9:.1f}",
+            minus(f"{round(retained.extra_bytes(result, method) / 1e9, 1) + 0.0:.1f}"),
         ]
         for name, method in methods.items()
     ]
