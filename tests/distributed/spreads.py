@@ -202,7 +202,7 @@ def assert_the_budget_is_kept(spread: Spread, own: list[Tensor], x: Tensor) -> N
         optimizer.zero_grad()
         loss(model, share.split(3)[spread.rank]).backward()
         optimizer.step()
-    assert_the_drift_is_a_loss(model, mas, own)
+    assert_the_drift_is_a_loss(model, mas, samples(3, seed=6 + spread.rank))
     moved = {name: p.clone() for name, p in parameters(model).items()}
     drift = mas.drift_measured()
     assert drift == pytest.approx(kl(before, moved, x), rel=1e-3)
@@ -222,14 +222,14 @@ def assert_the_budget_is_kept(spread: Spread, own: list[Tensor], x: Tensor) -> N
     assert kl(before, expected, x) == pytest.approx(settled.after, rel=1e-2)
 
 
-def assert_the_drift_is_a_loss(model: nn.Module, mas: MAS, own: list[Tensor]) -> None:
+def assert_the_drift_is_a_loss(model: nn.Module, mas: MAS, own: Tensor) -> None:
     """Its gradient is averaged with that of the loss; a sharded model is refused."""
     if any(isinstance(p, DTensor) for p in model.parameters()):
         with pytest.raises(ValueError, match="drift_loss"):
             mas.drift_loss()
         return
     model.zero_grad()
-    total = loss(model, own[0]) + mas.drift_loss()
+    total = loss(model, own) + mas.drift_loss()
     alone = torch.autograd.grad(total, [*model.parameters()], retain_graph=True)
     total.backward()
     for p, mine in zip(model.parameters(), alone, strict=True):
