@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,20 @@ class Options:
     seeds: tuple[int, ...] = (0, 1, 2)
     device: str = "cpu"
     progress: Callable[[str], None] = lambda text: None
+
+
+def of_cases(
+    cases: Sequence[Any], quick: Sequence[Any], measure: Callable[[Any, int, float], Result]
+) -> Callable[[Options], Iterator[tuple[str, Result]]]:
+    """What runs a benchmark whose items are cases: ``measure(case, rounds, seconds)`` of each."""
+
+    def run(options: Options) -> Iterator[tuple[str, Result]]:
+        chosen = quick if options.quick else cases
+        for case in chosen:
+            options.progress(case.title)
+            yield case.title, measure(case, options.rounds, options.seconds / len(chosen))
+
+    return run
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ Alternatives form the update, which is as large as the weight, and write and rea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.benchmark import Benchmark, Options, Result
+from benchmarks.benchmark import Benchmark, Result, of_cases
 from benchmarks.job import OURS, VALUE_TOLERANCE
 from benchmarks.measure import (
     can_measure_memory,
@@ -141,18 +141,11 @@ def measure(case: Case, rounds: int, budget: float | None = None, device: str = 
     }
 
 
-def _run(options: Options) -> Iterator[tuple[str, Result]]:
-    cases = QUICK if options.quick else CASES
-    for case in cases:
-        options.progress(case.title)
-        yield case.title, measure(case, options.rounds, options.seconds / len(cases))
-
-
 BENCHMARK = Benchmark(
     name="low_rank",
     title="The penalty of a LoRA adapter's update",
     about="λ/2 Σ Ω∘(s·BA)², with its gradients added to those of A and B, next to plain autograd "
     "and to three products by hand.",
-    run=_run,
+    run=of_cases(CASES, QUICK, measure),
     seconds=(30, 1),
 )

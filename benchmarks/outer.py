@@ -7,7 +7,7 @@ and knows nothing of samples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.benchmark import Benchmark, Options, Result
+from benchmarks.benchmark import Benchmark, Result, of_cases
 from benchmarks.measure import interleave, median_ratio
 from mas_ext import functional
 
@@ -157,18 +157,11 @@ def measure(case: Case, rounds: int, budget: float | None = None, device: str = 
     }
 
 
-def _run(options: Options) -> Iterator[tuple[str, Result]]:
-    cases = QUICK if options.quick else CASES
-    for case in cases:
-        options.progress(case.title)
-        yield case.title, measure(case, options.rounds, options.seconds / len(cases))
-
-
 BENCHMARK = Benchmark(
     name="outer",
     title="The exact importance of a weight that is used at many positions",
     about="Ω += Σ|leftᵀ·right| over samples, next to torch.bmm, abs_ and sum over chunks of "
     "samples. torch.mm of the same FLOPs is the yardstick.",
-    run=_run,
+    run=of_cases(CASES, QUICK, measure),
     seconds=(20, 1),
 )

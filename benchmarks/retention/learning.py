@@ -75,7 +75,6 @@ class Trial:
         # Weights stay float32; products are of bfloat16 numbers, as on an accelerator.
         torch.set_float32_matmul_precision("medium")
         self.setting, self.training = setting, training
-        self.held: QuadraticRegularizer | None = None
         self.cost = {"seconds": 0.0, "peak_bytes": 0}
         self.tokenizer = AutoTokenizer.from_pretrained(folder / "model")
         model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
@@ -124,8 +123,8 @@ class Trial:
         if training.regularizer is None:
             return
         budget = DriftBudget(training.target, slack=1.0, every=10)
-        self.held = self._regularizer(training.regularizer, measured, budget)
-        self.held.attach(optimizer, mode="gradient" if training.lora else "proximal")
+        regularizer = self._regularizer(training.regularizer, measured, budget)
+        regularizer.attach(optimizer, mode="gradient" if training.lora else "proximal")
 
     def _regularizer(
         self, name: str, measured: Path, budget: DriftBudget | None = None
@@ -156,7 +155,7 @@ class Trial:
 
     def _logits(self, tokens: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
-            return self.model(input_ids=tokens, use_cache=False).logits.float()
+            return self.model(input_ids=tokens).logits.float()
 
     @cached_property
     def _kept_before(self) -> Tensor:

@@ -64,7 +64,8 @@ class KL:
         """Σ p/s (log p/s − log q), where s = Σ p is not quite 1, since p was rounded."""
         if torch.is_grad_enabled() and output.requires_grad:
             before = kept.float()
-            p, total = before.exp(), before.exp().sum(-1)
+            p = before.exp()
+            total = p.sum(-1)
             return (p * (before - output.float().log_softmax(-1))).sum(-1) / total - total.log()
         p, difference = kept.to(torch.float32, copy=True), output.float().log_softmax(-1)
         difference.sub_(p)
