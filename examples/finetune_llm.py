@@ -5,8 +5,8 @@
 MODEL is a name on the Hugging Face hub or a folder, TEXT a file to learn. The model first writes
 some text of its own (--keep self), or reads files that you name, and remembers what it predicts
 there. Then it learns TEXT with a Trainer, freely or with the drift from these predictions as a term
-of the loss (--drift-loss). At last it is moved back towards what it was
-until its predictions differ from the remembered ones by no more than a budget (mas.settle()).
+of the loss (--drift-loss). Finally it is moved back towards what it was until its predictions differ
+from the remembered ones by no more than a budget (mas.settle()).
 
 Without MODEL and TEXT, a very small Llama is made first, which knows English, and learns code.
 docs/finetune_llm.md explains everything.
@@ -51,19 +51,20 @@ def read(path, tokenizer, length):
     """A text as blocks of ``length`` tokens [N, length]: to use, and held out."""
     text = Path(path).read_text(encoding="utf-8")
     end = int(len(text) * (1 - HELD_OUT))
-    used, held_out = (
-        blocks(tokenizer.encode(part, add_special_tokens=False, verbose=False), length)
-        for part in (text[:end], text[end:])
-    )
+    used, held_out = (blocks(part, tokenizer, length) for part in (text[:end], text[end:]))
     if not len(held_out):
         raise SystemExit(f"{path} is too short: it needs {math.ceil(length / HELD_OUT)} tokens")
     return used, held_out
 
 
-def blocks(tokens, length):
-    """Tokens as rows of ``length``, without what is left over."""
-    count = len(tokens) // length
-    return torch.tensor(tokens[: count * length], dtype=torch.long).view(count, length)
+def blocks(text, tokenizer, length):
+    """A text as rows of ``length`` tokens, without what is left over."""
+    tokens = tokenizer.encode(text, add_special_tokens=False, verbose=False)
+    start = tokenizer.encode("")  # for many models the BOS token, without which they do badly
+    step = length - len(start)
+    ends = range(step, len(tokens) + 1, step)
+    rows = [start + tokens[end - step : end] for end in ends]
+    return torch.tensor(rows, dtype=torch.long).view(-1, length)
 
 
 def spread(rows, count):
@@ -72,23 +73,15 @@ def spread(rows, count):
 
 
 # -- what is to be kept ----------------------------------------------------------------------------
-def references(model, tokenizer, texts, options):
-    """The text on which the model is to predict what it predicts now [N, length]."""
-    share = math.ceil(options.references / len(options.keep))
-    kept = [
-        own_text(model, tokenizer, share, options.length)
-        if source == SELF
-        else spread(texts[source][0], share)
-        for source in options.keep
-    ]
-    return torch.cat(kept)
-
-
-def own_text(model, tokenizer, count, length):
-    """What the model writes if you let it: samples from nothing but the first token."""
+def own_text(model, tokenizer, options):
+    """What the model writes of its own accord [N, length]: to use, and held out."""
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if first is None:
+        raise SystemExit("the model has no token to begin with: name files to --keep")
+    used, held_out = options.references, math.ceil(options.evaluate / 2)
     from_all = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-    return write(model, torch.full((count, 1), first), length - 1, **from_all)
+    start = torch.full((used + held_out, 1), first)
+    return write(model, start, options.length - 1, **from_all).split([used, held_out])
 
 
 def write(model, tokens, more, **how):
@@ -104,8 +97,10 @@ def write(model, tokens, more, **how):
     ).cpu()
 
 
-def remember(model, kept, options):
-    """A regularizer that knows the model as it is now, and what it predicts for ``kept``."""
+def remember(model, texts, options):
+    """A regularizer that remembers the weights, and the predictions for the reference text."""
+    share = math.ceil(options.references / len(options.keep))
+    kept = torch.cat([spread(texts[source][0], share) for source in options.keep])
     kept = kept[torch.randperm(len(kept))]  # each batch has some of all files
     reference = [{"input_ids": part} for part in kept.split(16)]
     budget = mas_ext.DriftBudget(options.budget, reference=reference, samples=len(kept))
@@ -138,10 +133,16 @@ class HoldingTrainer(Trainer):
         super().__init__(*arguments, **options)
         self.mas, self.factor = mas, factor
 
-    def compute_loss(self, model, inputs, **options):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """As in every Trainer, and the drift on half as many references as there are samples."""
-        loss = super().compute_loss(model, inputs, **options)
-        return loss + self.factor * self.mas.drift_loss(max(1, len(inputs["input_ids"]) // 2))
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if model.training:
+            drift = self.mas.drift_loss(max(1, len(inputs["input_ids"]) // 2))
+            # A loss that is normalized over all accumulated batches is added up by the Trainer.
+            is_part = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            parts = self.current_gradient_accumulation_steps if is_part else 1
+            loss = loss + self.factor / parts * drift
+        return (loss, outputs) if return_outputs else loss
 
 
 class Trace(TrainerCallback):
@@ -296,11 +297,15 @@ def run(options):
     torch.manual_seed(options.seed)
     say(f"loading {options.model}")
     model, tokenizer = load(options)
-    files = [path for path in options.keep if path != SELF]
-    paths = dict.fromkeys([options.text, *files, *options.watch])
-    texts = {path: read(path, tokenizer, options.length) for path in paths}
+    texts = {}
+    for source in dict.fromkeys([options.text, *options.keep, *options.watch]):
+        if source == SELF:
+            say("letting the model write")
+            texts[source] = own_text(model, tokenizer, options)
+        else:
+            texts[source] = read(source, tokenizer, options.length)
     say("remembering what it predicts for the reference text")
-    mas = remember(model, references(model, tokenizer, texts, options), options)
+    mas = remember(model, texts, options)
     say("perplexities before training")
     stages = {"before": examine(model, tokenizer, texts, options)}
     say(f"learning {options.text}")
@@ -347,47 +352,50 @@ def save(model, tokenizer, results, folder):
     plot(results, folder / "drift.png")
 
 
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Keeps the lines of the text above, and shows the defaults."""
+
+
 def parse(arguments=None):
     """The options."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_argument
     add("model", nargs="?", help="name on the hub, or folder")
     add("text", nargs="?", help="text file to learn")
     add(
         "--keep",
         nargs="+",
-        help="text files on which it is to stay as it is, or self: text that it writes itself",
+        default=[SELF],
+        help="text files on which the model should stay as it is, or self: text that it writes",
     )
     add("--watch", nargs="+", default=[], help="more text files to report the perplexity of")
     add(
         "--budget",
         type=float,
         default=0.15,
-        help="how far the predictions on the kept text may move, in nats per token",
+        help="how far the predictions on the reference text may move, in nats per token",
     )
     add(
         "--drift-loss",
         type=float,
         default=0.0,
         metavar="FACTOR",
-        help="of the drift as a term of the loss: 1 keeps more and takes longer; default: 0",
+        help="factor of the drift in the loss: 1 keeps more, and takes half as long again",
     )
     add(
         "--lora",
         action="store_true",
         help=f"train LoRA adapters of rank {RANK}, not the weights themselves",
     )
-    add("--steps", type=int, default=60, help="of training")
+    add("--steps", type=int, default=60, help="optimizer steps")
     add("--batch", type=int, default=8, help="blocks of text per step")
     add("--length", type=int, default=96, help="tokens per block")
     add(
         "--rate",
         type=float,
-        help=f"learning rate; default: {RATES['full']}, with --lora {RATES['lora']}",
+        help=f"learning rate; None: {RATES['full']}, with --lora {RATES['lora']}",
     )
-    add("--references", type=int, default=32, help="blocks of text to measure the drift on")
+    add("--references", type=int, default=32, help="blocks of reference text, over all of --keep")
     add(
         "--evaluate",
         type=int,
@@ -401,7 +409,6 @@ def parse(arguments=None):
         use_small_llama(options)
     elif options.text is None:
         parser.error("TEXT is missing: the file to learn")
-    options.keep = options.keep or [SELF]
     return options
 
 
@@ -412,7 +419,7 @@ def use_small_llama(options):
     folder = prepare(options.out / "small")
     options.model, options.text = str(folder / "model"), str(folder / "code.txt")
     english = str(folder / "english.txt")
-    options.keep = options.keep or [english]
+    options.keep = [english] if options.keep == [SELF] else options.keep
     options.watch = [*options.watch, english]
 
 

@@ -249,9 +249,25 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             stack.enter_context(whole.in_evaluation())
         for kind in {"cpu", device}:
             stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.enter_context(_own_forward(model))
         stack.enter_context(undisturbed(model))
         stack.enter_context(torch.no_grad())
         yield
+
+
+@contextmanager
+def _own_forward(model: nn.Module) -> Iterator[None]:
+    """Without the autocast in which Accelerate, and so the Trainer, wraps a model's forward."""
+    attributes = vars(model)
+    wrapped, own = attributes.get("forward"), attributes.get("_original_forward")
+    if wrapped is None or own is None:
+        yield
+        return
+    attributes["forward"] = own
+    try:
+        yield
+    finally:
+        attributes["forward"] = wrapped
 
 
 def buffers_of(model: nn.Module) -> dict[str, Tensor]:

@@ -151,6 +151,15 @@ def test_adapters_held_as_one_update_resume_in_bfloat16(library, tmp_path):
     assert_states_equal(resumed.state_dict(), mas.state_dict())
 
 
+def test_the_drift_is_that_without_the_trainers_autocast(library, tmp_path):
+    model = llama()
+    mas = mas_ext.L2SP(model, budget=0.1)
+    mas.consolidate([{"input_ids": row["input_ids"][None]} for row in texts(1)])
+    before = mas.drift_measured()
+    library.learn(model, texts(2), library.Recorder(), tmp_path, max_steps=1, lr=0.0, bf16=True)
+    assert mas.drift_measured() == before
+
+
 # -- Folders that training resumes from ------------------------------------------------------------
 SAVING = {"saves": True, "save_steps": 5, "lr": 0.05, "momentum": 0.9}
 
