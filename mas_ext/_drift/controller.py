@@ -8,6 +8,11 @@ Once the penalty balances the loss, d falls in proportion to 1/λ². Before that
 strong λ is, and a controller that looks at d alone would lower λ until the budget is spent. So λ is
 only lowered if d, rising as it does, would stay below L for the next :data:`HORIZON` steps. It is
 raised if d is above L and not about to fall below it.
+
+Where λ is only predicted, the first step of a task tells whether it is far too large. In that step
+the penalty is still 0, so the step is the loss's alone: it does the work w = Σ|gᵢδᵢ|, and leads to
+:math:`d_1` and :math:`Q_1`. After :math:`t=\sqrt{L/d_1}` such steps, d would be L, and there the
+penalty's pull balances the gradient if :math:`\lambda Q_1t^2 = wt`.
 """
 
 from __future__ import annotations
@@ -31,6 +36,7 @@ class Controller:
 
     Attributes:
         log_factor: of what λ is multiplied by.
+        log_start: log_factor after the first step of the task.
         drift, size: averages of d and Q over the measurements of this task.
         last_size: Q at the last measurement.
         steps: of the optimizer since the task began.
@@ -41,6 +47,7 @@ class Controller:
     """
 
     log_factor: float = 0.0
+    log_start: float = 0.0
     drift: float = 0.0
     size: float = 0.0
     last_size: float = 0.0
@@ -113,9 +120,21 @@ class Controller:
         """Lowers λ where its factor is above ``largest``."""
         self.log_factor = min(self.log_factor, math.log(largest))
 
-    def raise_factor(self, least: float) -> None:
-        """Raises λ where its factor is below ``least``."""
-        self.log_factor = max(self.log_factor, math.log(least))
+    def keep_above(self, least: float) -> None:
+        """Raises λ where it is less than ``least`` of what it was after the first step."""
+        self.log_factor = max(self.log_factor, self.log_start + math.log(least))
+
+    def start_from(self, work: float, drift: float, size: float, limit: float) -> None:
+        """Lowers λ after the first step of a task, if the drift could not come near the limit.
+
+        Args:
+            work: w.
+            drift, size, limit: d₁, Q₁ in the unit that makes λ/2 · Q₁ the penalty, and L.
+        """
+        largest = work * math.sqrt(drift / limit) / size if size > 0 else 0.0
+        if 0 < largest < math.inf:
+            self.limit_factor(largest)
+            self.log_start = min(0.0, math.log(largest))
 
 
 def step_is_stable_up_to(scale: float) -> float:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mas_ext._distributed.ranks import ProcessGroup
-from mas_ext._distributed.shards import is_sharded
+from mas_ext._distributed.shards import full_tensor, is_sharded
 from mas_ext._drift.budget import DriftBudget
 from mas_ext._drift.controller import step_is_stable_up_to
 from mas_ext._drift.metrics import resolve
@@ -272,12 +272,14 @@ class DriftTracker:
         assert references is not None
         drift = self.measured(protected, references.batch_size)
         kind = _kind(optimizer, mode)
-        penalty = float(protected.penalty(kind))
-        controller.follow(
-            drift, penalty / state.strength.factor, self.budget.limit * self.budget.slack
-        )
+        penalty, limit = float(protected.penalty(kind)), self.budget.limit * self.budget.slack
+        size = penalty / state.strength.factor
+        if controller.steps == 1 and state.strength.is_auto and mode == "gradient" and optimizer:
+            work = self._placement(protected.index.model).ranks.largest(_work(optimizer))
+            controller.start_from(work, drift, 2 * size, limit)
+        controller.follow(drift, size, limit)
         if state.strength.is_auto:
-            controller.raise_factor(LOWEST)
+            controller.keep_above(LOWEST)
         state.follow_controller()
         if mode == "gradient" and optimizer is not None:
             self._limit(protected, {optimizer, *self._last_round})
@@ -339,6 +341,21 @@ def _kind(optimizer: Optimizer | None, mode: str) -> UpdateKind:
     if optimizer is None:
         return "normalized" if mode == "proximal" else "gradient"
     return update_kind(optimizer, mode)
+
+
+def _work(optimizer: Optimizer) -> float:
+    """Σ|gᵢδᵢ| of an optimizer's first step, which it has just taken: later ones have momentum.
+
+    0 if it does not tell its learning rate.
+    """
+    power = 1 if normalizes_updates(optimizer) else 2
+    sums = [
+        float(group.get("lr") or 0.0) * float(full_tensor(p.grad.abs().pow(power).sum()))
+        for group in optimizer.param_groups
+        for p in group["params"]
+        if p.grad is not None
+    ]
+    return sum(sums) / float(getattr(optimizer, "grad_scale", None) or 1.0)
 
 
 def _checked(task: TaskReferences, argument: str) -> TaskReferences:

@@ -16,6 +16,9 @@ not known yet, but it passes through the same network: a loss whose gradient wit
 outputs is about one, as cross-entropy's is at first, has gradients of about
 :math:`\Omega_i/2\sqrt E`, of which averaging over a batch and over training leaves a part.
 
+With a drift budget, the first step of a task shows the gradient, and corrects a λ that is far too
+large (:mod:`mas_ext._drift.controller`).
+
 Two constants are measured, not derived: :data:`COHERENCE` and :data:`LASTING`. Run
 ``python -m benchmarks drift`` to measure them again.
 """

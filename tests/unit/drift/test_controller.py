@@ -132,12 +132,28 @@ def test_a_predicted_lambda_falls_so_far_and_a_given_one_further(learned, mode):
     lowest = {}
     for factor in (1.0, 1.001):  # predicted, and given as a number
         model, mas = begun(learned, budget=100.0, factor=factor)
-        kind = "lambda_proximal" if mode == "proximal" else "lambda_reg"
-        predicted = getattr(mas, kind)
         train(model, [optimizer_of("Adam", mode, model, mas)], 400)
-        lowest[factor] = getattr(mas, kind) / predicted
+        lowest[factor] = mas.drift_trace[-1].lambda_reg / mas.drift_trace[0].lambda_reg
     assert lowest[1.0] == pytest.approx(LOWEST)
     assert lowest[1.001] < LOWEST / 10
+
+
+@pytest.mark.parametrize("kind", ["Adam", "SGD", "ours.Adam"])
+@pytest.mark.parametrize("offset", [0.0, 10.0])
+def test_the_first_step_corrects_a_prediction_from_logits_with_an_offset(kind, offset):
+    """As those of language models have: ‖F‖² depends on it a great deal, the loss not at all."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 200).requires_grad_(False))
+    model[1].weight.add_(offset)
+    x = torch.randn(16, 20, 8)
+    mas = MAS(model, budget=DriftBudget(LIMIT, every=5))
+    mas.consolidate(x.split(16))
+    optimizer = optimizer_of(kind, "gradient", model, mas, lr=1.0 if kind == "SGD" else 0.01)
+    for _ in range(60):
+        optimizer.zero_grad()
+        cross_entropy(model(x).flatten(0, 1), torch.zeros(16 * 20).long()).backward()
+        optimizer.step()
+    assert mas.drift_measured() > LIMIT / 2
 
 
 # -- when it is measured, and what is noted --------------------------------------------------------
