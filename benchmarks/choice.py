@@ -78,8 +78,8 @@ def language(result: Result) -> Table:
     ]
     return Table(
         f"{result['title']}: drift (nats per prediction) and perplexity; perplexity on English and "
-        "code relative to before. Then the time, with Ω, over that of fine-tuning, and GB of memory "
-        f"beyond it. All but the first three are held to a drift of {retained.TYPICAL:g}.",
+        "code relative to before. Then the time, with Ω, over that of fine-tuning, and GB of "
+        f"memory beyond it. All but the first three are held to a drift of {retained.TYPICAL:g}.",
         ("", "drift", result["title"], "English", "code", "time", "memory"),
         rows,
     )
