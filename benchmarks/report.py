@@ -21,7 +21,7 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks import memory_traffic, plot
+from benchmarks import choice, memory_traffic, plot
 from benchmarks.benchmark import Benchmark, Result, Results
 from benchmarks.drift import summary
 from benchmarks.drift.problems import CHOSEN_ON
@@ -657,6 +657,10 @@ def updated(page: Path, benchmarks: list[Benchmark], results: dict[str, Any]) ->
     measured = results["benchmarks"]
     if steps := {name: measured[name] for name in _STEPS if name in measured}:
         makers["optimizer_steps"] = lambda: optimizer_steps(steps).markdown()
+    if problems := measured.get("drift"):
+        makers["choice_digits"] = lambda: choice.digits(problems).markdown()
+    if texts := measured.get("retention"):
+        makers["choice_language"] = lambda: choice.language(next(iter(texts.values()))).markdown()
     for benchmark in benchmarks:
         if measured.get(benchmark.name):
             makers[benchmark.name] = partial(block, benchmark, results, plots)

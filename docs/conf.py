@@ -1,15 +1,16 @@
 """How Sphinx builds the documentation: `make docs`."""
 
 import sys
-from importlib.metadata import version as installed_version
 from pathlib import Path
+
+import mas_ext
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "_ext"))
 
 project = "mas_ext"
 author = "the mas_ext authors"
-version = release = installed_version("mas_ext")
+version = release = mas_ext.__version__
 
 extensions = [
     "myst_parser",

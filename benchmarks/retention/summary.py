@@ -90,9 +90,9 @@ def perplexity(result: Result, method: Method, limit: float) -> tuple[float, flo
     return statistics.mean(values), deviation(values)
 
 
-def left(result: Result, method: Method) -> dict[str, float]:
-    """At the typical limit: perplexities relative to the start, and the questions answered."""
-    points, begun = within(result, method, TYPICAL), start(result)
+def left(result: Result, method: Method, limit: float = TYPICAL) -> dict[str, float]:
+    """Within a limit: perplexities relative to the start, and the questions answered."""
+    points, begun = within(result, method, limit), start(result)
     ratios = {n: statistics.mean(point.over(begun, n) for point in points) for n in WATCHED}
     return {**ratios, "answered": statistics.mean(point.answered for point in points)}
 
