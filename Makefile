@@ -1,18 +1,19 @@
 # Every command sets up what it needs in .venv: start with `make demo` or `make test`.
 PYTHON ?= python3
 VENV := .venv
-BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check
+BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check
 SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.[ch]*')
 CPP := $(shell find csrc benchmarks tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help install demo llm test bench docs lint format notebook gpu wheel clean
+.PHONY: help install demo llm test lowest bench docs lint format notebook gpu wheel clean
 
 help:
 	@echo "make demo      learn five tasks on real digits; writes out/demo/report.html"
 	@echo "make llm       a pretrained language model learns German, and keeps English and code;"
 	@echo "               writes out/llm/german/report.md"
 	@echo "make test      the test suite"
+	@echo "make lowest    unit tests in plain PyTorch, with the lowest versions that are supported"
 	@echo "make bench     every way to do each job, side by side; writes out/benchmarks/report.html"
 	@echo "make docs      the documentation, in out/docs/index.html; its examples run as tests"
 	@echo "make install   everything for development, with the kernels built in place"
@@ -62,6 +63,20 @@ llm: $(VENV)/.llm
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n auto --maxprocesses 4
+
+# An environment of its own, where every >= of pyproject.toml is an ==. uv, as it needs a third of
+# pip's time. Only what runs operators is tested: not whole programs, processes and trainers, which
+# the kernels are a part of, nor comparisons with the reference, which here would be with itself.
+lowest: VENV = build/lowest
+lowest:
+	PYENV_VERSION=3.10 python3.10 -m venv $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(PIP) uv
+	grep -oE '[[:alnum:]_-]+>=[0-9.]+' pyproject.toml | sed 's/>=/==/' >$(VENV)/versions.txt
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint $(VENV)/versions.txt \
+		--requirements pyproject.toml --extra test
+	MAS_EXT_DISABLE_NATIVE=1 $(BIN)/python -m mas_ext info
+	MAS_EXT_DISABLE_NATIVE=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 -q tests/unit \
+		-k "not reference"
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks --out out/benchmarks
