@@ -20,7 +20,7 @@ from mas_ext._drift.references import (
     tree_of,
 )
 from mas_ext._drift.sampling import ReferenceSampler
-from mas_ext._storage.numbers import is_whole, restored
+from mas_ext._storage.stored_numbers import is_whole, restored
 from mas_ext._storage.tensor_file import DTYPES, under
 from mas_ext._warnings import warn
 from mas_ext.importance.batches import CustomBatch, Forward

@@ -23,7 +23,7 @@ from mas_ext._distributed.gathering import write_once
 from mas_ext._distributed.shards import is_sharded
 from mas_ext._operators.checks import is_dense
 from mas_ext._storage import tensor_file
-from mas_ext._storage.numbers import is_whole, restored
+from mas_ext._storage.stored_numbers import are_finite, is_whole, restored
 from mas_ext._strength.auto import DEFAULT_DRIFT, OutputEnergy
 from mas_ext.importance.estimation import SampleStatistics
 from mas_ext.precision import dequantize, in_memory_order, num_scales
@@ -142,11 +142,7 @@ def _check_tensor(group: str, name: str, tensor: Any) -> None:
     is_code = tensor.dtype == torch.uint8 and group in SCALES
     if not (is_code or tensor.is_floating_point()):
         raise ValueError(f"the state is damaged: {group} of {name!r} is {tensor.dtype}")
-    if tensor.numel() == 0 or is_code:
-        return
-    least, most = torch.aminmax(tensor.detach())
-    is_finite = bool(torch.isfinite(least) & torch.isfinite(most))
-    if not is_finite or (group not in ("anchor", "adapters") and least < 0):
+    if not is_code and not are_finite(tensor, may_be_negative=group in ("anchor", "adapters")):
         raise ValueError(
             f"the state is damaged: {group} of {name!r} has NaN, Inf or negative numbers"
         )

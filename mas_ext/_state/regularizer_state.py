@@ -21,7 +21,7 @@ from mas_ext._state.importance_state import ImportanceState
 from mas_ext._state.merging import Merge, check_merge
 from mas_ext._state.task_accumulator import TaskAccumulator
 from mas_ext._storage.flat_tensors import copies
-from mas_ext._storage.numbers import restored
+from mas_ext._storage.stored_numbers import restored
 from mas_ext._strength.auto import OutputEnergy, check_energy
 from mas_ext._strength.strength import RegularizationStrength
 from mas_ext.importance.options import check_weighting

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mas_ext._distributed.shards import Placement
 from mas_ext._storage.flat_tensors import FlatTensors, check_growth, copies, leading
-from mas_ext._storage.numbers import restored
+from mas_ext._storage.stored_numbers import restored
 from mas_ext.importance.estimation import SampleStatistics
 from mas_ext.reference import accumulation_dtype
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from mas_ext._distributed.shards import local
 from mas_ext._distributed.topology import is_running
 from mas_ext._storage import atomic_write, tensor_file
-from mas_ext._storage.numbers import is_whole, restored
+from mas_ext._storage.stored_numbers import are_finite, is_whole, restored
 from mas_ext.importance.estimation import SampleStatistics, check_finite
 from mas_ext.importance.options import Measurement
 
@@ -299,7 +299,7 @@ def _check_sums(found: Tensors, sums: Tensors) -> None:
     for name, value in found.items():
         if (value.shape, value.dtype) != (sums[name].shape, sums[name].dtype):
             raise ValueError(f"the sums of {name!r} have another shape or dtype")
-        if not torch.isfinite(value).all() or (value < 0).any():
+        if not are_finite(value):
             raise ValueError(f"the sums of {name!r} have NaN, Inf or negative numbers")
 
 

@@ -110,7 +110,7 @@ def forge(change):
 
 
 def cut(entry, shape):
-    entry.shape, entry.data = shape, entry.data[: 4 * math.prod(shape)]
+    entry.shape, entry.data = shape, entry.data[: entry.itemsize * math.prod(shape)]
 
 
 FORGED = {

@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, TypeVar
 
+import torch
+from torch import Tensor
+
 _LARGEST = 2**63 - 1  # of a whole number; PyTorch has no larger ones
 T = TypeVar("T")
 
@@ -20,6 +23,15 @@ def is_finite(value: Any) -> bool:
     """Whether a value is a number other than NaN and Inf, and not a bool."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return is_number and -sys.float_info.max <= value <= sys.float_info.max
+
+
+def are_finite(tensor: Tensor, *, may_be_negative: bool = False) -> bool:
+    """Whether all numbers of a tensor are finite, and not negative; takes no memory."""
+    if tensor.numel() == 0:
+        return True
+    least, most = torch.aminmax(tensor.detach())  # NaN, if there is one
+    is_in_range = torch.isfinite(least) & torch.isfinite(most)
+    return bool(is_in_range if may_be_negative else is_in_range & (least >= 0))
 
 
 def restored(kind: type[T], values: Any, what: str) -> T:
