@@ -256,8 +256,7 @@ def _importance(label: str, omega: Any) -> tuple[Mapping[str, Tensor], str]:
     state = checkpoint.read(omega)
     if not state["importance"]:
         raise ValueError(f"{label} has none yet; save after consolidate()")
-    omega = _Dequantized(state["importance"], state.get("importance_scales", {}))
-    return omega, state.get("reduction", "")
+    return _Dequantized(state["importance"], state["importance_scales"]), state["reduction"]
 
 
 class _Dequantized(Mapping[str, Tensor]):

@@ -67,27 +67,40 @@ class AdapterAnchors:
         """From what :meth:`state_dict` returned, for these weights; the rest is left out.
 
         Raises:
-            ValueError: it is of another base, or of adapters that do not fit these layers.
+            ValueError: it is damaged, of another base, or of adapters that do not fit these layers.
         """
         anchors = cls({}, {name: fingerprint(one) for name, one in adapted.items()})
+        found: dict[str, dict[str, Tensor]] = {}
         for key, value in state.items():
             name, _, part = key.rpartition("/")
-            if part == _FINGERPRINT and name in adapted and len(value):
+            if part != _FINGERPRINT:
+                found.setdefault(name, {})[part] = value
+            elif name in adapted and value.numel():
                 check_base(name, anchors.fingerprints[name], value)
                 anchors.fingerprints[name] = value.cpu()
+        for name, parts in found.items():
             weight, _, adapter = name.rpartition("/")
-            if part == "a" and weight in adapted and state[f"{name}/b"].any():
-                factors = (value, state[f"{name}/b"])
-                anchors._put(adapted[weight], adapter, factors, float(state[f"{name}/scale"]))
+            if weight in adapted:
+                anchors._put(adapted[weight], adapter, parts)
         return anchors
 
-    def _put(
-        self, one: AdaptedWeight, adapter: str, factors: tuple[Tensor, Tensor], scale: float
-    ) -> None:
+    def _put(self, one: AdaptedWeight, adapter: str, parts: Mapping[str, Tensor]) -> None:
+        if parts.keys() != {"a", "b", "scale"} or parts["scale"].numel() != 1:
+            raise ValueError(
+                f"the state is damaged: adapter {adapter!r} of {one.name!r} has {sorted(parts)}"
+            )
         like = one.adapters().get(adapter)
         device = one.weight.device if like is None else like.a.device
-        a, b = (factor.to(device, copy=True) for factor in factors)
-        self.adapters.setdefault(one.name, {})[adapter] = Adapter(a, b, scale)
+        a, b = (parts[part].to(device, copy=True) for part in ("a", "b"))
+        kept = Adapter(a, b, float(parts["scale"]))
+        if not one.takes(kept):
+            raise ValueError(
+                f"the state has an adapter {adapter!r} of {one.name!r} whose A {list(a.shape)} and "
+                f"B {list(b.shape)} do not fit it; load it beside the adapters that it was saved "
+                "with"
+            )
+        if b.any():
+            self.adapters.setdefault(one.name, {})[adapter] = kept
 
 
 def names(state: Mapping[str, Tensor]) -> set[str]:
@@ -124,9 +137,9 @@ def check_base(name: str, found: Tensor, expected: Tensor) -> None:
 
     Nothing is known of those of a quantized base.
     """
-    if not (len(found) and len(expected)):
+    if not (found.numel() and expected.numel()):
         return
-    expected = expected.cpu()
+    expected = expected.cpu().float()
     same = found.shape == expected.shape and bool(
         (found - expected).norm() <= TOLERANCE * expected.norm()
     )

@@ -88,6 +88,14 @@ class AdaptedWeight:
         laid_out = [self._laid_out(one) for one in adapters]
         return torch.cat([a for a, _ in laid_out]), torch.cat([b for _, b in laid_out], 1)
 
+    def takes(self, one: Adapter) -> bool:
+        """Whether an adapter's factors have shapes whose product is an update of W."""
+        if min(one.a.dim(), one.b.dim()) < 2:
+            return False
+        a, b = self._laid_out(one)
+        rows, columns = self.weight.shape[0], self.weight.shape[1:].numel()
+        return (len(b), a.shape[1]) == (rows, columns) and b.shape[1] == len(a)
+
     def _laid_out(self, one: Adapter) -> tuple[Tensor, Tensor]:
         a, b = one.a.flatten(1), one.b.flatten(1) * one.scale
         transposed = self._embeds or getattr(self.layer, "fan_in_fan_out", False)

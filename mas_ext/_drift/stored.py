@@ -6,18 +6,21 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from mas_ext._drift.controller import Controller
+from mas_ext._drift.controller import RANGE, Controller
 from mas_ext._drift.metrics import Comparison
 from mas_ext._drift.references import (
     Reference,
     References,
     TaskReferences,
     batch_of,
+    leaves_of,
     tree_of,
 )
 from mas_ext._drift.sampling import ReferenceSampler
+from mas_ext._storage.stored_numbers import is_whole, restored
 from mas_ext._storage.tensor_file import DTYPES, under
 from mas_ext._warnings import warn
 from mas_ext.importance.batches import CustomBatch, Forward
@@ -86,16 +89,14 @@ class DriftState:
         if not settings:  # of a MAS without a budget
             return cls()
         try:
+            _check(settings["tensors"] == sorted(tensors), "tensors")
             state = cls(None, None, _controller(settings["controller"]))
             tasks = [_task(one, tensors, forward) for one in settings["tasks"]]
             if tasks:
                 state.references = References(comparison, tasks, under("buffers", tensors))
             if (about := settings.get("open")) is not None:
-                sampler = ReferenceSampler(count, forward, tuple(about["seed"]))
-                sampler.batches, sampler.largest = about["batches"], about["largest"]
-                sampler.kept = [_reference(part, tensors, forward) for part in about["parts"]]
-                state.sampler = sampler
-        except (KeyError, TypeError, IndexError, AttributeError) as error:
+                state.sampler = _sampler(about, tensors, count, forward)
+        except (LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"the state is damaged: its references lack {error}") from error
         return state
 
@@ -115,11 +116,31 @@ def _tasks(tasks: list[TaskReferences], tensors: Tensors) -> list[dict[str, Any]
     return stored
 
 
+def _check(holds: bool, what: str) -> None:
+    if not holds:
+        raise TypeError(f"a {what} that makes sense")
+
+
 def _controller(numbers: Mapping[str, Any]) -> Controller:
-    controller = Controller(**numbers)
-    if not all(isinstance(value, (int, float)) for value in asdict(controller).values()):
-        raise TypeError("numbers of the controller")
+    numbers = {"log_start": 0.0, **numbers}  # an earlier mas_ext did not have it
+    controller = restored(Controller, numbers, "the controller")
+    _check(controller.log_factor <= RANGE, "log_factor")
+    _check(min(controller.size, controller.last_size) >= 0, "size")
     return controller
+
+
+def _sampler(
+    about: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    count: int,
+    forward: Forward | None,
+) -> ReferenceSampler:
+    _check(is_whole(about["batches"]) and is_whole(about["largest"], 1), "number of batches")
+    _check(all(map(is_whole, about["seed"])), "seed")
+    sampler = ReferenceSampler(count, forward, tuple(about["seed"]))
+    sampler.batches, sampler.largest = about["batches"], about["largest"]
+    sampler.kept = [_reference(part, tensors, forward) for part in about["parts"]]
+    return sampler
 
 
 def _parts(
@@ -160,26 +181,62 @@ def _task(
     stored: Mapping[str, Any], tensors: Mapping[str, Tensor], forward: Forward | None
 ) -> TaskReferences:
     parts = [_reference(part, tensors, forward) for part in stored["parts"]]
+    _check(bool(parts) and is_whole(stored["batch_size"], 1), "batch size")
     return TaskReferences(parts, stored["batch_size"])
 
 
 def _reference(
     stored: Mapping[str, Any], tensors: Mapping[str, Tensor], forward: Forward | None
 ) -> Reference:
-    name = stored["name"]
+    name, custom = stored["name"], stored["custom"]
+    _check(isinstance(name, str) and isinstance(custom, bool), "name")
     before = tuple(tensors[f"{name}/before/{k}"] for k in range(stored["before"]))
-    if stored["custom"] and forward is None:
+    if custom and forward is None:
         raise ValueError(
             "the state's references were measured with forward=, and a state cannot hold a "
             "function: pass the same one as DriftBudget(limit, forward=...)"
         )
-    batch = batch_of(_decoded(stored["inputs"], tensors), forward if stored["custom"] else None)
-    found = stored["outputs"]
-    outputs = found and Outputs(tuple(map(tuple, found["paths"])), tuple(found["names"]))
-    keys = tensors[f"{name}/keys"]
-    rowwise = stored["rowwise"] and tuple(stored["rowwise"])
-    about = (stored["samples"], rowwise, stored["accelerated"], outputs)
-    return Reference(batch, keys, *about, before)
+    tree = _decoded(stored["inputs"], tensors)
+    _check(custom or _is_call(tree), "batch")
+    keys, rowwise = tensors[f"{name}/keys"], stored["rowwise"]
+    about = (stored["samples"], rowwise and tuple(rowwise), stored["accelerated"])
+    batch = batch_of(tree, forward if custom else None)
+    reference = Reference(batch, keys, *about, _outputs(stored["outputs"]), before)
+    _check_reference(reference)
+    return reference
+
+
+def _is_call(tree: Any) -> bool:
+    """Whether it is the positional and the named arguments of a call."""
+    kinds = (tuple, dict)
+    return type(tree) is tuple and tuple(map(type, tree)) == kinds
+
+
+def _outputs(found: Mapping[str, Any] | None) -> Outputs | None:
+    if found is None:
+        return None
+    paths, names = tuple(map(tuple, found["paths"])), tuple(found["names"])
+    keys = [key for path in paths for key in path]
+    _check(all(isinstance(key, (str, int)) for key in (*keys, *names)), "name of an output")
+    _check(len(paths) == len(names), "number of outputs")
+    return Outputs(paths, names)
+
+
+def _check_reference(one: Reference) -> None:
+    """Raises TypeError unless its tensors have a row for each of its samples."""
+    _check(is_whole(one.samples, 1) and isinstance(one.accelerated, bool), "number of samples")
+    _check(len(one.before) == (0 if one.outputs is None else len(one.outputs.paths)), "output")
+    _check(one.keys.dtype == torch.float64 and one.keys.dim() == 1, "key")
+    _check(len(one.keys) == (1 if one.rowwise is None else one.samples), "number of keys")
+    finite = (one.keys, *one.before)
+    _check(all(t.is_floating_point() and bool(t.isfinite().all()) for t in finite), "number")
+    if one.rowwise is None:
+        return
+    leaves = leaves_of(one.batch)
+    _check([type(has_rows) for has_rows in one.rowwise] == [bool] * len(leaves), "batch")
+    rows = [leaf for leaf, has_rows in zip(leaves, one.rowwise, strict=True) if has_rows]
+    _check(all(isinstance(leaf, Tensor) for leaf in rows), "tensor of a batch")
+    _check(all(t.dim() > 0 and len(t) == one.samples for t in (*rows, *one.before)), "row")
 
 
 class _Unstorable(Exception):
@@ -207,6 +264,7 @@ def _encoded(value: Any, name: str, tensors: Tensors) -> dict[str, Any]:
 
 
 def _decoded(stored: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
+    _check(len(stored) == 1, "batch")
     ((kind, content),) = stored.items()
     if kind == "tensor":
         return tensors[content]
@@ -214,4 +272,5 @@ def _decoded(stored: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
         return {key: _decoded(value, tensors) for key, value in content.items()}
     if kind in _CONTAINERS:
         return _CONTAINERS[kind](_decoded(value, tensors) for value in content)
+    _check(kind == "value" and not isinstance(content, (list, dict)), "value")
     return content

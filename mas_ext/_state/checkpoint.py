@@ -20,7 +20,10 @@ from torch import Tensor
 from mas_ext._adapters import anchors
 from mas_ext._adapters.lora import AdaptedWeight
 from mas_ext._distributed.gathering import write_once
+from mas_ext._distributed.shards import is_sharded
+from mas_ext._operators.checks import is_dense
 from mas_ext._storage import tensor_file
+from mas_ext._storage.stored_numbers import are_finite, is_whole, restored
 from mas_ext._strength.auto import DEFAULT_DRIFT, OutputEnergy
 from mas_ext.importance.estimation import SampleStatistics
 from mas_ext.precision import dequantize, in_memory_order, num_scales
@@ -37,6 +40,7 @@ GROUPS = ("importance", "anchor", "earlier", "open")
 SCALES = {"importance": "importance_scales", "earlier": "earlier_scales"}
 PER_PARAMETER = (*GROUPS, *SCALES.values())
 TENSORS = (*PER_PARAMETER, "references", "adapters")
+REDUCTIONS = ("", "abs", "square", "none")  # none: nothing was measured
 
 StateDict = dict[str, Any]
 
@@ -45,8 +49,8 @@ def check_format(state: Mapping[str, Any], source: str) -> None:
     """Raises ValueError unless it is a state of this format and of a version this code reads."""
     if not isinstance(state, Mapping) or state.get("format") != FORMAT:
         raise ValueError(f"{source} is not a mas_ext state; pass what state_dict() or save() made")
-    version = state.get("version")
-    if not isinstance(version, int) or not 1 <= version <= VERSION:
+    version: Any = state.get("version")
+    if not is_whole(version, 1) or version > VERSION:
         raise ValueError(
             f"{source} has format version {version!r} and this mas_ext reads up to {VERSION}; "
             "install a newer mas_ext"
@@ -69,7 +73,8 @@ def upgraded(state: Mapping[str, Any]) -> Mapping[str, Any]:
     if state["version"] < 5:
         added |= {"control": {}, "references": {}}
     if state["version"] < 6:
-        added |= {"method": "MAS", "reduction": "abs" if state["anchor"] or state["open"] else ""}
+        is_measured = state.get("anchor") or state.get("open")
+        added |= {"method": "MAS", "reduction": "abs" if is_measured else ""}
     if state["version"] < 7:
         added |= {"adapters": {}}
     return {**state, **added}
@@ -94,16 +99,53 @@ _CONTENTS: dict[str, Any] = {
 
 
 def check_contents(state: Mapping[str, Any]) -> None:
-    """Raises ValueError if an entry is missing or has the wrong type."""
+    """Raises ValueError if an entry is missing, or has a wrong type or an impossible value."""
     for key, kind in _CONTENTS.items():
         if not isinstance(state.get(key), kind):
             raise ValueError(f"the state is damaged: {key!r} is {state.get(key)!r}")
+    _check_numbers(state)
+    for group in TENSORS:
+        for name, tensor in state[group].items():
+            _check_tensor(group, name, tensor)
     counts = {"tasks": _held(state, state["tasks"]), "num_samples": state["open"].keys()}
     for key, names in counts.items():
         if state[key].keys() != names:
             raise ValueError(f"the state is damaged: {key!r} counts other parameters than it has")
     for group, key in SCALES.items():
         _check_scales(state[group], state[key], key)
+
+
+def _check_numbers(state: Mapping[str, Any]) -> None:
+    restored(OutputEnergy, state["energy"], "'energy'")
+    restored(SampleStatistics, state["seen"], "'seen'")
+    if not is_whole(state["num_tasks"]):
+        raise ValueError(f"the state is damaged: 'num_tasks' is {state['num_tasks']!r}")
+    if state["reduction"] not in REDUCTIONS:
+        raise ValueError(f"the state is damaged: 'reduction' is {state['reduction']!r}")
+    for name, tasks in state["tasks"].items():
+        if not is_whole(tasks) or tasks > state["num_tasks"]:
+            raise ValueError(
+                f"the state is damaged: 'tasks' of {name!r} is {tasks!r}, and 'num_tasks' is "
+                f"{state['num_tasks']}"
+            )
+    for name, samples in state["num_samples"].items():
+        if not is_whole(samples, 1):
+            raise ValueError(f"the state is damaged: 'num_samples' of {name!r} is {samples!r}")
+
+
+def _check_tensor(group: str, name: str, tensor: Any) -> None:
+    """Raises ValueError unless a tensor has values that it can have: Ω is finite and not < 0."""
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"the state is damaged: {group} of {name!r} is no tensor")
+    if group == "references" or is_sharded(tensor) or tensor.is_meta:
+        return
+    is_code = tensor.dtype == torch.uint8 and group in SCALES
+    if not (is_code or tensor.is_floating_point()):
+        raise ValueError(f"the state is damaged: {group} of {name!r} is {tensor.dtype}")
+    if not is_code and not are_finite(tensor, may_be_negative=group in ("anchor", "adapters")):
+        raise ValueError(
+            f"the state is damaged: {group} of {name!r} has NaN, Inf or negative numbers"
+        )
 
 
 def _held(state: Mapping[str, Any], names: Collection[str]) -> set[str]:
@@ -115,7 +157,8 @@ def _check_scales(omega: Mapping[str, Tensor], scales: Mapping[str, Tensor], key
     """Raises ValueError unless codes have the scales they need, and nothing else has any."""
     needed = {n: num_scales(o.numel()) for n, o in omega.items() if o.dtype == torch.uint8}
     found = {name: tensor.numel() for name, tensor in scales.items()}
-    if needed != found:
+    are_plain = all(s.dim() == 1 and s.dtype == torch.float32 for s in scales.values())
+    if needed != found or not are_plain:
         raise ValueError(f"the state is damaged: {key!r} does not belong to its codes")
 
 
@@ -217,17 +260,22 @@ def write(state: StateDict, path: str | os.PathLike[str]) -> None:
 
 
 def read(path: str | os.PathLike[str]) -> StateDict:
-    """Reads what :func:`write` wrote.
+    """Reads what :func:`write` wrote, as the present version would have written it.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is truncated, altered, of another format or of a future version.
+        ValueError: it is truncated, altered, damaged, of another format or of a future version.
     """
     source = f"{os.fspath(path)!r}"
     settings, tensors = tensor_file.read(path, lambda settings: check_format(settings, source))
-    for key, stride in settings.pop("strides", {}).items():
-        tensors[key] = _laid_out(tensors[key], stride)
-    return {**settings, **{group: tensor_file.under(group, tensors) for group in TENSORS}}
+    try:
+        _lay_out(tensors, settings.pop("strides", {}))
+        groups = {group: tensor_file.under(group, tensors) for group in TENSORS}
+        state = upgraded({**settings, **groups})
+        check_contents(state)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}; use another copy") from error
+    return {**state}
 
 
 # A file holds contiguous tensors, and blocks of codes follow the order in memory. So codes with
@@ -247,5 +295,16 @@ def _strides(state: StateDict) -> dict[str, list[int]]:
     }
 
 
-def _laid_out(tensor: Tensor, stride: list[int]) -> Tensor:
-    return tensor.as_strided(tensor.shape, stride)
+def _lay_out(tensors: dict[str, Tensor], strides: Any) -> None:
+    """Gives tensors their strides back; raises ValueError if they cannot have had them."""
+    if not isinstance(strides, Mapping):
+        raise ValueError(f"the state is damaged: 'strides' is {strides!r}")
+    for key, stride in strides.items():
+        tensor = tensors.get(key)
+        fits = isinstance(stride, list) and all(map(is_whole, stride))
+        if tensor is None or not fits or len(stride) != tensor.dim():
+            raise ValueError(f"the state is damaged: 'strides' of {key!r} is {stride!r}")
+        # On the meta device first: there, strides that lead out of the memory do no harm.
+        if not is_dense(torch.empty_strided(tensor.shape, stride, device="meta")):
+            raise ValueError(f"the state is damaged: 'strides' of {key!r} is {stride!r}")
+        tensors[key] = tensor.as_strided(tensor.shape, stride)

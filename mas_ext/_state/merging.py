@@ -86,7 +86,7 @@ POLICIES: dict[str, MergePolicy] = {
     ),
     # Ω_t and all earlier *merged* Ω: from the last to the first, tasks weigh 1, 1, 2, 4, 8, …
     "sum_of_sums": MergePolicy(
-        _sum_of_sums_, lambda tasks, alpha: 2.0 ** (tasks - 1), needs_earlier=True
+        _sum_of_sums_, lambda tasks, alpha: 2.0 ** min(tasks - 1, 1023), needs_earlier=True
     ),
 }
 

@@ -21,6 +21,7 @@ from mas_ext._state.importance_state import ImportanceState
 from mas_ext._state.merging import Merge, check_merge
 from mas_ext._state.task_accumulator import TaskAccumulator
 from mas_ext._storage.flat_tensors import copies
+from mas_ext._storage.stored_numbers import restored
 from mas_ext._strength.auto import OutputEnergy, check_energy
 from mas_ext._strength.strength import RegularizationStrength
 from mas_ext.importance.options import check_weighting
@@ -252,9 +253,9 @@ class RegularizerState:
                 f"the state is of mas_ext.{state['method']}, and this is {method}, whose Ω is "
                 "another; load it into one of its own method"
             )
-        strength = RegularizationStrength(state["lambda_reg"], state["drift"])
+        strength = _strength(state)
         strength.check_covers(state["importance"])
-        energy = OutputEnergy(**state["energy"])
+        energy = restored(OutputEnergy, state["energy"], "'energy'")
         if strength.is_auto and state["importance"] and state["reduction"] == "abs":
             check_energy(energy.mean)
         merge = check_merge(state["merge"])
@@ -262,7 +263,7 @@ class RegularizerState:
         state = checkpoint.dequantized(state, shardings.names())
         state = {**state, **{g: shardings.parts(state[g]) for g in checkpoint.GROUPS}}
         params = local_parts(named)
-        restored = cls(
+        loaded = cls(
             ImportanceState.from_state_dict(state, params, state_dtype, adapted),
             strength,
             merge,
@@ -278,9 +279,17 @@ class RegularizerState:
                 state["adapters"], {n: a for n, a in adapted.items() if n in state["importance"]}
             ),
         )
-        restored._resolve(strength, named)
-        restored.follow_controller()
-        return restored
+        loaded._resolve(strength, named)
+        loaded.follow_controller()
+        strength.check_finite()
+        return loaded
+
+
+def _strength(state: Mapping[str, Any]) -> RegularizationStrength:
+    try:
+        return RegularizationStrength(state["lambda_reg"], state["drift"])
+    except TypeError as error:  # of an argument, but here it is what a file says
+        raise ValueError(f"the state is damaged: {error}") from error
 
 
 def _check_auto(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mas_ext._distributed.shards import Placement
 from mas_ext._storage.flat_tensors import FlatTensors, check_growth, copies, leading
+from mas_ext._storage.stored_numbers import restored
 from mas_ext.importance.estimation import SampleStatistics
 from mas_ext.reference import accumulation_dtype
 
@@ -69,9 +70,8 @@ class TaskAccumulator:
         sums = FlatTensors({name: params[name] for name in state["open"]}, accumulation_dtype)
         for name, value in state["open"].items():
             sums[name].copy_(value)
-        return cls(
-            sums, state["num_samples"], state["weighting"], SampleStatistics(**state["seen"])
-        )
+        seen = restored(SampleStatistics, state["seen"], "'seen'")
+        return cls(sums, state["num_samples"], state["weighting"], seen)
 
     @torch.no_grad()
     def with_room_for(

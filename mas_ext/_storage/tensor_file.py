@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
@@ -34,6 +33,9 @@ DTYPES = {  # safetensors' names
     torch.bool: "BOOL",
 }
 _UNKNOWN = "0" * 64  # where the checksum will be
+_DEPTH = 100  # of containers in settings; far more than anyone's batches have
+# What safetensors, PyTorch and JSON raise where a file makes no sense, beside SafetensorError.
+UNREADABLE = (LookupError, OSError, OverflowError, RuntimeError, TypeError, ValueError)
 
 
 def write(
@@ -100,15 +102,16 @@ def read(
     from safetensors import SafetensorError, safe_open
 
     source = f"{os.fspath(path)!r}"
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise FileNotFoundError(f"{source} does not exist or is not a file")
     try:
         with safe_open(os.fspath(path), framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         text = metadata["state"]
-        settings = json.loads(text)
-    except (SafetensorError, KeyError, ValueError, OSError) as error:
+        settings = _settings(text)
+        _check_dtypes(tensors)
+    except (SafetensorError, *UNREADABLE) as error:
         raise ValueError(
             f"{source} cannot be read ({error}): it is truncated, corrupted, or not a mas_ext "
             "state; use another copy"
@@ -120,6 +123,31 @@ def read(
     if metadata.get("sha256") != digest.hex():
         raise ValueError(f"{source} is corrupted: its checksum does not match; use another copy")
     return settings, tensors
+
+
+def _settings(text: str) -> Settings:
+    """Settings from their JSON. Whoever walks through them need not fear how deep they are."""
+    settings = json.loads(text)
+    if not isinstance(settings, dict):
+        raise ValueError("its settings are not an object")
+    level: list[Any] = [settings]
+    for _ in range(_DEPTH):
+        level = [item for value in level for item in _items(value)]
+    if level:
+        raise ValueError("its settings are nested too deeply")
+    return settings
+
+
+def _items(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
+
+
+def _check_dtypes(tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPES:
+            raise ValueError(f"{name!r} is {tensor.dtype}, which is never written")
 
 
 def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -26,6 +26,7 @@ Two constants are measured, not derived: :data:`COHERENCE` and :data:`LASTING`. 
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -85,7 +86,8 @@ class GroupStatistics:
             mean = self.importance / max(self.numel, 1)
             strength = STIFFNESS / mean if mean > 0 else 0.0
             return Lambdas(strength * LASTING * math.sqrt(mean), strength)
-        scale = COHERENCE / (drift * energy)
+        share = drift * energy
+        scale = COHERENCE / share if share > 0 else math.inf  # too small for a float
         push = LASTING * self.importance / (2 * math.sqrt(energy))
         return Lambdas(scale * push, scale * self.numel)
 
@@ -96,7 +98,7 @@ def check_drift(value: Any) -> float:
         raise TypeError(
             f"drift is {value!r}; pass a number, or a mapping from lambda_reg's patterns to numbers"
         )
-    if not 0 < value < math.inf:
+    if not 0 < value <= sys.float_info.max:
         raise ValueError(f"drift is {value}; pass a finite number above 0, such as {DEFAULT_DRIFT}")
     return float(value)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -24,7 +25,7 @@ def check_lambda(value: Any) -> float:
             f"lambda_reg is {value!r}; pass a number or 'auto', or a mapping from name or glob to "
             "either"
         )
-    if not value >= 0 or math.isinf(value):
+    if not 0 <= value <= sys.float_info.max:
         raise ValueError(f"lambda_reg is {value}; pass a finite number that is not negative")
     return float(value)
 
@@ -137,6 +138,15 @@ class RegularizationStrength:
         """Raises ValueError if one of these parameters has no λ."""
         for name in names:
             self.pattern_of(name)
+
+    def check_finite(self) -> None:
+        """Raises ValueError if a λ that was found, or multiplied, is Inf or NaN."""
+        for pattern, scalars in self._tensors.items():
+            if not all(math.isfinite(scalar.item()) for scalar in scalars.values()):
+                raise ValueError(
+                    f"lambda_reg: λ of {pattern!r} is not finite, since Ω, drift or the energy is "
+                    "out of range; pass a number"
+                )
 
     def check_patterns(self, names: Iterable[str]) -> None:
         """Raises ValueError if a pattern decides the λ of no parameter of the model."""

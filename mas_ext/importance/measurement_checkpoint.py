@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from mas_ext._distributed.shards import local
 from mas_ext._distributed.topology import is_running
 from mas_ext._storage import atomic_write, tensor_file
+from mas_ext._storage.stored_numbers import are_finite, is_whole, restored
 from mas_ext.importance.estimation import SampleStatistics, check_finite
 from mas_ext.importance.options import Measurement
 
@@ -115,10 +116,15 @@ class FileCheckpoint(MeasurementCheckpoint):
             settings, self._before = tensor_file.read(self._path, self._check_settings)
         except _Ended:  # this rank was killed after the measurement, before it removed its file
             return
+        names = [field.name for field in fields(SampleStatistics)]
+        counted = {name: settings[name] for name in names if name in settings}
+        try:
+            self.statistics = restored(SampleStatistics, counted, "the measurement")
+            if not is_whole(settings.get("batches"), 1) or not self.statistics.samples:
+                raise ValueError("the state is damaged: 'batches' or 'samples' is no number")
+        except ValueError as error:
+            raise ValueError(self._damaged(error)) from error
         self.batches_before = settings["batches"]
-        self.statistics = SampleStatistics(
-            settings["samples"], settings["weight"], settings["energy"]
-        )
 
     def reset(self) -> None:
         """Starts from the first batch. The file stays until it is next written."""
@@ -129,7 +135,14 @@ class FileCheckpoint(MeasurementCheckpoint):
         """Copies the sums that :meth:`open` read into ``sums``, which later writes will save."""
         self._sums = sums
         self._batches, self._kept = self.batches_before, self.statistics.samples
-        for name, value in tensor_file.under("sums", self._before).items():
+        if not self.batches_before:
+            return
+        before = tensor_file.under("sums", self._before)
+        try:
+            _check_sums(before, sums)
+        except ValueError as error:
+            raise ValueError(self._damaged(error)) from error
+        for name, value in before.items():
             sums[name].copy_(value)
 
     def batches(self, data: Iterable[Any]) -> Iterator[Any]:
@@ -139,7 +152,7 @@ class FileCheckpoint(MeasurementCheckpoint):
             ValueError: the data does not have more batches than were measured before.
         """
         # With the random state of the first run, a shuffling loader draws the same order again.
-        _set_random_states(tensor_file.under("began", self._before))
+        self._set_random_states("began")
         self._began = _random_states(self._devices)
         iterator = iter(data)
         batch: Any = self._passed(iterator)
@@ -169,9 +182,29 @@ class FileCheckpoint(MeasurementCheckpoint):
             batch = next(iterator, _END)
             if batch is _END:
                 raise ValueError(self._too_few(k + 1))
-        _set_random_states(tensor_file.under("left", self._before))
+        self._set_random_states("left")
         self._before = {}
         return batch
+
+    def _set_random_states(self, group: str) -> None:
+        """Those of the file, if there is one."""
+        states = tensor_file.under(group, self._before)
+        if self._before and "cpu" not in states:
+            raise ValueError(self._damaged(f"{group}/cpu is missing"))
+        try:
+            for device, state in states.items():
+                if device == "cpu":
+                    torch.set_rng_state(state)
+                else:
+                    torch.cuda.set_rng_state(state, device)
+        except (RuntimeError, TypeError, ValueError, AssertionError) as error:  # without CUDA
+            raise ValueError(self._damaged(f"{group}: {error}")) from error
+
+    def _damaged(self, why: object) -> str:
+        return (
+            f"checkpoint: {str(self._path)!r} is damaged ({why}); use another copy, or delete the "
+            "file to begin anew"
+        )
 
     def _too_few(self, batches: int) -> str:
         return (
@@ -202,8 +235,10 @@ class FileCheckpoint(MeasurementCheckpoint):
                 f"{source} is no measurement that this version of mas_ext saved; name another file "
                 "(what save() made is another kind of file)"
             )
-        before = settings["about"]
-        if _age(before) < _age(self._about):
+        before = settings.get("about")
+        if not isinstance(before, dict) or (age := _age(before)) is None:
+            raise ValueError(self._damaged("it does not say of which measurement it is"))
+        if age < _age(self._about):
             raise _Ended
         for key, now in self._about.items():
             if before.get(key) != now:
@@ -235,9 +270,11 @@ class _Ended(Exception):
     """The file belongs to a measurement that has ended and is already part of the state."""
 
 
-def _age(about: Mapping[str, Any]) -> tuple[int, int]:
-    """A pair that grows with every measurement that ends."""
-    return about["tasks"], sum(about["samples before"].values())
+def _age(about: Mapping[str, Any]) -> Any:
+    """A pair that grows with every measurement that ends; None if it cannot be told."""
+    tasks, samples = about.get("tasks"), about.get("samples before")
+    counts: list[Any] = [tasks, *samples.values()] if isinstance(samples, dict) else [None]
+    return (tasks, sum(counts[1:])) if all(map(is_whole, counts)) else None
 
 
 def _own(path: Path_, about: Mapping[str, Any]) -> tuple[Path, dict[str, Any]]:
@@ -255,12 +292,15 @@ def _random_states(devices: Iterable[torch.device]) -> dict[str, Tensor]:
     return {"cpu": torch.get_rng_state(), **cuda}
 
 
-def _set_random_states(states: Tensors) -> None:
-    for device, state in states.items():
-        if device == "cpu":
-            torch.set_rng_state(state)
-        else:
-            torch.cuda.set_rng_state(state, device)
+def _check_sums(found: Tensors, sums: Tensors) -> None:
+    """Raises ValueError unless these can be the sums of a measurement that was stopped."""
+    if found.keys() != sums.keys():
+        raise ValueError("it has the sums of other parameters")
+    for name, value in found.items():
+        if (value.shape, value.dtype) != (sums[name].shape, sums[name].dtype):
+            raise ValueError(f"the sums of {name!r} have another shape or dtype")
+        if not are_finite(value):
+            raise ValueError(f"the sums of {name!r} have NaN, Inf or negative numbers")
 
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

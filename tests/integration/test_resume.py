@@ -1,5 +1,6 @@
 """Measurements and files that are stopped at any moment: the same bits, the old file or the new."""
 
+import math
 import os
 import random
 
@@ -10,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from mas_ext import MAS
 from tests.support import killed, regularizers
+from tests.support.mutated import File
 from tests.support.regularizers import assert_refused, assert_states_equal, refusal
 from tests.support.zoo.small import convnet, images, vectors
 
@@ -96,6 +98,38 @@ def flip(path):
     path.write_bytes(content)
 
 
+def forge(change):
+    """Changes a file in a way that its checksum does not tell."""
+
+    def damage(path):
+        file = File.of(path.read_bytes())
+        change(file, {one.name: one for one in file.entries})
+        path.write_bytes(file.content(is_repaired=True))
+
+    return {"damage": damage}
+
+
+def cut(entry, shape):
+    entry.shape, entry.data = shape, entry.data[: entry.itemsize * math.prod(shape)]
+
+
+FORGED = {
+    "no sums": (lambda file, named: file.entries.remove(named["sums/0.bias"]), "sums"),
+    "sums that broadcast": (lambda file, named: cut(named["sums/0.weight"], [1, 6]), "sums"),
+    "negative sums": (
+        lambda file, named: vars(named["sums/0.bias"]).update(data=b"\xbf\x80" * 16), "sums",
+    ),
+    "integer sums": (lambda file, named: vars(named["sums/0.bias"]).update(dtype="I32"), "sums"),
+    "no random state": (lambda file, named: file.entries.remove(named["left/cpu"]), "left"),
+    "a short random state": (lambda file, named: cut(named["began/cpu"], [7]), "began"),
+    "batches": (lambda file, named: file.settings.update(batches=-2), "batches"),
+    "samples": (lambda file, named: file.settings.update(samples="4"), "samples"),
+    "no energy": (lambda file, named: file.settings.pop("energy"), "energy"),
+    "about nothing": (lambda file, named: file.settings.update(about=None), "measurement"),
+    "about another": (lambda file, named: file.settings["about"].pop("tasks"), "measurement"),
+}  # fmt: skip
+
+
 # What is different → what the error names. Nothing is changed, neither the state nor the file.
 OTHERS = {
     "objective": ({"objective": "l1"}, "objective", "'squared_l2'", "'l1'", "delete"),
@@ -108,6 +142,7 @@ OTHERS = {
     "four batches": ({"data": X[:4].split(1)}, "data", "at most 4", "4"),
     "a flipped bit": ({"damage": flip}, "checksum"),
     "a state": ({"damage": lambda path: learned().save(path)}, "no measurement"),
+    **{case: (forge(change), "damaged", *words) for case, (change, *words) in FORGED.items()},
 }
 
 

@@ -407,6 +407,31 @@ def test_a_state_of_another_base_is_refused(tmp_path):
     assert_refused(case, plain, unchanged=(plain,))
 
 
+DAMAGED = {
+    "no B": lambda state: state.pop("0.weight/default/b"),
+    "no scale": lambda state: state.pop("0.weight/default/scale"),
+    "several scales": lambda state: state.update({"0.weight/default/scale": torch.ones(2)}),
+    "a scale of NaN": lambda state: state["0.weight/default/scale"].fill_(torch.nan),
+    "another A": lambda state: state.update({"0.weight/default/a": torch.ones(2, 4)}),
+    "another rank": lambda state: state.update({"0.weight/default/b": torch.ones(7, 3)}),
+    "a flat B": lambda state: state.update({"0.weight/default/b": torch.ones(14)}),
+    "a fingerprint of integers": lambda state: state.update(
+        {"0.weight/fingerprint": torch.ones(35).long()}
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_damaged_adapters_are_refused(case):
+    _, x, mas = learned()
+    mas.consolidate([x])
+    state = mas._state.to_dict()
+    DAMAGED[case](state["adapters"])
+    assert_refused(
+        refusal(lambda: mas.load_state_dict(state), ValueError, "0.weight"), unchanged=(mas,)
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_base_is_known_after_merging_and_unmerging(tmp_path, dtype):
     model, x = adapted()

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 import mas_ext
 from mas_ext import EWC, MAS, merge, merging
 from mas_ext._parameters import ParameterIndex
+from tests.support.mutated import File
 from tests.support.regularizers import assert_refused, assert_states_equal, move, refusal
 from tests.support.tensors import assert_same_bits
 from tests.support.zoo.small import assert_same, convnet, images, mlp, vectors
@@ -478,19 +479,45 @@ def index_of_a_file_elsewhere(path):
     (path / "model.safetensors.index.json").write_text(json.dumps(listed))
 
 
+def nested_index(path):
+    path.mkdir()
+    (path / "model.safetensors.index.json").write_text("[" * 100_000)
+
+
+def index_of_more_than_its_files_have(path):
+    path.mkdir()
+    safetensors.torch.save_file(mlp().state_dict(), path / "a.safetensors")
+    listed = {"weight_map": dict.fromkeys([*mlp().state_dict(), "more"], "a.safetensors")}
+    (path / "model.safetensors.index.json").write_text(json.dumps(listed))
+
+
 BAD_MODELS = {
     "missing": (lambda path: None, FileNotFoundError, "not exist"),
     "pickled": (lambda path: torch.save({"w": torch.ones(2)}, path), ValueError, "torch.load()"),
     "an empty folder": (lambda path: path.mkdir(), FileNotFoundError, "model.safetensors"),
     "a broken index": (broken_index, ValueError, "index"),
     "an index of a file elsewhere": (index_of_a_file_elsewhere, ValueError, "index"),
+    "a nested index": (nested_index, ValueError, "index"),
+    "an index of more": (index_of_more_than_its_files_have, ValueError, "'more'"),
 }
+
+
+def codes_without_scales(path):
+    mas = MAS(mlp(torch.float32), state_dtype="uint8")
+    mas.consolidate([vectors(dtype=torch.float32)])
+    mas.save(path)
+    file = File.of(path.read_bytes())
+    file.entries = [one for one in file.entries if "scales/0" not in one.name]
+    path.write_bytes(file.content(is_repaired=True))
+
+
 BAD_IMPORTANCES = {
     "missing": (lambda path: None, FileNotFoundError, "not exist"),
     "a model": (
         lambda path: safetensors.torch.save_model(mlp(), str(path)), ValueError, "mas_ext",
     ),
     "not consolidated": (not_consolidated, ValueError, "consolidate()"),
+    "codes without scales": (codes_without_scales, ValueError, "importance_scales"),
 }  # fmt: skip
 
 

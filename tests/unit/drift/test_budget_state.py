@@ -204,6 +204,17 @@ def without(state, key):
     return {k: v for k, v in state["control"].items() if k != key}
 
 
+def changed(state, value, *path):
+    """The settings with another value at a place."""
+    control = copy.deepcopy(state["control"])
+    *holders, last = path
+    inner = control
+    for key in holders:
+        inner = inner[key]
+    inner[last] = value
+    return control
+
+
 DAMAGED = {
     "not a mapping": lambda s: {"control": 3},
     "no controller": lambda s: {"control": without(s, "controller")},
@@ -214,6 +225,18 @@ DAMAGED = {
     "log_factor": lambda s: {"control": {**s["control"], "controller": {"log_factor": "x"}}},
     "references": lambda s: {"references": dict(list(s["references"].items())[1:])},
     "no references": lambda s: {"references": 3},
+    "a reference more": lambda s: {"references": {**s["references"], "x": torch.ones(1)}},
+    "log_factor too large": lambda s: {"control": changed(s, 800.0, "controller", "log_factor")},
+    "a size below 0": lambda s: {"control": changed(s, -1.0, "controller", "size")},
+    "batch_size": lambda s: {"control": changed(s, 0, "tasks", 0, "batch_size")},
+    "samples": lambda s: {"control": changed(s, 3, "tasks", 0, "parts", 0, "samples")},
+    "rowwise": lambda s: {"control": changed(s, [True] * 9, "tasks", 0, "parts", 0, "rowwise")},
+    "inputs": lambda s: {"control": changed(s, {"list": []}, "tasks", 0, "parts", 0, "inputs")},
+    "names": lambda s: {"control": changed(s, [[]], "tasks", 0, "parts", 0, "outputs", "names")},
+    "seed": lambda s: {"control": changed(s, ["x"], "open", "seed")},
+    "outputs that are not finite": lambda s: {
+        "references": {n: t / 0 if "before" in n else t for n, t in s["references"].items()}
+    },
 }
 
 

@@ -1,6 +1,7 @@
 """Saving and loading: the same bits, or a refusal that changes nothing."""
 
 import json
+import math
 import os
 
 import pytest
@@ -13,6 +14,7 @@ from mas_ext import MAS
 from mas_ext._state import checkpoint
 from mas_ext._storage import tensor_file
 from mas_ext._storage.atomic_write import replacing
+from tests.support.mutated import NESTED, File
 from tests.support.regularizers import (
     assert_refused,
     assert_states_equal,
@@ -227,6 +229,38 @@ def test_every_flipped_bit_is_noticed(saved):
     assert_states_equal(mas.state_dict(), before)
 
 
+# What is wrong although the checksum is right: an attacker can compute it, too.
+FORGED = {
+    "nested deeply": lambda file: file.settings.update(more=f"{NESTED}100000"),
+    "nested": lambda file: file.settings["seen"].update(samples=f"{NESTED}900"),
+    "no object": lambda file: setattr(file, "settings", [1]),
+    "strides of nothing": lambda file: file.settings.update(strides={"x": [1]}),
+    "strides that overlap": lambda file: file.settings.update(
+        strides={"importance/0.weight": [1, 1]}
+    ),
+    "strides out of the memory": lambda file: file.settings.update(
+        strides={"importance/0.weight": [10**6, 1]}
+    ),
+    "strides that are none": lambda file: file.settings.update(strides=3),
+    "a tensor of codes": lambda file: vars(file.entries[-1]).update(
+        dtype="C64", shape=[0], data=b""
+    ),
+    "a missing tensor": lambda file: file.entries.pop(0),
+    "scales of another shape": lambda file: [
+        vars(one).update(shape=[1, *one.shape]) for one in file.entries if "scales" in one.name
+    ],
+}
+
+
+@pytest.mark.parametrize("case", FORGED)
+def test_a_forged_file_is_refused(tmp_path, case):
+    used(state_dtype="uint8").save(tmp_path / "mas")
+    file = File.of((tmp_path / "mas").read_bytes())
+    FORGED[case](file)
+    (tmp_path / "mas").write_bytes(file.content(is_repaired=True))
+    assert_load_refused(tmp_path / "mas", ValueError, "mas'", "copy")
+
+
 def test_saving_is_atomic(tmp_path, monkeypatch):
     path = tmp_path / "mas"
     mas = used()
@@ -341,6 +375,15 @@ def test_a_state_of_which_nothing_fits_is_refused_even_when_not_strict(saved):
     assert mas.num_tasks == 0
 
 
+NAMES = ["0.weight", "0.bias", "2.weight", "2.bias"]
+IMPOSSIBLE = [
+    ("importance", torch.tensor(math.nan)),
+    ("importance", torch.ones(8, 6).neg()),
+    ("importance", torch.ones(8, 6).long()),
+    ("importance", [1.0]),
+    ("anchor", torch.tensor(math.inf)),
+    ("open", torch.tensor(-1e-30)),
+]
 DAMAGED = [
     ("num_tasks", None),
     ("tasks", {}),
@@ -356,8 +399,23 @@ DAMAGED = [
     ("merge", "median"),
     ("reduction", None),
     ("reduction", 3),
+    ("reduction", "cube"),
     ("lambda_reg", -1.0),
     ("lambda_reg", None),
+    ("lambda_reg", True),
+    ("lambda_reg", 10**400),
+    ("drift", 10**400),
+    ("drift", {"*": "much"}),
+    ("num_tasks", -1),
+    ("num_tasks", 1),  # fewer than the parameters were measured in
+    ("tasks", dict.fromkeys(NAMES, "2")),
+    ("num_samples", dict.fromkeys(NAMES, 0)),
+    ("energy", {"mean": 1.0}),
+    ("energy", {"mean": math.nan, "tasks": 2}),
+    ("energy", {"mean": 1.0, "tasks": -1}),
+    ("seen", {"samples": 3, "weight": 3, "energy": "x"}),
+    ("seen", {"samples": 3, "weight": 3, "energy": 1.0, "more": 1}),
+    *((group, dict.fromkeys(NAMES, value)) for group, value in IMPOSSIBLE),
 ]
 
 
