@@ -5,8 +5,8 @@
 MODEL is a name on the Hugging Face hub or a folder, TEXT a file to learn. The model first writes
 some text of its own (--keep self), or reads files that you name, and remembers what it predicts
 there. Then it learns TEXT with a Trainer, freely or with the drift from these predictions as a term
-of the loss (--drift-loss). Finally it is moved back towards what it was until its predictions differ
-from the remembered ones by no more than a budget (mas.settle()).
+of the loss (--drift-loss). Finally it is moved back towards what it was, until its predictions
+differ from the remembered ones by no more than a budget (mas.settle()).
 
 Without MODEL and TEXT, a very small Llama is made first, which knows English, and learns code.
 docs/finetune_llm.md explains everything.

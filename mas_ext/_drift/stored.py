@@ -125,6 +125,7 @@ def _controller(numbers: Mapping[str, Any]) -> Controller:
     numbers = {"log_start": 0.0, **numbers}  # an earlier mas_ext did not have it
     controller = restored(Controller, numbers, "the controller")
     _check(controller.log_factor <= RANGE, "log_factor")
+    _check(controller.log_start <= 0, "log_start")
     _check(min(controller.size, controller.last_size) >= 0, "size")
     return controller
 
