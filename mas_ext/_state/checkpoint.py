@@ -235,7 +235,9 @@ def check_parameters(
                 f"{list(tensor.shape)} in the state; load before the model grows"
             )
     held = _held(state, importance)
-    if importance.keys() != held or (earlier and earlier.keys() != held):
+    if not importance.keys() == held == state["tasks"].keys() or (
+        earlier and earlier.keys() != held
+    ):
         raise ValueError(
             "the state is damaged: importance, anchor and earlier name other parameters"
         )

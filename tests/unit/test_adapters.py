@@ -421,6 +421,14 @@ DAMAGED = {
 }
 
 
+def test_a_base_without_its_importance_is_refused():
+    _, x, mas = learned()
+    mas.update_importance([x])
+    state = mas._state.to_dict()
+    del state["importance"]["0.weight"]
+    assert_refused(refusal(lambda: mas.load_state_dict(state), ValueError), unchanged=(mas,))
+
+
 @pytest.mark.parametrize("case", DAMAGED)
 def test_damaged_adapters_are_refused(case):
     _, x, mas = learned()
