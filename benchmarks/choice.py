@@ -33,6 +33,7 @@ LIMITS: Mapping[str, float] = {
             "MAS, settled",
             "KL to the base as a loss",
             "LoRA, interpolated",
+            "LoRA, MAS on the update, settled",
             "LoRA, KL to the base as a loss",
         ],
         retained.TYPICAL,
