@@ -193,6 +193,10 @@ class DriftTracker:
         """See :meth:`mas_ext.MAS.drift_loss`."""
         model, references = protected.index.model, self._kept(protected)
         if references is None:
+            warn(
+                "drift_loss() is 0 until the first consolidate(): to keep what a pretrained model "
+                "does, call consolidate(data) before training"
+            )
             return torch.zeros((), device=next(model.parameters()).device)
         if any(is_sharded(param) for param in model.parameters()):
             raise ValueError(

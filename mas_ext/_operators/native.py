@@ -30,10 +30,18 @@ def _library() -> Path | None:
     return next(iter(sorted(Path(__file__).parents[1].glob("_kernels*.so"))), None)
 
 
+def _where() -> str:
+    """For a clone, whose folder Python prefers to what is installed."""
+    folder = Path(__file__).parents[2]
+    if not (folder / "setup.py").is_file():
+        return ""
+    return f" in the clone {folder}; run Python elsewhere, or install with pip's --editable"
+
+
 def _reason_not_to_load() -> str | None:
     running = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if _library() is None:
-        return "the kernels were not built"
+        return "the kernels were not built" + _where()
     if running < _MINIMUM_TORCH:
         return f"the kernels need torch>=2.13 and this is torch {torch.__version__}"
     return None

@@ -226,13 +226,15 @@ def check_parameters(
     for name, tensor in [item for group in GROUPS for item in state[group].items()]:
         if name not in named:
             raise ValueError(
-                f"the state has parameter {name!r}, which this model lacks; pass strict=False to "
-                "leave it out"
+                f"the state has parameter {name!r}, which this model lacks; if it was measured "
+                'with adapters="merged", pass that to MAS, too; otherwise pass strict=False to '
+                "leave the parameter out"
             )
         if tensor.shape != named[name].shape:
             raise ValueError(
                 f"parameter {name!r} has shape {list(named[name].shape)} in this model and "
-                f"{list(tensor.shape)} in the state; load before the model grows"
+                f"{list(tensor.shape)} in the state; load before the model grows, or load the "
+                "state of this model"
             )
     held = _held(state, importance)
     if not importance.keys() == held == state["tasks"].keys() or (

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -91,6 +92,8 @@ def test_missing_kernels_warn_once_and_say_what_to_do():
     text = run(pretend + ACCUMULATE, MAS_EXT_DISABLE_NATIVE="0").stderr
     assert text.count("mas_ext runs in plain PyTorch") == 1
     assert "the kernels were not built" in text
+    is_a_clone = (Path(mas_ext.__file__).parents[1] / "setup.py").is_file()
+    assert ("run Python elsewhere" in text) == is_a_clone
     assert "--no-build-isolation" in text
 
 
