@@ -7,8 +7,8 @@ written.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -271,5 +271,21 @@ def _beside_the_backward_pass() -> AbstractContextManager[Any]:
     Activation checkpointing recomputes once per backward pass and returns each tensor once. Inside
     this context, reading counts as a separate pass.
     """
-    group = getattr(torch.utils.checkpoint, "GraphExecGroup", nullcontext)
+    group = getattr(torch.utils.checkpoint, "GraphExecGroup", _outside_all_passes)
     return group()
+
+
+@contextmanager
+def _outside_all_passes() -> Iterator[None]:
+    """What ``GraphExecGroup`` does, for a torch that does not have it, such as 2.7.
+
+    There, checkpointing asks this function which pass it is in. −1 means none: it then recomputes
+    for this reading alone.
+    """
+    core: Any = torch._C
+    current = core._current_graph_task_id
+    core._current_graph_task_id = lambda: -1
+    try:
+        yield
+    finally:
+        core._current_graph_task_id = current
