@@ -46,6 +46,6 @@ def is_same(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 def describe(info: dict[str, Any]) -> str:
     return (
-        f"{info['cpu']}, {info['cores']} cores, {info['threads']} threads, "
+        f"{info['cpu']}, {info['cores']} cores, {info['threads']} thread{'s' * (info['threads'] > 1)}, "
         f"torch {info['torch']}, mas_ext {info['mas_ext']} ({info['simd']}), {info['date'][:10]}"
     )

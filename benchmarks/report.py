@@ -546,8 +546,8 @@ def _retained(result: Result) -> Table:
         "held-out English and code). Then, at "
         f"{typical}: perplexity on English and on code relative to before, and questions answered "
         f"({percent(begun.answered, 0)} at first). Then the time of one training run, with Ω, over "
-        "that of plain fine-tuning, and GB of memory beyond it in training. Seeds "
-        f"{', '.join(map(str, result['seeds']))}.",
+        "that of plain fine-tuning, and GB of memory beyond it in training. "
+        f"Seed{'s' * (len(result['seeds']) > 1)} {', '.join(map(str, result['seeds']))}.",
         [
             "",
             *(f"drift ≤ {limit:g}" for limit in retained.LIMITS),
@@ -678,7 +678,7 @@ def block(benchmark: Benchmark, results: dict[str, Any], plots: str) -> str:
     parts = [table.markdown() for table in tables]
     run = results["runs"][benchmark.name]
     if "machine" in run:
-        parts.append(f"(From another run: {describe(run['machine'])}.)")
+        parts.append(f"(Measured on: {describe(run['machine'])}.)")
     if benchmark.name in plot.PLOTS:
         parts.append(f"![{benchmark.title}]({plots}/{benchmark.name}.png)")
     return "\n\n".join(parts)

@@ -217,7 +217,7 @@ def test_a_run_writes_results_plots_and_a_report(tmp_path):
     # The file's machine is another one, so the run names its own.
     assert results["runs"]["penalty"]["machine"]["cpu"] == machine()["cpu"]
     block = report.block(BENCHMARKS["penalty"], results, "plots")
-    assert f"(From another run: {machine()['cpu']}" in block
+    assert f"(Measured on: {machine()['cpu']}" in block
 
     again = run(tmp_path, "accumulate")  # keeps the other results
     assert again["benchmarks"]["penalty"]["tiny"] == size
