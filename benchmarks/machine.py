@@ -45,7 +45,8 @@ def is_same(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 def describe(info: dict[str, Any]) -> str:
+    threads = f"{info['threads']} thread{'s' * (info['threads'] > 1)}"
     return (
-        f"{info['cpu']}, {info['cores']} cores, {info['threads']} thread{'s' * (info['threads'] > 1)}, "
+        f"{info['cpu']}, {info['cores']} cores, {threads}, "
         f"torch {info['torch']}, mas_ext {info['mas_ext']} ({info['simd']}), {info['date'][:10]}"
     )
