@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from mas_ext._distributed.shards import is_sharded
 from mas_ext._distributed.topology import is_running
 from mas_ext._drift.budget import DriftBudget
+from mas_ext._drift.settling import Settled
 from mas_ext._penalty.attachment import Attachment, unwrapped
 from mas_ext._strength.auto import DEFAULT_DRIFT
 from mas_ext._strength.strength import AUTO, RegularizationStrength
@@ -38,6 +39,7 @@ class ManagedRegularizer:
 
     Attributes:
         mas: the regularizer; None before :meth:`bind`, unless one was passed.
+        settled: what settling did when the last task ended, if there is a budget.
 
     Raises:
         TypeError: neither the class nor its ``consolidate`` has such an option.
@@ -67,6 +69,7 @@ class ManagedRegularizer:
         self._regularizer |= _budget(self._regularizer, self._importance)
         self.mas = mas
         self._made_here = mas is None
+        self.settled: Settled | None = None
         self._model: nn.Module | None = None
         self._steps: list[Any] = []  # attachments, and optimizers whose step includes the penalty
 
@@ -176,7 +179,7 @@ class ManagedRegularizer:
                 "pass mas="
             )
         if self.mas.budget is not None:
-            self.mas.settle()
+            self.settled = self.mas.settle()
         options = {**self._importance, **how}
         if "progress" in self.mas.options.__annotations__:
             options.setdefault("progress", shows_progress)
@@ -192,6 +195,11 @@ class HasRegularizer:
     def mas(self) -> QuadraticRegularizer | None:
         """The regularizer of the trained model; None before it is first trained."""
         return self._managed.mas
+
+    @property
+    def settled(self) -> Settled | None:
+        """What settling did when the last task ended; None before that, and without a budget."""
+        return self._managed.settled
 
     def consolidate(self, data: Iterable[Any], **options: Any) -> None:
         """Ends a task by hand: :meth:`mas_ext.MAS.consolidate` with this callback's options.

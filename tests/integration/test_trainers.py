@@ -261,9 +261,13 @@ def test_a_budget_is_kept_and_logged(library, tmp_path):
             loss_of(plain, batch).backward()
             optimizer.step()
         handle.remove()
-        assert by_hand.settle().after <= 0.01
+        settled = by_hand.settle()
+        assert settled.after <= 0.01
         by_hand.consolidate([x for x, _ in batches(seed)], forward=logits)
     assert_same(dict(model.named_parameters()), dict(plain.named_parameters()))
+    assert (callback.settled.before, callback.settled.after) == pytest.approx(
+        (settled.before, settled.after)
+    )
     assert len(trace) > 4
     for record, other in zip(trace, by_hand.drift_trace, strict=True):
         assert tuple(record) == pytest.approx(tuple(other))
