@@ -39,8 +39,15 @@ class Scalars(NamedTuple):
             }
         )
 
+    def by_name(self) -> dict[str, Any]:
+        """What ``_asdict()`` gives, which torch 2.7 does not compile."""
+        return {name: getattr(self, name) for name in SCALARS}
+
     def numbers(self) -> dict[str, float | None]:
         return {k: None if v is None else float(v) for k, v in self._asdict().items()}
+
+
+SCALARS = Scalars._fields
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,14 +231,16 @@ def list_arguments(op: str) -> list[str]:
 # -- Calls -----------------------------------------------------------------------------------------
 def _given(op: str, state: State) -> dict[str, Any]:
     """The lists, or the single tensors that the operator takes in their place."""
+    # Not vars(), which torch 2.7 does not compile.
+    lists = {name: getattr(state, name) for name in STATE_LISTS}
     if OPERATORS[op].takes_lists:
-        return {**vars(state), "steps": state.steps[0] if state.steps else []}
-    return {n: ts[0] if ts else None for n, ts in vars(state).items()}
+        return {**lists, "steps": state.steps[0] if state.steps else []}
+    return {name: ts[0] if ts else None for name, ts in lists.items()}
 
 
 def arguments(op: str, state: State, scalars: Scalars = Scalars()) -> list[Any]:  # noqa: B008
     """The positional ones."""
-    known = {**_given(op, state), **scalars._asdict()}
+    known = {**_given(op, state), **scalars.by_name()}
     return [known[name] for name in OPERATORS[op].arguments]
 
 
@@ -263,7 +272,7 @@ def call(
 ) -> Outcome:
     """Runs the function of ``module``, which is mas_ext.functional or mas_ext.reference."""
     row = OPERATORS[op]
-    known = {**_given(op, state), **scalars._asdict()}
+    known = {**_given(op, state), **scalars.by_name()}
     keywords = {**{name: known[name] for name in row.keywords}, **row.options}
     if state.omega_scales:
         keywords["omega_scales"] = known["omega_scales"]

@@ -426,7 +426,7 @@ def training_step(op: str) -> Callable[[Lists, Scalars], list[Tensor]]:
             name: ts if name in (*OPERATORS[op].written, "omega_scales") else [t * 1 for t in ts]
             for name, ts in lists.items()
         }
-        scalars = scalars._replace(lambda_reg=2 * scalars.lambda_reg)
+        scalars = Scalars(**{**scalars.by_name(), "lambda_reg": 2 * scalars.lambda_reg})
         value, tensors = call(functional, op, State(**changed), scalars)
         new = [] if op in WRITING else [t + 1 for t in tensors]
         return new + ([] if value is None else [value * 2])
