@@ -78,10 +78,11 @@ def own_text(model, tokenizer, options):
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if first is None:
         raise SystemExit("the model has no token to begin with: name files to --keep")
-    used, held_out = options.references, math.ceil(options.evaluate / 2)
     from_all = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-    start = torch.full((used + held_out, 1), first)
-    return write(model, start, options.length - 1, **from_all).split([used, held_out])
+    return [
+        write(model, torch.full((count, 1), first), options.length - 1, **from_all)
+        for count in (options.references, math.ceil(options.evaluate / 2))
+    ]
 
 
 def write(model, tokens, more, **how):
