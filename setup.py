@@ -138,14 +138,17 @@ def pybind11_headers():
 
 
 def build_information(torch, home):
-    """mas_ext._C: the build's configuration, for build_info()."""
+    """mas_ext._C: the build's configuration, and lists of tensors for the kernels."""
     archs = os.environ["TORCH_CUDA_ARCH_LIST"] if home else ""
     values = {
         "MAS_EXT_TORCH_VERSION": torch.__version__,
         "MAS_EXT_MINIMUM_TORCH": ".".join(map(str, MINIMUM_TORCH)),
         "MAS_EXT_CUDA_ARCHS": archs,
     }
-    flags = [*CXX_FLAGS, *WARNINGS, f"-isystem{pybind11_headers()}"]
+    from torch.utils import cpp_extension
+
+    headers = [pybind11_headers(), *cpp_extension.include_paths()]
+    flags = [*CXX_FLAGS, *WARNINGS, *(f"-isystem{path}" for path in headers)]
     return Extension(
         "mas_ext._C",
         ["csrc/module.cpp"],

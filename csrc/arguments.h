@@ -1,10 +1,13 @@
 // The arguments of an operator as checks and kernels see them, and how errors name them.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <array>
 #include <cstdint>
+#include <initializer_list>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -12,6 +15,7 @@
 #include <vector>
 
 #include "numbers.h"
+#include "packed_tensor.h"
 
 namespace mas_ext {
 
@@ -46,9 +50,18 @@ inline bool is_strided(const Tensor& tensor) {
 }
 
 struct Place {
-  explicit Place(const Tensor& tensor)
-      : is_cpu(tensor.is_cpu()), device_index(tensor.get_device_index()) {}
+  explicit Place(const Tensor& tensor) : Place(tensor.is_cpu(), tensor.get_device_index()) {}
+  Place(bool is_cpu, int32_t device_index)
+      : is_cpu(is_cpu), device_index(is_cpu ? 0 : device_index) {}
   bool operator==(const Place&) const = default;
+
+  torch::stable::Device device() const {
+    return is_cpu ? torch::stable::Device(torch::headeronly::DeviceType::CPU)
+                  : torch::stable::Device(torch::headeronly::DeviceType::CUDA, device_index);
+  }
+  Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) const {
+    return torch::stable::empty(sizes, dtype, std::nullopt, device());
+  }
 
   bool is_cpu;
   int32_t device_index;
@@ -58,8 +71,7 @@ struct Place {
 // is at least one function call, and an operator may be called with many small tensors.
 struct Operand {
   explicit Operand(const Tensor& tensor)
-      : tensor(&tensor),
-        dtype(dtype_of(tensor)),
+      : dtype(dtype_of(tensor)),
         place(tensor),
         strided(is_strided(tensor)),
         numel(tensor.numel()),
@@ -71,10 +83,30 @@ struct Operand {
     }
   }
 
-  size_t dim() const { return sizes.size(); }
-  size_t element_size() const { return tensor->element_size(); }
+  explicit Operand(const PackedTensor& tensor)
+      : dtype(tensor.dtype),
+        place(tensor.is_cpu, tensor.device_index),
+        strided(true),
+        contiguous(true),
+        numel(1),
+        sizes(tensor.sizes, static_cast<size_t>(tensor.dim)),
+        strides(tensor.strides, static_cast<size_t>(tensor.dim)),
+        data(tensor.data) {
+    for (size_t d = dim(); d-- > 0;) {
+      contiguous &= sizes[d] == 1 || strides[d] == numel;
+      numel *= sizes[d];
+    }
+    contiguous |= numel == 0;
+  }
 
-  const Tensor* tensor;
+  size_t dim() const { return sizes.size(); }
+  size_t element_size() const { return bytes_of(dtype); }
+
+  // A tensor in the same memory, for what is rare.
+  Tensor tensor() const {
+    return torch::stable::from_blob(data, sizes, strides, place.device(), dtype);
+  }
+
   ScalarType dtype;
   Place place;
   bool strided, contiguous = false;
@@ -85,6 +117,8 @@ struct Operand {
 
 // The operands of one argument. The tensors must outlive them.
 struct Operands : std::vector<Operand> {
+  using vector::vector;
+  Operands() = default;
   Operands(const TensorList& tensors) : vector(tensors.begin(), tensors.end()) {}
   Operands(const Tensor& tensor) : vector{Operand(tensor)} {}
 };
@@ -111,18 +145,22 @@ inline std::string at(const Argument& argument, size_t i) {
   return argument.is_list ? name + "[" + std::to_string(i) + "]" : name;
 }
 
-inline std::string shape_of(const Tensor& tensor) {
+inline std::string shape_of(const torch::headeronly::IntHeaderOnlyArrayRef& sizes) {
   std::ostringstream text;
   text << "[";
-  for (int64_t d = 0; d < tensor.dim(); ++d) {
-    text << (d ? ", " : "") << tensor.size(d);
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    text << (d ? ", " : "") << sizes[d];
   }
   text << "]";
   return text.str();
 }
+inline std::string shape_of(const Tensor& tensor) { return shape_of(tensor.sizes()); }
+inline std::string shape_of(const Operand& operand) { return shape_of(operand.sizes); }
 
-inline std::string device_of(const Tensor& tensor) {
-  return tensor.is_cpu() ? "cpu" : "device " + std::to_string(tensor.get_device_index());
+inline std::string device_of(const Place& place) {
+  return place.is_cpu ? "cpu" : "device " + std::to_string(place.device_index);
 }
+inline std::string device_of(const Tensor& tensor) { return device_of(Place(tensor)); }
+inline std::string device_of(const Operand& operand) { return device_of(operand.place); }
 
 }  // namespace mas_ext

@@ -45,8 +45,8 @@ inline void check_layout(const char* op, const Argument& argument, size_t i) {
 inline void check_shape(const char* op, const Argument& argument, const Argument& first, size_t i) {
   const Operand &tensor = argument.tensors[i], &expected = first.tensors[i];
   if (tensor.sizes != expected.sizes) {
-    fail(op, at(argument, i), " has shape ", shape_of(*tensor.tensor), " but ", at(first, i),
-         " has shape ", shape_of(*expected.tensor),
+    fail(op, at(argument, i), " has shape ", shape_of(tensor), " but ", at(first, i),
+         " has shape ", shape_of(expected),
          "; tensors at one position must have one shape");
   }
 }
@@ -55,8 +55,8 @@ inline void check_device(const char* op, const Argument& argument, const Argumen
                          size_t i) {
   const Operand &tensor = argument.tensors[i], &home = first.tensors.front();
   if (tensor.place != home.place) {
-    fail(op, at(argument, i), " is on ", device_of(*tensor.tensor), " but ", at(first, 0),
-         " is on ", device_of(*home.tensor), "; all tensors of one call must be on one device");
+    fail(op, at(argument, i), " is on ", device_of(tensor), " but ", at(first, 0),
+         " is on ", device_of(home), "; all tensors of one call must be on one device");
   }
 }
 
@@ -65,15 +65,15 @@ inline void check_codes(const char* op, const Argument& omega, size_t i, const A
   const Operand &codes = omega.tensors[i], &given = scales.tensors[i];
   check_layout(op, scales, i);
   if (given.place != codes.place) {
-    fail(op, at(scales, i), " is on ", device_of(*given.tensor), " but ", at(omega, i), " is on ",
-         device_of(*codes.tensor), "; move it there");
+    fail(op, at(scales, i), " is on ", device_of(given), " but ", at(omega, i), " is on ",
+         device_of(codes), "; move it there");
   }
   if (given.dtype != ScalarType::Float) {
     fail(op, at(scales, i), " has dtype ", dtype_name(given.dtype), "; pass float32");
   }
   const int64_t blocks = num_scales(codes.numel);
   if (given.dim() != 1 || given.numel != blocks) {
-    fail(op, at(scales, i), " has shape ", shape_of(*given.tensor), " where [", blocks,
+    fail(op, at(scales, i), " has shape ", shape_of(given), " where [", blocks,
          "] is expected, a scale for every ", kScaleBlock, " codes of ", at(omega, i),
          "; pass those it was compressed with");
   }
@@ -88,22 +88,22 @@ inline void check_codes(const char* op, const Argument& omega, size_t i, const A
 }
 
 // Scales for every Ω that is in codes, and for no other.
-inline void check_scales(const char* op, const Argument& omega, const TensorList& tensors,
-                         const Argument& scales) {
-  if (!tensors.empty() && tensors.size() != omega.tensors.size()) {
-    fail(op, "omega_scales has ", tensors.size(), " tensors but omega has ", omega.tensors.size(),
+inline void check_scales(const char* op, const Argument& omega, const Argument& scales) {
+  const Operands& given = scales.tensors;
+  if (!given.empty() && given.size() != omega.tensors.size()) {
+    fail(op, "omega_scales has ", given.size(), " tensors but omega has ", omega.tensors.size(),
          "; pass one for each, without elements where there are no codes");
   }
   for (size_t i = 0; i < omega.tensors.size(); ++i) {
     const ScalarType dtype = omega.tensors[i].dtype;
     if (is_codes(dtype)) {
-      if (tensors.empty()) {
+      if (given.empty()) {
         fail(op, at(omega, i),
              " has uint8 codes but omega_scales is empty; pass the scales it was compressed with");
       }
       check_codes(op, omega, i, scales);
-    } else if (!tensors.empty() && tensors[i].numel() != 0) {
-      fail(op, at(scales, i), " has shape ", shape_of(tensors[i]), " but ", at(omega, i), " is ",
+    } else if (!given.empty() && given[i].numel != 0) {
+      fail(op, at(scales, i), " has shape ", shape_of(given[i]), " but ", at(omega, i), " is ",
            dtype_name(dtype), ", which has no scales; pass a tensor without elements");
     }
   }
@@ -119,14 +119,9 @@ inline const Argument& values_of(std::initializer_list<Argument> arguments) {
   return arguments.begin()->is_omega ? *(arguments.begin() + 1) : *arguments.begin();
 }
 
-inline bool has_codes(const Argument& omega) {
-  return std::any_of(omega.tensors.begin(), omega.tensors.end(),
-                     [](const Operand& tensor) { return is_codes(tensor.dtype); });
-}
-
 // Every check on the lists; the first argument is what the others are compared with.
 inline void check_arguments(const char* op, std::initializer_list<Argument> arguments,
-                            const TensorList& omega_scales = {}) {
+                            const Argument& scales) {
   const Argument& first = *arguments.begin();
   const Argument &values = values_of(arguments), &omega = find_omega(arguments);
   for (const Argument& argument : arguments) {
@@ -143,24 +138,21 @@ inline void check_arguments(const char* op, std::initializer_list<Argument> argu
       check_dtype(op, argument, i, values.tensors[i].dtype);
     }
   }
-  // Without codes the scales only have to be empty.
-  const TensorList none;
-  const Argument scales{.name = "omega_scales", .tensors = has_codes(omega) ? omega_scales : none};
-  check_scales(op, omega, omega_scales, scales);
+  check_scales(op, omega, scales);
   check_no_overlap(op, arguments, scales);
 }
 
-inline void check_dimensions(const char* op, const char* name, const Tensor& tensor, int64_t dims,
+inline void check_dimensions(const char* op, const char* name, const Operand& tensor, size_t dims,
                              const char* expected) {
   if (tensor.dim() != dims) {
     fail(op, name, " has shape ", shape_of(tensor), "; pass ", expected);
   }
 }
 
-inline void check_same_size(const char* op, const char* name, const Tensor& tensor, int64_t d,
-                            const char* other_name, const Tensor& other, int64_t other_d,
+inline void check_same_size(const char* op, const char* name, const Operand& tensor, size_t d,
+                            const char* other_name, const Operand& other, size_t other_d,
                             const char* meaning) {
-  if (tensor.size(d) != other.size(other_d)) {
+  if (tensor.sizes[d] != other.sizes[other_d]) {
     fail(op, name, " has shape ", shape_of(tensor), " but ", other_name, " has shape ",
          shape_of(other), "; size ", d, " of ", name, " and size ", other_d, " of ", other_name,
          " are both ", meaning);
@@ -168,7 +160,7 @@ inline void check_same_size(const char* op, const char* name, const Tensor& tens
 }
 
 inline void check_scalar(const char* op, const char* name, const Tensor& scalar,
-                         const TensorList& tensors) {
+                         const Operands& tensors) {
   if (scalar.dim() != 0) {
     fail(op, name, " has shape ", shape_of(scalar), "; pass a number or a 0-dim tensor");
   }
@@ -177,7 +169,7 @@ inline void check_scalar(const char* op, const char* name, const Tensor& scalar,
     fail(op, name, " has dtype ", dtype_name(dtype), "; pass a float32 or float64 tensor");
   }
   if (!scalar.is_cpu() && !tensors.empty() &&
-      scalar.get_device_index() != tensors.front().get_device_index()) {
+      scalar.get_device_index() != tensors.front().place.device_index) {
     fail(op, name, " is on ", device_of(scalar), " but the tensors are on ",
          device_of(tensors.front()), "; keep it on the CPU or on their device");
   }
@@ -189,19 +181,22 @@ inline void check_non_negative(const char* op, const char* name, double value) {
   }
 }
 
-// Ω[p, d], left[b, t, p] and right[b, t, d].
-inline void check_outer(const char* op, const Tensor& omega, const Tensor& left,
-                        const Tensor& right, double scale) {
-  check_non_negative(op, "scale", scale);
-  const std::initializer_list<Argument> arguments{
-      {.name = "omega", .tensors = omega, .is_omega = true, .writable = true, .is_list = false},
-      {.name = "left", .tensors = left, .is_list = false},
-      {.name = "right", .tensors = right, .is_list = false}};
+// Of single tensors, whose shapes differ.
+inline void check_each(const char* op, std::initializer_list<Argument> arguments,
+                       ScalarType shared) {
   for (const Argument& argument : arguments) {
     check_layout(op, argument, 0);
     check_device(op, argument, *arguments.begin(), 0);
-    check_dtype(op, argument, 0, dtype_of(left));
+    check_dtype(op, argument, 0, shared);
   }
+}
+
+// Ω[p, d], left[b, t, p] and right[b, t, d].
+inline void check_outer(const char* op, std::initializer_list<Argument> arguments) {
+  const Argument* first = arguments.begin();
+  const Operand &omega = first[0].tensors[0], &left = first[1].tensors[0],
+                &right = first[2].tensors[0];
+  check_each(op, arguments, left.dtype);
   check_dimensions(op, "omega", omega, 2, "a matrix [p, d]");
   check_dimensions(op, "left", left, 3, "[samples, positions, p]");
   check_dimensions(op, "right", right, 3, "[samples, positions, d]");
@@ -209,7 +204,7 @@ inline void check_outer(const char* op, const Tensor& omega, const Tensor& left,
   check_same_size(op, "right", right, 1, "left", left, 1, "the positions");
   check_same_size(op, "left", left, 2, "omega", omega, 0, "p");
   check_same_size(op, "right", right, 2, "omega", omega, 1, "d");
-  check_no_overlap(op, arguments, {.name = "", .tensors = TensorList{}});
+  check_no_overlap(op, arguments, {.name = "", .tensors = {}});
 }
 
 // A[rank, in], B[out, rank], Ω[out, in], and gradients in the shapes of A and B. The arguments are
@@ -217,13 +212,9 @@ inline void check_outer(const char* op, const Tensor& omega, const Tensor& left,
 inline void check_low_rank(const char* op, std::initializer_list<Argument> arguments,
                            const std::optional<Tensor>& omega_scales) {
   const Argument* factors = arguments.end() - 3;
-  const Tensor &a = *factors[0].tensors[0].tensor, &b = *factors[1].tensors[0].tensor,
-               &omega = *factors[2].tensors[0].tensor;
-  for (const Argument& argument : arguments) {
-    check_layout(op, argument, 0);
-    check_device(op, argument, *arguments.begin(), 0);
-    check_dtype(op, argument, 0, dtype_of(a));
-  }
+  const Operand &a = factors[0].tensors[0], &b = factors[1].tensors[0],
+                &omega = factors[2].tensors[0];
+  check_each(op, arguments, a.dtype);
   check_dimensions(op, "a", a, 2, "[rank, in]");
   check_dimensions(op, "b", b, 2, "[out, rank]");
   check_dimensions(op, "omega", omega, 2, "a matrix [out, in]");
@@ -232,13 +223,14 @@ inline void check_low_rank(const char* op, std::initializer_list<Argument> argum
   check_same_size(op, "omega", omega, 1, "a", a, 1, "in");
   for (const Argument *grad = arguments.begin(), *of = factors; grad < factors; ++grad, ++of) {
     if (grad->tensors[0].sizes != of->tensors[0].sizes) {
-      fail(op, grad->name, " has shape ", shape_of(*grad->tensors[0].tensor), " but ", of->name,
-           " has shape ", shape_of(*of->tensors[0].tensor), "; pass a gradient in its shape");
+      fail(op, grad->name, " has shape ", shape_of(grad->tensors[0]), " but ", of->name,
+           " has shape ", shape_of(of->tensors[0]), "; pass a gradient in its shape");
     }
   }
-  const TensorList given = omega_scales ? TensorList{*omega_scales} : TensorList{};
-  const Argument scales{.name = "omega_scales", .tensors = given, .is_list = false};
-  check_scales(op, factors[2], given, scales);
+  const Argument scales{.name = "omega_scales",
+                        .tensors = omega_scales ? Operands(*omega_scales) : Operands(),
+                        .is_list = false};
+  check_scales(op, factors[2], scales);
   check_no_overlap(op, arguments, scales);
 }
 
@@ -258,7 +250,7 @@ inline void check_beta(const char* op, const char* name, double value) {
 }
 
 inline void check_options(const char* op, const SgdOptions& options,
-                          const TensorList& momentum_buffers) {
+                          const Operands& momentum_buffers) {
   check_non_negative(op, "momentum", options.momentum);
   check_non_negative(op, "dampening", options.dampening);
   check_non_negative(op, "weight_decay", options.weight_decay);
@@ -278,7 +270,7 @@ inline void check_options(const char* op, const AdamOptions& options) {
   check_non_negative(op, "weight_decay", options.weight_decay);
 }
 
-inline void check_steps(const char* op, const Tensor& steps, const TensorList& params) {
+inline void check_steps(const char* op, const Tensor& steps, const Operands& params) {
   if (steps.dim() != 1 || steps.size(0) != static_cast<int64_t>(params.size())) {
     fail(op, "steps has shape ", shape_of(steps), " but there are ", params.size(),
          " params; pass one count for each, as one tensor");
@@ -287,7 +279,7 @@ inline void check_steps(const char* op, const Tensor& steps, const TensorList& p
   if (dtype != ScalarType::Float && dtype != ScalarType::Double) {
     fail(op, "steps has dtype ", dtype_name(dtype), "; pass a float32 or float64 tensor");
   }
-  if (!params.empty() && Place(steps) != Place(params.front())) {
+  if (!params.empty() && Place(steps) != params.front().place) {
     fail(op, "steps is on ", device_of(steps), " but the tensors are on ",
          device_of(params.front()), "; move it there");
   }

@@ -1,9 +1,14 @@
-// mas_ext._C: what was compiled, and what this processor can run. The operators are in
-// mas_ext/_kernels, which does not depend on the Python version.
+// mas_ext._C: what was compiled, what this processor can run, and lists of tensors as kernels read
+// them. The operators are in mas_ext/_kernels, which does not depend on the Python version.
+#include <ATen/dlpack.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstdint>
+#include <cstring>
 #include <string>
+
+#include "packed_tensor.h"
 
 #ifndef MAS_EXT_CUDA_ARCHS
 #define MAS_EXT_CUDA_ARCHS ""
@@ -13,6 +18,9 @@
 #define MAS_STRING(x) MAS_STRING_(x)
 
 namespace {
+
+using mas_ext::PackedTensor;
+using torch::headeronly::ScalarType;
 
 std::string compiler() {
 #if defined(__clang__)
@@ -51,10 +59,112 @@ pybind11::dict build_config() {
   return config;
 }
 
+// How PyTorch describes a tensor without a call into Python, and the types that hide nothing from
+// it: a subclass may.
+struct Exchange {
+  DLPackDLTensorFromPyObjectNoSync describe = nullptr;
+  pybind11::object tensor, parameter;
+
+  bool knows(PyObject* object) const {
+    const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
+    return type == tensor.ptr() || type == parameter.ptr();
+  }
+};
+
+// Without `describe` if this PyTorch has no such interface, or a later one.
+Exchange find_exchange() {
+  const auto torch = pybind11::module_::import("torch");
+  const pybind11::object tensor = torch.attr("Tensor");
+  if (!pybind11::hasattr(tensor, "__dlpack_c_exchange_api__")) {
+    return {};
+  }
+  const pybind11::capsule capsule = tensor.attr("__dlpack_c_exchange_api__");
+  const auto* api = capsule.get_pointer<DLPackExchangeAPI>();
+  if (api->header.version.major != DLPACK_MAJOR_VERSION) {
+    return {};
+  }
+  return {api->dltensor_from_py_object_no_sync, tensor, torch.attr("nn").attr("Parameter")};
+}
+
+// Undefined for what no kernel takes.
+ScalarType dtype_of(const DLDataType& dtype) {
+  const auto is = [&](uint8_t code, uint8_t bits) {
+    return dtype.code == code && dtype.bits == bits && dtype.lanes == 1;
+  };
+  return is(kDLFloat, 32)    ? ScalarType::Float
+         : is(kDLBfloat, 16) ? ScalarType::BFloat16
+         : is(kDLFloat, 16)  ? ScalarType::Half
+         : is(kDLFloat, 64)  ? ScalarType::Double
+         : is(kDLUInt, 8)    ? ScalarType::Byte
+                             : ScalarType::Undefined;
+}
+
+// A tensor may hold the negative of its values: the imaginary part of a conjugate does, and steps
+// over the real parts. So one with neighbours in memory does not.
+bool may_be_negated(const DLTensor& tensor) {
+  for (int32_t d = 0; d < tensor.ndim; ++d) {
+    if (tensor.shape[d] > 1 && tensor.strides[d] == 1) {
+      return false;
+    }
+  }
+  return true;
+}
+
+// Whether a tensor is described by its memory alone; if so, writes the description.
+bool describe(const Exchange& exchange, PyObject* object, PackedTensor& packed) {
+  DLTensor tensor;
+  if (!exchange.knows(object)) {
+    return false;
+  }
+  if (exchange.describe(object, &tensor) != 0) {  // it is sparse, for example
+    PyErr_Clear();
+    return false;
+  }
+  const bool is_cpu = tensor.device.device_type == kDLCPU;
+  packed = {static_cast<char*>(tensor.data) + tensor.byte_offset,
+            tensor.shape,
+            tensor.strides,
+            tensor.ndim,
+            tensor.device.device_id,
+            is_cpu,
+            dtype_of(tensor.dtype)};
+  return packed.dtype != ScalarType::Undefined &&
+         (is_cpu || tensor.device.device_type == kDLCUDA) &&
+         !(may_be_negated(tensor) && pybind11::handle(object).attr("is_neg")().cast<bool>());
+}
+
+// The bytes that packed.h reads, or None.
+pybind11::object pack(const pybind11::args& lists) {
+  static const auto* exchange = new Exchange(find_exchange());  // outlives the interpreter
+  if (exchange->describe == nullptr) {
+    return pybind11::none();
+  }
+  size_t size = 0;
+  for (const pybind11::handle list : lists) {
+    size += sizeof(int64_t) + pybind11::len(list) * sizeof(PackedTensor);
+  }
+  const auto bytes = pybind11::reinterpret_steal<pybind11::object>(
+      PyByteArray_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(size)));
+  char* next = PyByteArray_AsString(bytes.ptr());
+  for (const pybind11::handle list : lists) {
+    const auto length = static_cast<int64_t>(pybind11::len(list));
+    std::memcpy(next, &length, sizeof(length));
+    auto* tensors = reinterpret_cast<PackedTensor*>(next + sizeof(length));
+    for (int64_t i = 0; i < length; ++i) {
+      if (!describe(*exchange, PyList_GetItem(list.ptr(), i), tensors[i])) {
+        return pybind11::none();
+      }
+    }
+    next = reinterpret_cast<char*>(tensors + length);
+  }
+  return bytes;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Build configuration of mas_ext and the features of this processor.";
+  m.doc() = "Build configuration of mas_ext, the features of this processor, and packed lists.";
   m.def("build_config", &build_config, "What the native library was compiled with.");
+  m.def("pack", &pack, "Lists of tensors as bytes that hold during one call, or None.");
   m.def("simd_level", &simd_level, "The instruction set that the CPU kernels use here.");
 }

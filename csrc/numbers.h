@@ -38,10 +38,11 @@ inline bool is_stored_dtype(ScalarType dtype) {
   return dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || is_codes(dtype);
 }
 
-inline int64_t bytes_of_stored(ScalarType dtype) {
+inline int64_t bytes_of(ScalarType dtype) {
   switch (dtype) {
     case ScalarType::Byte: return 1;
-    case ScalarType::BFloat16: return 2;
+    case ScalarType::BFloat16:
+    case ScalarType::Half: return 2;
     case ScalarType::Double: return 8;
     default: return 4;
   }

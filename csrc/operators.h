@@ -21,33 +21,51 @@
 #include "formulas.h"
 #include "low_rank.h"
 #include "outer.h"
+#include "packed.h"
 #include "steps.h"
 #include "tensor_list.h"
 
 namespace mas_ext {
 
-// What a kernel knows of the call it serves: its operator, for errors, and a tensor on its device.
+// What a kernel knows of the call it serves: its operator, for errors, and its device.
 struct Call {
   const char* op;
-  const Tensor& home;
+  Place place;
 };
 
 // A list without tensors is where its λ is.
-inline const Tensor& home_of(const TensorList& params, const Tensor& lambda_reg) {
-  return params.empty() ? lambda_reg : params.front();
+inline Place place_of(const Operands& params, const Tensor& lambda_reg) {
+  return params.empty() ? Place(lambda_reg) : params.front().place;
 }
 
 // ------------------------------------------------------------------------------------------------
 // Arguments
 // ------------------------------------------------------------------------------------------------
-inline Argument read(const char* name, const TensorList& tensors) {
-  return {.name = name, .tensors = tensors};
+inline Argument read(const char* name, Operands tensors) {
+  return {.name = name, .tensors = std::move(tensors)};
 }
-inline Argument written(const char* name, const TensorList& tensors) {
-  return {.name = name, .tensors = tensors, .writable = true};
+inline Argument written(const char* name, Operands tensors) {
+  return {.name = name, .tensors = std::move(tensors), .writable = true};
 }
-inline Argument omega_of(const TensorList& omega) {
-  return {.name = "omega", .tensors = omega, .is_omega = true};
+inline Argument omega_of(Operands omega) {
+  return {.name = "omega", .tensors = std::move(omega), .is_omega = true};
+}
+inline Argument scales_of(Operands omega_scales) {
+  return {.name = "omega_scales", .tensors = std::move(omega_scales)};
+}
+
+inline Argument single(const char* name, const Tensor& tensor) {
+  return {.name = name, .tensors = tensor, .is_list = false};
+}
+inline Argument single_written(const char* name, const Tensor& tensor) {
+  return {.name = name, .tensors = tensor, .writable = true, .is_list = false};
+}
+inline Argument single_omega(const Tensor& omega, bool writable = false) {
+  return {.name = "omega",
+          .tensors = omega,
+          .is_omega = true,
+          .writable = writable,
+          .is_list = false};
 }
 
 using NumberCheck = void (*)(const char* op, const char* name, double value);
@@ -58,7 +76,7 @@ inline void allow_any(const char*, const char*, double) {}
 // mean to wait for a device.
 template <class Kernels>
 auto read_scalar(const char* op, const char* name, const std::optional<Tensor>& scalar,
-                 const TensorList& tensors, NumberCheck check, double otherwise = 1.0) {
+                 const Operands& tensors, NumberCheck check, double otherwise = 1.0) {
   if (!scalar) {
     return Kernels::constant(otherwise);
   }
@@ -74,15 +92,18 @@ auto read_scalar(const char* op, const char* name, const std::optional<Tensor>& 
 // Importance. The magnitude that a gradient counts with is an argument of every kernel.
 // ------------------------------------------------------------------------------------------------
 template <class Kernels>
-void accumulate_importance_(const TensorList& omega, const TensorList& grads, double scale,
-                            bool square) {
+void accumulate_importance_(Operands omega, Operands grads, double scale, bool square) {
   constexpr const char* op = "accumulate_importance_";
   check_non_negative(op, "scale", scale);
-  FlatList<2> list(op, {{.name = "omega", .tensors = omega, .is_omega = true, .writable = true},
-                        read("grads", grads)});
+  const Call call{op, omega.empty() ? Place(true, 0) : omega.front().place};
+  FlatList<2> list(op, {{.name = "omega",
+                         .tensors = std::move(omega),
+                         .is_omega = true,
+                         .writable = true},
+                        read("grads", std::move(grads))});
   if (list.total() > 0) {
     with_magnitude(square, [&](auto magnitude) {
-      Kernels::accumulate(magnitude, {op, omega.front()}, list, scale);
+      Kernels::accumulate(magnitude, call, list, scale);
     });
     list.write_back();
   }
@@ -96,14 +117,15 @@ template <class Kernels>
 void accumulate_outer_(const Tensor& omega, const Tensor& left, const Tensor& right, double scale,
                        bool square) {
   constexpr const char* op = "accumulate_outer_";
-  check_outer(op, omega, left, right, scale);
+  check_non_negative(op, "scale", scale);
+  check_outer(op, {single_omega(omega, true), single("left", left), single("right", right)});
   Outer problem{omega.data_ptr(), omega.stride(0), omega.stride(1), factor_of(left),
                 factor_of(right), left.size(0),    left.size(1),    omega.size(0),
                 omega.size(1),    dtype_of(left),  scale,           false};
   turn_columns_innermost(problem);
   if (!problem.is_empty()) {
     with_magnitude(square, [&](auto magnitude) {
-      Kernels::accumulate_outer(magnitude, {op, omega}, problem);
+      Kernels::accumulate_outer(magnitude, {op, Place(omega)}, problem);
     });
   }
 }
@@ -112,70 +134,75 @@ void accumulate_outer_(const Tensor& omega, const Tensor& left, const Tensor& ri
 // The penalty
 // ------------------------------------------------------------------------------------------------
 template <class Kernels>
-Tensor penalty(const TensorList& params, const TensorList& anchors, const TensorList& omega,
-               const TensorList& omega_scales, const Tensor& lambda_reg) {
-  constexpr const char* op = "penalty";
-  const auto lambda = read_scalar<Kernels>(op, "lambda_reg", lambda_reg, params, allow_any);
-  const FlatList<3> list(op, {read("params", params), read("anchors", anchors), omega_of(omega)},
-                         omega_scales);
-  return Kernels::penalty({op, home_of(params, lambda_reg)}, list, lambda);
+Tensor penalty(Operands params, Operands anchors, Operands omega, Operands omega_scales,
+               const Tensor& lambda_reg) {
+  const Call call{"penalty", place_of(params, lambda_reg)};
+  const auto lambda = read_scalar<Kernels>(call.op, "lambda_reg", lambda_reg, params, allow_any);
+  const FlatList<3> list(call.op,
+                         {read("params", std::move(params)), read("anchors", std::move(anchors)),
+                          omega_of(std::move(omega))},
+                         scales_of(std::move(omega_scales)));
+  return Kernels::penalty(call, list, lambda);
 }
 
-// g ← sλΩ(θ−θ*), or g += sλΩ(θ−θ*), in lists whose tensors passed the checks or are checked here.
+// g ← sλΩ(θ−θ*), or g += sλΩ(θ−θ*).
 template <class Kernels, bool Add>
-Tensor penalty_gradient(const char* op, const TensorList& grads, const TensorList& params,
-                        const TensorList& anchors, const TensorList& omega,
-                        const TensorList& omega_scales, const Tensor& lambda_reg,
-                        typename Kernels::Number lambda, typename Kernels::Number grad_scale) {
-  FlatList<4> list(
-      op,
-      {written("grads", grads), read("params", params), read("anchors", anchors), omega_of(omega)},
-      omega_scales);
-  const Tensor value = Kernels::template penalty_gradient<Add>({op, home_of(params, lambda_reg)},
-                                                               list, lambda, grad_scale);
+Tensor penalty_gradient(const Call& call, Operands grads, Operands params, Operands anchors,
+                        Operands omega, Operands omega_scales, typename Kernels::Number lambda,
+                        typename Kernels::Number grad_scale) {
+  FlatList<4> list(call.op,
+                   {written("grads", std::move(grads)), read("params", std::move(params)),
+                    read("anchors", std::move(anchors)), omega_of(std::move(omega))},
+                   scales_of(std::move(omega_scales)));
+  const Tensor value =
+      Kernels::template penalty_gradient<Add>(call, list, lambda, grad_scale);
   list.write_back();
   return value;
 }
 
 template <class Kernels>
-std::tuple<Tensor, TensorList> penalty_and_grad(const TensorList& params, const TensorList& anchors,
-                                                const TensorList& omega,
-                                                const TensorList& omega_scales,
+std::tuple<Tensor, TensorList> penalty_and_grad(const TensorList& params, Operands anchors,
+                                                Operands omega, Operands omega_scales,
                                                 const Tensor& lambda_reg) {
-  constexpr const char* op = "penalty_and_grad";
-  const auto lambda = read_scalar<Kernels>(op, "lambda_reg", lambda_reg, params, allow_any);
+  const Operands values(params);
+  const Call call{"penalty_and_grad", place_of(values, lambda_reg)};
+  const auto lambda = read_scalar<Kernels>(call.op, "lambda_reg", lambda_reg, values, allow_any);
   // New gradients can be made only of parameters that passed the checks.
-  check_arguments(op, {read("params", params), read("anchors", anchors), omega_of(omega)},
-                  omega_scales);
+  check_arguments(call.op, {read("params", values), read("anchors", anchors), omega_of(omega)},
+                  scales_of(omega_scales));
   const TensorList grads = empty_like_each(params);
   const Tensor value = penalty_gradient<Kernels, false>(
-      op, grads, params, anchors, omega, omega_scales, lambda_reg, lambda, Kernels::constant(1.0));
+      call, grads, values, std::move(anchors), std::move(omega), std::move(omega_scales), lambda,
+      Kernels::constant(1.0));
   return {value, grads};
 }
 
 template <class Kernels>
-Tensor add_penalty_grad_(const TensorList& grads, const TensorList& params,
-                         const TensorList& anchors, const TensorList& omega,
-                         const TensorList& omega_scales, const Tensor& lambda_reg,
+Tensor add_penalty_grad_(Operands grads, Operands params, Operands anchors, Operands omega,
+                         Operands omega_scales, const Tensor& lambda_reg,
                          const std::optional<Tensor>& grad_scale) {
-  constexpr const char* op = "add_penalty_grad_";
-  const auto lambda = read_scalar<Kernels>(op, "lambda_reg", lambda_reg, grads, check_non_negative);
-  const auto scale = read_scalar<Kernels>(op, "grad_scale", grad_scale, grads, check_non_negative);
-  return penalty_gradient<Kernels, true>(op, grads, params, anchors, omega, omega_scales,
-                                         lambda_reg, lambda, scale);
+  const Call call{"add_penalty_grad_", place_of(params, lambda_reg)};
+  const auto lambda =
+      read_scalar<Kernels>(call.op, "lambda_reg", lambda_reg, grads, check_non_negative);
+  const auto scale =
+      read_scalar<Kernels>(call.op, "grad_scale", grad_scale, grads, check_non_negative);
+  return penalty_gradient<Kernels, true>(call, std::move(grads), std::move(params),
+                                         std::move(anchors), std::move(omega),
+                                         std::move(omega_scales), lambda, scale);
 }
 
 template <class Kernels>
-Tensor proximal_step_(const TensorList& params, const TensorList& anchors, const TensorList& omega,
-                      const TensorList& omega_scales, const Tensor& lambda_reg, const Tensor& lr) {
-  constexpr const char* op = "proximal_step_";
+Tensor proximal_step_(Operands params, Operands anchors, Operands omega, Operands omega_scales,
+                      const Tensor& lambda_reg, const Tensor& lr) {
+  const Call call{"proximal_step_", place_of(params, lambda_reg)};
   const auto lambda =
-      read_scalar<Kernels>(op, "lambda_reg", lambda_reg, params, check_non_negative);
-  const auto rate = read_scalar<Kernels>(op, "lr", lr, params, check_non_negative);
-  FlatList<3> list(op, {written("params", params), read("anchors", anchors), omega_of(omega)},
-                   omega_scales);
-  const Tensor value =
-      Kernels::proximal_step({op, home_of(params, lambda_reg)}, list, lambda, rate);
+      read_scalar<Kernels>(call.op, "lambda_reg", lambda_reg, params, check_non_negative);
+  const auto rate = read_scalar<Kernels>(call.op, "lr", lr, params, check_non_negative);
+  FlatList<3> list(call.op,
+                   {written("params", std::move(params)), read("anchors", std::move(anchors)),
+                    omega_of(std::move(omega))},
+                   scales_of(std::move(omega_scales)));
+  const Tensor value = Kernels::proximal_step(call, list, lambda, rate);
   list.write_back();
   return value;
 }
@@ -212,16 +239,6 @@ inline LowRank low_rank_of(const Tensor& a, const Tensor& b, const Tensor& omega
           scale};
 }
 
-inline Argument single(const char* name, const Tensor& tensor) {
-  return {.name = name, .tensors = tensor, .is_list = false};
-}
-inline Argument single_omega(const Tensor& omega) {
-  return {.name = "omega", .tensors = omega, .is_omega = true, .is_list = false};
-}
-inline Argument single_written(const char* name, const Tensor& tensor) {
-  return {.name = name, .tensors = tensor, .writable = true, .is_list = false};
-}
-
 template <class Kernels>
 Tensor low_rank_penalty_with_grads(const Call& call, LowRank problem, const Tensor& grad_a,
                                    const Tensor& grad_b, typename Kernels::Number lambda) {
@@ -240,7 +257,7 @@ std::tuple<Tensor, Tensor, Tensor> low_rank_penalty(const Tensor& a, const Tenso
                                                     const Tensor& lambda_reg, double scale,
                                                     bool with_grads) {
   constexpr const char* op = "low_rank_penalty";
-  const auto lambda = read_scalar<Kernels>(op, "lambda_reg", lambda_reg, {a}, allow_any);
+  const auto lambda = read_scalar<Kernels>(op, "lambda_reg", lambda_reg, a, allow_any);
   check_non_negative(op, "scale", scale);
   check_low_rank(op, {single("a", a), single("b", b), single_omega(omega)}, omega_scales);
   LowRank problem = low_rank_of(a, b, omega, omega_scales, scale);
@@ -253,11 +270,11 @@ std::tuple<Tensor, Tensor, Tensor> low_rank_penalty(const Tensor& a, const Tenso
   };
   const Tensor grad_a = zeros(a), grad_b = zeros(b);
   if (with_grads) {
-    return {low_rank_penalty_with_grads<Kernels>({op, a}, problem, grad_a, grad_b, lambda), grad_a,
+    return {low_rank_penalty_with_grads<Kernels>({op, Place(a)}, problem, grad_a, grad_b, lambda), grad_a,
             grad_b};
   }
   turn_columns_innermost(problem);
-  return {Kernels::low_rank_penalty({op, a}, problem, lambda), grad_a, grad_b};
+  return {Kernels::low_rank_penalty({op, Place(a)}, problem, lambda), grad_a, grad_b};
 }
 
 template <class Kernels>
@@ -267,21 +284,21 @@ Tensor low_rank_penalty_grad_(const Tensor& grad_a, const Tensor& grad_b, const 
                               double scale) {
   constexpr const char* op = "low_rank_penalty_grad_";
   const auto lambda =
-      read_scalar<Kernels>(op, "lambda_reg", lambda_reg, {grad_a}, check_non_negative);
+      read_scalar<Kernels>(op, "lambda_reg", lambda_reg, grad_a, check_non_negative);
   check_non_negative(op, "scale", scale);
   check_low_rank(op,
                  {single_written("grad_a", grad_a), single_written("grad_b", grad_b),
                   single("a", a), single("b", b), single_omega(omega)},
                  omega_scales);
   return low_rank_penalty_with_grads<Kernels>(
-      {op, a}, low_rank_of(a, b, omega, omega_scales, scale), grad_a, grad_b, lambda);
+      {op, Place(a)}, low_rank_of(a, b, omega, omega_scales, scale), grad_a, grad_b, lambda);
 }
 
 // ------------------------------------------------------------------------------------------------
 // Optimizer steps. Their lists are θ, moments, g, θ*, Ω.
 // ------------------------------------------------------------------------------------------------
 template <class Kernels>
-typename Kernels::StepNumbers read_step_numbers(const char* op, const TensorList& params,
+typename Kernels::StepNumbers read_step_numbers(const char* op, const Operands& params,
                                                 const Tensor& lambda_reg, const Tensor& lr,
                                                 const std::optional<Tensor>& grad_scale,
                                                 const std::optional<Tensor>& found_inf) {
@@ -303,58 +320,58 @@ Tensor penalised_step(const Call& call, FlatList<Streams> list,
 }
 
 template <class Kernels>
-Tensor sgd_step_(const TensorList& params, const TensorList& grads,
-                 const TensorList& momentum_buffers, const TensorList& anchors,
-                 const TensorList& omega, const TensorList& omega_scales, const Tensor& lambda_reg,
-                 const Tensor& lr, double momentum, double dampening, double weight_decay,
-                 bool nesterov, bool maximize, bool proximal,
-                 const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf) {
-  constexpr const char* op = "sgd_step_";
-  const Call call{op, home_of(params, lambda_reg)};
+Tensor sgd_step_(Operands params, Operands grads, Operands momentum_buffers, Operands anchors,
+                 Operands omega, Operands omega_scales, const Tensor& lambda_reg, const Tensor& lr,
+                 double momentum, double dampening, double weight_decay, bool nesterov,
+                 bool maximize, bool proximal, const std::optional<Tensor>& grad_scale,
+                 const std::optional<Tensor>& found_inf) {
+  const Call call{"sgd_step_", place_of(params, lambda_reg)};
   const SgdOptions options{momentum, dampening, weight_decay, nesterov, maximize};
   const auto numbers =
-      read_step_numbers<Kernels>(op, params, lambda_reg, lr, grad_scale, found_inf);
-  check_options(op, options, momentum_buffers);
+      read_step_numbers<Kernels>(call.op, params, lambda_reg, lr, grad_scale, found_inf);
+  check_options(call.op, options, momentum_buffers);
   if (momentum == 0) {
     return penalised_step<Kernels, SgdRule>(
         call,
-        FlatList<4>(op,
-                    {written("params", params), read("grads", grads), read("anchors", anchors),
-                     omega_of(omega)},
-                    omega_scales),
+        FlatList<4>(call.op,
+                    {written("params", std::move(params)), read("grads", std::move(grads)),
+                     read("anchors", std::move(anchors)), omega_of(std::move(omega))},
+                    scales_of(std::move(omega_scales))),
         numbers, options, proximal);
   }
   return penalised_step<Kernels, MomentumRule>(
       call,
-      FlatList<5>(op,
-                  {written("params", params), written("momentum_buffers", momentum_buffers),
-                   read("grads", grads), read("anchors", anchors), omega_of(omega)},
-                  omega_scales),
+      FlatList<5>(call.op,
+                  {written("params", std::move(params)),
+                   written("momentum_buffers", std::move(momentum_buffers)),
+                   read("grads", std::move(grads)), read("anchors", std::move(anchors)),
+                   omega_of(std::move(omega))},
+                  scales_of(std::move(omega_scales))),
       numbers, options, proximal);
 }
 
 template <class Kernels>
-Tensor adamw_step_(const TensorList& params, const TensorList& grads, const TensorList& exp_avgs,
-                   const TensorList& exp_avg_sqs, const Tensor& steps, const TensorList& anchors,
-                   const TensorList& omega, const TensorList& omega_scales,
+Tensor adamw_step_(Operands params, Operands grads, Operands exp_avgs, Operands exp_avg_sqs,
+                   const Tensor& steps, Operands anchors, Operands omega, Operands omega_scales,
                    const Tensor& lambda_reg, const Tensor& lr, double beta1, double beta2,
                    double eps, double weight_decay, bool decoupled, bool maximize, bool proximal,
                    const std::optional<Tensor>& grad_scale,
                    const std::optional<Tensor>& found_inf) {
-  constexpr const char* op = "adamw_step_";
+  const Call call{"adamw_step_", place_of(params, lambda_reg)};
   const AdamOptions options{beta1, beta2, eps, weight_decay, decoupled, maximize};
   const auto numbers =
-      read_step_numbers<Kernels>(op, params, lambda_reg, lr, grad_scale, found_inf);
-  check_options(op, options);
-  check_steps(op, steps, params);
-  FlatList<6> list(op,
-                   {written("params", params), written("exp_avgs", exp_avgs),
-                    written("exp_avg_sqs", exp_avg_sqs), read("grads", grads),
-                    read("anchors", anchors), omega_of(omega)},
-                   omega_scales);
-  const auto corrections = Kernels::bias_corrections(op, steps, options);
-  return penalised_step<Kernels, AdamRule>({op, home_of(params, lambda_reg)}, std::move(list),
-                                           numbers, options, proximal, corrections.data());
+      read_step_numbers<Kernels>(call.op, params, lambda_reg, lr, grad_scale, found_inf);
+  check_options(call.op, options);
+  check_steps(call.op, steps, params);
+  FlatList<6> list(call.op,
+                   {written("params", std::move(params)), written("exp_avgs", std::move(exp_avgs)),
+                    written("exp_avg_sqs", std::move(exp_avg_sqs)),
+                    read("grads", std::move(grads)), read("anchors", std::move(anchors)),
+                    omega_of(std::move(omega))},
+                   scales_of(std::move(omega_scales)));
+  const auto corrections = Kernels::bias_corrections(call.op, steps, options);
+  return penalised_step<Kernels, AdamRule>(call, std::move(list), numbers, options, proximal,
+                                           corrections.data());
 }
 
 }  // namespace mas_ext

@@ -25,8 +25,8 @@ template <size_t Streams>
 class FlatList {
  public:
   FlatList(const char* op, std::initializer_list<Argument> arguments,
-           const TensorList& omega_scales = {}) {
-    check_arguments(op, arguments, omega_scales);
+           const Argument& scales = {.name = "omega_scales", .tensors = {}}) {
+    check_arguments(op, arguments, scales);
     const Argument &values = values_of(arguments), &omega = find_omega(arguments);
     entries_.reserve(values.tensors.size());
     for (size_t i = 0; i < values.tensors.size(); ++i) {
@@ -41,7 +41,7 @@ class FlatList {
              .dtype = dtype,
              .index = static_cast<int64_t>(i),
              .omega_dtype = stored,
-             .omega_scales = is_codes(stored) ? scales_in(omega_scales[i]) : nullptr});
+             .omega_scales = is_codes(stored) ? static_cast<const float*>(scales.tensors[i].data) : nullptr});
       }
     }
   }
@@ -70,10 +70,6 @@ class FlatList {
                        [&](const Argument& a) { return a.tensors[i].strides == first.strides; });
   }
 
-  static const float* scales_in(const Tensor& scales) {
-    return static_cast<const float*>(scales.const_data_ptr());
-  }
-
   std::array<void*, Streams> pointers(std::initializer_list<Argument> arguments, size_t i,
                                       const Operand& omega) {
     const bool in_place = share_dense_layout(arguments, i);
@@ -83,7 +79,7 @@ class FlatList {
       const Operand& tensor = argument.tensors[i];
       result[stream++] = in_place                ? tensor.data
                          : is_codes(omega.dtype) ? ordered_copy(argument, tensor, omega)
-                                                 : contiguous_copy(argument, *tensor.tensor);
+                                                 : contiguous_copy(argument, tensor.tensor());
     }
     return result;
   }
@@ -101,12 +97,13 @@ class FlatList {
     if (tensor.strides == order.strides) {
       return tensor.data;
     }
-    copies_.push_back(torch::stable::new_empty(*tensor.tensor, {tensor.numel}));
+    copies_.push_back(tensor.place.empty({tensor.numel}, tensor.dtype));
     Tensor copy = torch::stable::from_blob(copies_.back().data_ptr(), order.sizes, order.strides,
-                                           tensor.tensor->device(), tensor.dtype);
-    torch::stable::copy_(copy, *tensor.tensor);
+                                           tensor.place.device(), tensor.dtype);
+    const Tensor original = tensor.tensor();
+    torch::stable::copy_(copy, original);
     if (argument.writable) {
-      written_copies_.emplace_back(*tensor.tensor, copy);
+      written_copies_.emplace_back(original, copy);
     }
     return copies_.back().data_ptr();
   }

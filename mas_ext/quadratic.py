@@ -268,6 +268,7 @@ class QuadraticRegularizer:
             self._state.end_task(self._named(), self._selected(), self.protected.index.adapted)
         self._state.begin_task(references)
         self.protected.has_acted = False
+        self.protected.forget_groups()
         saved.remove()
 
     def _measurement(self, options: Mapping[str, Any]) -> Measurement:
@@ -568,6 +569,7 @@ class QuadraticRegularizer:
             tracker=self.protected.tracker,
         )
         self.protected.has_acted = True  # it may have, before the state was saved
+        self.protected.forget_groups()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the state atomically to a safetensors file with a checksum.

@@ -32,7 +32,7 @@ struct Kernels : CpuKernels {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mas_ext, CPU, m) {
-  m.impl("accumulate_importance_", TORCH_BOX(&accumulate_importance_<Kernels>));
+  implement_with_packed_lists<&accumulate_importance_<Kernels>>(m, "accumulate_importance_");
 }
 
 }  // namespace mas_ext::cpu

@@ -215,7 +215,7 @@ class Worker {
   // processor to foresee.
   void fetch_below(int64_t row, int64_t column) const {
     constexpr int64_t kLine = 64;
-    const int64_t bytes = bytes_of_stored(call_.omega_dtype);
+    const int64_t bytes = bytes_of(call_.omega_dtype);
     const int64_t first = row_ + kBlockRows + row, end = std::min(first + kRows, call_.rows);
     for (int64_t below = first; call_.column_stride == 1 && below < end; ++below) {
       const auto* run = static_cast<const char*>(call_.omega) +

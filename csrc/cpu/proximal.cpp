@@ -36,7 +36,7 @@ struct Kernels : CpuKernels {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mas_ext, CPU, m) {
-  m.impl("proximal_step_", TORCH_BOX(&proximal_step_<Kernels>));
+  implement_with_packed_lists<&proximal_step_<Kernels>>(m, "proximal_step_");
 }
 
 }  // namespace mas_ext::cpu

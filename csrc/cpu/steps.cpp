@@ -106,7 +106,7 @@ MAS_ALWAYS_INLINE void fetch_ahead(const Chunk<Streams>& chunk, int64_t begin) {
       prefetch(static_cast<const T*>(entry.data[s]) + ahead);
     }
     prefetch(static_cast<const char*>(entry.data[Streams - 1]) +
-             ahead * bytes_of_stored(entry.omega_dtype));
+             ahead * bytes_of(entry.omega_dtype));
   }
 }
 
@@ -188,8 +188,8 @@ struct Kernels : CpuKernels {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mas_ext, CPU, m) {
-  m.impl("sgd_step_", TORCH_BOX(&sgd_step_<Kernels>));
-  m.impl("adamw_step_", TORCH_BOX(&adamw_step_<Kernels>));
+  implement_with_packed_lists<&sgd_step_<Kernels>>(m, "sgd_step_");
+  implement_with_packed_lists<&adamw_step_<Kernels>>(m, "adamw_step_");
 }
 
 }  // namespace mas_ext::cpu

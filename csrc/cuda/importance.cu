@@ -6,8 +6,8 @@ namespace {
 
 template <template <class> class Operation>
 void run(const Call& call, const FlatList<2>& list, double scale) {
-  const torch::stable::accelerator::DeviceGuard guard(call.home.get_device_index());
-  launch<Operation>(call, list, nullptr, current_stream(call.home),
+  const torch::stable::accelerator::DeviceGuard guard(call.place.device_index);
+  launch<Operation>(call, list, nullptr, current_stream(call.place),
                     [&]<class T>() { return Operation<T>{static_cast<accumulate_t<T>>(scale)}; });
 }
 
@@ -23,7 +23,7 @@ struct Kernels : CudaKernels {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mas_ext, CUDA, m) {
-  m.impl("accumulate_importance_", TORCH_BOX(&accumulate_importance_<Kernels>));
+  implement_with_packed_lists<&accumulate_importance_<Kernels>>(m, "accumulate_importance_");
 }
 
 }  // namespace mas_ext::cuda

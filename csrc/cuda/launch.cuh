@@ -13,9 +13,9 @@
 
 namespace mas_ext::cuda {
 
-inline cudaStream_t current_stream(const Tensor& tensor) {
+inline cudaStream_t current_stream(const Place& place) {
   return static_cast<cudaStream_t>(
-      torch::stable::accelerator::getCurrentStream(tensor.get_device_index()).nativeHandle());
+      torch::stable::accelerator::getCurrentStream(place.device_index).nativeHandle());
 }
 
 inline void check_launch(const char* op) {
@@ -67,12 +67,11 @@ void launch(const Call& call, const FlatList<Streams>& list, double* partial_sum
 template <template <class> class Operation, size_t Streams, class Make>
 Tensor launch_penalty(const Call& call, const FlatList<Streams>& list, const Scalar& lambda,
                       Make make) {
-  const Tensor& home = call.home;
-  const torch::stable::accelerator::DeviceGuard guard(home.get_device_index());
-  const cudaStream_t stream = current_stream(home);
+  const torch::stable::accelerator::DeviceGuard guard(call.place.device_index);
+  const cudaStream_t stream = current_stream(call.place);
   const int64_t chunks = chunks_in(list.entries());
-  const Tensor partial = torch::stable::new_empty(home, {chunks}, ScalarType::Double);
-  const Tensor value = torch::stable::new_empty(home, {}, list.value_dtype());
+  const Tensor partial = call.place.empty({chunks}, ScalarType::Double);
+  const Tensor value = call.place.empty({}, list.value_dtype());
   auto* sums = static_cast<double*>(partial.mutable_data_ptr());
   launch<Operation>(call, list, sums, stream, make);
   visit_dtype(dtype_of(value), [&]<class T>() {

@@ -15,9 +15,7 @@ void launch_tiles(const Call& call, const LowRank& problem, const Scalar& lambda
                   cudaStream_t stream) {
   const int count = parts_of(problem);
   const int64_t size = problem.has_grads() ? problem.rank * problem.columns : 0;
-  const Tensor sums =
-      torch::stable::new_empty(call.home, {count * size},
-                               std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float);
+  const Tensor sums = call.place.empty({count * size}, accumulate_dtype(problem.dtype));
   const LowRankParts parts{count, sums.mutable_data_ptr()};
   low_rank_kernel<A><<<blocks_for(problem, count), kThreads, 0, stream>>>(problem, parts, energies);
   check_launch(call.op);
@@ -40,11 +38,11 @@ void run(const Call& call, LowRank problem, const Scalar& lambda, double* energi
 
 struct Kernels : CudaKernels {
   static Tensor low_rank_penalty(const Call& call, const LowRank& problem, const Scalar& lambda) {
-    const torch::stable::accelerator::DeviceGuard guard(call.home.get_device_index());
-    const cudaStream_t stream = current_stream(call.home);
+    const torch::stable::accelerator::DeviceGuard guard(call.place.device_index);
+    const cudaStream_t stream = current_stream(call.place);
     const int64_t count = problem.is_empty() ? 0 : column_tiles(problem) * parts_of(problem);
-    const Tensor partial = torch::stable::new_empty(call.home, {count}, ScalarType::Double);
-    const Tensor value = torch::stable::new_empty(call.home, {}, accumulate_dtype(problem.dtype));
+    const Tensor partial = call.place.empty({count}, ScalarType::Double);
+    const Tensor value = call.place.empty({}, accumulate_dtype(problem.dtype));
     auto* energies = static_cast<double*>(partial.mutable_data_ptr());
     visit_dtype(dtype_of(value), [&]<class A>() {
       if constexpr (sizeof(A) >= sizeof(float)) {

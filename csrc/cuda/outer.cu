@@ -7,28 +7,28 @@ namespace mas_ext::cuda {
 namespace {
 
 template <class T, class Magnitude>
-void launch_tiles(Outer call, const Tensor& omega, cudaStream_t stream) {
-  turn_samples_where_exact<T, Magnitude>(call);
-  const int64_t size = call.rows * call.columns;
-  const int count = parts_of(call);
-  const auto blocks = static_cast<unsigned>(tiles_of(call) * count);
+void launch_tiles(Outer problem, const Place& place, cudaStream_t stream) {
+  turn_samples_where_exact<T, Magnitude>(problem);
+  const int64_t size = problem.rows * problem.columns;
+  const int count = parts_of(problem);
+  const auto blocks = static_cast<unsigned>(tiles_of(problem) * count);
   if (count == 1) {
-    outer_kernel<T, Magnitude><<<blocks, TileFor<T>::kThreads, 0, stream>>>(call, {1, nullptr});
+    outer_kernel<T, Magnitude><<<blocks, TileFor<T>::kThreads, 0, stream>>>(problem, {1, nullptr});
     return;
   }
-  const Tensor sums = torch::stable::new_empty(omega, {count * size});
+  const Tensor sums = place.empty({count * size}, accumulate_dtype(problem.dtype));
   const Parts parts{count, sums.mutable_data_ptr()};
-  outer_kernel<T, Magnitude><<<blocks, TileFor<T>::kThreads, 0, stream>>>(call, parts);
+  outer_kernel<T, Magnitude><<<blocks, TileFor<T>::kThreads, 0, stream>>>(problem, parts);
   const auto rest = static_cast<unsigned>((size + kThreads - 1) / kThreads);
-  add_parts<accumulate_t<T>><<<rest, kThreads, 0, stream>>>(call, parts);
+  add_parts<accumulate_t<T>><<<rest, kThreads, 0, stream>>>(problem, parts);
 }
 
 struct Kernels : CudaKernels {
   template <class Magnitude>
   static void accumulate_outer(Magnitude, const Call& call, const Outer& problem) {
-    const torch::stable::accelerator::DeviceGuard guard(call.home.get_device_index());
+    const torch::stable::accelerator::DeviceGuard guard(call.place.device_index);
     visit_dtype(problem.dtype, [&]<class T>() {
-      launch_tiles<T, Magnitude>(problem, call.home, current_stream(call.home));
+      launch_tiles<T, Magnitude>(problem, call.place, current_stream(call.place));
     });
     check_launch(call.op);
   }

@@ -28,9 +28,9 @@ struct Kernels : CudaKernels {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mas_ext, CUDA, m) {
-  m.impl("penalty", TORCH_BOX(&penalty<Kernels>));
-  m.impl("penalty_and_grad", TORCH_BOX(&penalty_and_grad<Kernels>));
-  m.impl("add_penalty_grad_", TORCH_BOX(&add_penalty_grad_<Kernels>));
+  m.impl("penalty", TORCH_BOX(&FromLists<&penalty<Kernels>>::call));
+  m.impl("penalty_and_grad", TORCH_BOX(&FromLists<&penalty_and_grad<Kernels>>::call));
+  implement_with_packed_lists<&add_penalty_grad_<Kernels>>(m, "add_penalty_grad_");
 }
 
 }  // namespace mas_ext::cuda

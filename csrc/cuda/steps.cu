@@ -27,7 +27,7 @@ struct Kernels : CudaKernels {
     const Tensor counts = torch::stable::contiguous(steps);
     const auto blocks = static_cast<unsigned>((count + kThreads - 1) / kThreads);
     const auto run = [&]<class Count>() {
-      cuda::bias_corrections<<<blocks, kThreads, 0, current_stream(steps)>>>(
+      cuda::bias_corrections<<<blocks, kThreads, 0, current_stream(Place(steps))>>>(
           static_cast<const Count*>(counts.const_data_ptr()), count, options,
           static_cast<BiasCorrection*>(corrections.mutable_data_ptr()));
     };
@@ -50,8 +50,8 @@ struct Kernels : CudaKernels {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mas_ext, CUDA, m) {
-  m.impl("sgd_step_", TORCH_BOX(&sgd_step_<Kernels>));
-  m.impl("adamw_step_", TORCH_BOX(&adamw_step_<Kernels>));
+  implement_with_packed_lists<&sgd_step_<Kernels>>(m, "sgd_step_");
+  implement_with_packed_lists<&adamw_step_<Kernels>>(m, "adamw_step_");
 }
 
 }  // namespace mas_ext::cuda

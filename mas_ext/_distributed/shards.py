@@ -7,7 +7,7 @@ local part back into a DTensor that is placed as its parameter is.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,9 +15,17 @@ import torch
 from torch import Tensor
 
 
+_PLAIN = frozenset({Tensor, torch.nn.Parameter})
+
+
+def are_plain(tensors: Iterable[Any]) -> bool:
+    """Whether all are tensors or parameters, and none is a DTensor or another subclass."""
+    return _PLAIN.issuperset(map(type, tensors))
+
+
 def is_sharded(tensor: Any) -> bool:
     """Whether it is a DTensor. Does not import the module that defines it, which takes a second."""
-    if type(tensor) in (Tensor, torch.nn.Parameter):
+    if type(tensor) in _PLAIN:
         return False
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
@@ -31,9 +39,9 @@ def local(tensor: Any) -> Any:
         return tensor.to_local()
 
 
-def locals_of(tensors: Iterable[Any]) -> list[Any]:
+def locals_of(tensors: Sequence[Any]) -> list[Any]:
     """:func:`local` of each."""
-    return [local(tensor) for tensor in tensors]
+    return list(tensors) if are_plain(tensors) else [local(tensor) for tensor in tensors]
 
 
 def local_grad(grad: Tensor, param: Tensor) -> Tensor:
@@ -41,8 +49,10 @@ def local_grad(grad: Tensor, param: Tensor) -> Tensor:
     return local(redistribute_like(grad, param))
 
 
-def local_grads(params: Iterable[Tensor]) -> list[Tensor]:
+def local_grads(params: Sequence[Tensor]) -> list[Tensor]:
     """:func:`local_grad` of each."""
+    if are_plain(params):
+        return [p.grad for p in params]  # type: ignore[misc]
     return [local_grad(p.grad, p) for p in params]  # type: ignore[arg-type]
 
 

@@ -61,9 +61,9 @@ class Argument:
     def is_omega(self) -> bool:
         return self.role is Role.OMEGA
 
-    def schema(self, alias: str) -> str:
+    def schema(self, alias: str = "") -> str:
         """The argument in a schema; ``alias`` marks it where it is written."""
-        kind = self.type.replace("Tensor", f"Tensor({alias}!)") if self.written else self.type
+        kind = self.type.replace("Tensor", f"Tensor({alias}!)") if alias else self.type
         default = "" if self.default is REQUIRED else f"={self.default!r}"
         return f"{kind} {self.name}{default}"
 

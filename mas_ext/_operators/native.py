@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mas_ext._version import __version__
 
@@ -70,6 +71,17 @@ def load() -> str | None:
 
 
 NOT_NATIVE_BECAUSE = load()
+
+
+def pack(*lists: list[Tensor]) -> bytearray | None:
+    """Lists of tensors as the kernels read them, during one call.
+
+    None if there are no kernels, or for a tensor that its memory alone does not describe.
+    """
+    if NOT_NATIVE_BECAUSE is not None or not hasattr(_C, "pack"):
+        return None
+    packed: bytearray | None = _C.pack(*lists)
+    return packed
 
 
 # The only place that says which kernels were verified where. `make gpu` updates the second line.

@@ -60,6 +60,18 @@ class Operator:
         arguments = (a.schema(next(aliases) if a.written else "") for a in self.arguments)
         return f"{self.name}({', '.join(arguments)}) -> {self.result.type}"
 
+    @property
+    def takes_packed_lists(self) -> bool:
+        """Whether it has an overload for lists that are packed: one that writes to lists has."""
+        return any(argument.written and argument.is_list for argument in self.arguments)
+
+    @property
+    def packed_schema(self) -> str:
+        """Of that overload. ``home`` is a tensor on the device of the lists."""
+        others = (a.schema() for a in self.arguments if not a.is_list)
+        arguments = ", ".join(("Tensor lists", "Tensor home", *others))
+        return f"{self.name}.packed({arguments}) -> {self.result.type}"
+
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
         """The arguments of a call by name."""
         defaults = {a.name: a.default for a in self.arguments if a.default is not REQUIRED}

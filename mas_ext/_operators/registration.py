@@ -13,9 +13,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.overrides import has_torch_function
 
+from mas_ext._operators import native
 from mas_ext._operators.checks import check_call, check_no_overlap
 from mas_ext._operators.declarations import OPERATORS
 from mas_ext._operators.operator import Operator
@@ -78,6 +80,8 @@ def _register(operator: Operator) -> None:
     name, qualified = operator.name, f"mas_ext::{operator.name}"
     LIBRARY.define(operator.schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, default_kernel(operator), "CompositeExplicitAutograd")
+    if operator.takes_packed_lists:
+        LIBRARY.define(operator.packed_schema)
     torch.library.register_fake(qualified, _fake_kernel(operator), lib=LIBRARY)
     if operator.writes:
         op = getattr(torch.ops.mas_ext, name).default
@@ -95,33 +99,56 @@ for _operator in OPERATORS.values():
 # ================================================================================================
 # Calls that write
 # ================================================================================================
-def _goes_straight_to_a_kernel(arguments: tuple[Any, ...]) -> bool:
-    """Whether no compiler, mode, transform or subclass stands between the caller and a kernel."""
-    return not (
+def _is_seen_by_others() -> bool:
+    """Whether a compiler, mode or transform stands between the caller and a kernel."""
+    return bool(
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
-        or has_torch_function(arguments)
-        or any(has_torch_function(a) for a in arguments if isinstance(a, list))
+        or torch._C._is_torch_function_mode_enabled()
     )
+
+
+def _has_subclass(arguments: tuple[Any, ...]) -> bool:
+    return has_torch_function(arguments) or any(
+        has_torch_function(a) for a in arguments if isinstance(a, list)
+    )
+
+
+def _with_packed_lists(
+    op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, tuple[Any, ...]]:
+    """The overload for packed lists and its arguments; where it cannot serve, the operator."""
+    lists = [a for a in args if isinstance(a, list)]
+    if not lists or not lists[0]:
+        return op.default, args
+    # Single tensors are packed only to know that they have memory that a kernel can read.
+    single = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+    packed = native.pack(*lists, single)
+    if packed is None:
+        return op.default, args
+    others = (a for a in args if not isinstance(a, list))
+    return op.packed, (torch.frombuffer(packed, dtype=torch.uint8), lists[0][0], *others)
 
 
 def writing(name: str) -> Callable[..., Any]:
     """An operator that writes, for Python: autograd records nothing, but learns what changed.
 
-    The kernel at ADInplaceOrView is in Python, and for it the dispatcher converts every list to
-    Python and back, which is half the cost of a call with small tensors. Here the lists are at
-    hand, so that kernel is skipped. Where anything else must see the call, it is an ordinary one.
+    The dispatcher converts every list several times, which for small tensors takes longer than the
+    kernel. So lists are packed where their tensors allow it; otherwise, at least the kernel at
+    ADInplaceOrView is skipped, which is in Python. Where anything else must see the call, it is an
+    ordinary one. Lists must be given by position.
     """
-    op = getattr(torch.ops.mas_ext, name).default
-    written = _written(op)
+    op = getattr(torch.ops.mas_ext, name)
+    written = _written(op.default)
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        if not _goes_straight_to_a_kernel((*args, *kwargs.values())):
+        if _is_seen_by_others() or _has_subclass((*args, *kwargs.values())):
             with torch.no_grad():
-                return op(*args, **kwargs)
+                return op.default(*args, **kwargs)
+        overload, arguments = _with_packed_lists(op, args, kwargs)
         with torch._C._AutoDispatchBelowADInplaceOrView():
-            result = op(*args, **kwargs)
+            result = overload(*arguments, **kwargs)
         for i in written:  # not reached if the call is refused
             increment_version(args[i])
         return result

@@ -139,7 +139,7 @@ class Attachment:
         # zero would let weight decay and momentum move it.
         params = [p for _, group in _groups(optimizer) for p in group if p.grad is not None]
         self._protected.before_step(optimizer)
-        self.last_penalty = self._protected.add_penalty_grad_(grad_scale, {id(p) for p in params})
+        self.last_penalty = self._protected.add_penalty_grad_(grad_scale, params)
         scaled = scaled_step(optimizer)
         if scaled is not None and scaled.skips([p.grad for p in params]):  # type: ignore[misc]
             self._withhold_gradients(params)
@@ -167,7 +167,7 @@ class Attachment:
         found_inf = getattr(optimizer, "found_inf", None)
         taken = 1.0 if found_inf is None else 1.0 - full_tensor(found_inf).reshape(())
         values = [
-            self._protected.proximal_step_(lr * taken, {id(p) for p in params}, update)
+            self._protected.proximal_step_(lr * taken, params, update)
             for lr, params in _groups(optimizer)
         ]
         self.last_penalty = self._protected.sum(values)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch.nn import Parameter
 from mas_ext import functional
 from mas_ext._distributed.shards import (
     Placement,
+    are_plain,
     differentiable_part,
     locals_of,
     placement_key,
@@ -21,6 +23,7 @@ from mas_ext._distributed.shards import (
 )
 
 Scalar = float | Tensor
+_layout = attrgetter("layout")
 
 
 class ProtectedParameter(NamedTuple):
@@ -83,11 +86,8 @@ class ParameterGroup(NamedTuple):
 
     def add_penalty_grad_(self, grad_scale: Scalar | None) -> Tensor:
         """Adds the penalty's gradient; a gradient that is None is set only if the call succeeds."""
-        with torch.inference_mode(False), torch.no_grad():
-            grads = [
-                torch.zeros_like(p) if p.grad is None else redistribute_like(_dense(p.grad), p)
-                for p in self.params
-            ]
+        found = [p.grad for p in self.params]
+        grads = found if are_dense(found) else _dense_grads(self.params)
         with self.naming_parameters():
             value = functional.add_penalty_grad_(
                 locals_of(grads),
@@ -95,8 +95,8 @@ class ParameterGroup(NamedTuple):
                 **self.operator_arguments(),
                 grad_scale=to_device_of(self.params[0], grad_scale),
             )
-        for p, grad in zip(self.params, grads, strict=True):
-            if p.grad is not grad:
+        if grads is not found:
+            for p, grad in zip(self.params, grads, strict=True):
                 p.grad = grad
         return self.sum_over_shards(value)
 
@@ -162,9 +162,21 @@ def largest_penalty_grads(protected: Iterable[ProtectedParameter]) -> Iterator[T
             yield torch.linalg.vector_norm(grad, torch.inf)
 
 
-def _dense(grad: Tensor) -> Tensor:
-    """The penalty's gradient is dense, and so is its sum with an embedding's sparse one."""
-    return grad.to_dense() if grad.layout == torch.sparse_coo else grad
+def are_dense(grads: list[Tensor | None]) -> bool:
+    """Whether all are plain tensors to which the penalty's gradients can be added in place."""
+    return are_plain(grads) and {torch.strided}.issuperset(map(_layout, grads))
+
+
+@torch.no_grad()
+def _dense_grads(params: list[Parameter]) -> list[Tensor]:
+    """Zeros for None; dense, as the penalty's are and the sum is; and placed like the parameter."""
+    with torch.inference_mode(False):
+        return [
+            torch.zeros_like(p)
+            if p.grad is None
+            else redistribute_like(p.grad.to_dense() if p.grad.is_sparse else p.grad, p)
+            for p in params
+        ]
 
 
 def to_device_of(tensor: Tensor, scalar: Any) -> Any:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Sequence
 from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from mas_ext._distributed.shards import local
 from mas_ext._drift.tracker import DriftTracker
 from mas_ext._parameters import ParameterIndex
+from mas_ext._penalty.kept_groups import KeptGroups
 from mas_ext._penalty.parameter_groups import (
     ParameterGroup,
     ProtectedParameter,
@@ -30,7 +32,7 @@ from mas_ext.reference import accumulation_dtype
 class ProtectedParameters:
     """The parameters that were measured, are in the model and require gradients.
 
-    Methods that take ``only`` are about those whose ids it has; None means all.
+    Methods that take ``only`` are about the parameters in it; None means all.
 
     Attributes:
         index: the model's parameters by name.
@@ -53,10 +55,11 @@ class ProtectedParameters:
         self.attached_everywhere: Any = None
         self.has_acted = False
         self._warned_of: set[str] = set()  # names that the user has been warned about
+        self._kept = KeptGroups()
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is attached to nothing. That its original was is enough to warn about it.
-        return {**self.__dict__, "optimizers": None, "attached_everywhere": None}
+        return {**self.__dict__, "optimizers": None, "attached_everywhere": None, "_kept": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         defaults = {
@@ -65,31 +68,36 @@ class ProtectedParameters:
             "has_acted": False,
             "tracker": None,
         }
-        self.__dict__.update({**defaults, **state, "optimizers": WeakSet()})
+        self.__dict__.update(
+            {**defaults, **state, "optimizers": WeakSet(), "_kept": KeptGroups()}
+        )
 
     # -- the penalty -------------------------------------------------------------------------------
 
     def penalty(self, update: UpdateKind = "gradient") -> Tensor:
         """See :meth:`mas_ext.MAS.penalty`; with λ for this kind of update."""
-        values = [group.penalty() for group in self._groups(update=update)]
+        values = [group.penalty() for group in self.groups(update=update)]
         values += [one.penalty() for one in self.updates(update=update)]
         return self.sum(values) if values else self._zero(torch.is_grad_enabled())
 
     def add_penalty_grad_(
-        self, grad_scale: Scalar | None = None, only: Set[int] | None = None
+        self, grad_scale: Scalar | None = None, only: Sequence[Tensor] | None = None
     ) -> Tensor:
         """See :meth:`mas_ext.MAS.add_penalty_grad_`."""
-        groups, updates = self._groups(only), self.updates(only)
+        groups, updates = self.groups(only), self.updates(only)
         self.has_acted |= bool(groups or updates)
         values = [group.add_penalty_grad_(grad_scale) for group in groups]
         return self.sum(values + [one.add_penalty_grad_(grad_scale, only) for one in updates])
 
     def proximal_step_(
-        self, lr: Scalar, only: Set[int] | None = None, update: UpdateKind = "normalized"
+        self,
+        lr: Scalar,
+        only: Sequence[Tensor] | None = None,
+        update: UpdateKind = "normalized",
     ) -> Tensor:
         """See :meth:`mas_ext.MAS.proximal_step_`."""
         self.check_proximal()
-        groups = self._groups(only, update)
+        groups = self.groups(only, update)
         self.has_acted |= bool(groups)
         return self.sum([group.proximal_step_(lr) for group in groups])
 
@@ -126,8 +134,32 @@ class ProtectedParameters:
 
     # -- which parameters --------------------------------------------------------------------------
 
+    def groups(
+        self, only: Sequence[Tensor] | None = None, update: UpdateKind = "gradient"
+    ) -> list[ParameterGroup]:
+        """The protected parameters, by operator call; kept while nothing about them changes."""
+        if torch.compiler.is_compiling():
+            return grouped(self.find(only, update))
+        key = update, None if only is None else tuple(map(id, only))
+        groups = self._kept.get(key, self._sources())
+        if groups is None:
+            groups = grouped(self.find(only, update))
+            candidates = [p for _, p in self._candidates(only)]
+            self._kept.put(key, self._sources(), only, candidates, groups)
+        lambda_of = self.state.strength.lambda_of  # which finding "auto" anew has replaced
+        return [g._replace(lambda_reg=lambda_of(g.names[0], update)) for g in groups]
+
+    def _sources(self) -> tuple[Any, ...]:
+        """What groups are made from: objects that are replaced, not changed, by other groups."""
+        remembered = self.state.consolidated
+        return self.index.named(), remembered.anchor, remembered.importance, self.state.strength
+
+    def forget_groups(self) -> None:
+        """Lets go of the tensors that groups hold on to, once the state has been replaced."""
+        self._kept.clear()
+
     def find(
-        self, only: Set[int] | None = None, update: UpdateKind = "gradient"
+        self, only: Sequence[Tensor] | None = None, update: UpdateKind = "gradient"
     ) -> list[ProtectedParameter]:
         """The protected parameters, with λ for this kind of update.
 
@@ -140,40 +172,47 @@ class ProtectedParameters:
         self.state.consolidated.make_room(params)
         return self._find(only, update)
 
-    def _find(self, only: Set[int] | None, update: UpdateKind) -> list[ProtectedParameter]:
-        named, remembered = self.index.named(), self.state.consolidated
-        stored, strength = remembered.importance.stored, self.state.strength
+    def _find(
+        self, only: Sequence[Tensor] | None, update: UpdateKind
+    ) -> list[ProtectedParameter]:
+        remembered, strength = self.state.consolidated, self.state.strength
         self._warn_of_missing(self._missing())
-        # Selected before anything is looked up: with one optimizer per parameter each asks for one.
-        # In the model's order, which a file does not keep: sums depend on it in their last bit.
-        names = [
-            name
-            for name, p in named.items()
-            if name in remembered.anchor
-            and p.requires_grad
-            and (only is None or id(p) in only)
-            and name not in remembered.adapted
-        ]
         return [
             ProtectedParameter(
                 name,
-                named[name],
+                param,
                 remembered.anchor[name],
-                *stored(name),
+                *remembered.importance.stored(name),
                 strength.pattern_of(name),
                 strength.lambda_of(name, update),
             )
-            for name in names
+            for name, param in self._candidates(only)
+            if param.requires_grad
+        ]
+
+    def _candidates(self, only: Sequence[Tensor] | None) -> list[tuple[str, Parameter]]:
+        """The parameters that are protected if they require gradients, in the model's order.
+
+        A file does not keep that order, on which sums depend in their last bit.
+        """
+        remembered, ids = self.state.consolidated, None if only is None else set(map(id, only))
+        return [
+            (name, p)
+            for name, p in self.index.named().items()
+            if name in remembered.anchor
+            and (ids is None or id(p) in ids)
+            and name not in remembered.adapted
         ]
 
     def updates(
-        self, only: Set[int] | None = None, update: UpdateKind = "gradient"
+        self, only: Sequence[Tensor] | None = None, update: UpdateKind = "gradient"
     ) -> list[ProtectedUpdate]:
         """The weights that are trained through their adapters, with λ for this kind of update."""
         remembered, strength = self.state.consolidated, self.state.strength
         if not remembered.adapted:
             return []
         adapted = {n: w for n, w in self.index.adapted.items() if n in remembered.adapted}
+        ids = None if only is None else set(map(id, only))
         remembered.make_room({n: w.weight for n, w in adapted.items()}, adapted)
         return [
             ProtectedUpdate(
@@ -183,7 +222,7 @@ class ProtectedParameters:
                 strength.lambda_of(name, update),
             )
             for name, weight in adapted.items()
-            if only is None or any(id(p) in only for p in weight.params())
+            if ids is None or not ids.isdisjoint(map(id, weight.params()))
         ]
 
     def _missing(self) -> list[str]:
@@ -199,11 +238,6 @@ class ProtectedParameters:
                 'mode: the proximal step is not available with adapters="merged"; use '
                 'mode="gradient"'
             )
-
-    def _groups(
-        self, only: Set[int] | None = None, update: UpdateKind = "gradient"
-    ) -> list[ParameterGroup]:
-        return grouped(self.find(only, update))
 
     def _warn_of_missing(self, names: list[str]) -> None:
         """Warns once per name: a head may have been removed, but a renamed layer is unprotected."""

@@ -8,7 +8,7 @@ product of two matrices, in which the old adapters have negative signs, and W is
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,9 +61,12 @@ class ProtectedUpdate:
             omega_scales=self.scales,
         )
 
-    def add_penalty_grad_(self, grad_scale: Scalar | None, only: Set[int] | None) -> Tensor:
+    def add_penalty_grad_(
+        self, grad_scale: Scalar | None, only: Sequence[Tensor] | None
+    ) -> Tensor:
         """Adds the penalty's gradient to those of A and B; returns the penalty."""
-        params = [p for p in self.weight.params() if only is None or id(p) in only]
+        ids = None if only is None else set(map(id, only))
+        params = [p for p in self.weight.params() if ids is None or id(p) in ids]
         with torch.inference_mode(False), torch.enable_grad():
             value = self.penalty()
             grads = torch.autograd.grad(value, params, allow_unused=True) if params else ()

@@ -13,8 +13,7 @@ from mas_ext._distributed.shards import full_tensor, local_grads, locals_of
 from mas_ext._penalty.grad_scaling import scaled_step
 from mas_ext._penalty.parameter_groups import (
     ParameterGroup,
-    ProtectedParameter,
-    grouped,
+    are_dense,
     largest_penalty_grads,
     to_device_of,
 )
@@ -40,6 +39,19 @@ def _check_group(group: Group) -> None:
 def _check_implementation(options: Group) -> None:
     if options.get("foreach") or options.get("fused") is False:
         raise ValueError("foreach and fused: this step is always fused; leave both out")
+
+
+def _check_dense(calls: list[ParameterGroup]) -> None:
+    """Raises RuntimeError if the gradient of a protected parameter is sparse."""
+    for call in calls:
+        if are_dense([p.grad for p in call.params]):
+            continue
+        for name, p in zip(call.names, call.params, strict=True):
+            if p.grad.layout != torch.strided:  # type: ignore[union-attr]
+                raise RuntimeError(
+                    f"the gradient of {name!r} is not dense (strided); convert it with "
+                    "to_dense(), or leave sparse=True out of the layer"
+                )
 
 
 class PenaltyOptimizer(torch.optim.Optimizer):
@@ -114,47 +126,46 @@ class PenaltyOptimizer(torch.optim.Optimizer):
                 loss = closure()
         if self.mode == "gradient":
             self.mas.protected.before_step(self)
-        protected = self._protected()
-        if self._overflows(protected):
+        # The parameters that have a gradient: torch's optimizers leave the others alone, too.
+        groups = [
+            {**group, "params": [p for p in group["params"] if p.grad is not None]}
+            for group in self.param_groups
+        ]
+        if self._overflows([p for group in groups for p in group["params"]]):
             return loss
-        values = []
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            others = [p for p in params if id(p) not in protected]
-            if others:
-                self._take_torch_step({**group, "params": others})
-            ours = [p for p in params if id(p) in protected]
-            for part in self._split({**group, "params": ours}):
-                for one_call in grouped(protected[id(p)] for p in part):
-                    value = self._take_step({**group, "params": one_call.params}, one_call)
-                    values.append(one_call.sum_over_shards(value))
+        values = [value for group in groups for value in self._step_of(group)]
         self.mas.protected.has_acted |= bool(values)
         self.last_penalty = self.mas.protected.sum(values)
         self.mas.protected.after_step(self, self.mode)
         return loss
 
-    def _protected(self) -> dict[int, ProtectedParameter]:
-        """The parameters here that have a gradient and that the MAS protects, by id."""
-        only = {id(p) for g in self.param_groups for p in g["params"] if p.grad is not None}
-        found = self.mas.protected.find(only, update_kind(self, self.mode))
-        for one in found:
-            if one.param.grad.layout != torch.strided:  # type: ignore[union-attr]
-                raise RuntimeError(
-                    f"the gradient of {one.name!r} is not dense (strided); convert it with "
-                    "to_dense(), or leave sparse=True out of the layer"
-                )
-        return {id(one.param): one for one in found}
+    def _step_of(self, group: Group) -> Iterator[Tensor]:
+        """Takes a group's step; yields the penalty of each operator call."""
+        kind = update_kind(self, self.mode)
+        parts = [
+            (part, self.mas.protected.groups(part, kind))
+            for part in self._split(group)
+        ]
+        for _, calls in parts:  # before the first parameter is written
+            _check_dense(calls)
+        for part, calls in parts:
+            protected = {id(p) for call in calls for p in call.params}
+            others = [p for p in part if id(p) not in protected]
+            if others:
+                self._take_torch_step({**group, "params": others})
+            for call in calls:
+                value = self._take_step({**group, "params": call.params}, call)
+                yield call.sum_over_shards(value)
 
-    def _overflows(self, protected: dict[int, ProtectedParameter]) -> bool:
+    def _overflows(self, params: list[Tensor]) -> bool:
         """Whether the penalty's gradient makes a GradScaler skip this step, and we have to as well.
 
         The step is all or nothing, so this must be known before the first parameter is written:
         under a scaler, and only there, the penalty's gradient is computed twice.
         """
-        scaled = scaled_step(self) if self.mode == "gradient" and protected else None
-        if scaled is None:
-            return False
-        return scaled.skips(largest_penalty_grads(protected.values()))
+        scaled = scaled_step(self) if self.mode == "gradient" else None
+        protected = self.mas.protected.find(params) if scaled is not None else []
+        return bool(protected) and scaled.skips(largest_penalty_grads(protected))  # type: ignore[union-attr]
 
     def _amp(self, like: Tensor) -> dict[str, Tensor | None]:
         """What a GradScaler sets on an optimizer that unscales and skips by itself."""
