@@ -18,7 +18,7 @@ from benchmarks import (
     training,
 )
 from benchmarks.benchmark import Benchmark
-from benchmarks.drift import study
+from benchmarks.drift import every, study
 from benchmarks.job import benchmark_of
 from benchmarks.retention import study as retention
 
@@ -37,6 +37,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         compression.BENCHMARK,
         narrow.BENCHMARK,
         study.BENCHMARK,
+        every.BENCHMARK,
         retention.BENCHMARK,
     )
 }

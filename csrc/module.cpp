@@ -133,31 +133,42 @@ bool describe(const Exchange& exchange, PyObject* object, PackedTensor& packed) 
          !(may_be_negated(tensor) && pybind11::handle(object).attr("is_neg")().cast<bool>());
 }
 
-// The bytes that packed.h reads, or None.
-pybind11::object pack(const pybind11::args& lists) {
+// The bytes of one list that packed.h reads, or None.
+pybind11::object pack(const pybind11::list& tensors) {
   static const auto* exchange = new Exchange(find_exchange());  // outlives the interpreter
   if (exchange->describe == nullptr) {
     return pybind11::none();
   }
-  size_t size = 0;
-  for (const pybind11::handle list : lists) {
-    size += sizeof(int64_t) + pybind11::len(list) * sizeof(PackedTensor);
-  }
+  const auto length = static_cast<int64_t>(tensors.size());
+  const size_t size = sizeof(length) + tensors.size() * sizeof(PackedTensor);
   const auto bytes = pybind11::reinterpret_steal<pybind11::object>(
       PyByteArray_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(size)));
-  char* next = PyByteArray_AsString(bytes.ptr());
-  for (const pybind11::handle list : lists) {
-    const auto length = static_cast<int64_t>(pybind11::len(list));
-    std::memcpy(next, &length, sizeof(length));
-    auto* tensors = reinterpret_cast<PackedTensor*>(next + sizeof(length));
-    for (int64_t i = 0; i < length; ++i) {
-      if (!describe(*exchange, PyList_GetItem(list.ptr(), i), tensors[i])) {
-        return pybind11::none();
-      }
+  char* begin = PyByteArray_AsString(bytes.ptr());
+  std::memcpy(begin, &length, sizeof(length));
+  auto* next = reinterpret_cast<PackedTensor*>(begin + sizeof(length));
+  for (const pybind11::handle tensor : tensors) {
+    if (!describe(*exchange, tensor.ptr(), *next++)) {
+      return pybind11::none();
     }
-    next = reinterpret_cast<char*>(tensors + length);
   }
   return bytes;
+}
+
+// See mas_ext/_operators/native.py, which has the same in Python.
+bool are_as_before(const pybind11::list& entries, const pybind11::list& sizes) {
+  for (const pybind11::handle entry : entries) {
+    const auto part = [&](Py_ssize_t i) { return PyTuple_GetItem(entry.ptr(), i); };
+    if (PyDict_GetItem(part(0), part(1)) != part(2)) {
+      return false;
+    }
+  }
+  for (const pybind11::handle size : sizes) {
+    if (PyDict_Size(PyTuple_GetItem(size.ptr(), 0)) !=
+        PyLong_AsSsize_t(PyTuple_GetItem(size.ptr(), 1))) {
+      return false;
+    }
+  }
+  return true;
 }
 
 }  // namespace
@@ -165,6 +176,7 @@ pybind11::object pack(const pybind11::args& lists) {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Build configuration of mas_ext, the features of this processor, and packed lists.";
   m.def("build_config", &build_config, "What the native library was compiled with.");
-  m.def("pack", &pack, "Lists of tensors as bytes that hold during one call, or None.");
+  m.def("pack", &pack, "A list of tensors as bytes that hold during one call, or None.");
+  m.def("are_as_before", &are_as_before, "Whether entries of dictionaries are as they were.");
   m.def("simd_level", &simd_level, "The instruction set that the CPU kernels use here.");
 }

@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel
 
 from mas_ext._distributed.fsdp import sharded_by_current_id
+from mas_ext._operators.native import are_as_before
 
 Selection = Iterable[str] | Callable[[str, Parameter], bool] | None
 
@@ -93,9 +94,7 @@ class ParameterIndex:
                     self._named[prefix + attribute] = sharded.get(id(parameter), parameter)
 
     def _is_current(self) -> bool:
-        return all(owner.get(key) is value for owner, key, value in self._links) and all(
-            len(owner) == size for owner, size in self._owners
-        )
+        return are_as_before(self._links, self._owners)
 
     def named(self) -> Mapping[str, Parameter]:
         """All parameters by canonical name, as the model is now."""

@@ -71,6 +71,10 @@ def _scalar(name: str, value: Scalar) -> Tensor:
     return torch.scalar_tensor(value, dtype=torch.float64, device="cpu")
 
 
+def _listed(tensors: Tensors) -> list[Tensor]:
+    return tensors if isinstance(tensors, list) else list(tensors)
+
+
 def _is_square(reduction: str) -> bool:
     check_reduction(reduction)
     return reduction == "square"
@@ -99,7 +103,7 @@ def accumulate_importance_(
     sample's log-likelihood, Ω is the diagonal of the Fisher information: Kirkpatrick et al.,
     PNAS 2017.
     """
-    _accumulate_importance(list(omega), list(grads), scale, _is_square(reduction))
+    _accumulate_importance(_listed(omega), _listed(grads), scale, _is_square(reduction))
 
 
 def accumulate_outer_(
@@ -166,7 +170,7 @@ def penalty(
     """
     strength = _scalar("lambda_reg", lambda_reg)
     return torch.ops.mas_ext.penalty(
-        list(params), list(anchors), list(omega), list(omega_scales), strength
+        _listed(params), _listed(anchors), _listed(omega), _listed(omega_scales), strength
     )
 
 
@@ -187,9 +191,9 @@ def penalty_and_grad(
     """
     strength = _scalar("lambda_reg", lambda_reg)
     value, grads = torch.ops.mas_ext.penalty_and_grad(
-        list(params), list(anchors), list(omega), list(omega_scales), strength
+        _listed(params), _listed(anchors), _listed(omega), _listed(omega_scales), strength
     )
-    return value, list(grads)
+    return value, _listed(grads)
 
 
 def add_penalty_grad_(
@@ -217,8 +221,8 @@ def add_penalty_grad_(
     """
     strength = _scalar("lambda_reg", lambda_reg)
     scale = None if grad_scale is None else _scalar("grad_scale", grad_scale)
-    state = list(params), list(anchors), list(omega), list(omega_scales)
-    return _add_penalty_grad(list(grads), *state, strength, scale)
+    state = _listed(params), _listed(anchors), _listed(omega), _listed(omega_scales)
+    return _add_penalty_grad(_listed(grads), *state, strength, scale)
 
 
 def low_rank_penalty(
@@ -326,7 +330,7 @@ def proximal_step_(
         The penalty after the step. Never waits for the device.
     """
     strength, rate = _scalar("lambda_reg", lambda_reg), _scalar("lr", lr)
-    state = list(params), list(anchors), list(omega), list(omega_scales)
+    state = _listed(params), _listed(anchors), _listed(omega), _listed(omega_scales)
     return _proximal_step(*state, strength, rate)
 
 
@@ -404,12 +408,12 @@ def sgd_step_(
     """
     strengths, optional = _step_scalars(lambda_reg, lr, grad_scale, found_inf)
     return _sgd_step(
-        list(params),
-        list(grads),
-        list(momentum_buffers),
-        list(anchors),
-        list(omega),
-        list(omega_scales),
+        _listed(params),
+        _listed(grads),
+        _listed(momentum_buffers),
+        _listed(anchors),
+        _listed(omega),
+        _listed(omega_scales),
         *strengths,
         momentum=momentum,
         dampening=dampening,
@@ -482,14 +486,14 @@ def adamw_step_(
     """
     strengths, optional = _step_scalars(lambda_reg, lr, grad_scale, found_inf)
     return _adamw_step(
-        list(params),
-        list(grads),
-        list(exp_avgs),
-        list(exp_avg_sqs),
+        _listed(params),
+        _listed(grads),
+        _listed(exp_avgs),
+        _listed(exp_avg_sqs),
         steps,
-        list(anchors),
-        list(omega),
-        list(omega_scales),
+        _listed(anchors),
+        _listed(omega),
+        _listed(omega_scales),
         *strengths,
         beta1=betas[0],
         beta2=betas[1],

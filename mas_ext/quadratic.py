@@ -172,6 +172,7 @@ class QuadraticRegularizer:
         self._use_strength(RegularizationStrength(self._state.strength.value, value))
 
     def _use_strength(self, strength: RegularizationStrength) -> None:
+        self.protected.follow_steps()  # with the λ that they were taken under
         self._state.use_strength(
             strength, self._named(), self._selected(), predicts=self._budget is not None
         )
@@ -226,6 +227,7 @@ class QuadraticRegularizer:
                 per parameter. Default: 10,000.
         """
         measurement = self._measurement(options)
+        self.protected.follow_steps()
         with self._state.unchanged_after_an_error():
             saved = self._measure(data, measurement)
         saved.remove()
@@ -258,6 +260,7 @@ class QuadraticRegularizer:
         measurement = self._measurement(options)
         if reference is not None and self._tracker().budget.reference is not None:
             raise ValueError("reference: the budget has references already; leave one of them out")
+        self.protected.follow_steps()
         self.protected.warn_if_never_applied()
         if self.protected.tracker is not None:
             self.protected.tracker.warn_if_over(self.protected)
@@ -357,7 +360,9 @@ class QuadraticRegularizer:
         Raises:
             ValueError: there is no budget.
         """
-        return self._tracker().measured(self.protected)
+        tracker = self._tracker()
+        self.protected.follow_steps()
+        return tracker.measured(self.protected)
 
     def drift_loss(self, samples: int | None = None) -> Tensor:
         r"""The drift on some of the references, differentiable: to add to the loss.
@@ -433,6 +438,7 @@ class QuadraticRegularizer:
         check_weights(weights)
         tracker = self._tracker()
         limit = tracker.budget.limit if budget is None else check_limit(budget)
+        self.protected.follow_steps()
         if (data is None) != (loss is None):
             raise ValueError("data and loss go together: pass both or neither")
         if data is None or loss is None:
@@ -488,7 +494,12 @@ class QuadraticRegularizer:
         self.protected.after_step(None, "proximal")
         return value
 
-    def attach(self, optimizer: Optimizer | None = None, mode: str = "gradient") -> Attachment:
+    def attach(
+        self,
+        optimizer: Optimizer | None = None,
+        mode: str = "gradient",
+        every: int | None = None,
+    ) -> Attachment:
         """Includes the penalty in every ``optimizer.step()``; the training loop stays as it is.
 
         Args:
@@ -503,6 +514,11 @@ class QuadraticRegularizer:
                 many backward passes there were, and after clipping (to clip it too, call
                 :meth:`add_penalty_grad_` before clipping instead); ``"proximal"`` takes the stable
                 step after it, with each group's learning rate.
+            every: in proximal mode, how many steps of the optimizer one proximal step follows; its
+                η is then the sum of theirs. It costs that much less, and stays stable. Steps that
+                are pending are followed before the drift is measured, :meth:`settle`,
+                :meth:`drift_measured`, :meth:`consolidate` or ``remove()``. None: 8. In compiled
+                optimizers and CUDA graphs, always 1.
 
         Under a ``torch.amp.GradScaler`` an Inf or NaN in the penalty's gradient counts as one in
         the loss's: the step is skipped and the scale lowered. Only there, gradients are read once
@@ -518,7 +534,7 @@ class QuadraticRegularizer:
             TypeError: not a torch optimizer, nor a wrapper that has one as an attribute.
         """
         chosen = None if optimizer is None else unwrapped(optimizer)
-        return Attachment(self.protected, chosen, mode)
+        return Attachment(self.protected, chosen, mode, every)
 
     # -- saving ------------------------------------------------------------------------------------
 
@@ -539,7 +555,10 @@ class QuadraticRegularizer:
         are the same again after loading; :meth:`save` writes the codes themselves, unless the model
         is sharded.
         """
-        return self._state.to_packed_dict(self._selected(), self.protected.index.adapted)
+        protected = self.protected
+        return self._state.to_packed_dict(
+            self._selected(), protected.index.adapted, protected.pending_steps()
+        )
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
         """Replaces everything that is remembered; also λ, ``drift`` and ``merge``.
@@ -557,19 +576,19 @@ class QuadraticRegularizer:
             ValueError: not a state of this format, of a future version, of another model, or
                 without values (on the meta device). Everything is as it was.
         """
-        self.protected.state = RegularizerState.from_dict(
-            state,
-            self._named(),
-            self._selected(),
-            strict,
-            adapted=self.protected.index.adapted,
-            state_dtype=self.state_dtype,
-            method=self.method,
-            floor=self._state.floor,
-            tracker=self.protected.tracker,
+        self.protected.use_state(
+            RegularizerState.from_dict(
+                state,
+                self._named(),
+                self._selected(),
+                strict,
+                adapted=self.protected.index.adapted,
+                state_dtype=self.state_dtype,
+                method=self.method,
+                floor=self._state.floor,
+                tracker=self.protected.tracker,
+            )
         )
-        self.protected.has_acted = True  # it may have, before the state was saved
-        self.protected.forget_groups()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the state atomically to a safetensors file with a checksum.
@@ -578,7 +597,7 @@ class QuadraticRegularizer:
         error is raised on all. For very large models ``torch.distributed.checkpoint``
         (:meth:`state_dict`) suits better, where each process writes its part.
         """
-        checkpoint.write(self._state.to_dict(), path)
+        checkpoint.write(self._state.to_dict(self.protected.pending_steps()), path)
 
     def load(self, path: str | os.PathLike[str], strict: bool = True) -> None:
         """Reads what :meth:`save` wrote; see :meth:`load_state_dict`.

@@ -36,9 +36,11 @@ class Learner:
         mas: its budget, λ and drift decide how the tasks are learned.
         penalty: whether the penalty acts during training.
         settle: the weights of :meth:`MAS.settle` at the end of each task; None: no settling.
+        every: of :meth:`MAS.attach`.
         held_out: whether references are test images, every second one, and not training images.
         matrix: accuracies, a row per task learned so far, see :mod:`mas_ext.demo.metrics`.
         drifts: after each task but the first, KL of earlier tasks' other test images, in nats.
+        unsettled: the drift of the references before settling.
     """
 
     problem: Problem
@@ -48,9 +50,11 @@ class Learner:
     mas: QuadraticRegularizer
     penalty: bool = True
     settle: str | None = None
+    every: int | None = None
     held_out: bool = False
     matrix: list[list[float]] = field(default_factory=list)
     drifts: list[float] = field(default_factory=list)
+    unsettled: list[float] = field(default_factory=list)
 
     @classmethod
     def after_first_task(
@@ -76,20 +80,24 @@ class Learner:
         return self.mas.lambda_proximal if kind == "normalized" else self.mas.lambda_reg
 
     def outcome(
-        self, penalty: bool = True, settle: str | None = None, **strength: Any
+        self,
+        penalty: bool = True,
+        settle: str | None = None,
+        every: int | None = None,
+        **strength: Any,
     ) -> dict[str, Any] | None:
         """Learns the remaining tasks with a copy of this learner.
 
         Args:
-            penalty, settle: see the class.
+            penalty, settle, every: see the class.
             strength: attributes of :class:`MAS` to set: ``lambda_reg`` or ``drift``.
 
         Returns:
-            Figures of :mod:`mas_ext.demo.metrics`, and ``drifts``; None if the network did not stay
-            finite.
+            Figures of :mod:`mas_ext.demo.metrics`, ``drifts`` and ``unsettled``; None if the
+            network did not stay finite.
         """
         learner = deepcopy(self)
-        learner.penalty, learner.settle = penalty, settle
+        learner.penalty, learner.settle, learner.every = penalty, settle, every
         for name, value in strength.items():
             setattr(learner.mas, name, value)
         try:
@@ -101,6 +109,7 @@ class Learner:
             "average_accuracy": average_accuracy(learner.matrix),
             "forgetting": forgetting(learner.matrix),
             "drifts": learner.drifts,
+            "unsettled": learner.unsettled,
         }
 
     def learn_next(self) -> None:
@@ -109,7 +118,8 @@ class Learner:
         task, before = self.tasks[number], self._log_probabilities(number)
         self._train(task, number)
         if self.settle is not None:
-            self.mas.settle(weights=self.settle)
+            settled = self.mas.settle(weights=self.settle)
+            self.unsettled += [settled.before] if number else []
         self._consolidate(task)
         self.matrix.append([accuracy(self.model, self.as_tested(task)) for task in self.tasks])
         if number:
@@ -121,7 +131,9 @@ class Learner:
     def _train(self, task: Task, number: int) -> None:
         problem = self.problem
         optimizer = problem.optimizer(self.model.parameters())
-        handle = self.mas.attach(optimizer, problem.mode) if self.penalty else None
+        handle = None
+        if self.penalty:
+            handle = self.mas.attach(optimizer, problem.mode, self.every)
         for images, labels in self.batches(task, number):
             optimizer.zero_grad()
             cross_entropy(outputs_of(task, self.model(images)), labels).backward()

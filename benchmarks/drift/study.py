@@ -26,7 +26,7 @@ def run(options: Options) -> Iterator[tuple[str, Result]]:
     names = QUICK if options.quick else tuple(name for name in PROBLEMS if name in chosen)
     load_digits("bundled", "")  # raises here, and not in a worker
     context = multiprocessing.get_context("spawn")
-    with context.Pool(os.cpu_count(), _start_worker) as workers:
+    with context.Pool(os.cpu_count(), start_worker) as workers:
         work = {
             name: [workers.apply_async(_outcomes, (name, s, options.quick)) for s in options.seeds]
             for name in names
@@ -37,7 +37,7 @@ def run(options: Options) -> Iterator[tuple[str, Result]]:
 
 
 # -- in the workers --------------------------------------------------------------------------------
-def _start_worker() -> None:
+def start_worker() -> None:
     """Layers this small gain nothing from threads.
 
     Momentum of pixels that are always black decays for a thousand steps, into denormal numbers with

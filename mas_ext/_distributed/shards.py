@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})
 
 

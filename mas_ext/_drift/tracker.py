@@ -274,6 +274,7 @@ class DriftTracker:
         state = protected.state
         controller, references = state.drift.controller, state.drift.references
         assert references is not None
+        protected.follow_steps()
         drift = self.measured(protected, references.batch_size)
         kind = _kind(optimizer, mode)
         penalty, limit = float(protected.penalty(kind)), self.budget.limit * self.budget.slack

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import platform
 import warnings
+from collections.abc import Iterable
+from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -73,15 +75,40 @@ def load() -> str | None:
 NOT_NATIVE_BECAUSE = load()
 
 
-def pack(*lists: list[Tensor]) -> bytearray | None:
+_HELPS = NOT_NATIVE_BECAUSE is None and hasattr(_C, "pack")
+
+
+class FixedList(list[Tensor]):
+    """Tensors whose memory stays where it is for as long as the list exists."""
+
+    @cached_property
+    def packed(self) -> bytearray | None:
+        return _packed(self)
+
+
+def pack(lists: Iterable[list[Tensor]]) -> bytearray | None:
     """Lists of tensors as the kernels read them, during one call.
 
     None if there are no kernels, or for a tensor that its memory alone does not describe.
     """
-    if NOT_NATIVE_BECAUSE is not None or not hasattr(_C, "pack"):
-        return None
-    packed: bytearray | None = _C.pack(*lists)
-    return packed
+    parts = [one.packed if isinstance(one, FixedList) else _packed(one) for one in lists]
+    return None if None in parts else bytearray().join(parts)  # type: ignore[arg-type]
+
+
+def _packed(tensors: list[Tensor]) -> bytearray | None:
+    return _C.pack(tensors) if _HELPS else None
+
+
+def are_as_before(
+    entries: list[tuple[dict[str, Any], str, Any]], sizes: list[tuple[dict[str, Any], int]]
+) -> bool:
+    """Whether dictionaries have the same objects under these keys, and no others."""
+    if _HELPS and not torch.compiler.is_compiling():
+        as_before: bool = _C.are_as_before(entries, sizes)
+        return as_before
+    return all(owner.get(key) is value for owner, key, value in entries) and all(
+        len(owner) == size for owner, size in sizes
+    )
 
 
 # The only place that says which kernels were verified where. `make gpu` updates the second line.

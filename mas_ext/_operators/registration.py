@@ -124,7 +124,7 @@ def _with_packed_lists(
         return op.default, args
     # Single tensors are packed only to know that they have memory that a kernel can read.
     single = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
-    packed = native.pack(*lists, single)
+    packed = native.pack([*lists, single])
     if packed is None:
         return op.default, args
     others = (a for a in args if not isinstance(a, list))

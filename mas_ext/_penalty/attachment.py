@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
-from weakref import finalize, ref
+from weakref import WeakKeyDictionary, finalize, ref
 
 import torch
 from torch import Tensor
@@ -13,12 +13,13 @@ from torch.optim import Optimizer, SparseAdam
 from torch.optim.optimizer import register_optimizer_step_post_hook as _everywhere_after
 from torch.optim.optimizer import register_optimizer_step_pre_hook as _everywhere_before
 
-from mas_ext._distributed.shards import full_tensor
+from mas_ext._drift.budget import check_count
 from mas_ext._penalty.grad_scaling import scaled_step
+from mas_ext._penalty.pending_steps import PendingSteps
 from mas_ext._penalty.protected_parameters import ProtectedParameters, parameter_ids
-from mas_ext._strength.auto import update_kind
 from mas_ext.functional import check_mode
 
+EVERY = 8  # steps that one proximal step follows: see docs/optimizers.md
 _STEP = Optimizer.profile_hook_step(lambda optimizer: None).__code__  # around every step
 
 
@@ -29,15 +30,21 @@ class Attachment:
         protected: the penalty.
         optimizer: its steps include the penalty. None: every optimizer of the model's parameters.
         mode: ``"gradient"`` or ``"proximal"``.
+        every: how many steps one proximal step follows; None: :data:`EVERY`.
 
     Attributes:
-        last_penalty: the penalty of the last step, a 0-dim tensor; None before the first.
+        last_penalty: the penalty of the last step that included it, a 0-dim tensor; None before
+            the first.
     """
 
     def __init__(
-        self, protected: ProtectedParameters, optimizer: Optimizer | None, mode: str
+        self,
+        protected: ProtectedParameters,
+        optimizer: Optimizer | None,
+        mode: str,
+        every: int | None = None,
     ) -> None:
-        check_mode(mode)
+        self._every = checked_every(every, mode)
         if mode == "proximal":
             protected.check_proximal()
         self.last_penalty: Tensor | None = None
@@ -45,6 +52,7 @@ class Attachment:
         self._optimizer = optimizer
         self._mode = mode
         self._withheld: list[tuple[Tensor, Tensor]] = []
+        self._pending: WeakKeyDictionary[Optimizer, PendingSteps] = WeakKeyDictionary()
         if optimizer is None:
             _check_nothing_is_attached(protected)
             # torch keeps these hooks, and they must not keep the MAS, nor outlive it.
@@ -69,7 +77,7 @@ class Attachment:
     def _registered(self, before: Callable[[Any], Any], after: Callable[[Any], Any]) -> list[Any]:
         """The handles of the hooks that this mode needs."""
         if self._mode == "proximal":
-            return [after(self._take_proximal_step)]
+            return [after(self._after_proximal_step)]
         return [before(self._before_step), after(self._after_step)]
 
     def remove(self) -> None:
@@ -78,6 +86,7 @@ class Attachment:
         self._hooks = []
         if protected is None or not hooks:
             return
+        protected.follow_steps()
         _remove(hooks)
         protected.attachments -= 1
         if self._optimizer is None:
@@ -137,11 +146,11 @@ class Attachment:
         grad_scale = getattr(optimizer, "grad_scale", None)
         # The optimizer leaves a parameter without a gradient alone, and so do we: a gradient of
         # zero would let weight decay and momentum move it.
-        params = [p for _, group in _groups(optimizer) for p in group if p.grad is not None]
+        params = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
         self._protected.before_step(optimizer)
         self.last_penalty = self._protected.add_penalty_grad_(grad_scale, params)
         scaled = scaled_step(optimizer)
-        if scaled is not None and scaled.skips([p.grad for p in params]):  # type: ignore[misc]
+        if scaled is not None and scaled.skips([p.grad for p in params]):
             self._withhold_gradients(params)
         return self.last_penalty
 
@@ -159,19 +168,35 @@ class Attachment:
         self._withheld = []
         self._protected.after_step(optimizer, self._mode)
 
-    def _take_proximal_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _after_proximal_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self._is_left_alone(optimizer):
             return
-        update = update_kind(optimizer, self._mode)
-        # A fused optimizer under a GradScaler skips the step itself where this is 1.
-        found_inf = getattr(optimizer, "found_inf", None)
-        taken = 1.0 if found_inf is None else 1.0 - full_tensor(found_inf).reshape(())
-        values = [
-            self._protected.proximal_step_(lr * taken, params, update)
-            for lr, params in _groups(optimizer)
-        ]
-        self.last_penalty = self._protected.sum(values)
+        waiting, pending = self._protected.waiting, self._pending.get(optimizer)
+        if pending is None:
+            pending = self._pending[optimizer] = PendingSteps()
+        waiting.count(pending, optimizer, self._protected)
+        if pending.steps >= self._every or _counts_once():
+            self.last_penalty = waiting.follow(pending, self._protected)
         self._protected.after_step(optimizer, self._mode)
+
+
+def checked_every(every: int | None, mode: str) -> int:
+    """How many steps the penalty follows at once; ValueError for what this mode cannot do."""
+    check_mode(mode)
+    if every is not None:
+        check_count("every", every)
+    if mode == "gradient" and every not in (None, 1):
+        raise ValueError(
+            f"every={every}: the gradient must be added in each step, since a sum over several "
+            'would not be stable; use mode="proximal", or leave every out'
+        )
+    return 1 if mode == "gradient" else every or EVERY
+
+
+def _counts_once() -> bool:
+    """Whether this code will not run in the next step: it is compiled, or in a CUDA graph."""
+    is_captured = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    return is_captured or torch.compiler.is_compiling()
 
 
 def _remove(hooks: list[Any]) -> None:
@@ -276,9 +301,3 @@ def _inner(optimizer: Any) -> Optimizer | None:
     ours = parameter_ids(optimizer)
     inner = [v for v in found.values() if isinstance(v, Optimizer) and ours <= parameter_ids(v)]
     return inner[0] if len(inner) == 1 else None
-
-
-def _groups(optimizer: Optimizer) -> Iterator[tuple[Any, list[Tensor]]]:
-    """Learning rate and parameters of each group."""
-    for group in optimizer.param_groups:
-        yield group.get("lr"), group["params"]

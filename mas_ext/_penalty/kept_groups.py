@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from mas_ext._distributed.shards import are_plain
+from mas_ext._operators.native import FixedList
 from mas_ext._penalty.parameter_groups import ParameterGroup
 
 _requires_grad = attrgetter("requires_grad")
@@ -29,7 +30,7 @@ class _Kept:
     """
 
     asked_for: Sequence[Tensor] | None
-    candidates: list[Tensor]
+    candidates: Sequence[Tensor]
     states: tuple[list[bool], list[int]]
     groups: list[ParameterGroup]
 
@@ -37,8 +38,13 @@ class _Kept:
         return self.states == _states(self.candidates)
 
 
-def _states(params: list[Tensor]) -> tuple[list[bool], list[int]]:
+def _states(params: Sequence[Tensor]) -> tuple[list[bool], list[int]]:
     return list(map(_requires_grad, params)), list(map(Tensor.data_ptr, params))
+
+
+def _with_fixed_state(group: ParameterGroup) -> ParameterGroup:
+    anchors, omega, scales = map(FixedList, (group.anchors, group.omega, group.scales))
+    return group._replace(anchors=anchors, omega=omega, scales=scales)
 
 
 class KeptGroups:
@@ -66,7 +72,7 @@ class KeptGroups:
         key: Any,
         sources: tuple[Any, ...],
         asked_for: Sequence[Tensor] | None,
-        candidates: list[Tensor],
+        candidates: Sequence[Tensor],
         groups: list[ParameterGroup],
     ) -> None:
         """Keeps groups; but not those of DTensors and other subclasses, which hide their memory."""
@@ -74,6 +80,7 @@ class KeptGroups:
             return
         if len(self._kept) >= _MOST:
             self.clear()
+        groups = [_with_fixed_state(group) for group in groups]
         self._sources = sources
         self._kept[key] = _Kept(asked_for, candidates, _states(candidates), groups)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +22,6 @@ from mas_ext._distributed.shards import (
 )
 
 Scalar = float | Tensor
-_layout = attrgetter("layout")
 
 
 class ProtectedParameter(NamedTuple):
@@ -60,7 +58,7 @@ class ParameterGroup(NamedTuple):
         placement: the device they are on, and how they are sharded.
         lambda_reg: λ, a 0-dim tensor.
         names, params, anchors, omega: one entry per parameter.
-        scales: by place in the lists, for each Ω that is stored as uint8 codes.
+        scales: of Ω that is stored as uint8 codes, empty tensors for others; no entries for none.
     """
 
     placement: Placement
@@ -69,15 +67,16 @@ class ParameterGroup(NamedTuple):
     params: list[Parameter]
     anchors: list[Tensor]
     omega: list[Tensor]
-    scales: dict[int, Tensor]
+    scales: list[Tensor]
 
     def operator_arguments(self) -> dict[str, Any]:
         """θ*, Ω and λ, as the functions of :mod:`mas_ext.functional` take them."""
-        arguments = {"anchors": self.anchors, "omega": self.omega, "lambda_reg": self.lambda_reg}
-        if self.scales:
-            none = torch.empty(0, device=self.omega[0].device)
-            arguments["omega_scales"] = [self.scales.get(i, none) for i in range(len(self.omega))]
-        return arguments
+        return {
+            "anchors": self.anchors,
+            "omega": self.omega,
+            "lambda_reg": self.lambda_reg,
+            "omega_scales": self.scales,
+        }
 
     def penalty(self) -> Tensor:
         """The penalty of these parameters, differentiable."""
@@ -140,14 +139,16 @@ def grouped(protected: Iterable[ProtectedParameter]) -> list[ParameterGroup]:
         key = placement_key(p), pattern
         group = groups.get(key)
         if group is None:
-            group = groups[key] = ParameterGroup(Placement.of(p), lambda_reg, [], [], [], [], {})
-        if scales is not None:
-            group.scales[len(group.names)] = scales
+            group = groups[key] = ParameterGroup(Placement.of(p), lambda_reg, [], [], [], [], [])
         group.names.append(name)
         group.params.append(p)
         group.anchors.append(anchor)
         group.omega.append(omega)
-    return list(groups.values())
+        group.scales.append(torch.empty(0, device=omega.device) if scales is None else scales)
+    return [
+        group if any(s.numel() for s in group.scales) else group._replace(scales=[])
+        for group in groups.values()
+    ]
 
 
 def largest_penalty_grads(protected: Iterable[ProtectedParameter]) -> Iterator[Tensor]:
@@ -164,7 +165,7 @@ def largest_penalty_grads(protected: Iterable[ProtectedParameter]) -> Iterator[T
 
 def are_dense(grads: list[Tensor | None]) -> bool:
     """Whether all are plain tensors to which the penalty's gradients can be added in place."""
-    return are_plain(grads) and {torch.strided}.issuperset(map(_layout, grads))
+    return are_plain(grads) and {g.layout for g in grads} <= {torch.strided}  # type: ignore[union-attr]
 
 
 @torch.no_grad()

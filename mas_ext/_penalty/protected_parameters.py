@@ -21,8 +21,10 @@ from mas_ext._penalty.parameter_groups import (
     Scalar,
     grouped,
 )
+from mas_ext._penalty.pending_steps import WaitingSteps
 from mas_ext._penalty.weight_updates import ProtectedUpdate
 from mas_ext._state.importance_state import matches_anchor
+from mas_ext._state.pending_steps import StoredSteps
 from mas_ext._state.regularizer_state import RegularizerState
 from mas_ext._strength.auto import UpdateKind
 from mas_ext._warnings import warn
@@ -39,6 +41,7 @@ class ProtectedParameters:
         state: what is remembered of them.
         optimizers: those that are attached.
         attachments: how many have not been removed, also of optimizers that no longer exist.
+        waiting: the steps that the proximal step has yet to follow.
         attached_everywhere: the one that all optimizers share, if there is one.
         has_acted: whether a step has included the penalty since the last task ended.
         tracker: makes λ follow the drift, under a drift budget; otherwise None.
@@ -51,6 +54,7 @@ class ProtectedParameters:
         self.state = state
         self.tracker = tracker
         self.optimizers: WeakSet[Optimizer] = WeakSet()
+        self.waiting = WaitingSteps()
         self.attachments = 0
         self.attached_everywhere: Any = None
         self.has_acted = False
@@ -59,7 +63,8 @@ class ProtectedParameters:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is attached to nothing. That its original was is enough to warn about it.
-        return {**self.__dict__, "optimizers": None, "attached_everywhere": None, "_kept": None}
+        of_the_original = ("optimizers", "waiting", "attached_everywhere", "_kept")
+        return {**self.__dict__, **dict.fromkeys(of_the_original)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         defaults = {
@@ -68,9 +73,8 @@ class ProtectedParameters:
             "has_acted": False,
             "tracker": None,
         }
-        self.__dict__.update(
-            {**defaults, **state, "optimizers": WeakSet(), "_kept": KeptGroups()}
-        )
+        of_this = {"optimizers": WeakSet(), "waiting": WaitingSteps(), "_kept": KeptGroups()}
+        self.__dict__.update({**defaults, **state, **of_this})
 
     # -- the penalty -------------------------------------------------------------------------------
 
@@ -117,6 +121,21 @@ class ProtectedParameters:
         if torch.compiler.is_compiling():  # counting and measuring stay outside of compiled code
             after_step = torch.compiler.disable(after_step)
         after_step(self, optimizer, mode)
+
+    def follow_steps(self) -> None:
+        """Takes the proximal steps that are pending: before anything depends on where θ is."""
+        self.waiting.follow_all(self)
+
+    def pending_steps(self) -> dict[str, StoredSteps]:
+        """What is pending, for a state."""
+        return self.waiting.stored(self)
+
+    def use_state(self, state: RegularizerState) -> None:
+        """Replaces everything that is remembered."""
+        self.state = state
+        self.has_acted = True  # it may have, before the state was saved
+        self._kept.clear()
+        self.waiting.forget()
 
     def sum(self, values: list[Tensor]) -> Tensor:
         """The sum of 0-dim values, which may be on several devices; zero for none."""
@@ -172,9 +191,7 @@ class ProtectedParameters:
         self.state.consolidated.make_room(params)
         return self._find(only, update)
 
-    def _find(
-        self, only: Sequence[Tensor] | None, update: UpdateKind
-    ) -> list[ProtectedParameter]:
+    def _find(self, only: Sequence[Tensor] | None, update: UpdateKind) -> list[ProtectedParameter]:
         remembered, strength = self.state.consolidated, self.state.strength
         self._warn_of_missing(self._missing())
         return [

@@ -61,9 +61,7 @@ class ProtectedUpdate:
             omega_scales=self.scales,
         )
 
-    def add_penalty_grad_(
-        self, grad_scale: Scalar | None, only: Sequence[Tensor] | None
-    ) -> Tensor:
+    def add_penalty_grad_(self, grad_scale: Scalar | None, only: Sequence[Tensor] | None) -> Tensor:
         """Adds the penalty's gradient to those of A and B; returns the penalty."""
         ids = None if only is None else set(map(id, only))
         params = [p for p in self.weight.params() if ids is None or id(p) in ids]

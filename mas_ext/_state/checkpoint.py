@@ -35,7 +35,8 @@ FORMAT = "mas_ext"
 # 5: "control" and "references" of a drift budget.
 # 6: "method" and "reduction".
 # 7: "adapters".
-VERSION = 7
+# 8: "pending" proximal steps.
+VERSION = 8
 GROUPS = ("importance", "anchor", "earlier", "open")
 SCALES = {"importance": "importance_scales", "earlier": "earlier_scales"}
 PER_PARAMETER = (*GROUPS, *SCALES.values())
@@ -77,6 +78,8 @@ def upgraded(state: Mapping[str, Any]) -> Mapping[str, Any]:
         added |= {"method": "MAS", "reduction": "abs" if is_measured else ""}
     if state["version"] < 7:
         added |= {"adapters": {}}
+    if state["version"] < 8:
+        added |= {"pending": {}}
     return {**state, **added}
 
 
@@ -86,6 +89,7 @@ _CONTENTS: dict[str, Any] = {
     "energy": Mapping,
     "seen": Mapping,
     "control": Mapping,
+    "pending": Mapping,
     "state_dtype": str,
     "merge": (str, tuple, list),
     "num_tasks": int,

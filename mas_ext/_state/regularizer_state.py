@@ -19,6 +19,7 @@ from mas_ext._parameters import check_materialised
 from mas_ext._state import checkpoint, distributed_checkpoint
 from mas_ext._state.importance_state import ImportanceState
 from mas_ext._state.merging import Merge, check_merge
+from mas_ext._state.pending_steps import StoredSteps, check_stored
 from mas_ext._state.task_accumulator import TaskAccumulator
 from mas_ext._storage.flat_tensors import copies
 from mas_ext._storage.stored_numbers import restored
@@ -47,6 +48,7 @@ class RegularizerState:
         drift: what is remembered for a drift budget.
         shardings: how each parameter was sharded when it was first remembered.
         adapters: θ* of the weights that are trained through their adapters.
+        pending: steps that were pending when the state was saved, until their optimizers step.
     """
 
     consolidated: ImportanceState
@@ -61,10 +63,12 @@ class RegularizerState:
     drift: DriftState = field(default_factory=DriftState)
     shardings: Shardings = field(default_factory=Shardings)
     adapters: AdapterAnchors = field(default_factory=AdapterAnchors)
+    pending: dict[str, StoredSteps] = field(default_factory=dict)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Older pickles lack some.
         added = {"drift": DriftState(), "reduction": "abs", "adapters": AdapterAnchors()}
+        added["pending"] = {}
         self.__dict__.update({**added, **state})
 
     @property
@@ -193,10 +197,15 @@ class RegularizerState:
 
     # -- state dictionaries ------------------------------------------------------------------------
 
-    def to_dict(self) -> checkpoint.StateDict:
-        """Everything that was measured, as plain values and tensors: a copy."""
+    def to_dict(self, pending: Mapping[str, StoredSteps] | None = None) -> checkpoint.StateDict:
+        """Everything that was measured, as plain values and tensors: a copy.
+
+        Args:
+            pending: steps that are pending now; None: those that were loaded.
+        """
         drift = self.strength.drift
         control, references = self.drift.state_dict()
+        pending = self.pending if pending is None else pending
         state = {
             "format": checkpoint.FORMAT,
             "version": checkpoint.VERSION,
@@ -211,6 +220,9 @@ class RegularizerState:
             "control": control,
             "references": copies(references),
             "adapters": self.adapters.state_dict(),
+            "pending": {
+                n: list(s) for n, s in (self.pending if pending is None else pending).items()
+            },
             **self.consolidated.state_dict(),
             **self.task.state_dict(),
         }
@@ -219,12 +231,15 @@ class RegularizerState:
         return {**state, **placed}
 
     def to_packed_dict(
-        self, selected: Mapping[str, Parameter], adapted: Mapping[str, AdaptedWeight]
+        self,
+        selected: Mapping[str, Parameter],
+        adapted: Mapping[str, AdaptedWeight],
+        pending: Mapping[str, StoredSteps] | None = None,
     ) -> checkpoint.StateDict:
         """The same as tensors only, with room for parameters that have not been measured."""
         unmeasured = {n: p for n, p in selected.items() if n not in self.consolidated.anchor}
         room = AdapterAnchors.room_for(adapted).state_dict()
-        state = {**self.to_dict(), "adapters": {**room, **self.adapters.state_dict()}}
+        state = {**self.to_dict(pending), "adapters": {**room, **self.adapters.state_dict()}}
         return distributed_checkpoint.packed(state, unmeasured, adapted)
 
     @classmethod
@@ -278,6 +293,7 @@ class RegularizerState:
             AdapterAnchors.from_state_dict(
                 state["adapters"], {n: a for n, a in adapted.items() if n in state["importance"]}
             ),
+            check_stored(state["pending"]),
         )
         loaded._resolve(strength, named)
         loaded.follow_controller()

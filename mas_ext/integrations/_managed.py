@@ -16,10 +16,9 @@ from mas_ext._distributed.shards import is_sharded
 from mas_ext._distributed.topology import is_running
 from mas_ext._drift.budget import DriftBudget
 from mas_ext._drift.settling import Settled
-from mas_ext._penalty.attachment import Attachment, unwrapped
+from mas_ext._penalty.attachment import Attachment, checked_every, unwrapped
 from mas_ext._strength.auto import DEFAULT_DRIFT
 from mas_ext._strength.strength import AUTO, RegularizationStrength
-from mas_ext.functional import check_mode
 from mas_ext.importance.options import Measurement
 from mas_ext.quadratic import QuadraticRegularizer
 from mas_ext.regularizer import MAS, method_of
@@ -33,7 +32,7 @@ class ManagedRegularizer:
     Args:
         lambda_reg: λ, or None for the method's default.
         mas: an existing regularizer to use instead of creating one, or None.
-        mode: as for :meth:`MAS.attach`.
+        mode, every: as for :meth:`MAS.attach`.
         method: the class to create, or its name.
         options: keyword arguments of that class and of its ``consolidate``, mixed.
 
@@ -52,13 +51,13 @@ class ManagedRegularizer:
         lambda_reg: Any,
         mas: QuadraticRegularizer | None,
         mode: str,
+        every: int | None,
         method: Method | None,
         options: Mapping[str, Any],
     ) -> None:
-        check_mode(mode)
         if mas is not None and method is not None:
             raise ValueError("method: mas= has a method of its own; leave one of them out")
-        self._mode = mode
+        self._mode, self._every = mode, checked_every(every, mode)
         self._method = type(mas) if mas is not None else method_of(method or MAS)
         self._regularizer, self._importance = _split_options(self._method, lambda_reg, options)
         if mas is not None and self._regularizer:
@@ -108,7 +107,7 @@ class ManagedRegularizer:
     def _attached(self, mas: QuadraticRegularizer, optimizer: Optimizer) -> Any:
         """An attachment, or the optimizer itself if its step already includes this penalty."""
         has_it = getattr(optimizer, "mas", None) is mas
-        return optimizer if has_it else mas.attach(optimizer, self._mode)
+        return optimizer if has_it else mas.attach(optimizer, self._mode, self._every)
 
     def _ours(self, optimizers: Iterable[Optimizer]) -> list[Optimizer]:
         """The optimizers with protected parameters; if there are none, all (attach() raises)."""

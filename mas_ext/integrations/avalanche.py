@@ -18,10 +18,9 @@ from typing_extensions import Unpack
 
 from mas_ext._drift.budget import DriftBudget
 from mas_ext._parameters import Selection
-from mas_ext._penalty.attachment import Attachment
+from mas_ext._penalty.attachment import Attachment, checked_every
 from mas_ext._state.merging import Merge, check_merge
 from mas_ext._strength.strength import AUTO
-from mas_ext.functional import check_mode
 from mas_ext.importance.batches import Forward
 from mas_ext.importance.options import Measurement, MeasurementOptions
 from mas_ext.presets import preset
@@ -45,7 +44,7 @@ class _Plugin(SupervisedPlugin):
         implementation: the preset of Avalanche's plugin.
         strength: λ as that plugin defines it; None: the default.
         merge: how the Ω of experiences is merged.
-        mode: as for :meth:`mas_ext.MAS.attach`.
+        mode, every: as for :meth:`mas_ext.MAS.attach`.
         importance: options of measuring.
         regularizer: further arguments of the regularizer.
 
@@ -59,18 +58,19 @@ class _Plugin(SupervisedPlugin):
         strength: float | str | None,
         merge: Merge,
         mode: str,
+        every: int | None,
         importance: dict[str, Any],
         **regularizer: Any,
     ) -> None:
         super().__init__()
-        check_mode(mode)
+        self._mode, self._every = mode, checked_every(every, mode)
         theirs = preset(implementation)
         method = METHODS[theirs.method]
         if "forward" in importance:
             raise TypeError("forward: the plugin runs the model as Avalanche does; leave it out")
         Measurement.from_options({**method.defaults, **importance}).check()
         self.mas: QuadraticRegularizer | None = None
-        self._method, self._mode = method, mode
+        self._method = method
         self._regularizer = {
             **theirs.regularizer(_start(strength, regularizer["budget"])),
             **regularizer,
@@ -97,7 +97,7 @@ class _Plugin(SupervisedPlugin):
         mas = self._bound(strategy.model)
         self._detach()  # from an experience that was interrupted
         if self._mode == "proximal":
-            self._attached = mas.attach(strategy.optimizer, self._mode)
+            self._attached = mas.attach(strategy.optimizer, self._mode, self._every)
 
     def before_backward(self, strategy: Any, **kwargs: Any) -> None:
         """Adds the penalty to the loss.
@@ -166,6 +166,7 @@ class MASPlugin(_Plugin):
             the loss or the gradients see it, in any order. ``"proximal"`` takes a proximal step
             after the optimizer's step, which is stable for every λ; ``strategy.loss`` is then the
             loss of the new experience alone.
+        every: how many steps one proximal step follows; see :meth:`mas_ext.MAS.attach`.
         budget, floor: see :class:`mas_ext.MAS`. With a budget, each experience ends by settling.
         merge: how to merge the Ω of experiences, in place of the average with ``alpha``; see
             :class:`mas_ext.MAS`.
@@ -188,6 +189,7 @@ class MASPlugin(_Plugin):
         verbose: bool = False,
         *,
         mode: str = "gradient",
+        every: int | None = None,
         budget: float | DriftBudget | None = None,
         floor: float | None = None,
         merge: Merge | None = None,
@@ -199,6 +201,7 @@ class MASPlugin(_Plugin):
             lambda_reg,
             ("ema", alpha) if merge is None else merge,
             mode,
+            every,
             {"progress": verbose, **importance},
             budget=budget,
             floor=floor,
@@ -224,7 +227,7 @@ class EWCPlugin(_Plugin):
         ewc_lambda: λ ≥ 0, without the factor ½ of :class:`mas_ext.EWC`, or with a budget
             ``"auto"``. None: 1, or ``"auto"`` with a budget.
         decay_factor: γ in [0, 1], as in F ← γF + F_experience. None: 1, the sum.
-        verbose, mode, budget, floor, params: see :class:`MASPlugin`.
+        verbose, mode, every, budget, floor, params: see :class:`MASPlugin`.
         importance: options of :func:`mas_ext.estimate_importance`, such as ``criterion`` and
             ``max_samples``.
 
@@ -243,6 +246,7 @@ class EWCPlugin(_Plugin):
         verbose: bool = False,
         *,
         mode: str = "gradient",
+        every: int | None = None,
         budget: float | DriftBudget | None = None,
         floor: float | None = None,
         params: Selection = None,
@@ -259,6 +263,7 @@ class EWCPlugin(_Plugin):
             ewc_lambda,
             _merge_of(decay_factor),
             mode,
+            every,
             {"progress": verbose, **importance},
             budget=budget,
             floor=floor,

@@ -61,7 +61,8 @@ class MASCallback(HasRegularizer, Callback):
         lambda_reg: λ, as for :class:`mas_ext.MAS`. None: 1, or ``"auto"`` with a budget.
         mas: a :class:`mas_ext.MAS` of the module, or of a part of it, to use instead of creating
             one with these options.
-        mode: ``"gradient"`` or ``"proximal"``, as for :meth:`mas_ext.MAS.attach`.
+        mode, every: ``"gradient"`` or ``"proximal"``, and how many steps one proximal step follows,
+            as for :meth:`mas_ext.MAS.attach`.
         method: ``"mas"`` (default), ``"ewc"`` or ``"l2sp"``, or the class. Logs are named after it.
         consolidate: whether ``fit``, if it has trained, ends by measuring importance on the
             Trainer's training data and taking θ* ← θ. The data are one epoch, with
@@ -87,11 +88,12 @@ class MASCallback(HasRegularizer, Callback):
         *,
         mas: QuadraticRegularizer | None = None,
         mode: str = "gradient",
+        every: int | None = None,
         method: Method | None = None,
         consolidate: bool = True,
         **options: Any,
     ) -> None:
-        self._managed = ManagedRegularizer(lambda_reg, mas, mode, method, options)
+        self._managed = ManagedRegularizer(lambda_reg, mas, mode, every, method, options)
         self._consolidates = consolidate
         self._has_trained = False  # since the last consolidation
         self._restored: Mapping[str, Any] | None = None

@@ -63,7 +63,8 @@ class MASCallback(HasRegularizer, TrainerCallback):
         lambda_reg: λ, as for :class:`mas_ext.MAS`. None: 1, or ``"auto"`` with a budget.
         mas: a :class:`mas_ext.MAS` of the model, or another method, to use instead of creating one
             with these options.
-        mode: ``"gradient"`` or ``"proximal"``, as for :meth:`mas_ext.MAS.attach`.
+        mode, every: ``"gradient"`` or ``"proximal"``, and how many steps one proximal step follows,
+            as for :meth:`mas_ext.MAS.attach`.
         method: ``"mas"`` (default), ``"ewc"`` or ``"l2sp"``, or the class. Logs are named after it.
         consolidate: whether training ends by measuring importance on the Trainer's training data
             and taking θ* ← θ. The data are one epoch, in the order of the first, up to
@@ -93,12 +94,13 @@ class MASCallback(HasRegularizer, TrainerCallback):
         *,
         mas: QuadraticRegularizer | None = None,
         mode: str = "gradient",
+        every: int | None = None,
         method: Method | None = None,
         consolidate: bool = True,
         resume_from_checkpoint: str | None = None,
         **options: Any,
     ) -> None:
-        self._managed = ManagedRegularizer(lambda_reg, mas, mode, method, options)
+        self._managed = ManagedRegularizer(lambda_reg, mas, mode, every, method, options)
         self._consolidates = consolidate
         self._resume_from = resume_from_checkpoint
 

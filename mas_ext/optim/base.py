@@ -142,10 +142,7 @@ class PenaltyOptimizer(torch.optim.Optimizer):
     def _step_of(self, group: Group) -> Iterator[Tensor]:
         """Takes a group's step; yields the penalty of each operator call."""
         kind = update_kind(self, self.mode)
-        parts = [
-            (part, self.mas.protected.groups(part, kind))
-            for part in self._split(group)
-        ]
+        parts = [(part, self.mas.protected.groups(part, kind)) for part in self._split(group)]
         for _, calls in parts:  # before the first parameter is written
             _check_dense(calls)
         for part, calls in parts:

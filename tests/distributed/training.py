@@ -47,7 +47,7 @@ def optimizer_of(model: nn.Module, mas: MAS, way: str) -> tuple[Any, Callable[[]
         return made, lambda: made.last_penalty
     made = getattr(torch.optim, name)(model.parameters(), **options)
     if way.startswith("attached"):
-        handle = mas.attach(made, mode=mode)
+        handle = mas.attach(made, mode=mode, every=1)
         return made, lambda: handle.last_penalty
     return made, lambda: None
 

@@ -237,7 +237,7 @@ def test_gradients_that_another_plugin_projects_have_the_penalty_in_either_order
 
 def test_the_proximal_step_is_taken_after_the_optimizers():
     experiences = permuted()
-    plugin, model = MASPlugin(1e4, mode="proximal"), network()
+    plugin, model = MASPlugin(1e4, mode="proximal", every=1), network()
     strategy = naive(model, [plugin], lr=0.1)
     run(strategy, experiences[:1])
     protection, steps = Protection.of(plugin.mas), []

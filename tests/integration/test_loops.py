@@ -163,7 +163,7 @@ def optimizer_of(
     else:
         optimizer = make(params, **options)
     if loop.way == "attached":
-        handle = mas.attach(optimizer, loop.mode)
+        handle = mas.attach(optimizer, loop.mode, every=1)
         return optimizer, lambda: handle.last_penalty
     inner = optimizer.optim if loop.around == "ZeRO" else optimizer
     return optimizer, lambda: getattr(inner, "last_penalty", None)
@@ -482,6 +482,7 @@ LOOPS = [
     Loop(way="called", compiled="addition"),
     Loop(way="called", mode="proximal", compiled="proximal step"),
     *loops(compiled=["optimizer", "all", "model"]),
+    Loop(mode="proximal", compiled="optimizer"),
     *loops(way="ours", mode=MODES, compiled="optimizer"),
 ]
 
@@ -654,7 +655,7 @@ def test_states_in_8_bits(package, mode) -> None:
         move(model)
         optimizer = library.AdamW8bit(model.parameters(), lr=0.01, weight_decay=0.01)
         if is_attached:
-            mas.attach(optimizer, mode)
+            mas.attach(optimizer, mode, every=1)
         for _ in range(5):
             optimizer.zero_grad()
             (model(x) - 1).square().mean().backward()

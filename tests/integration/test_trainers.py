@@ -46,7 +46,7 @@ def train_by_hand(library, hand, seed, accumulate=1, **how):
 def test_a_trainer_is_the_loop_by_hand(library, tmp_path, mode, accumulate):
     model, callback, recorder = (
         library.model(),
-        library.MASCallback(5.0, mode=mode),
+        library.MASCallback(5.0, mode=mode, every=1),
         library.Recorder(),
     )
     library.learn(model, library.data(1), callback, tmp_path)

@@ -46,7 +46,7 @@ def train(model: nn.Module, mas: MAS, kind: str, mode: str, is_ours: bool) -> Te
         optimizer = handle = ours(model.parameters(), lr=0.01, mas=mas, mode=mode)
     else:
         optimizer = getattr(torch.optim, kind)(model.parameters(), lr=0.01)
-        handle = mas.attach(optimizer, mode)
+        handle = mas.attach(optimizer, mode, every=1)
     for _ in range(3):
         optimizer.zero_grad()
         model(vectors()).square().mean().backward()

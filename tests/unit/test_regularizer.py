@@ -115,14 +115,16 @@ def test_proximal_step_is_the_equation():
 
 
 @pytest.mark.parametrize("lambda_reg", [1e2, 1e6, 1e30])
-def test_proximal_training_is_stable_at_any_strength(lambda_reg):
+@pytest.mark.parametrize("every", [1, 8])
+def test_proximal_training_is_stable_at_any_strength(lambda_reg, every):
     model, mas = learned(lambda_reg)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    mas.attach(optimizer, "proximal")
+    handle = mas.attach(optimizer, "proximal", every)
     for _ in range(20):
         optimizer.zero_grad()
         model(X).pow(2).mean().backward()
         optimizer.step()
+    handle.remove()
     assert all(torch.isfinite(p).all() for p in model.parameters())
     assert mas.penalty() < 1e3
 
@@ -326,7 +328,7 @@ def test_sparse_gradients_and_the_dense_one_of_the_penalty(optimizer):
         sgd = getattr(torch.optim, optimizer)(m.parameters(), 0.1)
         mode = "gradient" if optimizer == "SGD" else "proximal"
         if m is model:
-            mas.attach(sgd, mode)
+            mas.attach(sgd, mode, every=1)
         for _ in range(3):
             sgd.zero_grad()
             loss = (m(ids) - 1).square().sum()

@@ -140,7 +140,7 @@ def trained(name: str, mode: str, device: str, scaled: bool = False) -> list[Ten
     options = {"lr": RATE, **OPTIMIZERS[name]}
     if name == "attached":
         optimizer = torch.optim.Adam(model.parameters(), **options)
-        handle = mas.attach(optimizer, mode=mode)
+        handle = mas.attach(optimizer, mode=mode, every=1)
     else:
         kind = getattr(mas_ext.optim, name)
         optimizer = handle = kind(model.parameters(), mas=mas, mode=mode, **options)

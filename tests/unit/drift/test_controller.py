@@ -52,13 +52,13 @@ def begun(learned, budget=LIMIT, factor=1.0, method=MAS, **options):
     return model, mas
 
 
-def optimizer_of(kind, mode, model, mas, lr=None):
+def optimizer_of(kind, mode, model, mas, lr=None, every=None):
     lr = lr or {"Adam": 0.003, "SGD": 0.1}[kind.removeprefix("ours.")]
     if kind.startswith("ours."):
         ours = getattr(mas_ext.optim, kind.removeprefix("ours."))
         return ours(model.parameters(), lr, mas=mas, mode=mode)
     optimizer = getattr(torch.optim, kind)(model.parameters(), lr)
-    mas.attach(optimizer, mode)
+    mas.attach(optimizer, mode, every)
     return optimizer
 
 
@@ -280,7 +280,7 @@ def test_a_drift_of_0_changes_nothing_in_training(learned, mode):
     for budget in (None, DriftBudget(LIMIT, nothing, every=1)):
         torch.manual_seed(0)
         model, mas = begun(learned, budget, lambda_reg="auto", floor=0.0)
-        train(model, [optimizer_of("Adam", mode, model, mas)], 40)
+        train(model, [optimizer_of("Adam", mode, model, mas, every=1)], 40)
         ends.append((model, torch.rand(3)))
         assert len(mas.drift_trace) == (0 if budget is None else 40)
     assert_bits(ends[0][0], ends[1][0])

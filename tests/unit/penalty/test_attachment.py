@@ -163,6 +163,12 @@ REFUSALS = {
     ),
     "a group that maximizes, later": refusal(maximizing_later, ValueError, "maximize"),
     "twice": refusal(attached_twice, ValueError, "attached", "remove()"),
+    "every=0": refusal(
+        lambda model, mas: mas.attach(sgd(model), "proximal", 0), ValueError, "every", "positive"
+    ),
+    "the gradient of several steps": refusal(
+        lambda model, mas: mas.attach(sgd(model), every=2), ValueError, "every", "proximal"
+    ),
     "in the step already": refusal(attached_to_ours, ValueError, "twice", "attach()"),
 }
 
@@ -195,7 +201,7 @@ def train_by_hand(model, mas, optimizer, mode, steps=3):
 @pytest.mark.parametrize("mode", ["gradient", "proximal"])
 def test_attach_without_an_optimizer_holds_for_all_that_come(mode):
     model, mas, plain, by_hand = twin()
-    handle = mas.attach(mode=mode)
+    handle = mas.attach(mode=mode, every=1)
     other = mlp(torch.float32)
     untouched = copy.deepcopy(other)
     for lr in (0.05, 0.02):

@@ -1,0 +1,60 @@
+"""One proximal step for several of the optimizer: what that changes, under a drift budget."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Iterator
+
+from benchmarks.benchmark import Benchmark, Options, Result
+from benchmarks.drift.learning import Learner
+from benchmarks.drift.problems import PROBLEMS, QUICK
+from benchmarks.drift.study import TASKS, start_worker
+from mas_ext import DriftBudget
+from mas_ext.demo.data import load_digits
+
+EVERY = (1, 2, 4, 8, 16, 32, 64)
+
+
+def run(options: Options) -> Iterator[tuple[str, Result]]:
+    """Yields the result of each problem with proximal steps."""
+    names = [name for name, problem in PROBLEMS.items() if problem.mode == "proximal"]
+    chosen = QUICK if options.quick else options.workloads or names
+    load_digits("bundled", "")  # raises here, and not in a worker
+    with multiprocessing.get_context("spawn").Pool(os.cpu_count(), start_worker) as workers:
+        work = {
+            name: [workers.apply_async(_outcomes, (name, s, options.quick)) for s in options.seeds]
+            for name in names
+            if name in chosen
+        }
+        for name, pending in work.items():
+            options.progress(PROBLEMS[name].title)
+            yield name, {"title": PROBLEMS[name].title, **_by_seed([p.get() for p in pending])}
+
+
+def _outcomes(name: str, seed: int, quick: bool) -> Result:
+    """Of one seed: with a budget and with a fixed λ, by the steps that a proximal step follows."""
+    count = 2 if quick else TASKS
+    tried = EVERY[:: len(EVERY) - 1] if quick else EVERY
+    budget = Learner.after_first_task(PROBLEMS[name], seed, count, DriftBudget())
+    fixed = Learner.after_first_task(PROBLEMS[name], seed, count)
+    return {
+        "budget": {str(k): budget.outcome(settle="importance", every=k) for k in tried},
+        "fixed": {str(k): fixed.outcome(every=k) for k in tried},
+    }
+
+
+def _by_seed(seeds: list[Result]) -> Result:
+    return {
+        kind: {k: [seed[kind][k] for seed in seeds] for k in found}
+        for kind, found in seeds[0].items()
+    }
+
+
+BENCHMARK = Benchmark(
+    name="every",
+    title="One proximal step for several of the optimizer",
+    about="The problems of the study with a proximal step after every k-th step of the optimizer.",
+    run=run,
+    on_request=True,
+)
