@@ -15,6 +15,7 @@ from benchmarks import (
     per_sample,
     proximal,
     scaling,
+    small_tensors,
     training,
 )
 from benchmarks.benchmark import Benchmark
@@ -29,6 +30,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         *map(benchmark_of, JOBS.values()),
         scaling.BENCHMARK,
         training.BENCHMARK,
+        small_tensors.BENCHMARK,
         per_sample.BENCHMARK,
         fisher.BENCHMARK,
         outer.BENCHMARK,

@@ -21,9 +21,9 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks import choice, memory_traffic, plot
+from benchmarks import choice, memory_traffic, plot, small_tensors
 from benchmarks.benchmark import Benchmark, Result, Results
-from benchmarks.drift import summary
+from benchmarks.drift import every, summary
 from benchmarks.drift.problems import CHOSEN_ON
 from benchmarks.machine import describe
 from benchmarks.measure import deviation
@@ -42,6 +42,7 @@ from benchmarks.text import (
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "results.json"
 OURS, ROOFLINE, PLAIN, EXACT = "mas_ext", "roofline", "without MAS", "mas_ext, exact"
+SELDOM = "mas_ext, attach proximal"  # in every few steps
 PER_SAMPLE = ("batch size 1", "vmap(grad)", "Opacus", "BackPACK")
 OUR_SQUARE, SQUARES = "mas_ext, square", (*PER_SAMPLE, "nngeometry")
 UNCHUNKED = "vmap(grad), unchunked"
@@ -181,8 +182,9 @@ def _following(result: Result) -> str:
 
 
 def _share(result: Result) -> str:
-    """Only providers that clearly add something are compared."""
-    rows = {n: r["added_seconds"] for n, r in result["providers"].items() if n != PLAIN}
+    """Only providers that clearly add something, and add it in each step, are compared."""
+    left_out = (PLAIN, SELDOM)
+    rows = {n: r["added_seconds"] for n, r in result["providers"].items() if n not in left_out}
     added = {name: row["median"] for name, row in rows.items() if row["q1"] > 0}
     ours = min(filter(_is_ours, added), key=added.__getitem__, default=None)
     others = (name for name in added if not _is_ours(name))
@@ -578,6 +580,8 @@ TABLES: dict[str, Callable[[Results], list[Table]]] = {
     **dict.fromkeys(["penalty", "accumulate", "proximal", *_STEPS], lists),
     "scaling": scaling,
     "training": training,
+    "small_tensors": small_tensors.tables,
+    "every": every.tables,
     "per_sample": per_sample,
     "fisher": fisher,
     "outer": outer,

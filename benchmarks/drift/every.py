@@ -6,10 +6,12 @@ import multiprocessing
 import os
 from collections.abc import Iterator
 
-from benchmarks.benchmark import Benchmark, Options, Result
+from benchmarks.benchmark import Benchmark, Options, Result, Results
+from benchmarks.drift import summary
 from benchmarks.drift.learning import Learner
-from benchmarks.drift.problems import PROBLEMS, QUICK
+from benchmarks.drift.problems import CHOSEN_ON, PROBLEMS, QUICK
 from benchmarks.drift.study import TASKS, start_worker
+from benchmarks.text import Table
 from mas_ext import DriftBudget
 from mas_ext.demo.data import load_digits
 
@@ -29,7 +31,15 @@ def run(options: Options) -> Iterator[tuple[str, Result]]:
         }
         for name, pending in work.items():
             options.progress(PROBLEMS[name].title)
-            yield name, {"title": PROBLEMS[name].title, **_by_seed([p.get() for p in pending])}
+            optimizer = PROBLEMS[name].optimizer.func.__name__
+            yield (
+                name,
+                {
+                    "title": f"{PROBLEMS[name].title}, {optimizer}",
+                    "chosen_on": name in CHOSEN_ON,
+                    **_by_seed([each.get() for each in pending]),
+                },
+            )
 
 
 def _outcomes(name: str, seed: int, quick: bool) -> Result:
@@ -49,6 +59,32 @@ def _by_seed(seeds: list[Result]) -> Result:
         kind: {k: [seed[kind][k] for seed in seeds] for k in found}
         for kind, found in seeds[0].items()
     }
+
+
+def tables(problems: Results) -> list[Table]:
+    """Accuracy and forgetting by the steps that a proximal step follows."""
+    texts = {
+        "budget": "With a drift budget, and settling after each task",
+        "fixed": 'With lambda_reg="auto" and no budget',
+    }
+    return [
+        Table(
+            f"{text}: the mean over seeds of the average accuracy and, in brackets, of forgetting, "
+            "by the number of steps that one proximal step follows. The default was chosen on the "
+            "first half of the problems.",
+            ("", *next(iter(problems.values()))[kind]),
+            [
+                [found["title"], *(_cell(runs) for runs in found[kind].values())]
+                for found in sorted(problems.values(), key=lambda each: not each["chosen_on"])
+            ],
+        )
+        for kind, text in texts.items()
+    ]
+
+
+def _cell(runs: summary.Runs) -> str:
+    accuracy, forgetting = summary.accuracy(runs), summary.forgetting(runs)
+    return "–" if accuracy is None else f"{accuracy:.3f} ({forgetting:.3f})"
 
 
 BENCHMARK = Benchmark(

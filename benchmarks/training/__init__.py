@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import starmap
 from time import perf_counter
@@ -14,7 +15,7 @@ from benchmarks.benchmark import Benchmark, Options, Result
 from benchmarks.measure import interleave, ratios, spread
 from benchmarks.models import TRAINING, Workload
 from benchmarks.training import following, task_end
-from benchmarks.training.providers import PLAIN, PROVIDERS, PROXIMAL, Step
+from benchmarks.training.providers import PLAIN, PROVIDERS, PROXIMAL, SELDOM, Step
 from benchmarks.training.setting import Setting, make
 from benchmarks.training.task_end import AVALANCHE, BATCH, BATCH_SIZE_1, EXACT
 from mas_ext import estimate_importance, preset
@@ -40,6 +41,7 @@ def moved(workload: Workload, provider: str) -> tuple[list[Tensor], Setting]:
     s = make(workload, "SGD", lr=0.1)
     before = [p.detach().clone() for p in s.state.params]
     PROVIDERS[provider](s)()
+    s.mas.protected.follow_steps()
     return [p.detach() - b for p, b in zip(s.state.params, before, strict=True)], s
 
 
@@ -64,7 +66,9 @@ def check(workload: Workload, providers: Sequence[str]) -> None:
     assert visible > 10 * TOLERANCE, f"{workload.title}: the penalty is too weak to be verified"
     for name in providers:
         if name != PLAIN:
-            off = distance(moved(workload, name)[0], proximal if name == PROXIMAL else gradient)
+            off = distance(
+                moved(workload, name)[0], proximal if name in (PROXIMAL, SELDOM) else gradient
+            )
             assert off <= TOLERANCE, f"{workload.title}, {name}: the step is off by {off:.1%}"
 
 
@@ -111,6 +115,7 @@ class Seconds(NamedTuple):
 def sample(step: Step, steps: int) -> Seconds:
     """Times the two parts of a step separately."""
     backward = finish = 0.0
+    steps = math.ceil(steps / step.every) * step.every
     for _ in range(steps):
         begin = perf_counter()
         step.backward()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import torch
@@ -17,19 +17,23 @@ from torch import Tensor
 import mas_ext
 from benchmarks import penalty
 from benchmarks.training.setting import Setting, with_state_dtype
+from mas_ext._penalty.attachment import EVERY
 
 
 @dataclass(frozen=True)
 class Step:
     """A training step in two parts: up to the gradients, and what comes after them.
 
-    ``in_the_loss``: whether MAS is a term of the loss. If not, the first part is the same with and
-    without MAS.
+    Attributes:
+        in_the_loss: whether MAS is a term of the loss. If not, the first part is the same with and
+            without MAS.
+        every: of how many steps one includes MAS, so that only their mean says what it costs.
     """
 
     backward: Callable[[], None]
     finish: Callable[[], object]
     in_the_loss: bool = False
+    every: int = 1
 
     def __call__(self) -> None:
         self.backward()
@@ -74,9 +78,9 @@ def fused_optimizer_uint8(s: Setting) -> Step:
     return fused_optimizer(s)
 
 
-def attached(s: Setting, mode: str) -> Step:
-    s.mas.attach(s.optimizer, mode=mode)
-    return _step(s)
+def attached(s: Setting, mode: str, every: int = 1) -> Step:
+    s.mas.attach(s.optimizer, mode, every)
+    return replace(_step(s), every=every)
 
 
 def compiled_loss(s: Setting) -> Step:
@@ -128,13 +132,15 @@ def avalanche_plugin(s: Setting) -> object:
     return plugin
 
 
-PLAIN, PROXIMAL = "without MAS", "mas_ext, attach proximal"
+PLAIN = "without MAS"
+SELDOM, PROXIMAL = "mas_ext, attach proximal", "mas_ext, attach proximal, every=1"
 PROVIDERS: dict[str, Provider] = {
     PLAIN: _step,
     "mas_ext, optimizer": fused_optimizer,
     "mas_ext, optimizer, Ω in uint8": fused_optimizer_uint8,
     "mas_ext, attach": lambda s: attached(s, "gradient"),
     PROXIMAL: lambda s: attached(s, "proximal"),
+    SELDOM: lambda s: attached(s, "proximal", EVERY),
     "mas_ext, penalty() in the loss": lambda s: _with_term(s, s.mas.penalty),
     # Arithmetic on the gradients after backward. Compiled, it is the fastest code to write by hand.
     "torch.compile, gradient": lambda s: _step(s, lambda: penalty.torch_compile(s.state)),
