@@ -66,9 +66,8 @@ def check(workload: Workload, providers: Sequence[str]) -> None:
     assert visible > 10 * TOLERANCE, f"{workload.title}: the penalty is too weak to be verified"
     for name in providers:
         if name != PLAIN:
-            off = distance(
-                moved(workload, name)[0], proximal if name in (PROXIMAL, SELDOM) else gradient
-            )
+            right = proximal if name in (PROXIMAL, SELDOM) else gradient
+            off = distance(moved(workload, name)[0], right)
             assert off <= TOLERANCE, f"{workload.title}, {name}: the step is off by {off:.1%}"
 
 
