@@ -30,7 +30,7 @@ def assign_samples(plan: Plan, graph: Graph) -> dict[Place, Tensor]:
     samples.
     """
     samples = len(graph.root)
-    base = 8 if graph.dtype == torch.float16 else 32  # 2^base must be within the dtype's range
+    base = 8 if graph.dtype == torch.float16 else 64  # 2^base must be within the dtype's range
     numbers = torch.arange(samples, device=graph.root.device)
     plain = _row_sums(plan, graph, torch.ones_like(graph.root))
     assignment = {place: torch.zeros_like(sums, dtype=torch.int64) for place, sums in plain.items()}
