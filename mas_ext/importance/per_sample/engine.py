@@ -196,8 +196,10 @@ def _checked_plan(estimation: Estimation, batch: Batch, graph: Graph, is_known: 
     names = {id(p): name for name, p in estimation.params.items()}
     large = graph
     try:
-        small = scalars_of_part(estimation, batch, chosen[:SMALL], graph.root, graph.dtype)
-        _check_samples_are_independent(batch, graph, chosen[:SMALL], small)
+        small = graph.root
+        if size > SMALL:
+            small = scalars_of_part(estimation, batch, chosen[:SMALL], graph.root, graph.dtype)
+            _check_samples_are_independent(batch, graph, chosen[:SMALL], small)
         if is_known or size < LARGE:  # the rows of a few samples are enough, or too few
             part = scalars_of_part(estimation, batch, chosen, graph.root, graph.dtype)
             _check_samples_are_independent(batch, graph, chosen, part)
@@ -207,9 +209,8 @@ def _checked_plan(estimation: Estimation, batch: Batch, graph: Graph, is_known: 
         plan = make_plan(large, pair, estimation.params)
         if not plan.matches(graph, size):
             raise NoPlan(another_course(size, LARGE))
-        if size > LARGE and not plan.matches(
-            pair, SMALL
-        ):  # the data decides how many rows go where
+        # Nor is there one where the data decides how many rows go where, as for experts.
+        if size > LARGE and not plan.matches(pair, SMALL):
             raise NoPlan(another_course(size, SMALL))
         assign_layouts(plan, large)
         exact, decisions = _add_alone(estimation, batch, graph, chosen[:SMALL], plan)
