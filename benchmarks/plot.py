@@ -22,7 +22,7 @@ from benchmarks.drift import summary
 from benchmarks.retention import summary as retained
 from benchmarks.text import count, duration, minus, percent, times
 
-OURS, ROOFLINE, PLAIN = "mas_ext", "roofline", "without MAS"
+OURS, ROOFLINE, PLAIN, FLOOR = "mas_ext", "roofline", "without MAS", "floor"
 GREEN, GREY, LIGHT, INK, MUTED = "#1b7f5c", "#b9c0c9", "#dfe3e8", "#2b2f36", "#667085"
 # Okabe and Ito's colours, which color-blind readers can tell apart, without their green.
 PALETTE = ("#0072b2", "#d55e00", "#cc79a7", "#e69f00", "#56b4e9", "#7a5195", "#6b7280")
@@ -180,7 +180,7 @@ def per_sample(results: Results, machine: str) -> Figure:
             ratio, seconds = found["time_over_batch_mean"]["median"], found["seconds"]["median"]
             return f"{times(ratio)}   {duration(seconds)}{text}"
 
-        most = bars(axes, result, names, "time_over_batch_mean", label, means)
+        most = bars(axes, result, names, "time_over_batch_mean", label, (*means, FLOOR))
         axes.axvline(1, color=INK, lw=1, ls=DASHED, zorder=4)
         axes.set_xscale("log")
         axes.set_xlim(0.25, max(most, 2) ** 1.5 * 3)

@@ -45,7 +45,7 @@ OURS, ROOFLINE, PLAIN, EXACT = "mas_ext", "roofline", "without MAS", "mas_ext, e
 SELDOM = "mas_ext, attach proximal"  # in every few steps
 PER_SAMPLE = ("batch size 1", "vmap(grad)", "Opacus", "BackPACK")
 OUR_SQUARE, SQUARES = "mas_ext, square", (*PER_SAMPLE, "nngeometry")
-UNCHUNKED = "vmap(grad), unchunked"
+UNCHUNKED, FLOOR = "vmap(grad), unchunked", "floor"
 
 
 def _names(dicts: Iterable[dict[str, Any]]) -> list[str]:
@@ -201,6 +201,8 @@ def _end(row: Result, name: str) -> str:
 
 # -- importance ------------------------------------------------------------------------------------
 def per_sample(models: Results) -> list[Table]:
+    floor = (FLOOR,) * any(FLOOR in result["providers"] for result in models.values())
+    exact, squares = (*floor, *PER_SAMPLE), (*floor, *SQUARES)
     return [
         Table(
             "Our time relative to the faster inexact batch-mean; our time, and the time of exact "
@@ -208,20 +210,20 @@ def per_sample(models: Results) -> list[Table]:
             "the share of Ω that the batch-mean finds; and the time of the squares of the same "
             "gradients relative to that of their absolute values.",
             (
-                *("", "/ batch-mean", "mas_ext, ms", *PER_SAMPLE),
+                *("", "/ batch-mean", "mas_ext, ms", *exact),
                 *("memory", "batch-mean finds", "square / abs"),
             ),
             [
-                [*_importance(found, PER_SAMPLE), *_beside(found), _over_ours(found, OUR_SQUARE)]
+                [*_importance(found, exact), *_beside(found), _over_ours(found, OUR_SQUARE)]
                 for found in models.values()
             ],
         ),
         Table(
             "The diagonal of the empirical Fisher information, 1/B Σ_k (∂ log p(y_k|x_k)/∂θ)²: "
             "the same columns, and the share that the square of the batch's mean gradient finds.",
-            ("", "/ batch-mean", "mas_ext, ms", *SQUARES, "batch-mean finds"),
+            ("", "/ batch-mean", "mas_ext, ms", *squares, "batch-mean finds"),
             [
-                [*_importance(found, SQUARES), percent(found["share_kept_by_batch_mean"])]
+                [*_importance(found, squares), percent(found["share_kept_by_batch_mean"])]
                 for found in ({**r, **r["fisher"]} for r in models.values() if "fisher" in r)
             ],
         ),

@@ -15,6 +15,7 @@ from benchmarks.benchmark import Benchmark, Options, Result
 from benchmarks.measure import can_measure_memory, interleave, ratios, spread
 from benchmarks.models import WORKLOADS, Workload
 from benchmarks.per_sample import memory
+from benchmarks.per_sample.floor import FLOOR, floor
 from benchmarks.per_sample.providers import (
     BATCH_MEAN,
     BATCH_MEANS,
@@ -96,6 +97,8 @@ class Verified:
                 if name in (OURS, OUR_SQUARE, BATCH_SIZE_1, *BATCH_MEANS):
                     raise
                 self.skipped[name] = _one_line(reason)
+        self.steps[FLOOR] = floor(workload.model(), batch, quantity)  # forms no Ω
+        self.estimates[FLOOR], _ = _timed(self.steps[FLOOR])
 
     def _verify(
         self, name: str, omega: Mapping[str, Tensor], expected: Mapping[str, Tensor]
@@ -118,7 +121,7 @@ class Verified:
         every = {
             name: min(most, max(1, int(self.estimates[name] / fastest / 4))) for name in self.steps
         }
-        return {**every, **dict.fromkeys((OURS, OUR_SQUARE, *BATCH_MEANS), 1)}
+        return {**every, **dict.fromkeys((OURS, OUR_SQUARE, FLOOR, *BATCH_MEANS), 1)}
 
 
 def _one_line(reason: Exception) -> str:

@@ -10,15 +10,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
 from functools import partial
 
-import torch
-from torch import Tensor, nn
-
 from benchmarks.measure import peak_of, resident_bytes, return_free_memory
-from benchmarks.models import WORKLOADS, Batch
-from benchmarks.per_sample.providers import MAS, UNCHUNKED, Step, providers, take, vmapped
+from benchmarks.models import WORKLOADS
+from benchmarks.per_sample.floor import backward_alone
+from benchmarks.per_sample.providers import UNCHUNKED, providers, take, vmapped
 
 PLAIN = "forward and backward"
 _ALLOCATOR = {
@@ -41,29 +38,8 @@ def used_by(workload: str, provider: str, chunk: int) -> int | None:
     return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
 
 
-def forward_and_backward(model: nn.Module, batch: Batch) -> Step:
-    """A backward pass to the first layer's output, without gradients of weights."""
-    outputs: list[Tensor] = []
-
-    def keep(module: nn.Module, args: object, output: object) -> None:
-        if not outputs and isinstance(output, Tensor) and output.requires_grad:
-            outputs.append(output)
-
-    for module in model.modules():
-        if not list(module.children()):
-            module.register_forward_hook(keep)
-
-    def step() -> Mapping[str, Tensor]:
-        outputs.clear()
-        scalar = MAS.of(model, batch)
-        torch.autograd.grad(scalar, outputs.pop())
-        return {}
-
-    return step
-
-
 def measure(workload: str, provider: str, chunk: int) -> int:
-    others = {PLAIN: forward_and_backward, UNCHUNKED: partial(vmapped, length=sys.maxsize)}
+    others = {PLAIN: backward_alone, UNCHUNKED: partial(vmapped, length=sys.maxsize)}
     prepare, chosen = {**providers(chunk), **others}[provider], WORKLOADS[workload]
     model, batch = chosen.model(), chosen.batch()
     # What is loaded, compiled or cached once per process counts for nobody.

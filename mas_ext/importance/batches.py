@@ -17,6 +17,8 @@ Forward = Callable[[nn.Module, Any], Tensor]
 Division = Mapping[int | str, str]
 
 _LABELS = ("labels", "label")
+# What most batches consist of, by exact type; all else is left to torch's walk through containers.
+_PLAIN, _LEAVES = (tuple, list, dict), (type(None), bool, int, float, str)
 
 
 class Batch(Protocol):
@@ -380,10 +382,25 @@ def mask_in(content: Any, output: Tensor) -> Tensor | None:
 
 def tensors_in(tree: Any) -> list[Tensor]:
     """All tensors in nested lists, tuples and dicts."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    if type(tree) in _PLAIN:  # as a walk of torch's would find them, in a tenth of the time
+        values = tree.values() if type(tree) is dict else tree
+        return [tensor for value in values for tensor in tensors_in(value)]
+    if type(tree) in _LEAVES:
+        return []
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def _map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if type(tree) is dict:
+        return {key: _map_tensors(function, value) for key, value in tree.items()}
+    if type(tree) in _PLAIN:
+        return type(tree)([_map_tensors(function, value) for value in tree])
+    if type(tree) in _LEAVES:
+        return tree
     return tree_map(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, tree)
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from functools import partial
+from math import prod
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("mlxtend", reason="needs mas_ext[demo]")
 pytest.importorskip("avalanche", reason="needs mas_ext[avalanche]")
@@ -36,6 +39,7 @@ from benchmarks.job import Provider
 from benchmarks.machine import machine
 from benchmarks.measure import interleave
 from benchmarks.models import TRAINING
+from benchmarks.per_sample.floor import products
 from benchmarks.registry import BENCHMARKS, JOBS
 from benchmarks.retention import summary as retained
 from benchmarks.retention.methods import METHODS, TRAININGS, UNIFORM, Method
@@ -254,6 +258,27 @@ def test_every_benchmark_has_tables_plots_and_committed_results():
     assert set(report.TABLES) == set(BENCHMARKS)
     assert set(report.read_json(report.RESULTS)["benchmarks"]) == set(BENCHMARKS)
     assert set(plot.PLOTS) == {path.stem for path in report.RESULTS.parent.glob("*.png")}
+
+
+# -- exact importance ------------------------------------------------------------------------------
+WEIGHTS = {
+    "linear": (nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3, bias=False)), (5, 6)),
+    "sequences": (nn.Linear(6, 4), (3, 5, 6)),
+    "convolution": (nn.Conv2d(4, 6, 3, stride=2, padding=1), (3, 4, 7, 7)),
+    "groups": (nn.Conv1d(4, 6, 3, groups=2), (3, 4, 7)),
+    "transposed": (nn.ConvTranspose2d(4, 6, 3, stride=2), (3, 4, 5, 5)),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_the_floor_has_the_products_of_the_weights(name):
+    """A weight's gradient takes as many operations as its use in the forward pass."""
+    model, shape = WEIGHTS[name]
+    x = torch.randn(shape)
+    with FlopCounterMode(display=False) as counter:
+        model(x)
+    found = products(model, x)
+    assert counter.get_total_flops() == sum(2 * prod(s) * n for s, n in found.items())
 
 
 # -- the drift study -------------------------------------------------------------------------------

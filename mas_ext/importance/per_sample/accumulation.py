@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -91,21 +91,8 @@ class BatchAccumulator:
             return accumulator.finish()
         return accumulator.finish()  # an error was caught: this now returns the reason
 
-    @contextmanager
-    def _failing(self, accumulator: GroupAccumulator) -> Iterator[None]:
-        """While learning, turns an error into a failure of this group, which falls back.
-
-        The warning about the fallback then gives the reason.
-        """
-        try:
-            yield
-        except Exception as problem:
-            if not self._learn:
-                raise
-            accumulator.fail(
-                f"its gradient cannot be formed in one pass ({problem}); register a rule for the "
-                "operation with mas_ext.importance.register_rule"
-            )
+    def _failing(self, accumulator: GroupAccumulator) -> AbstractContextManager[None]:
+        return _failing(accumulator) if self._learn else nullcontext()
 
     def _visit(self, position: int, grads: Grads) -> None:
         boundary, node = self._plan.boundaries[position], self._graph.nodes[position]
@@ -149,6 +136,21 @@ class BatchAccumulator:
                 raise
             self._plan.generic.add(use)
             return Generic(op, use.input)
+
+
+@contextmanager
+def _failing(accumulator: GroupAccumulator) -> Iterator[None]:
+    """While learning, turns an error into a failure of this group, which falls back.
+
+    The warning about the fallback then gives the reason.
+    """
+    try:
+        yield
+    except Exception as problem:
+        accumulator.fail(
+            f"its gradient cannot be formed in one pass ({problem}); register a rule for the "
+            "operation with mas_ext.importance.register_rule"
+        )
 
 
 def _as_contribution(result: Contribution | Tensor, op: VisitedOperation) -> Contribution:

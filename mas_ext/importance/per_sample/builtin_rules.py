@@ -63,7 +63,8 @@ def mm(op: VisitedOperation, parameter: int) -> Contribution:
 def addmm(op: VisitedOperation, parameter: int) -> Contribution:
     """C = βM + αA·B: a linear layer with bias M."""
     if parameter == 0:
-        return op.summed(op.grad * op.saved("beta"))
+        beta = op.saved("beta")
+        return op.summed(op.grad if beta == 1 else op.grad * beta)
     alpha = op.saved("alpha")
     if parameter == 2:
         return _product(op, "mat1", None, alpha)
@@ -277,7 +278,7 @@ def add(op: VisitedOperation, parameter: int) -> Contribution:
 @register_rule("SubBackward")
 def sub(op: VisitedOperation, parameter: int) -> Contribution:
     """y = a − αb. The sign matters, since another use of the parameter may be added."""
-    return op.summed(op.grad * (-op.saved("alpha") if parameter == 1 else 1))
+    return op.summed(op.grad * -op.saved("alpha") if parameter == 1 else op.grad)
 
 
 @register_rule("MulBackward")

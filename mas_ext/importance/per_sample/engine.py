@@ -194,20 +194,26 @@ def _checked_plan(estimation: Estimation, batch: Batch, graph: Graph, is_known: 
     size = len(graph.root)
     chosen = [0, size // 2, size - 1]  # in order, as sorted sequences have to stay
     names = {id(p): name for name, p in estimation.params.items()}
+    large = graph
     try:
-        # Two samples first: three samples are not a part of a batch of three.
-        small = scalars_of_part(estimation, batch, chosen[:SMALL], graph.root, graph.dtype)
-        large = scalars_of_part(estimation, batch, chosen, graph.root, graph.dtype)
-        _check_samples_are_independent(batch, graph, chosen, large)
+        small = graph.root
+        if size > SMALL:
+            small = scalars_of_part(estimation, batch, chosen[:SMALL], graph.root, graph.dtype)
+            _check_samples_are_independent(batch, graph, chosen[:SMALL], small)
+        if is_known or size < LARGE:  # the rows of a few samples are enough, or too few
+            part = scalars_of_part(estimation, batch, chosen, graph.root, graph.dtype)
+            _check_samples_are_independent(batch, graph, chosen, part)
+            large = Graph(part, names)
         # Before the passes with one sample, which are in vain where there is no plan.
-        pair, three = Graph(small, names), Graph(large, names)
-        plan = make_plan(three, pair, estimation.params)
+        pair = Graph(small, names)
+        plan = make_plan(large, pair, estimation.params)
         if not plan.matches(graph, size):
             raise NoPlan(another_course(size, LARGE))
-        with self_check.recorded_decisions() as decisions:
-            one = batch.take(chosen[:1], size, estimation.division)
-            first = estimation.unchecked_scalars_of(estimation.output(one), one)
-        second = scalars_of_part(estimation, batch, chosen[1:2], graph.root, graph.dtype)
+        # Nor is there one where the data decides how many rows go where, as for experts.
+        if size > LARGE and not plan.matches(pair, SMALL):
+            raise NoPlan(another_course(size, SMALL))
+        assign_layouts(plan, large)
+        exact, decisions = _add_alone(estimation, batch, graph, chosen[:SMALL], plan)
     except CannotSplit as problem:
         if isinstance(batch, Inputs):  # then one sample at a time is not possible either
             raise
@@ -215,17 +221,40 @@ def _checked_plan(estimation: Estimation, batch: Batch, graph: Graph, is_known: 
             f"the batch cannot be divided into samples: {problem}; yield batches whose tensors "
             "have the sample as dimension 0, or of one sample"
         ) from problem
-    _check_samples_are_independent(batch, graph, chosen[:SMALL], torch.cat([first, second]))
     if decisions.names:
         _check_samples(estimation, batch, graph, range(size), decisions.names[0])
-    assign_layouts(plan, three if is_known or size < LARGE else graph)
-    _check_sums(estimation, plan, pair, [first, second])
+    _check_sums(estimation, plan, pair, exact)
     plan.decides = decisions.names[0] if decisions.names else None
     plan.decides_on_values = decisions.on_values
     return plan
 
 
-def _check_sums(estimation: Estimation, plan: Plan, pair: Graph, alone: list[Tensor]) -> None:
+def _add_alone(
+    estimation: Estimation, batch: Batch, graph: Graph, chosen: Sequence[int], plan: Plan
+) -> tuple[dict[str, Tensor], self_check.Decisions]:
+    """Σ f(M_k) of samples that are alone, one after the other, so that one graph is in memory.
+
+    Returns:
+        The sums of the parameters that the plan serves; what forward decided for the first sample.
+    """
+    exact = {name: torch.zeros_like(estimation.sums[name]) for g in plan.groups for name in g.names}
+    alone = []
+    with self_check.recorded_decisions() as decisions:
+        one = batch.take(chosen[:1], len(graph.root), estimation.division)
+        scalar = estimation.unchecked_scalars_of(estimation.output(one), one)
+    for k in chosen[1:]:
+        estimation.add_gradient(scalar[0], names=exact, sums=exact, keep_graph=True)
+        alone.append(scalar.detach())
+        scalar = scalars_of_part(estimation, batch, [k], graph.root, graph.dtype)
+    estimation.add_gradient(scalar[0], names=exact, sums=exact, keep_graph=True)
+    alone.append(scalar.detach())
+    _check_samples_are_independent(batch, graph, chosen, torch.cat(alone))
+    return exact, decisions
+
+
+def _check_sums(
+    estimation: Estimation, plan: Plan, pair: Graph, exact: Mapping[str, Tensor]
+) -> None:
     """Compares the plan's sums for two samples with ordinary autograd's.
 
     Parameters for which they disagree, or which the plan could not serve, fall back to one sample
@@ -233,14 +262,11 @@ def _check_sums(estimation: Estimation, plan: Plan, pair: Graph, alone: list[Ten
     """
     if not plan.groups:
         return
-    ours = {name: torch.zeros_like(total) for name, total in estimation.sums.items()}
+    ours = {name: torch.zeros_like(total) for name, total in exact.items()}
     accumulator = BatchAccumulator(plan, pair, ours, estimation.reduction, learn=True)
     failed = accumulator.run(torch.ones_like(pair.root))
-    served = {name for group in plan.groups for name in group.names} - set(failed)
-    exact = {name: torch.zeros_like(estimation.sums[name]) for name in served}
-    for scalars in alone:
-        estimation.add_gradient(scalars[0], names=served, sums=exact, keep_graph=True)
-    wrong = self_check.find_disagreements(ours, exact, pair.dtype, estimation.reduction)
+    served = {name: total for name, total in exact.items() if name not in failed}
+    wrong = self_check.find_disagreements(ours, served, pair.dtype, estimation.reduction)
     plan.fall_back(wrong, _DISAGREES)
     for name, reason in failed.items():
         plan.fall_back([name], reason)

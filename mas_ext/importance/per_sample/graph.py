@@ -48,14 +48,20 @@ class Node:
     edges: tuple[Edge | None, ...] = ()
     leaf: str | None = None
     _saved: dict[str, Any] = field(default_factory=dict)
+    _shapes: tuple[Shape, ...] | None = None
 
-    @cached_property
+    @property
     def shapes(self) -> tuple[Shape, ...]:
         """The shapes of the operation's outputs, and so of the gradients that arrive there.
 
         Raises:
             NoPlan: an output has no plain shape (a nested tensor).
         """
+        if self._shapes is None:  # no cached_property, which takes a lock for each of many nodes
+            self._shapes = self._read_shapes()
+        return self._shapes
+
+    def _read_shapes(self) -> tuple[Shape, ...]:
         try:
             return tuple(tuple(m.shape) if m is not None else () for m in self.fn._input_metadata)
         except RuntimeError as problem:

@@ -30,12 +30,17 @@ class Layout:
     def split(self, tensor: Tensor, dim: int | None = None) -> Tensor:
         """[…, outer·B·inner, …] → [B, …, outer, inner, …], a view."""
         dim = self.dim if dim is None else dim
-        samples = tensor.shape[dim] // (self.outer * self.inner)
-        parts = tensor.unflatten(dim, (self.outer, samples, self.inner))
+        before, after = tensor.shape[:dim], tensor.shape[dim + 1 :]
+        parts = tensor.view(*before, self.outer, self._samples(tensor, dim), self.inner, *after)
         return parts.movedim(dim + 1, 0)
+
+    def _samples(self, tensor: Tensor, dim: int) -> int:
+        return tensor.shape[dim] // (self.outer * self.inner)
 
     def rows(self, matrix: Tensor) -> Tensor:
         """[outer·B·inner, n] → [B, T, n] with T = outer·inner."""
+        if self.outer == 1:  # one call instead of three, as small models notice
+            return matrix.view(self._samples(matrix, 0), self.inner, *matrix.shape[1:])
         return self.split(matrix, 0).flatten(1, 2)
 
     def positions(self, tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Plans how to compute per-sample gradients for a graph, from two small forward passes.
+"""Plans how to compute per-sample gradients for a graph, from two forward passes.
 
 Two forward passes with different numbers of samples show which operations carry samples: those
 whose output grows with the batch. All other operations depend on parameters only. An operation on
@@ -26,7 +26,7 @@ from mas_ext.importance.per_sample.parameter_graph import (
 )
 from mas_ext.importance.per_sample.rules import RULES, Rule
 
-LARGE, SMALL = 3, 2  # numbers of samples in the two passes
+LARGE, SMALL = 3, 2  # the fewest samples of the larger pass, and the samples of the smaller one
 # Operations whose data decides where rows go: the sample of a row may change from batch to batch.
 ROW_MOVING_OPERATIONS = {
     f"{name}Backward"
@@ -228,16 +228,19 @@ def another_course(some: int, others: int) -> str:
 
 
 def make_plan(large: Graph, small: Graph, params: Mapping[str, Tensor]) -> Plan:
-    """The plan for graphs like these, which come from LARGE and from SMALL samples.
+    """The plan for graphs like these, which come from different numbers of samples.
 
     Raises:
         NoPlan: the graphs differ by more than shapes, or some operation mixes samples.
     """
+    more, few = len(large.root), len(small.root)
     if large.signature != small.signature:
-        raise NoPlan(another_course(SMALL, LARGE))
+        raise NoPlan(another_course(few, more))
     sample_nodes = _sample_nodes(large, small)
     extents = [
-        tuple(extent(few, SMALL, more, LARGE) for few, more in zip(a.shapes, b.shapes, strict=True))
+        tuple(
+            extent(less, few, larger, more) for less, larger in zip(a.shapes, b.shapes, strict=True)
+        )
         for a, b in zip(small.nodes, large.nodes, strict=True)
     ]
     _check_nothing_mixes(large, sample_nodes)

@@ -182,6 +182,8 @@ def register_rule(node_name: str, *, override: bool = False) -> Callable[[_R], _
 
 def _sum_to(layout: Layout, values: Tensor, shape: Shape) -> Tensor:
     """[…, outer·B·inner, …] → [B, *shape], summed as broadcasting from ``shape`` demands."""
+    if (layout.dim, layout.outer, layout.inner) == (0, 1, 1) and values.shape[1:] == shape:
+        return values
     padded = (1,) * (values.dim() - len(shape)) + shape
     require(padded[layout.dim] == 1, "the parameter has a row of its own for every sample")
     parts = layout.split(values)  # [B, …, outer, inner, …]

@@ -13,11 +13,13 @@ from torch import Tensor
 from mas_ext.importance.per_sample.graph import Grads, Graph, visit_gradients
 from mas_ext.importance.per_sample.layout import MIXED, NO_GRADIENT, find_layout, has_enough_samples
 from mas_ext.importance.per_sample.plan import Plan
+from mas_ext.reference import accumulation_dtype
 
 _KEEP_TOGETHER = (
     "are not in the order of the samples; make the sample dimension 0, or keep each sample's rows "
     "together"
 )
+_AT_A_TIME = 1 << 20  # elements of a gradient, so that their magnitudes stay in the cache
 Place = tuple[int, int]  # (position of an operation, which of its outputs)
 
 
@@ -28,7 +30,7 @@ def assign_samples(plan: Plan, graph: Graph) -> dict[Place, Tensor]:
     samples.
     """
     samples = len(graph.root)
-    base = 8 if graph.dtype == torch.float16 else 32  # 2^base must be within the dtype's range
+    base = 8 if graph.dtype == torch.float16 else 64  # 2^base must be within the dtype's range
     numbers = torch.arange(samples, device=graph.root.device)
     plain = _row_sums(plan, graph, torch.ones_like(graph.root))
     assignment = {place: torch.zeros_like(sums, dtype=torch.int64) for place, sums in plain.items()}
@@ -55,15 +57,22 @@ def _row_sums(plan: Plan, graph: Graph, weights: Tensor) -> dict[Place, Tensor]:
             zip(grads, plan.boundaries[position].extents, strict=True)
         ):
             if grad is not None and extent is not None:
-                rows = grad.movedim(extent.dim, 0)
-                rows = rows.flatten(1) if rows.dim() > 1 else rows[:, None]
-                total = rows.abs().sum(1, dtype=torch.float64)
+                total = _magnitudes(grad.movedim(extent.dim, 0))
                 # A smaller sum may have lost digits, so its ratio means nothing; it counts as zero.
                 sums[position, j] = torch.where(total < _smallest(grad.dtype), 0.0, total)
 
     with torch.autocast(weights.device.type, enabled=False), torch.no_grad():
         visit_gradients(graph, weights, plan.boundaries, plan.frontier, look, keep_graph=True)
     return sums
+
+
+def _magnitudes(rows: Tensor) -> Tensor:
+    """Σ |g| of every row. All sums are formed in the same order, so powers of two stay exact."""
+    rows = rows if rows.dim() > 1 else rows[:, None]
+    length = max(1, _AT_A_TIME // max(1, rows[:1].numel()))
+    dtype = accumulation_dtype(rows.real.dtype)
+    sums = [part.abs().flatten(1).sum(1, dtype=dtype) for part in rows.split(length)]
+    return torch.cat(sums).double()
 
 
 def _smallest(dtype: torch.dtype) -> float:

@@ -67,6 +67,9 @@ _EXPORTS = {Tensor.tolist, Tensor.numpy, Tensor.__array__}
 class Decisions:
     """The operations by which a forward pass reads tensor data into Python, and may branch on it.
 
+    What forward makes of nothing but sizes, such as positions, is not data: it is the same for all
+    samples.
+
     Attributes:
         names: the operations' names.
         on_values: whether one of them read something computed from floating-point numbers, rather
@@ -76,35 +79,67 @@ class Decisions:
     names: list[str] = field(default_factory=list)
     on_values: bool = False
 
+    def record(self, name: str, on_values: bool) -> None:
+        """Records an operation that reads data."""
+        self.names.append(name)
+        self.on_values |= on_values
+
+
+class _MadeHere:
+    """The tensors that hold nothing but what forward itself wrote: they were made from no tensor.
+
+    Memory is what is tracked, since a view of a tensor may be written to. It is kept, so that no
+    other tensor gets its address.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[int, torch.UntypedStorage] = {}
+
+    def __contains__(self, tensor: Tensor) -> bool:
+        return _is_plain(tensor) and tensor.untyped_storage()._cdata in self._kept
+
+    def follow(self, func: Any, inputs: list[Tensor], results: list[Tensor]) -> None:
+        """Takes note of an operation that ran."""
+        if torch.Tag.nondeterministic_seeded not in func.tags and all(t in self for t in inputs):
+            made = [t.untyped_storage() for t in results if _is_plain(t)]
+            self._kept.update({memory._cdata: memory for memory in made})
+        elif func._schema.is_mutable:
+            for tensor in filter(_is_plain, inputs):
+                self._kept.pop(tensor.untyped_storage()._cdata, None)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether all that a tensor holds is in memory of its own."""
+    return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided
+
 
 @contextmanager
 def recorded_decisions() -> Iterator[Decisions]:
     """Records the decisions of the forward passes that run inside."""
-    found = Decisions()
-    with _DecisionRecorder(found), _ExportRecorder(found):
+    found, made_here = Decisions(), _MadeHere()
+    with _DecisionRecorder(found, made_here), _ExportRecorder(found, made_here):
         yield found
 
 
 class _ExportRecorder(TorchFunctionMode):
     """Records what reads a tensor without any operation: ``tolist`` and conversion to NumPy."""
 
-    def __init__(self, found: Decisions) -> None:
+    def __init__(self, found: Decisions, made_here: _MadeHere) -> None:
         super().__init__()
-        self._found = found
+        self._found, self._made_here = found, made_here
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if func in _EXPORTS:
-            self._found.names.append(func.__name__)
-            self._found.on_values |= args[0].is_floating_point()
+        if func in _EXPORTS and args[0] not in self._made_here:
+            self._found.record(func.__name__, args[0].is_floating_point())
         return func(*args, **(kwargs or {}))
 
 
 class _DecisionRecorder(OperatorObserver):
-    def __init__(self, found: Decisions) -> None:
+    def __init__(self, found: Decisions, made_here: _MadeHere) -> None:
         super().__init__()
-        self._found = found
+        self._found, self._made_here = found, made_here
         self._from_values = WeakIdKeyDictionary()
 
     def __torch_dispatch__(
@@ -112,12 +147,13 @@ class _DecisionRecorder(OperatorObserver):
     ) -> Any:
         inputs = tensors_in((args, kwargs))
         from_values = any(t.is_floating_point() or t in self._from_values for t in inputs)
-        if _reads(func, inputs):
-            self._found.names.append(str(func))
-            self._found.on_values |= from_values
+        if _reads(func, inputs) and not all(t in self._made_here for t in inputs):
+            self._found.record(str(func), from_values)
         result = func(*args, **(kwargs or {}))
+        results = tensors_in(result)
+        self._made_here.follow(func, inputs, results)
         if from_values:
-            for tensor in tensors_in(result):
+            for tensor in results:
                 self._from_values[tensor] = True
         return result
 

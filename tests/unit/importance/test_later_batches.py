@@ -42,6 +42,19 @@ def clipped(m: Net, x: Tensor) -> Tensor:
     return y / y.detach().abs().max().clamp_min(10.0)
 
 
+def noted(write: Callable[[Tensor, Tensor], Any]) -> Callable[..., Tensor]:
+    """Reads the data by way of a tensor that forward made, of which a view gets written to."""
+
+    def read(x: Tensor) -> bool:
+        note = torch.zeros(2, dtype=x.dtype)
+        write(note[1:], x[:, 0].detach())
+        return bool((note + 0).sum() > 0)
+
+    return scaled_by(read)
+
+
+ONE_BELOW = torch.ones(7, 6).double()  # alone, a sample that no batch of two checks differs
+ONE_BELOW[2, 0] = -1
 LENGTHS, FULL = [7, 5, 3, 3, 2, 2], [7] * 6
 COUPLED: dict[str, tuple[Callable[..., Tensor], Callable[[], list[Any]]]] = {
     "the longest of the first batch": (trimmed, lambda: [padded(LENGTHS)]),
@@ -50,6 +63,17 @@ COUPLED: dict[str, tuple[Callable[..., Tensor], Callable[[], list[Any]]]] = {
     "numpy": (scaled_by(lambda x: x.detach().numpy().sum()), lambda: [X.abs(), X]),
     "tolist": (scaled_by(lambda x: sum(x[:, 0].tolist())), lambda: [X.abs(), X]),
     "item": (scaled_by(lambda x: x.sum().item()), lambda: [X.abs(), X]),
+    "copied into a note": (noted(lambda n, x: n.copy_(x.sum())), lambda: [ONE_BELOW]),
+    "assigned to a note": (noted(lambda n, x: n.__setitem__(0, x.sum())), lambda: [ONE_BELOW]),
+    "added to a note": (noted(lambda n, x: n.add_(x.sum())), lambda: [ONE_BELOW]),
+    "summed into a note": (
+        noted(lambda n, x: torch.sum(x, 0, keepdim=True, out=n)),
+        lambda: [ONE_BELOW],
+    ),
+    "scattered into a note": (
+        noted(lambda n, x: n.index_add_(0, torch.zeros(len(x), dtype=torch.int64), x)),
+        lambda: [ONE_BELOW],
+    ),
 }
 
 
@@ -60,6 +84,26 @@ def test_a_dependence_on_the_batch_is_found(name):
     model = Net(forward, layer=nn.Linear(6, 3)).double()
     with pytest.raises(ValueError, match="depends on the other samples"):
         estimate_importance(model, batches())
+
+
+READ: dict[str, tuple[Callable[[Tensor], Any], bool]] = {  # and whether it says anything of x
+    "positions": (lambda x: 1 - torch.arange(x.shape[1]).diff().min(), False),
+    "a mask": (lambda x: torch.ones(len(x), 1).tril().bool().all(), False),
+    "positions, as a list": (lambda x: torch.arange(x.shape[1]).tolist()[0], False),
+    "a mask of zeros": (lambda x: (x.detach() == 0).any(), True),
+    "a mask of zeros, as a list": (lambda x: (x.detach() == 0)[:, 0].tolist()[0], True),
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_all_samples_run_alone_if_forward_reads_the_data(name):
+    """But not if it reads what it made itself of sizes alone."""
+    read, is_data = READ[name]
+    model, calls = Net(scaled_by(read), layer=nn.Linear(6, 3)).double(), []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    omega = estimate_importance(model, [X])
+    assert (len(calls) > len(X)) == is_data
+    assert_exact(omega, one_by_one(model, [X]))
 
 
 @EITHER
