@@ -515,10 +515,10 @@ class QuadraticRegularizer:
                 :meth:`add_penalty_grad_` before clipping instead); ``"proximal"`` takes the stable
                 step after it, with each group's learning rate.
             every: in proximal mode, how many steps of the optimizer one proximal step follows; its
-                η is then the sum of theirs. It costs that much less, and stays stable. Steps that
-                are pending are followed before the drift is measured, :meth:`settle`,
-                :meth:`drift_measured`, :meth:`consolidate` or ``remove()``. None: 8. In compiled
-                optimizers and CUDA graphs, always 1.
+                η is then the sum of theirs, so it costs that much less and is as stable. Steps that
+                are pending are followed before the drift is measured, and before :meth:`settle`,
+                :meth:`consolidate` and ``remove()``; a saved state contains them. None: 10 under a
+                drift budget, otherwise 1. In compiled optimizers and CUDA graphs, always 1.
 
         Under a ``torch.amp.GradScaler`` an Inf or NaN in the penalty's gradient counts as one in
         the loss's: the step is skipped and the scale lowered. Only there, gradients are read once

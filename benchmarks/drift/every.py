@@ -15,7 +15,7 @@ from benchmarks.text import Table
 from mas_ext import DriftBudget
 from mas_ext.demo.data import load_digits
 
-EVERY = (1, 2, 4, 8, 16, 32, 64)
+EVERY = (1, 2, 4, 10, 20, 32, 64)
 
 
 def run(options: Options) -> Iterator[tuple[str, Result]]:

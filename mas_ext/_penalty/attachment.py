@@ -19,7 +19,7 @@ from mas_ext._penalty.pending_steps import PendingSteps
 from mas_ext._penalty.protected_parameters import ProtectedParameters, parameter_ids
 from mas_ext.functional import check_mode
 
-EVERY = 8  # steps that one proximal step follows: see docs/optimizers.md
+EVERY = 10  # steps that one proximal step follows, under a budget; measurements are 20 apart
 _STEP = Optimizer.profile_hook_step(lambda optimizer: None).__code__  # around every step
 
 
@@ -30,7 +30,8 @@ class Attachment:
         protected: the penalty.
         optimizer: its steps include the penalty. None: every optimizer of the model's parameters.
         mode: ``"gradient"`` or ``"proximal"``.
-        every: how many steps one proximal step follows; None: :data:`EVERY`.
+        every: how many steps one proximal step follows; None: :data:`EVERY` under a drift budget,
+            and otherwise 1.
 
     Attributes:
         last_penalty: the penalty of the last step that included it, a 0-dim tensor; None before
@@ -44,7 +45,9 @@ class Attachment:
         mode: str,
         every: int | None = None,
     ) -> None:
-        self._every = checked_every(every, mode)
+        check_every(every, mode)
+        by_default = 1 if mode == "gradient" or protected.tracker is None else EVERY
+        self._every = by_default if every is None else every
         if mode == "proximal":
             protected.check_proximal()
         self.last_penalty: Tensor | None = None
@@ -173,15 +176,15 @@ class Attachment:
             return
         waiting, pending = self._protected.waiting, self._pending.get(optimizer)
         if pending is None:
-            pending = self._pending[optimizer] = PendingSteps()
+            pending = self._pending[optimizer] = PendingSteps(ref(self))
         waiting.count(pending, optimizer, self._protected)
         if pending.steps >= self._every or _counts_once():
-            self.last_penalty = waiting.follow(pending, self._protected)
+            waiting.follow(pending, self._protected)
         self._protected.after_step(optimizer, self._mode)
 
 
-def checked_every(every: int | None, mode: str) -> int:
-    """How many steps the penalty follows at once; ValueError for what this mode cannot do."""
+def check_every(every: int | None, mode: str) -> None:
+    """Raises ValueError for a mode that there is not, or what it cannot do."""
     check_mode(mode)
     if every is not None:
         check_count("every", every)
@@ -190,7 +193,6 @@ def checked_every(every: int | None, mode: str) -> int:
             f"every={every}: the gradient must be added in each step, since a sum over several "
             'would not be stable; use mode="proximal", or leave every out'
         )
-    return 1 if mode == "gradient" else every or EVERY
 
 
 def _counts_once() -> bool:

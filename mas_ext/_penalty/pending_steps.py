@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+from weakref import ref
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -15,6 +16,7 @@ from mas_ext._strength.auto import UpdateKind, update_kind
 from mas_ext._warnings import warn
 
 if TYPE_CHECKING:
+    from mas_ext._penalty.attachment import Attachment
     from mas_ext._penalty.protected_parameters import ProtectedParameters
 
 
@@ -23,12 +25,14 @@ class PendingSteps:
     """Of one optimizer, which may be gone before they are followed.
 
     Attributes:
+        attachment: which is told the penalty after the proximal step, unless it is gone.
         steps: how many.
         groups: the parameters of each group.
         rates: Σ η of each group.
         update: the kind of update that the optimizer makes.
     """
 
+    attachment: ref[Attachment]
     steps: int = 0
     groups: list[list[Tensor]] = field(default_factory=list)
     rates: list[Scalar] = field(default_factory=list)
@@ -70,15 +74,16 @@ class WaitingSteps:
         pending.add(optimizer)
         self._all[pending] = None
 
-    def follow(self, pending: PendingSteps, protected: ProtectedParameters) -> Tensor:
-        """Takes one proximal step for all of an optimizer's; returns the penalty after it."""
+    def follow(self, pending: PendingSteps, protected: ProtectedParameters) -> None:
+        """Takes one proximal step for all of an optimizer's."""
         values = [
             protected.proximal_step_(rate, params, pending.update)
             for rate, params in zip(pending.rates, pending.groups, strict=True)
         ]
         self._all.pop(pending, None)
         pending.clear()
-        return protected.sum(values)
+        if (attachment := pending.attachment()) is not None:
+            attachment.last_penalty = protected.sum(values)
 
     def follow_all(self, protected: ProtectedParameters) -> None:
         """Leaves nothing pending, also not what a loaded state has and no optimizer took over."""

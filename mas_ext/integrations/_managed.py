@@ -16,7 +16,7 @@ from mas_ext._distributed.shards import is_sharded
 from mas_ext._distributed.topology import is_running
 from mas_ext._drift.budget import DriftBudget
 from mas_ext._drift.settling import Settled
-from mas_ext._penalty.attachment import Attachment, checked_every, unwrapped
+from mas_ext._penalty.attachment import Attachment, check_every, unwrapped
 from mas_ext._strength.auto import DEFAULT_DRIFT
 from mas_ext._strength.strength import AUTO, RegularizationStrength
 from mas_ext.importance.options import Measurement
@@ -57,7 +57,8 @@ class ManagedRegularizer:
     ) -> None:
         if mas is not None and method is not None:
             raise ValueError("method: mas= has a method of its own; leave one of them out")
-        self._mode, self._every = mode, checked_every(every, mode)
+        check_every(every, mode)
+        self._mode, self._every = mode, every
         self._method = type(mas) if mas is not None else method_of(method or MAS)
         self._regularizer, self._importance = _split_options(self._method, lambda_reg, options)
         if mas is not None and self._regularizer:

@@ -18,7 +18,7 @@ from typing_extensions import Unpack
 
 from mas_ext._drift.budget import DriftBudget
 from mas_ext._parameters import Selection
-from mas_ext._penalty.attachment import Attachment, checked_every
+from mas_ext._penalty.attachment import Attachment, check_every
 from mas_ext._state.merging import Merge, check_merge
 from mas_ext._strength.strength import AUTO
 from mas_ext.importance.batches import Forward
@@ -63,7 +63,8 @@ class _Plugin(SupervisedPlugin):
         **regularizer: Any,
     ) -> None:
         super().__init__()
-        self._mode, self._every = mode, checked_every(every, mode)
+        check_every(every, mode)
+        self._mode, self._every = mode, every
         theirs = preset(implementation)
         method = METHODS[theirs.method]
         if "forward" in importance:

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from mas_ext import MAS
+from mas_ext import MAS, DriftBudget
 from mas_ext._penalty.attachment import EVERY
 from tests.support.hand_loop import Protection
 from tests.support.regularizers import assert_bits, assert_states_equal, learned
@@ -89,13 +89,29 @@ def test_every_k_steps_theta_is_pulled_by_the_sum_of_their_rates(kind, every):
     for number in range(1, 11):
         step(model, optimizer, schedule)
         hand.step()
-        if number % (every or EVERY) == 0:
+        if number % (every or 1) == 0:
             hand.follow()
             assert handle.last_penalty.item() == pytest.approx(hand.penalty)
         assert_same(model, hand.model)
     handle.remove()
     hand.follow()
     assert_same(model, hand.model)
+
+
+def test_under_a_budget_ten_steps_by_default_and_before_each_measurement():
+    model = mlp()
+    mas = MAS(model, budget=DriftBudget(1e9, every=EVERY + 3))
+    mas.consolidate([X])
+    optimizer = OPTIMIZERS["SGD"](model)
+    handle, pulled = mas.attach(optimizer, "proximal"), []
+    for number in range(1, 60):
+        before = handle.last_penalty
+        step(model, optimizer)
+        if handle.last_penalty is not before:
+            pulled.append(number)
+    measured = [record.step for record in mas.drift_trace]
+    assert measured == [1, 2, 4, 8, 16, 29, 42, 55]
+    assert pulled == [1, 2, 4, 8, 16, 26, 29, 39, 42, 52, 55]
 
 
 def lower_lambda(mas, handle):
