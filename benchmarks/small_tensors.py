@@ -18,7 +18,8 @@ from mas_ext._penalty.attachment import EVERY
 
 COUNT, WIDTH = 1000, 8
 OPTIMIZERS = {"SGD with momentum": ("SGD", {"momentum": 0.9}), "AdamW": ("AdamW", {})}
-PLAIN, SELDOM = "torch's fused step", "mas_ext, attach proximal"
+PLAIN = "torch's fused step"
+SELDOM = f"mas_ext, attach proximal, every={EVERY}"
 Step = Callable[[], object]
 
 
@@ -60,7 +61,7 @@ def _steps(name: str, count: int) -> dict[str, Step]:
         steps[f"mas_ext, optimizer, {mode}"] = ours(
             model.parameters(), mas=mas, mode=mode, **options
         ).step
-        steps[f"mas_ext, attach {mode}, every=1"] = attached(mode, 1)
+        steps[f"mas_ext, attach {mode}"] = attached(mode, 1)
     seldom = attached("proximal", EVERY)
     steps[SELDOM] = lambda: [seldom() for _ in range(EVERY)]
     steps["torch._foreach, gradient"] = by_hand(penalty.foreach)

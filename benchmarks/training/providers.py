@@ -133,7 +133,8 @@ def avalanche_plugin(s: Setting) -> object:
 
 
 PLAIN = "without MAS"
-SELDOM, PROXIMAL = "mas_ext, attach proximal", "mas_ext, attach proximal, every=1"
+PROXIMAL = "mas_ext, attach proximal"
+SELDOM = f"{PROXIMAL}, every={EVERY}"
 PROVIDERS: dict[str, Provider] = {
     PLAIN: _step,
     "mas_ext, optimizer": fused_optimizer,
