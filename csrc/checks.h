@@ -45,9 +45,8 @@ inline void check_layout(const char* op, const Argument& argument, size_t i) {
 inline void check_shape(const char* op, const Argument& argument, const Argument& first, size_t i) {
   const Operand &tensor = argument.tensors[i], &expected = first.tensors[i];
   if (tensor.sizes != expected.sizes) {
-    fail(op, at(argument, i), " has shape ", shape_of(tensor), " but ", at(first, i),
-         " has shape ", shape_of(expected),
-         "; tensors at one position must have one shape");
+    fail(op, at(argument, i), " has shape ", shape_of(tensor), " but ", at(first, i), " has shape ",
+         shape_of(expected), "; tensors at one position must have one shape");
   }
 }
 
@@ -55,8 +54,8 @@ inline void check_device(const char* op, const Argument& argument, const Argumen
                          size_t i) {
   const Operand &tensor = argument.tensors[i], &home = first.tensors.front();
   if (tensor.place != home.place) {
-    fail(op, at(argument, i), " is on ", device_of(tensor), " but ", at(first, 0),
-         " is on ", device_of(home), "; all tensors of one call must be on one device");
+    fail(op, at(argument, i), " is on ", device_of(tensor), " but ", at(first, 0), " is on ",
+         device_of(home), "; all tensors of one call must be on one device");
   }
 }
 

@@ -61,11 +61,8 @@ inline Argument single_written(const char* name, const Tensor& tensor) {
   return {.name = name, .tensors = tensor, .writable = true, .is_list = false};
 }
 inline Argument single_omega(const Tensor& omega, bool writable = false) {
-  return {.name = "omega",
-          .tensors = omega,
-          .is_omega = true,
-          .writable = writable,
-          .is_list = false};
+  return {
+      .name = "omega", .tensors = omega, .is_omega = true, .writable = writable, .is_list = false};
 }
 
 using NumberCheck = void (*)(const char* op, const char* name, double value);
@@ -96,15 +93,12 @@ void accumulate_importance_(Operands omega, Operands grads, double scale, bool s
   constexpr const char* op = "accumulate_importance_";
   check_non_negative(op, "scale", scale);
   const Call call{op, omega.empty() ? Place(true, 0) : omega.front().place};
-  FlatList<2> list(op, {{.name = "omega",
-                         .tensors = std::move(omega),
-                         .is_omega = true,
-                         .writable = true},
-                        read("grads", std::move(grads))});
+  FlatList<2> list(
+      op, {{.name = "omega", .tensors = std::move(omega), .is_omega = true, .writable = true},
+           read("grads", std::move(grads))});
   if (list.total() > 0) {
-    with_magnitude(square, [&](auto magnitude) {
-      Kernels::accumulate(magnitude, call, list, scale);
-    });
+    with_magnitude(square,
+                   [&](auto magnitude) { Kernels::accumulate(magnitude, call, list, scale); });
     list.write_back();
   }
 }
@@ -154,8 +148,7 @@ Tensor penalty_gradient(const Call& call, Operands grads, Operands params, Opera
                    {written("grads", std::move(grads)), read("params", std::move(params)),
                     read("anchors", std::move(anchors)), omega_of(std::move(omega))},
                    scales_of(std::move(omega_scales)));
-  const Tensor value =
-      Kernels::template penalty_gradient<Add>(call, list, lambda, grad_scale);
+  const Tensor value = Kernels::template penalty_gradient<Add>(call, list, lambda, grad_scale);
   list.write_back();
   return value;
 }
@@ -171,9 +164,9 @@ std::tuple<Tensor, TensorList> penalty_and_grad(const TensorList& params, Operan
   check_arguments(call.op, {read("params", values), read("anchors", anchors), omega_of(omega)},
                   scales_of(omega_scales));
   const TensorList grads = empty_like_each(params);
-  const Tensor value = penalty_gradient<Kernels, false>(
-      call, grads, values, std::move(anchors), std::move(omega), std::move(omega_scales), lambda,
-      Kernels::constant(1.0));
+  const Tensor value =
+      penalty_gradient<Kernels, false>(call, grads, values, std::move(anchors), std::move(omega),
+                                       std::move(omega_scales), lambda, Kernels::constant(1.0));
   return {value, grads};
 }
 
@@ -270,8 +263,8 @@ std::tuple<Tensor, Tensor, Tensor> low_rank_penalty(const Tensor& a, const Tenso
   };
   const Tensor grad_a = zeros(a), grad_b = zeros(b);
   if (with_grads) {
-    return {low_rank_penalty_with_grads<Kernels>({op, Place(a)}, problem, grad_a, grad_b, lambda), grad_a,
-            grad_b};
+    return {low_rank_penalty_with_grads<Kernels>({op, Place(a)}, problem, grad_a, grad_b, lambda),
+            grad_a, grad_b};
   }
   turn_columns_innermost(problem);
   return {Kernels::low_rank_penalty({op, Place(a)}, problem, lambda), grad_a, grad_b};
@@ -365,9 +358,8 @@ Tensor adamw_step_(Operands params, Operands grads, Operands exp_avgs, Operands 
   check_steps(call.op, steps, params);
   FlatList<6> list(call.op,
                    {written("params", std::move(params)), written("exp_avgs", std::move(exp_avgs)),
-                    written("exp_avg_sqs", std::move(exp_avg_sqs)),
-                    read("grads", std::move(grads)), read("anchors", std::move(anchors)),
-                    omega_of(std::move(omega))},
+                    written("exp_avg_sqs", std::move(exp_avg_sqs)), read("grads", std::move(grads)),
+                    read("anchors", std::move(anchors)), omega_of(std::move(omega))},
                    scales_of(std::move(omega_scales)));
   const auto corrections = Kernels::bias_corrections(call.op, steps, options);
   return penalised_step<Kernels, AdamRule>(call, std::move(list), numbers, options, proximal,

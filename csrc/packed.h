@@ -1,8 +1,8 @@
 // Lists of tensors in one tensor of bytes: the short way from Python to a kernel.
 //
-// The dispatcher converts a list of tensors four times and allocates for each tensor, which for many
-// small tensors costs more than the kernel. mas_ext._C.pack writes instead, for each list, how many
-// tensors it has, and after that a PackedTensor for each.
+// The dispatcher converts a list of tensors four times and allocates for each tensor, which for
+// many small tensors costs more than the kernel. mas_ext._C.pack writes instead, for each list, how
+// many tensors it has, and after that a PackedTensor for each.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -84,8 +84,7 @@ struct FromPacked<Function, std::tuple<Others...>> {
                           std::index_sequence<Positions...>) {
     // In braces, since lists are read in their order.
     std::tuple<Args...> args{take<Positions>(lists, others)...};
-    return std::apply(
-        [](auto&... each) { return Function(static_cast<Args&&>(each)...); }, args);
+    return std::apply([](auto&... each) { return Function(static_cast<Args&&>(each)...); }, args);
   }
 };
 

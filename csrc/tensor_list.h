@@ -35,13 +35,14 @@ class FlatList {
       total_ += numel;
       any_double_ |= dtype == ScalarType::Double;
       if (numel > 0) {
-        entries_.push_back(
-            {.data = pointers(arguments, i, omega.tensors[i]),
-             .numel = numel,
-             .dtype = dtype,
-             .index = static_cast<int64_t>(i),
-             .omega_dtype = stored,
-             .omega_scales = is_codes(stored) ? static_cast<const float*>(scales.tensors[i].data) : nullptr});
+        entries_.push_back({.data = pointers(arguments, i, omega.tensors[i]),
+                            .numel = numel,
+                            .dtype = dtype,
+                            .index = static_cast<int64_t>(i),
+                            .omega_dtype = stored,
+                            .omega_scales = is_codes(stored)
+                                                ? static_cast<const float*>(scales.tensors[i].data)
+                                                : nullptr});
       }
     }
   }
