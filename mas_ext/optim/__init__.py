@@ -18,7 +18,7 @@ loss and descends the penalty. Under a ``GradScaler`` the penalty's gradient is 
 before the step, so that an Inf in it skips the step and lowers the scale.
 
 =============  =================================================================================
-``mas``        the :class:`mas_ext.MAS`; its Ω, θ* and λ are read in every step
+``mas``        the :class:`mas_ext.MAS`, EWC or L2SP; its Ω, θ* and λ are read in every step
 ``mode``       ``"gradient"`` or ``"proximal"``, as in :meth:`mas_ext.MAS.attach`
 ``foreach``    not available: None or False
 ``fused``      always on: None or True

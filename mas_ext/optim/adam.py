@@ -12,7 +12,7 @@ from mas_ext import functional
 from mas_ext._distributed.shards import local_grads, locals_of
 from mas_ext._penalty.parameter_groups import ParameterGroup
 from mas_ext.optim.base import Group, Number, PenaltyOptimizer
-from mas_ext.regularizer import MAS
+from mas_ext.quadratic import QuadraticRegularizer
 
 
 class Adam(PenaltyOptimizer, torch.optim.Adam):
@@ -41,7 +41,7 @@ class Adam(PenaltyOptimizer, torch.optim.Adam):
         weight_decay: float = 0,
         amsgrad: bool = False,
         *,
-        mas: MAS,
+        mas: QuadraticRegularizer,
         mode: str = "gradient",
         foreach: bool | None = None,
         maximize: bool = False,
@@ -131,7 +131,7 @@ class AdamW(Adam, torch.optim.AdamW):
         weight_decay: float = 1e-2,
         amsgrad: bool = False,
         *,
-        mas: MAS,
+        mas: QuadraticRegularizer,
         mode: str = "gradient",
         **options: Any,
     ) -> None:

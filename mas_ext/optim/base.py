@@ -18,7 +18,7 @@ from mas_ext._penalty.parameter_groups import (
     to_device_of,
 )
 from mas_ext._strength.auto import update_kind
-from mas_ext.regularizer import MAS
+from mas_ext.quadratic import QuadraticRegularizer
 
 Group = dict[str, Any]
 Number = float | Tensor
@@ -61,14 +61,14 @@ class PenaltyOptimizer(torch.optim.Optimizer):
     """
 
     _step_supports_amp_scaling = True  # a class attribute: torch's own is lost when pickled
-    mas: MAS
+    mas: QuadraticRegularizer
     mode: str
     last_penalty: Tensor | None
 
-    def _set_penalty(self, mas: MAS, mode: str, options: Group) -> None:
+    def _set_penalty(self, mas: QuadraticRegularizer, mode: str, options: Group) -> None:
         """Must be called before torch's ``__init__``, which calls :meth:`add_param_group`."""
-        if not isinstance(mas, MAS):
-            raise TypeError(f"mas is a {type(mas).__name__}; pass a mas_ext.MAS")
+        if not isinstance(mas, QuadraticRegularizer):
+            raise TypeError(f"mas is a {type(mas).__name__}; pass a mas_ext.MAS, EWC or L2SP")
         functional.check_mode(mode)
         if mas.protected.index.adapted:
             raise ValueError(

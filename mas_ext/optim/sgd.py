@@ -13,7 +13,7 @@ from mas_ext import functional
 from mas_ext._distributed.shards import local_grads, locals_of
 from mas_ext._penalty.parameter_groups import ParameterGroup
 from mas_ext.optim.base import Group, Number, PenaltyOptimizer
-from mas_ext.regularizer import MAS
+from mas_ext.quadratic import QuadraticRegularizer
 
 
 def _is_narrow_on_cpu(p: Tensor) -> bool:
@@ -46,7 +46,7 @@ class SGD(PenaltyOptimizer, torch.optim.SGD):
         weight_decay: Number = 0,
         nesterov: bool = False,
         *,
-        mas: MAS,
+        mas: QuadraticRegularizer,
         mode: str = "gradient",
         maximize: bool = False,
         foreach: bool | None = None,

@@ -23,6 +23,7 @@ from tests.support.regularizers import (
     penalty_by_hand,
     plain_state,
     refusal,
+    train,
 )
 from tests.support.zoo.small import assert_same, mlp, vectors
 
@@ -89,6 +90,18 @@ def test_l2sp_has_importance_1():
         assert l2sp.penalty() == 0
         move(model)
     assert l2sp.num_tasks == 4
+
+
+@EACH
+@pytest.mark.parametrize("mode", ["gradient", "proximal"])
+@pytest.mark.parametrize("kind", ["SGD", "AdamW"])
+def test_the_fused_optimizers_take_each_method(method: type, kind: str, mode: str) -> None:
+    ends = []
+    for is_ours in (False, True):
+        model, regularizer = learned(method, 3.0)
+        last = train(model, regularizer, kind, mode, is_ours)
+        ends.append([*model.parameters(), last])
+    torch.testing.assert_close(*ends)
 
 
 def never() -> Iterator[Any]:
