@@ -35,7 +35,7 @@ from mas_ext._penalty.parameter_groups import Scalar
 from mas_ext._penalty.protected_parameters import ProtectedParameters
 from mas_ext._penalty.weight_updates import Anchors
 from mas_ext._state import checkpoint
-from mas_ext._state.importance_state import ImportanceState
+from mas_ext._state.importance_state import ImportanceState, check_state_device
 from mas_ext._state.merging import check_merge
 from mas_ext._state.regularizer_state import RegularizerState
 from mas_ext._state.task_accumulator import FLOOR, check_floor
@@ -79,6 +79,7 @@ class QuadraticRegularizer:
         params: Selection = None,
         merge: str | tuple[str, float] = "sum",
         state_dtype: str = "float32",
+        state_device: str | None = None,
         drift: Drift = DEFAULT_DRIFT,
         adapters: str = "separate",
         process_group: ProcessGroup = None,
@@ -96,7 +97,12 @@ class QuadraticRegularizer:
             lambda_reg = 1.0 if self._budget is None else AUTO
         if floor is None:
             floor = 0.0 if self._budget is None else FLOOR
-        consolidated = ImportanceState(check_state_dtype(state_dtype))
+        if check_state_device(state_device) is not None and adapters == "merged":
+            raise ValueError(
+                'state_device: with adapters="merged" Ω must be beside the adapters; leave '
+                'state_device out, or use adapters="separate"'
+            )
+        consolidated = ImportanceState(check_state_dtype(state_dtype), state_device)
         strength = RegularizationStrength(lambda_reg, drift)
         group = check_process_group(process_group)
         #: The parameters that the penalty is over; :mod:`mas_ext.optim` works on the same object.
@@ -181,6 +187,11 @@ class QuadraticRegularizer:
     def state_dtype(self) -> str:
         """The name of the dtype that Ω is stored in."""
         return self._state.state_dtype
+
+    @property
+    def state_device(self) -> str | None:
+        """``"cpu"`` if Ω and θ* are in host memory; None if they are beside the parameters."""
+        return self._state.state_device
 
     @property
     def num_tasks(self) -> int:
@@ -563,8 +574,8 @@ class QuadraticRegularizer:
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
         """Replaces everything that is remembered; also λ, ``drift`` and ``merge``.
 
-        ``model``, ``params``, ``state_dtype``, ``budget`` and ``floor`` stay; Ω is converted to
-        this ``state_dtype``.
+        ``model``, ``params``, ``state_dtype``, ``state_device``, ``budget`` and ``floor`` stay; Ω
+        is converted to this ``state_dtype``.
 
         Args:
             state: what :meth:`state_dict` returned, in this version or an earlier one.
@@ -584,6 +595,7 @@ class QuadraticRegularizer:
                 strict,
                 adapted=self.protected.index.adapted,
                 state_dtype=self.state_dtype,
+                state_device=self.state_device,
                 method=self.method,
                 floor=self._state.floor,
                 tracker=self.protected.tracker,

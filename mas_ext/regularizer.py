@@ -73,6 +73,12 @@ class MAS(QuadraticRegularizer):
         state_dtype: the dtype of Ω between tasks: ``"float32"`` (float64 for float64 parameters),
             ``"bfloat16"``, or ``"uint8"``, 1.02 bytes per parameter (:mod:`mas_ext.precision`).
             Sums are float32 while a task is measured; θ* has the parameters' dtype.
+        state_device: where Ω and θ* are kept. None: on the devices of the parameters. ``"cpu"``: in
+            host memory, pinned if the parameters are on a CUDA device. Each step that includes the
+            penalty then copies them to the device in pieces of 2²⁴ parameters, the next while one
+            is computed, so that two pieces are all of them that is ever there; the results are
+            the same. Use it with ``mode="proximal"``, which needs them only in every 8th step. Not
+            with ``adapters="merged"``. :meth:`consolidate` merges Ω on the CPU.
         drift: ε, for ``lambda_reg="auto"``: by what fraction of the output's energy E‖F(x)‖² a new
             task may change what was learned. Less means more protection. A number, or one per
             pattern whose λ is ``"auto"``.
@@ -127,7 +133,7 @@ class EWC(QuadraticRegularizer):
     are squared, unless you pass ``reduction="abs"``.
 
     Args:
-        model, params, budget, floor, state_dtype, adapters, process_group: see
+        model, params, budget, floor, state_dtype, state_device, adapters, process_group: see
             :class:`mas_ext.MAS`.
         lambda_reg: λ ≥ 0, with the ½ of the equation, or a mapping from name or glob to numbers.
             None: 1, or with a budget ``"auto"``: found from the mean of F, and then adjusted.
@@ -150,6 +156,7 @@ class EWC(QuadraticRegularizer):
         params: Selection = None,
         merge: str | tuple[str, float] = "sum",
         state_dtype: str = "float32",
+        state_device: str | None = None,
         adapters: str = "separate",
         process_group: ProcessGroup = None,
     ) -> None:
@@ -161,6 +168,7 @@ class EWC(QuadraticRegularizer):
             params=params,
             merge=merge,
             state_dtype=state_dtype,
+            state_device=state_device,
             adapters=adapters,
             process_group=process_group,
         )
@@ -189,7 +197,7 @@ class L2SP(QuadraticRegularizer):
     interpolation between the new and the old parameters.
 
     Args:
-        model, params, budget, adapters, process_group: see :class:`mas_ext.MAS`.
+        model, params, budget, state_device, adapters, process_group: see :class:`mas_ext.MAS`.
         lambda_reg: λ ≥ 0, with the ½ of the equation, or a mapping from name or glob to numbers.
             None: 1, or with a budget ``"auto"``: begins with a constant and is then adjusted.
 
@@ -206,6 +214,7 @@ class L2SP(QuadraticRegularizer):
         *,
         budget: float | DriftBudget | None = None,
         params: Selection = None,
+        state_device: str | None = None,
         adapters: str = "separate",
         process_group: ProcessGroup = None,
     ) -> None:
@@ -217,6 +226,7 @@ class L2SP(QuadraticRegularizer):
             params=params,
             merge="max",  # of ones
             state_dtype="uint8",  # in which 1 is exact
+            state_device=state_device,
             adapters=adapters,
             process_group=process_group,
         )

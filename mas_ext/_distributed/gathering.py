@@ -44,7 +44,10 @@ def _bring(tensors: Mapping[str, Tensor], write: Callable[[Fetch], None] | None)
 
     def fetch(name: str) -> Tensor:
         del left[name]
-        return full_tensor(tensors[name])
+        tensor: Any = tensors[name]
+        if is_sharded(tensor):  # and maybe in host memory
+            tensor = tensor.to(tensor.device_mesh.device_type)
+        return full_tensor(tensor)
 
     try:
         if write is not None:

@@ -138,10 +138,17 @@ class Shardings:
         """Of those that are sharded."""
         return [name for name, sharding in self._known.items() if sharding is not None]
 
-    def parts(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The local parts of values, which may be whole or placed in whatever way."""
+    def parts(self, values: Mapping[str, Tensor], device: str | None = None) -> dict[str, Tensor]:
+        """The local parts of values, which may be whole or placed in whatever way.
+
+        Args:
+            values: by name.
+            device: where each part is moved before the next one is taken; None: they are not.
+        """
         return {
-            name: value if (sharding := self._known.get(name)) is None else sharding.part_of(value)
+            name: value
+            if (sharding := self._known.get(name)) is None
+            else sharding.part_of(value).to(device)
             for name, value in values.items()
         }
 
@@ -150,6 +157,13 @@ class Shardings:
         if not any(self._known.get(name) for name in parts):
             return parts
         return DTensorView(parts, self._known)
+
+    def placed_where_they_are(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """As :meth:`placed`, but parts that are not on the mesh's device are not copied to it.
+
+        The DTensors serve to be stored: they are not where processes can exchange them.
+        """
+        return {name: t.to(parts[name].device) for name, t in self.placed(parts).items()}
 
 
 class DTensorView(Mapping[str, Tensor]):

@@ -135,7 +135,7 @@ class Path:
     def _move(self, c: float) -> None:
         if self.is_uniform:
             for one in self._moved:
-                local(one.param).lerp_(one.anchor, c / (1 + c))
+                local(one.param).lerp_(one.anchor_beside(), c / (1 + c))
         else:
             for group in self._groups:
                 group._replace(lambda_reg=group.lambda_reg * c).proximal_step_(1.0)
@@ -152,7 +152,7 @@ class Path:
         """‖θ − θ*‖."""
         squares = (
             Placement.of(one.param).sum_over_shards(
-                (local(one.param).detach().double() - one.anchor.double()).square().sum()
+                (local(one.param).detach().double() - one.anchor_beside().double()).square().sum()
             )
             for one in self._moved
         )

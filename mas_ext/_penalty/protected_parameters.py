@@ -23,7 +23,6 @@ from mas_ext._penalty.parameter_groups import (
 )
 from mas_ext._penalty.pending_steps import WaitingSteps
 from mas_ext._penalty.weight_updates import ProtectedUpdate
-from mas_ext._state.importance_state import matches_anchor
 from mas_ext._state.pending_steps import StoredSteps
 from mas_ext._state.regularizer_state import RegularizerState
 from mas_ext._strength.auto import UpdateKind
@@ -185,7 +184,8 @@ class ProtectedParameters:
         The state follows first if one of them grew, or moved to another device or dtype.
         """
         found = self._find(only, update)
-        if all(matches_anchor(one.anchor, local(one.param)) for one in found):
+        matches = self.state.consolidated.matches
+        if all(matches(one.anchor, local(one.param)) for one in found):
             return found
         params = self.state.local({one.name: one.param for one in found})
         self.state.consolidated.make_room(params)
@@ -318,7 +318,7 @@ class ProtectedParameters:
     @torch.no_grad()
     def _have_moved(self) -> bool:
         """Whether a protected parameter is not at its anchor. Waits for the device."""
-        moved = any(not torch.equal(local(one.param), one.anchor) for one in self.find())
+        moved = any(not torch.equal(local(one.param), one.anchor_beside()) for one in self.find())
         return moved or any(bool(one.square() > 0) for one in self.updates())
 
 

@@ -76,6 +76,11 @@ class RegularizerState:
         """The name of the dtype that Ω is stored in."""
         return self.consolidated.importance.state_dtype
 
+    @property
+    def state_device(self) -> str | None:
+        """Where Ω and θ* are; None: beside the parameters."""
+        return self.consolidated.state_device
+
     def local(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """This process's parts of the parameters; ValueError if they were sharded otherwise."""
         self.shardings = self.shardings.joined_by(params)
@@ -227,7 +232,7 @@ class RegularizerState:
             **self.task.state_dict(),
         }
         state = checkpoint.dequantized(state, self.shardings.names())
-        placed = {g: dict(self.shardings.placed(state[g])) for g in checkpoint.GROUPS}
+        placed = {g: self.shardings.placed_where_they_are(state[g]) for g in checkpoint.GROUPS}
         return {**state, **placed}
 
     def to_packed_dict(
@@ -252,6 +257,7 @@ class RegularizerState:
         *,
         adapted: Mapping[str, AdaptedWeight],
         state_dtype: str,
+        state_device: str | None = None,
         method: str = "MAS",
         floor: float = 0.0,
         tracker: DriftTracker | None = None,
@@ -276,10 +282,12 @@ class RegularizerState:
         merge = check_merge(state["merge"])
         shardings = Shardings().joined_by(named)
         state = checkpoint.dequantized(state, shardings.names())
-        state = {**state, **{g: shardings.parts(state[g]) for g in checkpoint.GROUPS}}
+        # The sums of a task are beside the parameters in any case.
+        places = dict.fromkeys(checkpoint.GROUPS, state_device) | {"open": None}
+        state = {**state, **{g: shardings.parts(state[g], to) for g, to in places.items()}}
         params = local_parts(named)
         loaded = cls(
-            ImportanceState.from_state_dict(state, params, state_dtype, adapted),
+            ImportanceState.from_state_dict(state, params, state_dtype, adapted, state_device),
             strength,
             merge,
             TaskAccumulator.from_state_dict(state, params),

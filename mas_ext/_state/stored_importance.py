@@ -32,17 +32,23 @@ class StoredImportance(Mapping[str, Tensor]):
     Args:
         like: the parameters, or tensors with their shapes, strides, dtypes and devices.
         state_dtype: a name of ``STATE_DTYPES``.
+        state_device: None: the devices of ``like``; ``"cpu"``: host memory.
     """
 
-    def __init__(self, like: Mapping[str, Tensor], state_dtype: str) -> None:
+    def __init__(
+        self, like: Mapping[str, Tensor], state_dtype: str, state_device: str | None = None
+    ) -> None:
         self.state_dtype = state_dtype
-        stored = FlatTensors(like, partial(stored_dtype, state_dtype=state_dtype))
+        in_host_memory = state_device == "cpu"
+        stored = FlatTensors(like, partial(stored_dtype, state_dtype=state_dtype), in_host_memory)
         scales = FlatTensors(
             {
-                name: torch.empty(num_scales(codes.numel()), device=codes.device)
+                name: in_memory_order(codes)[: num_scales(codes.numel())]
                 for name, codes in stored.items()
                 if codes.dtype == torch.uint8
-            }
+            },
+            lambda _: torch.float32,
+            in_host_memory,
         )
         # A dictionary, since every step looks up every parameter.
         self._stored = {name: (stored[name], scales.get(name)) for name in like}

@@ -34,17 +34,27 @@ class FlatTensors(Mapping[str, Tensor]):
         self,
         like: Mapping[str, Tensor],
         dtype: Callable[[torch.dtype], torch.dtype] = lambda dtype: dtype,
+        in_host_memory: bool = False,
     ) -> None:
-        """Zeros in the shapes and on the devices of ``like``, in ``dtype`` of its dtypes."""
-        groups: dict[tuple[torch.device, torch.dtype], list[str]] = {}
+        """Zeros in the shapes of ``like``, in ``dtype`` of its dtypes.
+
+        Args:
+            like: by name.
+            dtype: from that of ``like``.
+            in_host_memory: whether they are on the CPU, pinned where ``like`` is on a CUDA device
+                or pinned itself. Otherwise they are on the devices of ``like``.
+        """
+        groups: dict[tuple[torch.device, bool, torch.dtype], list[str]] = {}
         for name, tensor in like.items():
-            groups.setdefault((tensor.device, dtype(tensor.dtype)), []).append(name)
+            device = torch.device("cpu") if in_host_memory else tensor.device
+            pinned = in_host_memory and (is_to_be_pinned(tensor) or is_pinned(tensor))
+            groups.setdefault((device, pinned, dtype(tensor.dtype)), []).append(name)
         views: dict[str, Tensor] = {}
-        for (device, to), names in groups.items():
+        for (device, pinned, to), names in groups.items():
             starts = [0]
             for name in names:
                 starts.append(starts[-1] + _aligned(like[name].numel(), to))
-            buffer = _zeros(starts[-1], to, device)
+            buffer = _zeros(starts[-1], to, device, pinned)
             for name, start in zip(names, starts, strict=False):
                 views[name] = _view(buffer, start, like[name])
         self._views = {name: views[name] for name in like}
@@ -63,9 +73,21 @@ class FlatTensors(Mapping[str, Tensor]):
         return f"{type(self).__name__}({len(self)} tensors, {elements:,} elements)"
 
 
-def _zeros(elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    buffer = torch.empty(elements, dtype=dtype, device=device)
-    if device.type == "cpu":
+def is_to_be_pinned(tensor: Tensor) -> bool:
+    """Whether what is copied to this tensor's device should be in pinned memory.
+
+    Only from there does a copy run beside kernels.
+    """
+    return tensor.is_cuda and torch.cuda.is_available()
+
+
+def is_pinned(tensor: Tensor) -> bool:
+    return torch.cuda.is_available() and tensor.is_pinned()
+
+
+def _zeros(elements: int, dtype: torch.dtype, device: torch.device, pinned: bool) -> Tensor:
+    buffer = torch.empty(elements, dtype=dtype, device=device, pin_memory=pinned)
+    if device.type == "cpu" and not pinned:
         _ask_for_huge_pages(buffer)  # before they are first written
     return buffer.zero_()
 

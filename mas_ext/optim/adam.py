@@ -32,6 +32,8 @@ class Adam(PenaltyOptimizer, torch.optim.Adam):
         ValueError: an option that is not available, or none of the model's parameters.
     """
 
+    _operator = "adamw_step_"
+
     def __init__(
         self,
         params: Any,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from mas_ext._penalty.parameter_groups import (
     largest_penalty_grads,
     to_device_of,
 )
+from mas_ext._penalty.streaming import total
 from mas_ext._strength.auto import update_kind
 from mas_ext.quadratic import QuadraticRegularizer
 
@@ -64,6 +65,7 @@ class PenaltyOptimizer(torch.optim.Optimizer):
     mas: QuadraticRegularizer
     mode: str
     last_penalty: Tensor | None
+    _operator: ClassVar[str]  # what takes the step
 
     def _set_penalty(self, mas: QuadraticRegularizer, mode: str, options: Group) -> None:
         """Must be called before torch's ``__init__``, which calls :meth:`add_param_group`."""
@@ -145,14 +147,20 @@ class PenaltyOptimizer(torch.optim.Optimizer):
         parts = [(part, self.mas.protected.groups(part, kind)) for part in self._split(group)]
         for _, calls in parts:  # before the first parameter is written
             _check_dense(calls)
+            for call in calls:
+                if call.is_elsewhere:
+                    call.check(self._operator, grads=local_grads(call.params))
         for part, calls in parts:
             protected = {id(p) for call in calls for p in call.params}
             others = [p for p in part if id(p) not in protected]
             if others:
                 self._take_torch_step({**group, "params": others})
             for call in calls:
-                value = self._take_step({**group, "params": call.params}, call)
-                yield call.sum_over_shards(value)
+                values = [
+                    self._take_step({**group, "params": piece.params}, piece)
+                    for piece in call.pieces(whole=True)
+                ]
+                yield call.sum_over_shards(total(values))
 
     def _overflows(self, params: list[Tensor]) -> bool:
         """Whether the penalty's gradient makes a GradScaler skip this step, and we have to as well.

@@ -37,6 +37,8 @@ class SGD(PenaltyOptimizer, torch.optim.SGD):
         ValueError: an option that is not available, or none of the model's parameters.
     """
 
+    _operator = "sgd_step_"
+
     def __init__(
         self,
         params: Any,

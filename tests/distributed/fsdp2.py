@@ -11,6 +11,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from mas_ext import MAS, estimate_importance
+from mas_ext._penalty import streaming
 from tests.distributed.models import (
     IN_STEP,
     MIXED,
@@ -27,7 +28,7 @@ from tests.distributed.models import (
     sharded,
     whole,
 )
-from tests.distributed.training import check_scaling_and_clipping, loss
+from tests.distributed.training import WAYS, check_scaling_and_clipping, loss, train
 from tests.support.processes import World
 
 
@@ -249,3 +250,27 @@ def check_a_state_is_taken_over(world: World) -> None:
     again.consolidate()
     mas.consolidate()
     assert_same(again.importance, whole(mas.importance), 0.0)
+
+
+def check_state_in_host_memory(world: World) -> None:
+    """Brought to the parameters in pieces: the same bits as at once."""
+    x = samples()
+
+    def trained(way: str) -> tuple[dict[str, Tensor], list[float], dict[str, Tensor]]:
+        model = sharded(net())
+        mas = MAS(model, 2.0, state_dtype="uint8", state_device="cpu")
+        mas.consolidate(batches(x, RAGGED[world.size])[world.rank])
+        seen = train(model, mas, way, samples(6, seed=world.rank + 2))
+        mas.consolidate(batches(x, RAGGED[world.size])[world.rank])
+        return whole(parameters(model)), seen, whole(mas.importance)
+
+    for way in WAYS:
+        ways = [trained(way)]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(streaming, "PIECE", 256)
+            patch.setattr(streaming, "is_elsewhere", lambda state, device: True)
+            ways.append(trained(way))
+        (plain, values, omega), (ours, sums, merged) = ways
+        assert_same(ours, plain, 0.0)
+        assert_same(merged, omega, 0.0)
+        assert sums == pytest.approx(values, rel=1e-6)

@@ -43,7 +43,9 @@ STEPS = {
         150,
         (*REDIRECT, f"{UNIT}/test_optimizer_steps.py", f"{UNIT}/test_outer.py"),
     ),
-    "device": _step("Operators and MAS on the device", 120, "operators.py", "mas.py"),
+    "device": _step(
+        "Operators and MAS on the device", 120, "operators.py", "mas.py", "host_state.py"
+    ),
     "graphs": _step("CUDA graphs: capture, and replay with new scalars", 60, "graphs.py"),
     "syncs": _step("Nothing waits for the device", 60, "syncs.py"),
     "compiled": _step("torch.compile with CUDA graphs", 90, "compiled.py"),
