@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import nn
@@ -62,11 +63,16 @@ def _steps(name: str, count: int) -> dict[str, Step]:
             model.parameters(), mas=mas, mode=mode, **options
         ).step
         steps[f"mas_ext, attach {mode}"] = attached(mode, 1)
-    seldom = attached("proximal", EVERY)
-    steps[SELDOM] = lambda: [seldom() for _ in range(EVERY)]
+    steps[SELDOM] = attached("proximal", EVERY)
     steps["torch._foreach, gradient"] = by_hand(penalty.foreach)
     steps["eager, gradient in place"] = by_hand(penalty.eager_no_grad)
     return steps
+
+
+def _repeat(step: Step) -> None:
+    """As many steps as one proximal step follows, so that each sample has one."""
+    for _ in range(EVERY):
+        step()
 
 
 def run(options: Options) -> Iterator[tuple[str, Result]]:
@@ -74,8 +80,9 @@ def run(options: Options) -> Iterator[tuple[str, Result]]:
     count = COUNT // 10 if options.quick else COUNT
     for name in OPTIMIZERS:
         options.progress(name)
-        seconds = interleave(_steps(name, count), options.rounds, budget=options.seconds / 2)
-        seconds[SELDOM] = [each / EVERY for each in seconds[SELDOM]]
+        calls = {way: partial(_repeat, step) for way, step in _steps(name, count).items()}
+        found = interleave(calls, options.rounds, budget=options.seconds / 2)
+        seconds = {way: [each / EVERY for each in samples] for way, samples in found.items()}
         plain = seconds.pop(PLAIN)
         yield (
             name,

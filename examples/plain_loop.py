@@ -18,7 +18,7 @@ orders = [torch.arange(784), torch.randperm(784)]
 model = nn.Sequential(nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 10))
 optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
 mas = mas_ext.MAS(model, budget=0.08)  # 1: how much a task may change predictions, in nats
-mas.attach(optimizer, mode="proximal")  # 2: every optimizer.step() now includes the penalty
+mas.attach(optimizer, mode="proximal")  # 2: optimizer.step() now includes the penalty
 
 for task, order in enumerate(orders):
     for _ in range(5):

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Iterator
+import statistics
+from collections.abc import Callable, Iterator, Mapping
 
 from benchmarks.benchmark import Benchmark, Options, Result, Results
 from benchmarks.drift import summary
 from benchmarks.drift.learning import Learner
-from benchmarks.drift.problems import CHOSEN_ON, PROBLEMS, QUICK
+from benchmarks.drift.problems import PROBLEMS, QUICK
 from benchmarks.drift.study import TASKS, start_worker
-from benchmarks.text import Table
+from benchmarks.drift.summary import Runs
+from benchmarks.text import Table, minus
 from mas_ext import DriftBudget
+from mas_ext._penalty.attachment import EVERY as DEFAULT
 from mas_ext.demo.data import load_digits
 
 EVERY = (1, 2, 4, 10, 20, 32, 64)
@@ -36,7 +39,6 @@ def run(options: Options) -> Iterator[tuple[str, Result]]:
                 name,
                 {
                     "title": f"{PROBLEMS[name].title}, {optimizer}",
-                    "chosen_on": name in CHOSEN_ON,
                     **_by_seed([each.get() for each in pending]),
                 },
             )
@@ -62,29 +64,49 @@ def _by_seed(seeds: list[Result]) -> Result:
 
 
 def tables(problems: Results) -> list[Table]:
-    """Accuracy and forgetting by the steps that a proximal step follows."""
-    texts = {
-        "budget": "With a drift budget, and settling after each task",
-        "fixed": 'With lambda_reg="auto" and no budget',
-    }
+    """Accuracy, forgetting and drift by the steps that a proximal step follows."""
+    rows = list(problems.values())
+    learned = (
+        "the mean over seeds of the average accuracy and, in brackets, of forgetting, by the "
+        "number of steps that one proximal step follows."
+    )
     return [
-        Table(
-            f"{text}: the mean over seeds of the average accuracy and, in brackets, of forgetting, "
-            "by the number of steps that one proximal step follows. The default was chosen on the "
-            "first half of the problems.",
-            ("", *next(iter(problems.values()))[kind]),
-            [
-                [found["title"], *(_cell(runs) for runs in found[kind].values())]
-                for found in sorted(problems.values(), key=lambda each: not each["chosen_on"])
-            ],
-        )
-        for kind, text in texts.items()
+        _table(
+            f"With a drift budget, and settling after each task: {learned} The default is "
+            f"{DEFAULT}, half of the steps between two measurements.",
+            [(each["title"], each["budget"]) for each in rows],
+            _accuracy,
+        ),
+        _table(
+            "The same: the mean drift at the end of a task, before settling (nats per prediction).",
+            [(each["title"], each["budget"]) for each in rows],
+            _unsettled,
+        ),
+        _table(
+            f'With lambda_reg="auto", without a budget: {learned}',
+            [(each["title"], each["fixed"]) for each in rows],
+            _accuracy,
+        ),
     ]
 
 
-def _cell(runs: summary.Runs) -> str:
+def _table(
+    title: str, rows: list[tuple[str, Mapping[str, Runs]]], cell: Callable[[Runs], str]
+) -> Table:
+    cells = [[name, *(cell(runs) for runs in found.values())] for name, found in rows]
+    return Table(title, ("", *rows[0][1]), cells)
+
+
+def _accuracy(runs: Runs) -> str:
     accuracy, forgetting = summary.accuracy(runs), summary.forgetting(runs)
-    return "–" if accuracy is None else f"{accuracy:.3f} ({forgetting:.3f})"
+    if accuracy is None or forgetting is None:
+        return "–"
+    return f"{accuracy:.3f} ({minus(f'{forgetting:.3f}')})"
+
+
+def _unsettled(runs: Runs) -> str:
+    drifts = [statistics.mean(run["unsettled"]) for run in runs if run is not None]
+    return f"{statistics.mean(drifts):.2f}" if len(drifts) == len(runs) else "–"
 
 
 BENCHMARK = Benchmark(

@@ -50,7 +50,7 @@ class Learner:
     mas: QuadraticRegularizer
     penalty: bool = True
     settle: str | None = None
-    every: int | None = None
+    every: int = 1
     held_out: bool = False
     matrix: list[list[float]] = field(default_factory=list)
     drifts: list[float] = field(default_factory=list)
@@ -83,7 +83,7 @@ class Learner:
         self,
         penalty: bool = True,
         settle: str | None = None,
-        every: int | None = None,
+        every: int = 1,
         **strength: Any,
     ) -> dict[str, Any] | None:
         """Learns the remaining tasks with a copy of this learner.

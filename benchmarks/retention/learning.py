@@ -124,7 +124,7 @@ class Trial:
             return
         budget = DriftBudget(training.target, slack=1.0, every=10)
         regularizer = self._regularizer(training.regularizer, measured, budget)
-        regularizer.attach(optimizer, mode="gradient" if training.lora else "proximal")
+        regularizer.attach(optimizer, "gradient" if training.lora else "proximal", every=1)
 
     def _regularizer(
         self, name: str, measured: Path, budget: DriftBudget | None = None

@@ -46,7 +46,8 @@ class Learner:
     def begin_task(self, optimizer: Optimizer) -> None:
         """Makes the penalty act in every step of the optimizer that will learn the task."""
         if self.regularizer is not None:
-            self.regularizer.attach(optimizer, mode=self.method.mode)
+            # Each step is followed, so that the curves show what each step does.
+            self.regularizer.attach(optimizer, mode=self.method.mode, every=1)
 
     def settle(self) -> Settled | None:
         """After training: moves the parameters back until within the budget, if there is one."""
