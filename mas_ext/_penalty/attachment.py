@@ -174,11 +174,13 @@ class Attachment:
     def _after_proximal_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self._is_left_alone(optimizer):
             return
-        waiting, pending = self._protected.waiting, self._pending.get(optimizer)
-        if pending is None:
+        waiting, every, pending = self._protected.waiting, self._every, self._pending.get(optimizer)
+        if _counts_once():  # what was pending before must not be followed in each replay
+            every, pending = 1, PendingSteps(ref(self))
+        elif pending is None:
             pending = self._pending[optimizer] = PendingSteps(ref(self))
         waiting.count(pending, optimizer, self._protected)
-        if pending.steps >= self._every or _counts_once():
+        if pending.steps >= every:
             waiting.follow(pending, self._protected)
         self._protected.after_step(optimizer, self._mode)
 

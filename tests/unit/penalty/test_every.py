@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mas_ext import MAS, DriftBudget
+from mas_ext._penalty import attachment
 from mas_ext._penalty.attachment import EVERY
 from tests.support.hand_loop import Protection
 from tests.support.regularizers import assert_bits, assert_states_equal, learned
@@ -244,3 +245,25 @@ def test_steps_before_the_first_task_ended_are_not_counted():
     before = copy.deepcopy(model)
     mas.protected.follow_steps()
     assert_bits(model, before)
+
+
+def test_a_step_in_a_graph_is_followed_by_itself(monkeypatch):
+    """Steps that were pending when it was captured are not followed in each replay."""
+    model, mas, optimizer, handle, hand = both("SGD", 10)
+    schedule = schedule_of(optimizer)
+    for _ in range(3):
+        step(model, optimizer, schedule)
+        hand.step()
+    before = hand.rates
+    monkeypatch.setattr(attachment, "_counts_once", lambda: True)
+    for _ in range(2):
+        step(model, optimizer, schedule)
+        hand.rates = {}
+        hand.step()
+        hand.follow()
+        assert handle.last_penalty.item() == pytest.approx(hand.penalty)
+        assert_same(model, hand.model)
+    hand.rates = before
+    hand.follow()
+    mas.protected.follow_steps()
+    assert_same(model, hand.model)
