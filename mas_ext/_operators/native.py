@@ -73,9 +73,7 @@ def load() -> str | None:
 
 
 NOT_NATIVE_BECAUSE = load()
-
-
-_HELPS = NOT_NATIVE_BECAUSE is None and hasattr(_C, "pack")
+_IS_NATIVE = NOT_NATIVE_BECAUSE is None and _C is not None
 
 
 class FixedList(list[Tensor]):
@@ -96,14 +94,14 @@ def pack(lists: Iterable[list[Tensor]]) -> bytearray | None:
 
 
 def _packed(tensors: list[Tensor]) -> bytearray | None:
-    return _C.pack(tensors) if _HELPS else None
+    return _C.pack(tensors) if _IS_NATIVE else None
 
 
 def are_as_before(
     entries: list[tuple[dict[str, Any], str, Any]], sizes: list[tuple[dict[str, Any], int]]
 ) -> bool:
     """Whether dictionaries have the same objects under these keys, and no others."""
-    if _HELPS and not torch.compiler.is_compiling():
+    if _IS_NATIVE and not torch.compiler.is_compiling():
         as_before: bool = _C.are_as_before(entries, sizes)
         return as_before
     return all(owner.get(key) is value for owner, key, value in entries) and all(

@@ -115,7 +115,7 @@ def _has_subclass(arguments: tuple[Any, ...]) -> bool:
     )
 
 
-def _with_packed_lists(
+def _packed_call(
     op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Any, tuple[Any, ...]]:
     """The overload for packed lists and its arguments; where it cannot serve, the operator."""
@@ -142,11 +142,17 @@ def writing(name: str) -> Callable[..., Any]:
     op = getattr(torch.ops.mas_ext, name)
     written = _written(op.default)
 
+    def ordinary(*args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            return op.default(*args, **kwargs)
+
     def call(*args: Any, **kwargs: Any) -> Any:
-        if _is_seen_by_others() or _has_subclass((*args, *kwargs.values())):
-            with torch.no_grad():
-                return op.default(*args, **kwargs)
-        overload, arguments = _with_packed_lists(op, args, kwargs)
+        if _is_seen_by_others():
+            return ordinary(*args, **kwargs)
+        overload, arguments = _packed_call(op, args, kwargs)
+        # What could be packed has no subclasses.
+        if overload is op.default and _has_subclass((*args, *kwargs.values())):
+            return ordinary(*args, **kwargs)
         with torch._C._AutoDispatchBelowADInplaceOrView():
             result = overload(*arguments, **kwargs)
         for i in written:  # not reached if the call is refused

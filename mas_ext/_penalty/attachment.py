@@ -174,15 +174,24 @@ class Attachment:
     def _after_proximal_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self._is_left_alone(optimizer):
             return
-        waiting, every, pending = self._protected.waiting, self._every, self._pending.get(optimizer)
-        if _counts_once():  # what was pending before must not be followed in each replay
+        waiting, protected = self._protected.waiting, self._protected
+        if _counts_once():  # what is pending must not be followed in each replay
             every, pending = 1, PendingSteps(ref(self))
-        elif pending is None:
-            pending = self._pending[optimizer] = PendingSteps(ref(self))
-        waiting.count(pending, optimizer, self._protected)
+        else:
+            every, pending = self._every, self._pending_of(optimizer)
+        waiting.count(pending, optimizer)
         if pending.steps >= every:
-            waiting.follow(pending, self._protected)
-        self._protected.after_step(optimizer, self._mode)
+            waiting.follow(pending, protected)
+        protected.after_step(optimizer, self._mode)
+
+    def _pending_of(self, optimizer: Optimizer) -> PendingSteps:
+        """An optimizer's pending steps, which may begin with those of a state that was loaded."""
+        pending = self._pending.get(optimizer)
+        if pending is None:
+            pending = self._pending[optimizer] = PendingSteps(ref(self))
+        if not pending.steps:
+            self._protected.waiting.take_over(pending, optimizer, self._protected)
+        return pending
 
 
 def check_every(every: int | None, mode: str) -> None:

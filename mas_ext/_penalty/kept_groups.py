@@ -82,6 +82,7 @@ class KeptGroups:
             self.clear()
         groups = [_with_fixed_state(group) for group in groups]
         self._sources = sources
+        asked_for = None if asked_for is None else [*asked_for]  # which may change its list
         self._kept[key] = _Kept(asked_for, candidates, _states(candidates), groups)
 
     def clear(self) -> None:

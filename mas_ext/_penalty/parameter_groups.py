@@ -239,20 +239,27 @@ def _differentiable_grads(group: ParameterGroup) -> list[Tensor]:
 def grouped(protected: Iterable[ProtectedParameter]) -> list[ParameterGroup]:
     """A group for each placement, of which a model may have several, and each λ."""
     groups: dict[Any, ParameterGroup] = {}
+    scales_of: dict[Any, list[Tensor | None]] = {}
     for name, p, anchor, omega, scales, pattern, lambda_reg in protected:
         key = placement_key(p), pattern
         group = groups.get(key)
         if group is None:
             group = groups[key] = ParameterGroup(Placement.of(p), lambda_reg, [], [], [], [], [])
+            scales_of[key] = []
         group.names.append(name)
         group.params.append(p)
         group.anchors.append(anchor)
         group.omega.append(omega)
-        group.scales.append(torch.empty(0, device=omega.device) if scales is None else scales)
-    return [
-        group if any(s.numel() for s in group.scales) else group._replace(scales=[])
-        for group in groups.values()
-    ]
+        scales_of[key].append(scales)
+    return [group._replace(scales=_all_or_none(scales_of[key])) for key, group in groups.items()]
+
+
+def _all_or_none(scales: list[Tensor | None]) -> list[Tensor]:
+    """Scales with empty tensors for what has none; no entries if nothing has any."""
+    some = next((one for one in scales if one is not None), None)
+    if some is None:
+        return []
+    return [some.new_empty(0) if one is None else one for one in scales]
 
 
 def largest_penalty_grads(protected: Iterable[ProtectedParameter]) -> Iterator[Tensor]:

@@ -61,16 +61,20 @@ class WaitingSteps:
     def __init__(self) -> None:
         self._all: dict[PendingSteps, None] = {}  # in the order of their first step
 
-    def count(
+    def take_over(
         self, pending: PendingSteps, optimizer: Optimizer, protected: ProtectedParameters
     ) -> None:
-        """Adds a step; the first also takes over what a loaded state has pending."""
-        if pending.steps == 0 and protected.state.pending:
-            names = _first_names([group["params"] for group in optimizer.param_groups], protected)
-            none = StoredSteps(0, 0.0, "normalized")
-            found = [protected.state.pending.pop(name, none) for name in names]
-            pending.steps = max(one.steps for one in found)
-            pending.rates = [one.rate for one in found]
+        """Begins with what a loaded state has pending for an optimizer's parameters."""
+        if not protected.state.pending:
+            return
+        names = _first_names([group["params"] for group in optimizer.param_groups], protected)
+        none = StoredSteps(0, 0.0, "normalized")
+        found = [protected.state.pending.pop(name, none) for name in names]
+        pending.steps = max(one.steps for one in found)
+        pending.rates = [one.rate for one in found]
+
+    def count(self, pending: PendingSteps, optimizer: Optimizer) -> None:
+        """Adds a step that the optimizer has taken."""
         pending.add(optimizer)
         self._all[pending] = None
 

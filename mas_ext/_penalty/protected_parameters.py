@@ -133,7 +133,7 @@ class ProtectedParameters:
         """Replaces everything that is remembered."""
         self.state = state
         self.has_acted = True  # it may have, before the state was saved
-        self._kept.clear()
+        self.forget_groups()
         self.waiting.forget()
 
     def sum(self, values: list[Tensor]) -> Tensor:

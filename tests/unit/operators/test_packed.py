@@ -112,7 +112,7 @@ def test_bytes_are_not_read_after_the_call() -> None:
 
 @pytest.mark.parametrize("compiled", [True, False])
 def test_changes_of_dictionaries_are_seen(compiled: bool, monkeypatch: Any) -> None:
-    monkeypatch.setattr(native, "_HELPS", compiled)
+    monkeypatch.setattr(native, "_IS_NATIVE", compiled)
     weight, other = torch.ones(2), torch.ones(2)
     owner: dict[str, Any] = {"weight": weight, "bias": None}
     entries, sizes = [(owner, "weight", weight), (owner, "bias", None)], [(owner, 2)]

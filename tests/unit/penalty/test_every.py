@@ -195,6 +195,19 @@ def test_a_training_that_is_resumed_goes_on_to_the_same_bits(kind, save, tmp_pat
     assert_bits(again, model)
 
 
+def test_what_a_loaded_state_has_pending_does_not_go_into_a_graph(monkeypatch):
+    model, mas = learned()
+    optimizer = OPTIMIZERS["SGD"](model)
+    mas.attach(optimizer, "proximal", 10)
+    for _ in range(3):
+        step(model, optimizer)
+    mas.load_state_dict(mas.state_dict())
+    pending = mas.state_dict()
+    monkeypatch.setattr(attachment, "_counts_once", lambda: True)
+    step(model, optimizer)
+    assert_states_equal(mas.state_dict(), pending)
+
+
 @pytest.mark.parametrize("kind", ["SGD", "AdamW"])
 def test_a_task_can_end_where_no_optimizer_comes_after_loading(kind):
     model, mas = learned()
