@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 import mas_ext
 from mas_ext._penalty import streaming
@@ -95,11 +98,21 @@ def test_a_call_in_pieces_has_the_same_bits(
 @pytest.mark.parametrize("mode", MODES)
 @each_state_dtype
 def test_training_has_the_same_bits(state_dtype: str, mode: str) -> None:
+    def attached(model: nn.Module, mas: mas_ext.MAS) -> tuple[Optimizer, Any]:
+        optimizer = torch.optim.SGD(model.parameters(), RATE)
+        return optimizer, mas.attach(optimizer, mode, every=1)
+
+    assert_same_training(state_dtype, attached, steps=4)
+
+
+def assert_same_training(
+    state_dtype: str, make: Callable[[nn.Module, mas_ext.MAS], tuple[Optimizer, Any]], steps: int
+) -> None:
+    """With an optimizer, and what has its last penalty, made for each."""
     found = []
     for model, mas in both(torch.float32, state_dtype):
-        optimizer = torch.optim.SGD(model.parameters(), RATE)
-        handle = mas.attach(optimizer, mode, every=1)
-        for _ in range(4):
+        optimizer, handle = make(model, mas)
+        for _ in range(steps):
             optimizer.step()
         assert handle.last_penalty is not None
         found.append(seen(model, handle.last_penalty))
@@ -126,14 +139,11 @@ def test_tasks_are_merged_where_the_state_is(state_dtype: str) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_our_optimizer_in_pieces_has_the_same_bits(mode: str) -> None:
-    found = []
-    for model, mas in both(torch.float32, "uint8"):
-        ours = mas_ext.optim.AdamW(model.parameters(), RATE, mas=mas, mode=mode)
-        for _ in range(3):
-            ours.step()
-        assert ours.last_penalty is not None
-        found.append(seen(model, ours.last_penalty))
-    assert_same(*found)
+    def ours(model: nn.Module, mas: mas_ext.MAS) -> tuple[Optimizer, Any]:
+        optimizer = mas_ext.optim.AdamW(model.parameters(), RATE, mas=mas, mode=mode)
+        return optimizer, optimizer
+
+    assert_same_training("uint8", ours, steps=3)
 
 
 @needs_gpu
