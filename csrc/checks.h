@@ -148,6 +148,13 @@ inline void check_dimensions(const char* op, const char* name, const Operand& te
   }
 }
 
+inline void check_least_dimensions(const char* op, const char* name, const Operand& tensor,
+                                   size_t least, const char* expected) {
+  if (tensor.dim() < least) {
+    fail(op, name, " has shape ", shape_of(tensor), "; pass ", expected);
+  }
+}
+
 inline void check_same_size(const char* op, const char* name, const Operand& tensor, size_t d,
                             const char* other_name, const Operand& other, size_t other_d,
                             const char* meaning) {
@@ -190,19 +197,24 @@ inline void check_each(const char* op, std::initializer_list<Argument> arguments
   }
 }
 
-// Ω[p, d], left[b, t, p] and right[b, t, d].
+// Ω[p, *d], left[b, *t, p] and right[b, *t, *d], where *t and *d are one dimension or several.
 inline void check_outer(const char* op, std::initializer_list<Argument> arguments) {
   const Argument* first = arguments.begin();
   const Operand &omega = first[0].tensors[0], &left = first[1].tensors[0],
                 &right = first[2].tensors[0];
   check_each(op, arguments, left.dtype);
-  check_dimensions(op, "omega", omega, 2, "a matrix [p, d]");
-  check_dimensions(op, "left", left, 3, "[samples, positions, p]");
-  check_dimensions(op, "right", right, 3, "[samples, positions, d]");
+  check_least_dimensions(op, "omega", omega, 2, "a matrix [p, d]");
+  check_least_dimensions(op, "left", left, 3, "[samples, positions, p]");
+  const size_t positions = left.dim() - 2, columns = omega.dim() - 1;
+  check_dimensions(op, "right", right, 1 + positions + columns, "[samples, positions, d]");
   check_same_size(op, "right", right, 0, "left", left, 0, "the samples");
-  check_same_size(op, "right", right, 1, "left", left, 1, "the positions");
-  check_same_size(op, "left", left, 2, "omega", omega, 0, "p");
-  check_same_size(op, "right", right, 2, "omega", omega, 1, "d");
+  for (size_t d = 1; d <= positions; ++d) {
+    check_same_size(op, "right", right, d, "left", left, d, "the positions");
+  }
+  check_same_size(op, "left", left, 1 + positions, "omega", omega, 0, "p");
+  for (size_t d = 1; d <= columns; ++d) {
+    check_same_size(op, "right", right, positions + d, "omega", omega, d, "d");
+  }
   check_no_overlap(op, arguments, {.name = "", .tensors = {}});
 }
 

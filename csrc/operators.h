@@ -18,6 +18,7 @@
 #include <utility>
 
 #include "checks.h"
+#include "dimensions.h"
 #include "formulas.h"
 #include "low_rank.h"
 #include "outer.h"
@@ -103,8 +104,9 @@ void accumulate_importance_(Operands omega, Operands grads, double scale, bool s
   }
 }
 
-inline Factor factor_of(const Tensor& tensor) {
-  return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+inline Factor factor_of(const Operand& tensor, const Joined& positions, const Joined& rows) {
+  return {tensor.data,   tensor.strides[0],   positions.stride(),
+          rows.stride(), positions.offsets(), rows.offsets()};
 }
 
 template <class Kernels>
@@ -112,10 +114,26 @@ void accumulate_outer_(const Tensor& omega, const Tensor& left, const Tensor& ri
                        bool square) {
   constexpr const char* op = "accumulate_outer_";
   check_non_negative(op, "scale", scale);
-  check_outer(op, {single_omega(omega, true), single("left", left), single("right", right)});
-  Outer problem{omega.data_ptr(), omega.stride(0), omega.stride(1), factor_of(left),
-                factor_of(right), left.size(0),    left.size(1),    omega.size(0),
-                omega.size(1),    dtype_of(left),  scale,           false};
+  const Argument sums = single_omega(omega, true), lefts = single("left", left),
+                 rights = single("right", right);
+  check_outer(op, {sums, lefts, rights});
+  const Operand &o = sums.tensors[0], &l = lefts.tensors[0], &r = rights.tensors[0];
+  const size_t rows_at = l.dim() - 1;  // after the samples and the positions
+  const Joined columns(o, 1, o.dim()), rows(l, rows_at, l.dim()), left_positions(l, 1, rows_at),
+      right_positions(r, 1, rows_at), right_columns(r, rows_at, r.dim());
+  Outer problem{o.data,
+                o.strides[0],
+                columns.stride(),
+                factor_of(l, left_positions, rows),
+                factor_of(r, right_positions, right_columns),
+                l.sizes[0],
+                left_positions.size(),
+                rows.size(),
+                columns.size(),
+                l.dtype,
+                scale,
+                false,
+                columns.offsets()};
   turn_columns_innermost(problem);
   if (!problem.is_empty()) {
     with_magnitude(square, [&](auto magnitude) {

@@ -8,10 +8,14 @@
 
 namespace mas_ext {
 
-// left or right: [sample, position, row of Ω (or column)], strides in elements.
+// left or right: [sample, position, row of Ω (or column)], strides in elements. Where positions or
+// rows are several dimensions that lie at no single stride, `offsets` say where each lies.
 struct Factor {
   const void* data;
   int64_t sample_stride, position_stride, row_stride;
+  const int64_t *position_offsets = nullptr, *row_offsets = nullptr;
+
+  bool has_offsets() const { return position_offsets != nullptr || row_offsets != nullptr; }
 };
 
 struct Outer {
@@ -24,13 +28,18 @@ struct Outer {
   // Whether the factors are replaced by their magnitudes f. If samples have one position each, then
   // f(Σ_t l·r) = f(l)·f(r), and samples can be summed like positions.
   bool magnitudes;
+  const int64_t* column_offsets = nullptr;  // of Ω, as those of factors
 
   bool is_empty() const { return samples == 0 || positions == 0 || rows == 0 || columns == 0; }
+  bool has_offsets() const {
+    return left.has_offsets() || right.has_offsets() || column_offsets != nullptr;
+  }
 };
 
 // Transposes the problem if that makes the columns of Ω adjacent in memory.
 inline void turn_columns_innermost(Outer& call) {
-  if (rows_are_inner(call.rows, call.columns, call.row_stride, call.column_stride)) {
+  if (!call.has_offsets() &&
+      rows_are_inner(call.rows, call.columns, call.row_stride, call.column_stride)) {
     std::swap(call.left, call.right);
     std::swap(call.rows, call.columns);
     std::swap(call.row_stride, call.column_stride);

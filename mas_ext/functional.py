@@ -117,8 +117,8 @@ def accumulate_outer_(
 
     With output gradients on the left, inputs on the right, and t running over a sample's
     positions, the inner sum is sample b's gradient for the weight of a linear layer (or of a
-    convolution, if the input is unfolded). Ω gets the exact importance without a tensor of size
-    samples × p × d, in about the time of one matrix product.
+    convolution, if the right factor is a view of the input's patches). Ω gets the exact importance
+    without a tensor of size samples × p × d, in about the time of one matrix product.
 
     f is applied after the sum over positions. The plain product of ``left.abs()`` and
     ``right.abs()`` would be an upper bound, not the importance; that of ``left.square()`` and
@@ -128,9 +128,11 @@ def accumulate_outer_(
 
     Args:
         omega: Ω [p, d], float32 (float64 beside float64 factors); written. Any strides, but
-            it may not overlap itself, ``left`` or ``right``.
+            it may not overlap itself, ``left`` or ``right``. Like positions, d may be several
+            dimensions, [p, channels, height, width] say.
         left: [samples, positions, p], float32, float64, bfloat16 or float16, any strides.
-        right: [samples, positions, d], in the dtype of ``left``, any strides.
+        right: [samples, positions, d], in the dtype of ``left``, any strides. On CUDA, positions
+            and d must each lie at a single stride in memory, as one dimension does.
         scale: a finite number ≥ 0.
         reduction: ``"abs"`` or ``"square"``.
 

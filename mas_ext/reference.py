@@ -97,6 +97,12 @@ def accumulate_outer_(
 ) -> None:
     """See :func:`mas_ext.functional.accumulate_outer_`."""
     magnitude = magnitude_of(reduction)
+    if omega.dim() > 2 or left.dim() > 3:  # several dimensions of columns or positions
+        right = right.flatten(left.dim() - 1).flatten(1, -2)
+        total = omega.new_zeros(len(omega), right.shape[-1])
+        accumulate_outer_(total, left.flatten(1, -2), right, scale, reduction)
+        omega.add_(total.view_as(omega))
+        return
     if left.shape[1] == 1:  # f(l·r) = f(l)·f(r), so one product sums over the samples
         rows, columns = (magnitude(factor[:, 0].to(omega.dtype)) for factor in (left, right))
         omega.add_(rows.mT @ columns, alpha=scale)

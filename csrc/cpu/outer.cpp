@@ -18,57 +18,89 @@
 namespace mas_ext::cpu {
 namespace {
 
-// (sample, position) pairs packed at a time, and the rows and columns of Ω they are packed for. In
-// float32 the panels take 768 KB, which fits in an L2 cache.
-constexpr int64_t kDepth = 256, kBlockRows = 256, kBlockColumns = 512;
-// Smaller blocks would give work to more threads, but packing would take longer than multiplying.
-constexpr int64_t kLeastRows = 64, kLeastColumns = 128;
-constexpr int64_t kTasksPerThread = 2;        // balances the load
+// (sample, position) pairs packed at a time, and the most rows and columns of Ω they are packed
+// for. In float32 the panels take 768 KB, which fits in an L2 cache.
+constexpr int64_t kDepth = 256, kMostRows = 256, kMostColumns = 512;
+constexpr int64_t kLeastRows = 16, kLeastColumns = 64;  // of a block, where there are as many
+constexpr int64_t kPacking = 20;              // multiplications in the time of packing a number
 constexpr double kSerialBelow = 2'000'000.0;  // multiplications: about 40 µs of one thread
 
-// The size of about equal blocks of whole tiles, at most `most`.
-int64_t even_size(int64_t n, int64_t most, int64_t tile) {
-  return divide_up(divide_up(n, divide_up(n, most)), tile) * tile;
-}
+// Rows or columns in blocks of whole tiles, whose sizes differ by at most a tile.
+struct Division {
+  int64_t size, tile, blocks;
+
+  int64_t tiles() const { return divide_up(size, tile); }
+  int64_t most() const { return divide_up(tiles(), blocks) * tile; }
+  int64_t most_blocks(int64_t least) const { return std::max(blocks, size / least); }
+  int64_t begin(int64_t block) const { return block * tiles() / blocks * tile; }
+  int64_t length(int64_t block) const { return std::min(size, begin(block + 1)) - begin(block); }
+};
 
 // How Ω is divided into blocks, one per task, and the samples into groups.
 struct Blocking {
-  int64_t rows, columns, row_blocks, column_blocks;
+  Division rows, columns;
   int64_t group, part;  // samples and positions packed at a time
 
-  Blocking(const Outer& call, int64_t tile_columns, int64_t least_tasks)
-      : group(std::min(call.samples, std::max<int64_t>(1, kDepth / call.positions))),
-        part(even_size(call.positions, kDepth, 1)) {
-    int64_t most_rows = kBlockRows, most_columns = kBlockColumns;
-    cut(call, most_rows, most_columns, tile_columns);
-    while (tasks() < least_tasks && (most_rows > kLeastRows || most_columns > kLeastColumns)) {
-      const bool cut_columns =
-          most_rows <= kLeastRows || (columns >= rows && most_columns > kLeastColumns);
-      (cut_columns ? most_columns : most_rows) /= 2;
-      cut(call, most_rows, most_columns, tile_columns);
+  Blocking(const Outer& call, int64_t tile_columns, int64_t threads)
+      : rows{call.rows, kTileRows, divide_up(call.rows, kMostRows)},
+        columns{call.columns, tile_columns, divide_up(call.columns, kMostColumns)},
+        group(std::min(call.samples, std::max<int64_t>(1, kDepth / call.positions))),
+        part(divide_up(call.positions, divide_up(call.positions, kDepth))) {
+    if (threads > 1) {
+      divide_among(threads);
     }
   }
 
-  int64_t tasks() const { return row_blocks * column_blocks; }
+  int64_t tasks() const { return rows.blocks * columns.blocks; }
 
  private:
-  void cut(const Outer& call, int64_t most_rows, int64_t most_columns, int64_t tile_columns) {
-    rows = even_size(call.rows, most_rows, kTileRows);
-    columns = even_size(call.columns, most_columns, tile_columns);
-    row_blocks = divide_up(call.rows, rows);
-    column_blocks = divide_up(call.columns, columns);
+  // Finds the division that is done first. Smaller blocks balance the load, but take more packing.
+  void divide_among(int64_t threads) {
+    const Blocking fewest = *this;
+    const int64_t most_rows = std::min(rows.most_blocks(kLeastRows), rows.blocks + threads);
+    const int64_t most_columns = columns.most_blocks(kLeastColumns);
+    Blocking trial = *this;
+    for (trial.rows.blocks = fewest.rows.blocks; trial.rows.blocks <= most_rows;
+         ++trial.rows.blocks) {
+      // As many blocks as all threads do in the fewest rounds, or in one more.
+      const int64_t rounds = divide_up(trial.rows.blocks * fewest.columns.blocks, threads);
+      for (const int64_t in : {rounds, rounds + 1}) {
+        trial.columns.blocks = std::min(in * threads / trial.rows.blocks, most_columns);
+        if (trial.time(threads) < time(threads)) {
+          *this = trial;
+        }
+      }
+    }
   }
+
+  // Of the thread with the most tasks, in multiplications per position.
+  int64_t time(int64_t threads) const {
+    const int64_t height = rows.most(), width = columns.most();
+    return divide_up(tasks(), threads) * (height * width + kPacking * (height + width));
+  }
+};
+
+// Rows (or columns), samples and positions that are packed at a time.
+struct Part {
+  int64_t first_row, rows, first_sample, samples, first_position, positions;
 };
 
 // Panels of Width rows, each with the positions of all samples.
 template <class Magnitude, int Width, class A, class T>
-void pack(A* panels, const T* data, const Factor& factor, int64_t n, int64_t samples,
-          int64_t positions, bool magnitudes) {
-  for (int64_t row = 0; row < n; row += Width) {
-    for (int64_t sample = 0; sample < samples; ++sample, panels += Width * positions) {
-      pack_panel<Magnitude, Width>(
-          panels, data + row * factor.row_stride + sample * factor.sample_stride, factor.row_stride,
-          factor.position_stride, n - row, positions, magnitudes);
+void pack(A* panels, const T* data, const Factor& factor, const Part& part, bool magnitudes) {
+  for (int64_t row = 0; row < part.rows; row += Width) {
+    for (int64_t sample = 0; sample < part.samples; ++sample, panels += Width * part.positions) {
+      const T* from = data + (part.first_sample + sample) * factor.sample_stride;
+      if (factor.has_offsets()) {
+        gather_panel<Magnitude, Width>(panels, from, factor, part.first_row + row, part.rows - row,
+                                       part.first_position, part.positions, magnitudes);
+      } else {
+        pack_panel<Magnitude, Width>(panels,
+                                     from + (part.first_row + row) * factor.row_stride +
+                                         part.first_position * factor.position_stride,
+                                     factor.row_stride, factor.position_stride, part.rows - row,
+                                     part.positions, magnitudes);
+      }
     }
   }
 }
@@ -83,36 +115,45 @@ class Worker {
   Worker(const Outer& call, const Blocking& blocking)
       : call_(call),
         blocking_(blocking),
-        left_(blocking.group * blocking.part * blocking.rows),
-        right_(blocking.group * blocking.part * blocking.columns),
-        carry_(blocking.part < call.positions ? blocking.rows * blocking.columns : 0) {}
+        left_(blocking.group * blocking.part * blocking.rows.most()),
+        right_(blocking.group * blocking.part * blocking.columns.most()),
+        carry_(blocking.part < call.positions ? blocking.rows.most() * blocking.columns.most() : 0),
+        sums_(call.column_offsets != nullptr ? blocking.rows.most() * blocking.columns.most() : 0) {
+  }
 
   void run(int64_t task) {
-    row_ = task / blocking_.column_blocks * blocking_.rows;
-    column_ = task % blocking_.column_blocks * blocking_.columns;
-    rows_ = std::min(blocking_.rows, call_.rows - row_);
-    columns_ = std::min(blocking_.columns, call_.columns - column_);
+    const int64_t row_block = task / blocking_.columns.blocks;
+    const int64_t column_block = task % blocking_.columns.blocks;
+    row_ = blocking_.rows.begin(row_block);
+    rows_ = blocking_.rows.length(row_block);
+    column_ = blocking_.columns.begin(column_block);
+    columns_ = blocking_.columns.length(column_block);
+    if (call_.column_offsets != nullptr) {
+      std::fill_n(sums_.get(), rows_ * blocking_.columns.most(), A(0));
+    }
     for (int64_t sample = 0; sample < call_.samples; sample += blocking_.group) {
       const int64_t samples = std::min(blocking_.group, call_.samples - sample);
       for (int64_t position = 0; position < call_.positions; position += blocking_.part) {
         const int64_t positions = std::min(blocking_.part, call_.positions - position);
-        pack<Magnitude, kTileRows>(left_.get(), start(call_.left, row_, sample, position),
-                                   call_.left, rows_, samples, positions, call_.magnitudes);
-        pack<Magnitude, kColumns>(right_.get(), start(call_.right, column_, sample, position),
-                                  call_.right, columns_, samples, positions, call_.magnitudes);
+        pack<Magnitude, kTileRows>(left_.get(), static_cast<const T*>(call_.left.data), call_.left,
+                                   {row_, rows_, sample, samples, position, positions},
+                                   call_.magnitudes);
+        pack<Magnitude, kColumns>(
+            right_.get(), static_cast<const T*>(call_.right.data), call_.right,
+            {column_, columns_, sample, samples, position, positions}, call_.magnitudes);
         // If all factors are magnitudes, a part of a sample counts as a sample.
         multiply(samples, positions, call_.magnitudes || position == 0,
                  call_.magnitudes || position + positions == call_.positions);
       }
     }
+    if (call_.column_offsets != nullptr) {
+      add_at_offsets(static_cast<A*>(call_.omega) + row_ * call_.row_stride, call_.row_stride,
+                     call_.column_offsets + column_, sums_.get(), blocking_.columns.most(), rows_,
+                     columns_);
+    }
   }
 
  private:
-  static const T* start(const Factor& factor, int64_t row, int64_t sample, int64_t position) {
-    return static_cast<const T*>(factor.data) + row * factor.row_stride +
-           sample * factor.sample_stride + position * factor.position_stride;
-  }
-
   // Multiplies what is packed, for every tile of the block. A panel of the left stays in the L1
   // cache while the panels of the right pass.
   void multiply(int64_t samples, int64_t positions, bool first, bool last) {
@@ -134,16 +175,23 @@ class Worker {
   }
 
   void add_to_omega(int64_t row, int64_t column, const A* increment) const {
-    A* omega = static_cast<A*>(call_.omega) + (row_ + row) * call_.row_stride +
-               (column_ + column) * call_.column_stride;
-    add_tile<kColumns>(omega, call_.row_stride, call_.column_stride, increment,
-                       std::min<int64_t>(kTileRows, rows_ - row),
-                       std::min<int64_t>(kColumns, columns_ - column));
+    const int64_t rows = std::min<int64_t>(kTileRows, rows_ - row);
+    const int64_t columns = std::min<int64_t>(kColumns, columns_ - column);
+    if (call_.column_offsets != nullptr) {
+      const int64_t row_stride = blocking_.columns.most();
+      add_tile<kColumns>(sums_.get() + row * row_stride + column, row_stride, 1, increment, rows,
+                         columns);
+    } else {
+      A* omega = static_cast<A*>(call_.omega) + (row_ + row) * call_.row_stride +
+                 (column_ + column) * call_.column_stride;
+      add_tile<kColumns>(omega, call_.row_stride, call_.column_stride, increment, rows, columns);
+    }
   }
 
   const Outer& call_;
   const Blocking& blocking_;
   Scratch<A> left_, right_, carry_;
+  Scratch<A> sums_;  // of the current block, where its columns in Ω lie at offsets
   int64_t row_ = 0, column_ = 0, rows_ = 0, columns_ = 0;  // of the current block
 };
 
@@ -152,7 +200,7 @@ void run(const Outer& call) {
   const double work = static_cast<double>(call.samples) * static_cast<double>(call.positions) *
                       static_cast<double>(call.rows) * static_cast<double>(call.columns);
   const int64_t threads = work < kSerialBelow ? 1 : torch::stable::get_num_threads();
-  const Blocking blocking(call, Shape::kColumns, threads == 1 ? 1 : kTasksPerThread * threads);
+  const Blocking blocking(call, Shape::kColumns, threads);
   const auto run_tasks = [&](int64_t first, int64_t last) {
     Worker<Magnitude, Shape, T> worker(call, blocking);
     for (int64_t task = first; task < last; ++task) {

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "../outer.h"
 #include "multiversion.h"
 #include "outer_tile.h"
 
@@ -85,6 +86,51 @@ MAS_ALWAYS_INLINE void convert_rows(A* to, const T* from, int64_t row_stride, in
     }
   }
   transpose_rows<Width>(to, block, kStep, count);
+}
+
+// Elements that are adjacent in memory, from `from` on, and in a panel's rows, from `to` on.
+struct Run {
+  int64_t from;
+  int to, length;
+};
+
+// One sample's panel of Width rows, of which only `n` may be there, and which lie at offsets:
+// positions one after the other, and in each one run of adjacent rows after the other.
+template <class Magnitude, int Width, class A, class T>
+MAS_MULTIVERSION void gather_panel(A* __restrict__ panel, const T* __restrict__ data,
+                                   const Factor& factor, int64_t first_row, int64_t n,
+                                   int64_t first_position, int64_t positions, bool magnitudes) {
+  const auto at = [](const int64_t* offsets, int64_t stride, int64_t i) {
+    return offsets != nullptr ? offsets[i] : i * stride;
+  };
+  Run runs[Width];
+  int count = 0;
+  for (int row = 0; row < std::min<int64_t>(n, Width); ++row) {
+    const int64_t from = at(factor.row_offsets, factor.row_stride, first_row + row);
+    if (count > 0 && from == runs[count - 1].from + runs[count - 1].length) {
+      ++runs[count - 1].length;
+    } else {
+      runs[count++] = {from, row, 1};
+    }
+  }
+  for (int64_t k = 0; k < positions; ++k, panel += Width) {
+    const T* from = data + at(factor.position_offsets, factor.position_stride, first_position + k);
+    if (runs[0].length == Width) {
+      for (int row = 0; row < Width; ++row) {
+        panel[row] = read_as<Magnitude, A>(from[runs[0].from + row], magnitudes);
+      }
+      continue;
+    }
+    for (int r = 0; r < count; ++r) {
+      const Run& run = runs[r];
+      for (int row = 0; row < run.length; ++row) {
+        panel[run.to + row] = read_as<Magnitude, A>(from[run.from + row], magnitudes);
+      }
+    }
+    for (int64_t row = n; row < Width; ++row) {
+      panel[row] = A(0);
+    }
+  }
 }
 
 // One sample's panel of Width rows; where there are only `n`, zeros stand for the others.

@@ -285,20 +285,23 @@ def _check_scalar(op: str, name: str, scalar: Tensor, tensors: Sequence[Tensor])
 # What single operators require
 # ================================================================================================
 def check_factors(op: str, operands: Sequence[Operands]) -> None:
-    """Ω[p, d], left[b, t, p] and right[b, t, d]."""
+    """Ω[p, *d], left[b, *t, p], right[b, *t, *d], where *t and *d are one dimension or several."""
     for argument in operands:
         _check_layout(op, argument, 0)
         _check_device(op, argument, operands[0], 0)
         _check_dtype(op, argument, 0, operands[1].tensors[0].dtype)
     omega, left, right = (argument.tensors[0] for argument in operands)
-    _check_dimensions(op, "omega", omega, 2, "a matrix [p, d]")
-    _check_dimensions(op, "left", left, 3, "[samples, positions, p]")
-    _check_dimensions(op, "right", right, 3, "[samples, positions, d]")
+    _check_least_dimensions(op, "omega", omega, 2, "a matrix [p, d]")
+    _check_least_dimensions(op, "left", left, 3, "[samples, positions, p]")
+    positions, columns = left.dim() - 2, omega.dim() - 1
+    _check_dimensions(op, "right", right, 1 + positions + columns, "[samples, positions, d]")
     tensors = {"omega": omega, "left": left, "right": right}
     _check_same_size(op, tensors, ("right", 0), ("left", 0), "the samples")
-    _check_same_size(op, tensors, ("right", 1), ("left", 1), "the positions")
-    _check_same_size(op, tensors, ("left", 2), ("omega", 0), "p")
-    _check_same_size(op, tensors, ("right", 2), ("omega", 1), "d")
+    for d in range(1, positions + 1):
+        _check_same_size(op, tensors, ("right", d), ("left", d), "the positions")
+    _check_same_size(op, tensors, ("left", 1 + positions), ("omega", 0), "p")
+    for d in range(1, columns + 1):
+        _check_same_size(op, tensors, ("right", positions + d), ("omega", d), "d")
 
 
 def check_low_rank(op: str, operands: Sequence[Operands]) -> None:
@@ -330,6 +333,11 @@ def _check_grad_shape(op: str, name: str, grad: Tensor, of: str, tensor: Tensor)
 
 def _check_dimensions(op: str, name: str, tensor: Tensor, dims: int, expected: str) -> None:
     if tensor.dim() != dims:
+        _fail(op, f"{name} has shape {list(tensor.shape)}; pass {expected}")
+
+
+def _check_least_dimensions(op: str, name: str, tensor: Tensor, least: int, expected: str) -> None:
+    if tensor.dim() < least:
         _fail(op, f"{name} has shape {list(tensor.shape)}; pass {expected}")
 
 

@@ -78,13 +78,13 @@ class MatrixProduct:
     def accumulate_(self, omega: Tensor, reduction: Reduction) -> None:
         """Ω += Σ_k f(Σ_t …), by the kernel that works in tiles of Ω."""
         if self.shape is None:
-            _add_product_(omega, self.left, self.right, reduction)
+            add_product_(omega, self.left, self.right, reduction)
         elif omega.is_contiguous():
             matrix = omega.view(self.left.shape[2], -1)
-            _add_product_(matrix, self.left, self.right, reduction)
+            add_product_(matrix, self.left, self.right, reduction)
         else:
             matrix = omega.new_zeros(self.left.shape[2], self.right.shape[2])
-            _add_product_(matrix, self.left, self.right, reduction)
+            add_product_(matrix, self.left, self.right, reduction)
             omega += matrix.view(self.shape)
 
     def samples(self) -> Iterator[Tensor]:
@@ -106,15 +106,16 @@ class MatrixProduct:
         return MatrixProduct(left, torch.cat([part.right for part in parts], 1))
 
 
-def _add_product_(omega: Tensor, left: Tensor, right: Tensor, reduction: Reduction) -> None:
+def add_product_(omega: Tensor, left: Tensor, right: Tensor, reduction: Reduction) -> None:
+    """Ω [p, *d] += Σ_k f(Σ_t left_kt right_ktᵀ), for left [B, *T, p] and right [B, *T, *d]."""
     dtype = torch.promote_types(left.dtype, right.dtype)
     left, right = left.to(dtype), right.to(dtype)
     if accumulation_dtype(dtype) != omega.dtype:  # part of the model computes in another dtype
         total = torch.zeros_like(omega, dtype=accumulation_dtype(dtype))
-        _add_product_(total, left, right, reduction)
+        add_product_(total, left, right, reduction)
         omega += total
-    elif left.shape[1] == 1 and left.dtype == omega.dtype:
-        # One position: f(l·r) = f(l)·f(r), an ordinary product, which BLAS does best.
+    elif left.shape[1] == 1 and left.dtype == omega.dtype and not left.is_cpu:
+        # One position: f(l·r) = f(l)·f(r), an ordinary product, which a device's BLAS does best.
         omega.addmm_(reduction.of(left[:, 0]).t(), reduction.of(right[:, 0]))
     else:
         reduction.add_outer_(omega, left, right)
@@ -125,10 +126,10 @@ class StackedMatrixProducts:
     """A stack of matrices, each used by itself: M_k[h] = Σ_t left_kht right_khtᵀ.
 
     Attributes:
-        parts: for each matrix of the stack, its MatrixProduct.
+        parts: for each matrix of the stack, its product.
     """
 
-    parts: list[MatrixProduct]
+    parts: Sequence[Contribution]
 
     def accumulate_(self, omega: Tensor, reduction: Reduction) -> None:
         """Ω += Σ_k f(M_k), matrix by matrix."""

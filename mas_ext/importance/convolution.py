@@ -2,8 +2,9 @@
 
 A convolution is a matrix product with patches of its input, so sample k's gradient is
 M_k = Σ_t g_kt · patch_ktᵀ, summed over the output's pixels t. For a transposed convolution, input
-and output change places. Patches are laid out for a few samples at a time, so that the buffer stays
-in the cache and does not grow with the batch.
+and output change places. On the CPU, patches are a view of the input, whose channels are moved
+innermost. Elsewhere they are laid out, for a few samples at a time, so that the buffer does not
+grow with the batch.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from dataclasses import dataclass
 from itertools import product
 from math import prod
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -22,15 +22,15 @@ from mas_ext.importance.contributions import (
     Materialized,
     MatrixProduct,
     StackedMatrixProducts,
+    add_product_,
     upcast,
 )
 from mas_ext.importance.reductions import Reduction
 
-_PATCHES = 1 << 20  # elements of the patches that are laid out at a time
+_AT_A_TIME = 1 << 20  # elements of the patches, or of the padded input, that are laid out
 _GRADIENTS = 1 << 19  # elements of the gradients that are formed at a time
-# From this many pixels and channels on, and up to this size of the weight, forming every sample's
-# gradient is faster than laying out patches.
-_MANY_PIXELS, _MANY_CHANNELS, _SMALL_WEIGHT = 256, 16, 1 << 17
+# Channels that the CPU's kernel finds side by side in memory; with fewer, laying out is faster.
+_ADJACENT, _FEWEST_ADJACENT = 32, 16
 
 
 @dataclass
@@ -47,17 +47,28 @@ class Geometry:
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
 
-    def patches(self, inputs: Tensor, out: tuple[int, ...]) -> Tensor:
-        """[N, C, *space] → [N, C, *kernel, *out]: a view of the padded input."""
-        if any(self.padding):
-            inputs = F.pad(inputs, [p for p in reversed(self.padding) for _ in range(2)])
-        steps = inputs.stride()[2:]
+    def patches(
+        self, inputs: Tensor, out: tuple[int, ...], *, channels_innermost: bool = False
+    ) -> Tensor:
+        """[N, C, *space] → [N, C, *kernel, *out]: a view of the padded input.
+
+        Args:
+            inputs: the input.
+            out: the size of the output.
+            channels_innermost: whether the padded input has its channels innermost in memory.
+        """
+        pads = [p for p in reversed(self.padding) for _ in range(2)]
+        if channels_innermost:
+            padded = F.pad(inputs.movedim(1, -1), [0, 0, *pads]).contiguous().movedim(-1, 1)
+        else:
+            padded = F.pad(inputs, pads) if any(pads) else inputs
+        steps = padded.stride()[2:]
         within = [s * d for s, d in zip(steps, self.dilation, strict=True)]
         between = [s * d for s, d in zip(steps, self.stride, strict=True)]
-        return inputs.as_strided(
-            (*inputs.shape[:2], *self.kernel, *out),
-            (*inputs.stride()[:2], *within, *between),
-            inputs.storage_offset(),
+        return padded.as_strided(
+            (*padded.shape[:2], *self.kernel, *out),
+            (*padded.stride()[:2], *within, *between),
+            padded.storage_offset(),
         )
 
 
@@ -92,38 +103,11 @@ class ConvolutionWeight:
         """The fastest method for this shape, and the number of samples to use it for at a time."""
         kernel, pixels = prod(self.geometry.kernel), self.pixels.shape[3:].numel()
         m, channels = self.inputs.shape[1:3]
-        weight = self.pixels.shape[2] * (channels // self.groups) * kernel
         if self.is_depthwise():
-            return self._depthwise, _at_a_time(_GRADIENTS, m * weight)
-        few = m * weight <= _SMALL_WEIGHT and channels // self.groups >= _MANY_CHANNELS
-        if few and pixels >= _MANY_PIXELS:
-            return self._gradients, _at_a_time(_GRADIENTS, m * weight)
-        return self._blocks, _at_a_time(_PATCHES, m * channels * kernel * pixels)
-
-    def _gradients(self, chosen: slice) -> Materialized:
-        """Makes every sample a group: one call of the backend's backward forms all gradients.
-
-        The backend sees a weight of shape [n·m·P, C / groups, *kernel] for n samples.
-        """
-        pixels, inputs = self.pixels[chosen], self.inputs[chosen]
-        samples, m = pixels.shape[:2]
-        geometry, space = self.geometry, len(self.geometry.kernel)
-        shape = (pixels.shape[2], inputs.shape[2] // self.groups, *geometry.kernel)
-        _, gradient, _ = torch.ops.aten.convolution_backward(
-            pixels.reshape(1, -1, *pixels.shape[3:]),
-            inputs.reshape(1, -1, *inputs.shape[3:]),
-            pixels.new_empty(1).expand(samples * m * shape[0], *shape[1:]),
-            None,
-            geometry.stride,
-            geometry.padding,
-            geometry.dilation,
-            False,
-            [0] * space,
-            samples * m * self.groups,
-            [False, True, False],
-        )
-        values = gradient.view(samples, m, *shape)
-        return Materialized(values[:, 0] if m == 1 else values.sum(1))
+            return self._depthwise, _at_a_time(_GRADIENTS, m * channels * kernel)
+        if self.pixels.is_cpu and kernel > 1 and channels // self.groups >= _FEWEST_ADJACENT:
+            return self._views, _at_a_time(_AT_A_TIME, self.inputs[:1].numel())
+        return self._blocks, _at_a_time(_AT_A_TIME, m * channels * kernel * pixels)
 
     def _depthwise(self, chosen: slice) -> Materialized:
         """Forms the gradients [n, C, 1, *kernel] directly, since they are small."""
@@ -138,7 +122,20 @@ class ConvolutionWeight:
         summed = values.view(samples, m, *values.shape[1:]).sum(1)
         return Materialized(summed.view(samples, -1, 1, *kernel))
 
+    def _views(self, chosen: slice) -> Contribution:
+        """Patches that are views, with the dimensions that the output and the kernel have."""
+        pixels, inputs = self.pixels[chosen], self.inputs[chosen]
+        m, out = pixels.shape[1], tuple(pixels.shape[3:])
+        patches = self.geometry.patches(inputs.flatten(0, 1), out, channels_innermost=True)
+        kernel = len(self.geometry.kernel)
+        right = patches.movedim((*range(-kernel, 0),), (*range(1, 1 + kernel),))
+        lefts = pixels.movedim(2, -1).chunk(self.groups, -1)
+        rights = right.unflatten(0, (-1, m)).chunk(self.groups, 2 + kernel)
+        parts = [PatchProduct(*pair, kernel) for pair in zip(lefts, rights, strict=True)]
+        return parts[0] if self.groups == 1 else GroupedProducts(parts)
+
     def _blocks(self, chosen: slice) -> Contribution:
+        """Patches that are laid out, with one dimension of positions and one of columns."""
         pixels, inputs = self.pixels[chosen], self.inputs[chosen]
         samples, m, out = len(pixels), pixels.shape[1], tuple(pixels.shape[3:])
         patches = self.geometry.patches(inputs.flatten(0, 1), out)
@@ -150,7 +147,7 @@ class ConvolutionWeight:
             MatrixProduct(_positions(left[:, :, g]), _positions(right[:, :, g]), shape)
             for g in range(self.groups)
         ]
-        return parts[0] if self.groups == 1 else GroupedMatrixProducts(parts)
+        return parts[0] if self.groups == 1 else GroupedProducts(parts)
 
     def accumulate_(self, omega: Tensor, reduction: Reduction) -> None:
         """Ω += Σ_k f(M_k), for a few samples at a time."""
@@ -164,8 +161,45 @@ class ConvolutionWeight:
 
 
 @dataclass
-class GroupedMatrixProducts(StackedMatrixProducts):
-    """One matrix product per group; groups follow each other along the weight's first dimension."""
+class PatchProduct:
+    """M_k = Σ_t pixels_kt patch_ktᵀ, over several dimensions of positions.
+
+    Attributes:
+        pixels: [B, *T, P].
+        patches: [B, *T, C, *kernel].
+        space: the number of the kernel's dimensions.
+    """
+
+    pixels: Tensor
+    patches: Tensor
+    space: int
+
+    def accumulate_(self, omega: Tensor, reduction: Reduction) -> None:
+        """Ω += Σ_k f(M_k), with the columns of Ω and patches in the order of the input's memory."""
+        columns, patches = self._in_memory_order(omega), self._in_memory_order(self.patches)
+        add_product_(columns, self.pixels, patches, reduction)
+
+    def _in_memory_order(self, tensor: Tensor) -> Tensor:
+        """[…, C, *kernel] → […, C / n, *kernel, n], for n adjacent channels.
+
+        All elements of the kernel then stay close together in Ω, whose memory has them innermost.
+        """
+        dim = tensor.dim() - self.space - 1
+        channels = tensor.shape[dim]
+        adjacent = channels if channels % _ADJACENT else _ADJACENT
+        return tensor.unflatten(dim, (-1, adjacent)).movedim(dim + 1, -1)
+
+    def samples(self) -> Iterator[Tensor]:
+        """M_k of each sample, by one matrix product per sample."""
+        shape = self.patches.shape[-self.space - 1 :]
+        for pixels, patches in zip(self.pixels, self.patches, strict=True):
+            left, right = upcast(pixels).flatten(0, -2), upcast(patches).reshape(-1, shape.numel())
+            yield (left.t() @ right).unflatten(1, shape)
+
+
+@dataclass
+class GroupedProducts(StackedMatrixProducts):
+    """One product per group; groups follow each other along the weight's first dimension."""
 
     def accumulate_(self, omega: Tensor, reduction: Reduction) -> None:
         """Ω += Σ_k f(M_k), group by group."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from mas_ext import functional, reference
 from tests.support.operators import OUTER_OPS, assert_right, call
 from tests.support.outer import LAYOUTS, SIZES, Size, make
-from tests.support.tensors import DTYPES, State
+from tests.support.tensors import DTYPES, State, accumulation_dtype
 
 each_op = pytest.mark.parametrize("op", OUTER_OPS)
 each_module = pytest.mark.parametrize("module", [functional, reference], ids=["op", "reference"])
@@ -84,6 +84,48 @@ def test_same_bits_for_any_number_of_threads(op: str, size: Size, dtype: torch.d
 def test_same_bits_for_any_layout(op: str, layout: str) -> None:
     size = Size(5, 20, 37, 61)
     assert torch.equal(result(op, make(size, layout=layout)), result(op, make(size)))
+
+
+PATCHES = {  # of Ω [p, channels, 2, 3], left [b, 4, 5, p], right [b, 4, 5, channels, 2, 3]
+    "as_they_are": lambda omega, left, right: (omega, left, right),
+    "channels_last": lambda omega, left, right: (
+        omega.movedim(1, -1),
+        left.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1),
+        right.movedim(3, -1),
+    ),
+    "positions_turned": lambda omega, left, right: (
+        omega.contiguous(memory_format=torch.channels_last),
+        left.transpose(1, 2),
+        right.transpose(1, 2),
+    ),
+}
+
+
+@each_op
+@each_module
+@each_dtype
+@pytest.mark.parametrize("channels", [1, 5, 32, 70])
+@pytest.mark.parametrize("order", PATCHES)
+def test_patches_of_an_image(
+    op: str, module: Any, dtype: torch.dtype, channels: int, order: str
+) -> None:
+    """A view, in which memory overlaps; laid out, they are one matrix of columns per sample."""
+    image = torch.randn(3, 5, 7, channels).to(dtype)
+    steps = image.stride()
+    patches = image.as_strided(
+        (3, 4, 5, channels, 2, 3), (*steps[:3], 1, *steps[1:3]), image.storage_offset()
+    )
+    flat = State(
+        omega=[torch.rand(9, channels * 6).to(accumulation_dtype(dtype))],
+        left=[torch.randn(3, 20, 9).to(dtype)],
+        right=[patches.reshape(3, 20, -1)],
+    )
+    omega, left = flat.omega[0].unflatten(1, (channels, 2, 3)), flat.left[0].unflatten(1, (4, 5))
+    seen = PATCHES[order](omega.clone(), left, patches)
+    results = call(module, op, State(omega=[seen[0]], left=[seen[1]], right=[seen[2]]))
+    (turned,) = results.tensors
+    back = turned.movedim(-1, 1) if order == "channels_last" else turned
+    assert_right(op, flat, results._replace(tensors=[back.reshape(9, -1)]))
 
 
 @each_op

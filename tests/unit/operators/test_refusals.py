@@ -412,6 +412,16 @@ OUTER: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]], tu
     "left_2d": (lambda o, x, y: {"left": x[0]}, ("left", "[samples, positions, p]")),
     "right_4d": (lambda o, x, y: {"right": y[None]}, ("right", "[samples, positions, d]")),
     "samples": (lambda o, x, y: {"right": y[:2]}, ("right", "left", "samples")),
+    "left_4d": (lambda o, x, y: {"left": x[:, None]}, ("right", "[samples, positions, d]")),
+    "omega_3d": (lambda o, x, y: {"omega": o[:, None]}, ("right", "[samples, positions, d]")),
+    "more_positions": (
+        lambda o, x, y: {"left": x[:, None], "right": y[:, :, None]},
+        ("right", "left", "positions"),
+    ),
+    "more_columns": (
+        lambda o, x, y: {"omega": o[:, None], "right": y[..., None]},
+        ("right", "omega", "both d"),
+    ),
     "positions": (lambda o, x, y: {"right": y[:, :1]}, ("right", "left", "positions")),
     "rows": (lambda o, x, y: {"omega": o.mT}, ("left", "omega", "both p")),
     "columns": (lambda o, x, y: {"right": y[..., :1]}, ("right", "omega", "both d")),
