@@ -124,7 +124,9 @@ def _plan_for(estimation: Estimation, batch: Batch, graph: Graph) -> Plan:
         plans.keep(plan)
     elif estimation.checked < estimation.batches:  # with the first target of the batch
         _check_later_batch(estimation, batch, graph, plan)
-    estimation.checked = estimation.batches
+    if estimation.checked < estimation.batches:
+        estimation.checked = estimation.batches
+        plan.batches += 1
     return plan.without(find_moved_rows(plan, graph)) if plan.may_move_rows else plan
 
 
@@ -292,13 +294,14 @@ def _check_later_batch(estimation: Estimation, batch: Batch, graph: Graph, plan:
     """Checks samples of a later batch, for whose values the plan was not verified.
 
     All are checked if the forward pass reads computed values into Python. Two are checked if it
-    reads only masks and lengths, and, in the first batches and then ever more rarely, always: a
-    maximum over the batch may matter in some batches only, and at most one of two attains it.
+    reads only masks and lengths, and otherwise in the first batch of each measurement and, ever
+    more rarely, of those that the plan serves: a maximum over the batch may matter in some batches
+    only, and at most one of two attains it.
     """
-    size, number = len(graph.root), estimation.batches
+    size, number = len(graph.root), plan.batches
     if plan.decides_on_values:
         chosen: Sequence[int] = range(size)
-    elif plan.decides or number & (number - 1) == 0:
+    elif plan.decides or estimation.batches == 0 or number & (number - 1) == 0:
         first = int(number * 0.618034 % 1 * size)  # spread over the positions in a batch
         chosen = [first, (first + size // 2) % size]
     else:

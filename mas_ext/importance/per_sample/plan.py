@@ -124,6 +124,7 @@ class Plan:
         rules: the rules that were registered when the plan was made and checked.
         decides: an operation by which the forward pass reads its data into Python, if there is one.
         decides_on_values: whether that data was computed from floating-point numbers.
+        batches: how many it has served.
     """
 
     signature: object
@@ -139,6 +140,7 @@ class Plan:
     rules: dict[str, Rule] = field(default_factory=lambda: dict(RULES))
     decides: str | None = None
     decides_on_values: bool = False
+    batches: int = 0
 
     def matches(self, graph: Graph, samples: int) -> bool:
         """Whether the plan is valid for a graph with ``samples`` samples: all shapes must agree."""
