@@ -117,9 +117,8 @@ class Worker {
         blocking_(blocking),
         left_(blocking.group * blocking.part * blocking.rows.most()),
         right_(blocking.group * blocking.part * blocking.columns.most()),
-        carry_(blocking.part < call.positions ? blocking.rows.most() * blocking.columns.most() : 0),
-        sums_(call.column_offsets != nullptr ? blocking.rows.most() * blocking.columns.most() : 0) {
-  }
+        carry_(blocking.part < call.positions ? blocking.rows.most() * blocking.columns.most()
+                                              : 0) {}
 
   void run(int64_t task) {
     const int64_t row_block = task / blocking_.columns.blocks;
@@ -128,9 +127,6 @@ class Worker {
     rows_ = blocking_.rows.length(row_block);
     column_ = blocking_.columns.begin(column_block);
     columns_ = blocking_.columns.length(column_block);
-    if (call_.column_offsets != nullptr) {
-      std::fill_n(sums_.get(), rows_ * blocking_.columns.most(), A(0));
-    }
     for (int64_t sample = 0; sample < call_.samples; sample += blocking_.group) {
       const int64_t samples = std::min(blocking_.group, call_.samples - sample);
       for (int64_t position = 0; position < call_.positions; position += blocking_.part) {
@@ -145,11 +141,6 @@ class Worker {
         multiply(samples, positions, call_.magnitudes || position == 0,
                  call_.magnitudes || position + positions == call_.positions);
       }
-    }
-    if (call_.column_offsets != nullptr) {
-      add_at_offsets(static_cast<A*>(call_.omega) + row_ * call_.row_stride, call_.row_stride,
-                     call_.column_offsets + column_, sums_.get(), blocking_.columns.most(), rows_,
-                     columns_);
     }
   }
 
@@ -177,21 +168,19 @@ class Worker {
   void add_to_omega(int64_t row, int64_t column, const A* increment) const {
     const int64_t rows = std::min<int64_t>(kTileRows, rows_ - row);
     const int64_t columns = std::min<int64_t>(kColumns, columns_ - column);
+    A* omega = static_cast<A*>(call_.omega) + (row_ + row) * call_.row_stride;
     if (call_.column_offsets != nullptr) {
-      const int64_t row_stride = blocking_.columns.most();
-      add_tile<kColumns>(sums_.get() + row * row_stride + column, row_stride, 1, increment, rows,
-                         columns);
+      add_tile_at<kColumns>(omega, call_.row_stride, call_.column_offsets + column_ + column,
+                            increment, rows, columns);
     } else {
-      A* omega = static_cast<A*>(call_.omega) + (row_ + row) * call_.row_stride +
-                 (column_ + column) * call_.column_stride;
-      add_tile<kColumns>(omega, call_.row_stride, call_.column_stride, increment, rows, columns);
+      add_tile<kColumns>(omega + (column_ + column) * call_.column_stride, call_.row_stride,
+                         call_.column_stride, increment, rows, columns);
     }
   }
 
   const Outer& call_;
   const Blocking& blocking_;
   Scratch<A> left_, right_, carry_;
-  Scratch<A> sums_;  // of the current block, where its columns in Ω lie at offsets
   int64_t row_ = 0, column_ = 0, rows_ = 0, columns_ = 0;  // of the current block
 };
 

@@ -120,15 +120,14 @@ MAS_MULTIVERSION void add_tile(A* __restrict__ omega, int64_t row_stride, int64_
   }
 }
 
-// Ω[rows, columns] += sums, whose rows lie `pitch` apart, where columns of Ω lie at offsets.
-template <class A>
-MAS_MULTIVERSION void add_at_offsets(A* __restrict__ omega, int64_t row_stride,
-                                     const int64_t* __restrict__ offsets,
-                                     const A* __restrict__ sums, int64_t pitch, int64_t rows,
-                                     int64_t columns) {
-  for (int64_t row = 0; row < rows; ++row, omega += row_stride, sums += pitch) {
+// The same where the columns of Ω lie at offsets.
+template <int kColumns, class A>
+MAS_MULTIVERSION void add_tile_at(A* __restrict__ omega, int64_t row_stride,
+                                  const int64_t* __restrict__ offsets,
+                                  const A* __restrict__ increment, int64_t rows, int64_t columns) {
+  for (int64_t row = 0; row < rows; ++row, omega += row_stride, increment += kColumns) {
     for (int64_t column = 0; column < columns; ++column) {
-      omega[offsets[column]] += sums[column];
+      omega[offsets[column]] += increment[column];
     }
   }
 }

@@ -35,21 +35,28 @@ MAS_ALWAYS_INLINE void read_run(A* __restrict__ to, const T* __restrict__ from, 
   }
 }
 
-// A square of kTileRows rows that lie `row_stride` apart, into as many that lie Width apart.
-template <int Width, class A>
-MAS_ALWAYS_INLINE void transpose_square(A* to, const A* from, int64_t row_stride) {
+// Four rows of four positions, into positions that lie Width apart.
+template <int Width, class A, class Vector>
+MAS_ALWAYS_INLINE void store_transposed(A* to, const Vector (&rows)[kTileRows]) {
   static_assert(kTileRows == 4);
   using L = Lanes<A, 4 * sizeof(A)>;
-  const typename L::Vector a = L::at(from), b = L::at(from + row_stride),
-                           c = L::at(from + 2 * row_stride), d = L::at(from + 3 * row_stride);
-  const auto ab_low = __builtin_shufflevector(a, b, 0, 4, 1, 5);
-  const auto ab_high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
-  const auto cd_low = __builtin_shufflevector(c, d, 0, 4, 1, 5);
-  const auto cd_high = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+  const auto ab_low = __builtin_shufflevector(rows[0], rows[1], 0, 4, 1, 5);
+  const auto ab_high = __builtin_shufflevector(rows[0], rows[1], 2, 6, 3, 7);
+  const auto cd_low = __builtin_shufflevector(rows[2], rows[3], 0, 4, 1, 5);
+  const auto cd_high = __builtin_shufflevector(rows[2], rows[3], 2, 6, 3, 7);
   L::at(to) = __builtin_shufflevector(ab_low, cd_low, 0, 1, 4, 5);
   L::at(to + Width) = __builtin_shufflevector(ab_low, cd_low, 2, 3, 6, 7);
   L::at(to + 2 * Width) = __builtin_shufflevector(ab_high, cd_high, 0, 1, 4, 5);
   L::at(to + 3 * Width) = __builtin_shufflevector(ab_high, cd_high, 2, 3, 6, 7);
+}
+
+// A square of kTileRows rows that lie `row_stride` apart, into as many that lie Width apart.
+template <int Width, class A>
+MAS_ALWAYS_INLINE void transpose_square(A* to, const A* from, int64_t row_stride) {
+  using L = Lanes<A, 4 * sizeof(A)>;
+  const typename L::Vector rows[] = {L::at(from), L::at(from + row_stride),
+                                     L::at(from + 2 * row_stride), L::at(from + 3 * row_stride)};
+  store_transposed<Width>(to, rows);
 }
 
 // `count` positions of Width rows, which hold their positions side by side.
@@ -88,14 +95,21 @@ MAS_ALWAYS_INLINE void convert_rows(A* to, const T* from, int64_t row_stride, in
   transpose_rows<Width>(to, block, kStep, count);
 }
 
-// Elements that are adjacent in memory, from `from` on, and in a panel's rows, from `to` on.
-struct Run {
-  int64_t from;
-  int to, length;
-};
+// Four positions of a row, at any offsets.
+template <class Magnitude, class A, class T>
+MAS_ALWAYS_INLINE void read_four(typename Lanes<A, 4 * sizeof(A)>::Vector& to, const T* row,
+                                 const int64_t* offsets, bool adjacent, bool magnitudes) {
+  if constexpr (std::is_same_v<A, T>) {
+    if (adjacent && !magnitudes) {
+      to = Lanes<A, 4 * sizeof(A)>::at(row + offsets[0]);
+      return;
+    }
+  }
+  const auto read = [&](int i) { return read_as<Magnitude, A>(row[offsets[i]], magnitudes); };
+  to = typename Lanes<A, 4 * sizeof(A)>::Vector{read(0), read(1), read(2), read(3)};
+}
 
-// One sample's panel of Width rows, of which only `n` may be there, and which lie at offsets:
-// positions one after the other, and in each one run of adjacent rows after the other.
+// One sample's panel of Width rows, of which only `n` are there, of a factor with offsets.
 template <class Magnitude, int Width, class A, class T>
 MAS_MULTIVERSION void gather_panel(A* __restrict__ panel, const T* __restrict__ data,
                                    const Factor& factor, int64_t first_row, int64_t n,
@@ -103,32 +117,37 @@ MAS_MULTIVERSION void gather_panel(A* __restrict__ panel, const T* __restrict__ 
   const auto at = [](const int64_t* offsets, int64_t stride, int64_t i) {
     return offsets != nullptr ? offsets[i] : i * stride;
   };
-  Run runs[Width];
-  int count = 0;
-  for (int row = 0; row < std::min<int64_t>(n, Width); ++row) {
-    const int64_t from = at(factor.row_offsets, factor.row_stride, first_row + row);
-    if (count > 0 && from == runs[count - 1].from + runs[count - 1].length) {
-      ++runs[count - 1].length;
-    } else {
-      runs[count++] = {from, row, 1};
-    }
+  const T* rows[Width];
+  for (int64_t row = 0; row < Width; ++row) {  // the last row stands in for those that are absent
+    rows[row] =
+        data + at(factor.row_offsets, factor.row_stride, first_row + std::min<int64_t>(row, n - 1));
   }
-  for (int64_t k = 0; k < positions; ++k, panel += Width) {
-    const T* from = data + at(factor.position_offsets, factor.position_stride, first_position + k);
-    if (runs[0].length == Width) {
-      for (int row = 0; row < Width; ++row) {
-        panel[row] = read_as<Magnitude, A>(from[runs[0].from + row], magnitudes);
-      }
-      continue;
+  for (int64_t k = 0; k < positions; k += kTileRows, panel += kTileRows * Width) {
+    int64_t offsets[kTileRows];
+    for (int64_t i = 0; i < kTileRows; ++i) {
+      offsets[i] = at(factor.position_offsets, factor.position_stride,
+                      first_position + std::min(k + i, positions - 1));
     }
-    for (int r = 0; r < count; ++r) {
-      const Run& run = runs[r];
-      for (int row = 0; row < run.length; ++row) {
-        panel[run.to + row] = read_as<Magnitude, A>(from[run.from + row], magnitudes);
+    const bool adjacent = offsets[1] == offsets[0] + 1 && offsets[2] == offsets[0] + 2 &&
+                          offsets[3] == offsets[0] + 3;
+    if (k + kTileRows <= positions) {
+      for (int row = 0; row < Width; row += kTileRows) {
+        typename Lanes<A, 4 * sizeof(A)>::Vector square[kTileRows] = {};
+        for (int i = 0; i < kTileRows; ++i) {
+          read_four<Magnitude, A>(square[i], rows[row + i], offsets, adjacent, magnitudes);
+        }
+        store_transposed<Width>(panel + row, square);
+      }
+    } else {
+      for (int64_t i = 0; k + i < positions; ++i) {
+        for (int row = 0; row < Width; ++row) {
+          panel[i * Width + row] = read_as<Magnitude, A>(rows[row][offsets[i]], magnitudes);
+        }
       }
     }
-    for (int64_t row = n; row < Width; ++row) {
-      panel[row] = A(0);
+    for (int64_t i = 0; i < std::min<int64_t>(kTileRows, positions - k); ++i) {
+      std::fill_n(panel + i * Width + std::min<int64_t>(n, Width), std::max<int64_t>(0, Width - n),
+                  A(0));
     }
   }
 }

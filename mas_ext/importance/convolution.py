@@ -2,9 +2,8 @@
 
 A convolution is a matrix product with patches of its input, so sample k's gradient is
 M_k = Σ_t g_kt · patch_ktᵀ, summed over the output's pixels t. For a transposed convolution, input
-and output change places. On the CPU, patches are a view of the input, whose channels are moved
-innermost. Elsewhere they are laid out, for a few samples at a time, so that the buffer does not
-grow with the batch.
+and output change places. On the CPU, patches are a view of the padded input. Elsewhere they are
+laid out, for a few samples at a time, so that the buffer does not grow with the batch.
 """
 
 from __future__ import annotations
@@ -29,8 +28,6 @@ from mas_ext.importance.reductions import Reduction
 
 _AT_A_TIME = 1 << 20  # elements of the patches, or of the padded input, that are laid out
 _GRADIENTS = 1 << 19  # elements of the gradients that are formed at a time
-# Channels that the CPU's kernel finds side by side in memory; with fewer, laying out is faster.
-_ADJACENT, _FEWEST_ADJACENT = 32, 16
 
 
 @dataclass
@@ -47,28 +44,17 @@ class Geometry:
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
 
-    def patches(
-        self, inputs: Tensor, out: tuple[int, ...], *, channels_innermost: bool = False
-    ) -> Tensor:
-        """[N, C, *space] → [N, C, *kernel, *out]: a view of the padded input.
-
-        Args:
-            inputs: the input.
-            out: the size of the output.
-            channels_innermost: whether the padded input has its channels innermost in memory.
-        """
-        pads = [p for p in reversed(self.padding) for _ in range(2)]
-        if channels_innermost:
-            padded = F.pad(inputs.movedim(1, -1), [0, 0, *pads]).contiguous().movedim(-1, 1)
-        else:
-            padded = F.pad(inputs, pads) if any(pads) else inputs
-        steps = padded.stride()[2:]
+    def patches(self, inputs: Tensor, out: tuple[int, ...]) -> Tensor:
+        """[N, C, *space] → [N, C, *kernel, *out]: a view of the padded input."""
+        if any(self.padding):
+            inputs = F.pad(inputs, [p for p in reversed(self.padding) for _ in range(2)])
+        steps = inputs.stride()[2:]
         within = [s * d for s, d in zip(steps, self.dilation, strict=True)]
         between = [s * d for s, d in zip(steps, self.stride, strict=True)]
-        return padded.as_strided(
-            (*padded.shape[:2], *self.kernel, *out),
-            (*padded.stride()[:2], *within, *between),
-            padded.storage_offset(),
+        return inputs.as_strided(
+            (*inputs.shape[:2], *self.kernel, *out),
+            (*inputs.stride()[:2], *within, *between),
+            inputs.storage_offset(),
         )
 
 
@@ -105,7 +91,7 @@ class ConvolutionWeight:
         m, channels = self.inputs.shape[1:3]
         if self.is_depthwise():
             return self._depthwise, _at_a_time(_GRADIENTS, m * channels * kernel)
-        if self.pixels.is_cpu and kernel > 1 and channels // self.groups >= _FEWEST_ADJACENT:
+        if self.pixels.is_cpu:
             return self._views, _at_a_time(_AT_A_TIME, self.inputs[:1].numel())
         return self._blocks, _at_a_time(_AT_A_TIME, m * channels * kernel * pixels)
 
@@ -126,12 +112,12 @@ class ConvolutionWeight:
         """Patches that are views, with the dimensions that the output and the kernel have."""
         pixels, inputs = self.pixels[chosen], self.inputs[chosen]
         m, out = pixels.shape[1], tuple(pixels.shape[3:])
-        patches = self.geometry.patches(inputs.flatten(0, 1), out, channels_innermost=True)
+        patches = self.geometry.patches(inputs.flatten(0, 1).contiguous(), out)
         kernel = len(self.geometry.kernel)
         right = patches.movedim((*range(-kernel, 0),), (*range(1, 1 + kernel),))
         lefts = pixels.movedim(2, -1).chunk(self.groups, -1)
         rights = right.unflatten(0, (-1, m)).chunk(self.groups, 2 + kernel)
-        parts = [PatchProduct(*pair, kernel) for pair in zip(lefts, rights, strict=True)]
+        parts = [PatchProduct(*pair) for pair in zip(lefts, rights, strict=True)]
         return parts[0] if self.groups == 1 else GroupedProducts(parts)
 
     def _blocks(self, chosen: slice) -> Contribution:
@@ -167,31 +153,18 @@ class PatchProduct:
     Attributes:
         pixels: [B, *T, P].
         patches: [B, *T, C, *kernel].
-        space: the number of the kernel's dimensions.
     """
 
     pixels: Tensor
     patches: Tensor
-    space: int
 
     def accumulate_(self, omega: Tensor, reduction: Reduction) -> None:
-        """Ω += Σ_k f(M_k), with the columns of Ω and patches in the order of the input's memory."""
-        columns, patches = self._in_memory_order(omega), self._in_memory_order(self.patches)
-        add_product_(columns, self.pixels, patches, reduction)
-
-    def _in_memory_order(self, tensor: Tensor) -> Tensor:
-        """[…, C, *kernel] → […, C / n, *kernel, n], for n adjacent channels.
-
-        All elements of the kernel then stay close together in Ω, whose memory has them innermost.
-        """
-        dim = tensor.dim() - self.space - 1
-        channels = tensor.shape[dim]
-        adjacent = channels if channels % _ADJACENT else _ADJACENT
-        return tensor.unflatten(dim, (-1, adjacent)).movedim(dim + 1, -1)
+        """Ω += Σ_k f(M_k), by the kernel that works in tiles of Ω."""
+        add_product_(omega, self.pixels, self.patches, reduction)
 
     def samples(self) -> Iterator[Tensor]:
         """M_k of each sample, by one matrix product per sample."""
-        shape = self.patches.shape[-self.space - 1 :]
+        shape = self.patches.shape[self.pixels.dim() - 1 :]
         for pixels, patches in zip(self.pixels, self.patches, strict=True):
             left, right = upcast(pixels).flatten(0, -2), upcast(patches).reshape(-1, shape.numel())
             yield (left.t() @ right).unflatten(1, shape)
