@@ -65,7 +65,7 @@ def compare(source: Source, of_model: dict[str, Any], **short: int) -> Result:
         return flat(estimate_importance(model, batches, **options))
 
     empirical, theirs = ours(**FISHER.options), ours(**preset("avalanche_ewc").importance)
-    batch = flat(in_chunks(model, samples, FISHER, length=length)())
+    batch = flat(in_chunks(model, batches, FISHER, length=length)())
     off = float(np.abs(theirs - batch).sum() / batch.sum())
     assert off <= TOLERANCE, f"preset('avalanche_ewc') differs from the loop by {off:.1%}"
     counted = empirical > 0

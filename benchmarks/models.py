@@ -111,6 +111,7 @@ class Workload:
         build: makes the model.
         sample: makes data for a number of samples: a batch, or for a training step (inputs,
             targets).
+        batches: of a call that measures importance, which then takes about half a second.
         task: samples of a task, for the benchmark of a task's end.
         optimizer: name of a class in torch.optim; ``momentum``: its momentum, if it has one.
     """
@@ -120,6 +121,7 @@ class Workload:
     build: Callable[[], nn.Module]
     sample: Callable[[int], Any]
     batch_size: int = 32
+    batches: int = 1
     task: int = 0
     optimizer: str = ""
     momentum: float | None = None
@@ -140,11 +142,13 @@ _LANGUAGE = f"d={WIDTH}, T={LENGTH}, {LAYERS} layers, V={VOCABULARY:,}"
 # Small enough to wait for batch size 1.
 WORKLOADS = {
     "mlp": Workload(
-        "MLP", "784-1024-1024-10", lambda: mlp(784, 1024, 1024, 10), _labelled(784), batch_size=128
+        "MLP", "784-1024-1024-10", lambda: mlp(784, 1024, 1024, 10), _labelled(784), 128, batches=8
     ),
-    "cnn": Workload("CNN", "3×32×32, 32-64-128-128", cnn, _labelled(3, 32, 32)),
-    "resnet18": Workload("ResNet-18", "3×64×64", resnet18, _labelled(3, 64, 64, classes=1000)),
-    "vit": Workload("ViT", "d=192, T=65, 6 layers", vit, _labelled(3, 32, 32)),
+    "cnn": Workload("CNN", "3×32×32, 32-64-128-128", cnn, _labelled(3, 32, 32), batches=8),
+    "resnet18": Workload(
+        "ResNet-18", "3×64×64", resnet18, _labelled(3, 64, 64, classes=1000), batches=8
+    ),
+    "vit": Workload("ViT", "d=192, T=65, 6 layers", vit, _labelled(3, 32, 32), batches=2),
     "gpt2": Workload("GPT-2", f"{_LANGUAGE}, tied head", gpt2, _tokens),
     "llama": Workload("Llama", _LANGUAGE, llama, _tokens),
 }
@@ -152,10 +156,10 @@ WORKLOADS = {
 # With the batch, the task and the optimizer that such a model is usually trained with.
 TRAINING = {
     "mlp": Workload(
-        "MLP", _WIDTHS, lambda: mlp(784, 256, 256, 10), _labelled(784), 128, 256, "SGD", 0.9
+        "MLP", _WIDTHS, lambda: mlp(784, 256, 256, 10), _labelled(784), 128, 1, 256, "SGD", 0.9
     ),
     "resnet18": Workload(
-        "ResNet-18", _IMAGES, lambda: resnet18(10), _labelled(3, 32, 32), 64, 128, "SGD", 0.9
+        "ResNet-18", _IMAGES, lambda: resnet18(10), _labelled(3, 32, 32), 64, 1, 128, "SGD", 0.9
     ),
-    "gpt2": Workload("GPT-2", _LANGUAGE, lambda: TokensToRow(gpt2()), _text, 16, 32, "AdamW"),
+    "gpt2": Workload("GPT-2", _LANGUAGE, lambda: TokensToRow(gpt2()), _text, 16, 1, 32, "AdamW"),
 }

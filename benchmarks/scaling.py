@@ -111,7 +111,7 @@ def _importance(build: Callable[[], nn.Module], data: Batch) -> Calls:
     calls, found = {}, {}
     for name, provider in providers.items():
         torch.manual_seed(0)
-        calls[name] = provider(build().eval(), data)
+        calls[name] = provider(build().eval(), [data])
         found[name] = calls[name]()
     for name in (OURS, "vmap(grad), unchunked"):
         _check_omega(name, found[name], found["batch size 1"])

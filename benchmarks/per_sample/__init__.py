@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from time import perf_counter
-from typing import Any
 
 from torch import Tensor
 
 from benchmarks.benchmark import Benchmark, Options, Result
 from benchmarks.measure import can_measure_memory, interleave, ratios, spread
-from benchmarks.models import WORKLOADS, Workload
+from benchmarks.models import WORKLOADS, Batch, Workload
 from benchmarks.per_sample import memory
 from benchmarks.per_sample.floor import FLOOR, floor
 from benchmarks.per_sample.providers import (
@@ -29,6 +28,7 @@ from benchmarks.per_sample.providers import (
     Quantity,
     Step,
     Unsupported,
+    chunks,
     in_chunks,
     providers,
     take,
@@ -55,12 +55,12 @@ def error(omega: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> tuple[
 
 
 def best_chunk(
-    workload: Workload, batch: Any, candidates: Iterable[int], quantity: Quantity = MAS
+    workload: Workload, batch: Batch, candidates: Iterable[int], quantity: Quantity = MAS
 ) -> dict[int, float]:
     """Seconds per sample that vmap takes with each chunk length, the fastest first."""
     model, seconds = workload.model(), {}
     for length in candidates:
-        step = vmapped(model, take(batch, 0, length), quantity, length=length)
+        step = vmapped(model, [take(batch, 0, length)], quantity, length=length)
         step()
         seconds[length] = min(_timed(step)[0] for _ in range(2)) / length
     return dict(sorted(seconds.items(), key=lambda item: item[1]))
@@ -77,28 +77,36 @@ def _mass(omega: Mapping[str, Tensor]) -> float:
 
 
 class Verified:
-    """The providers that agree with batch size 1, and why the others are skipped."""
+    """The providers that agree with batch size 1 on the first batch, and why others are skipped.
 
-    def __init__(self, workload: Workload, batch: Any, chunk: int, quantity: Quantity) -> None:
+    A call adds all batches; that of batch size 1, whose call costs nothing beside its many passes,
+    only the first.
+    """
+
+    def __init__(
+        self, workload: Workload, batches: Sequence[Batch], chunk: int, quantity: Quantity
+    ) -> None:
         self.steps: dict[str, Step] = {}
-        self.estimates: dict[str, float] = {}  # seconds per call
+        self.estimates: dict[str, float] = {}  # seconds per batch
         self.skipped: dict[str, str] = {}
         self.kept = 1.0  # the share of Ω that the batch-mean finds
-        expected = in_chunks(workload.model(), batch, quantity, length=1)()
+        first = batches[:1]
+        self.batches = {BATCH_SIZE_1: 1}  # of a call
+        expected = in_chunks(workload.model(), first, quantity, length=1)()
         for name, prepare in providers(chunk, quantity).items():
             try:
                 if name == OUR_SQUARE:  # the last one
-                    expected = in_chunks(workload.model(), batch, MAS_SQUARE, length=1)()
-                step = prepare(workload.model(), batch)
-                self.estimates[name], omega = _timed(step)
+                    expected = in_chunks(workload.model(), first, MAS_SQUARE, length=1)()
+                self.estimates[name], omega = _timed(prepare(workload.model(), first))
                 self._verify(name, omega, expected)
-                self.steps[name] = step
+                count = self.batches.setdefault(name, len(batches))
+                self.steps[name] = prepare(workload.model(), batches[:count])
             except Exception as reason:
                 if name in (OURS, OUR_SQUARE, BATCH_SIZE_1, *BATCH_MEANS):
                     raise
                 self.skipped[name] = _one_line(reason)
-        self.steps[FLOOR] = floor(workload.model(), batch, quantity)  # forms no Ω
-        self.estimates[FLOOR], _ = _timed(self.steps[FLOOR])
+        self.steps[FLOOR] = floor(workload.model(), batches, quantity)  # forms no Ω
+        self.estimates[FLOOR], self.batches[FLOOR] = 0.0, len(batches)
 
     def _verify(
         self, name: str, omega: Mapping[str, Tensor], expected: Mapping[str, Tensor]
@@ -116,7 +124,7 @@ class Verified:
 
     def every(self, rounds: int) -> dict[str, int]:
         """Slow providers take part in fewer rounds; ours and what it is compared with in all."""
-        fastest = min(self.estimates[name] for name in self.steps)
+        fastest = min(seconds for seconds in self.estimates.values() if seconds)
         most = min(MOST_ROUNDS_SKIPPED, max(1, (rounds - 1) // 2))
         every = {
             name: min(most, max(1, int(self.estimates[name] / fastest / 4))) for name in self.steps
@@ -165,15 +173,19 @@ def measure_quantity(
 ) -> Result:
     """Every provider of a quantity, verified and timed in interleaved rounds."""
     size = QUICK_BATCH if options.quick else workload.batch_size
-    batch = workload.batch(size)
+    count = 1 if options.quick else workload.batches
+    batches = list(chunks(workload.batch(count * size), size))
     options.progress(f"{title}: looking for the best chunk of vmap")
     candidates = [4] if options.quick else [2**n for n in range(size.bit_length())]
-    chunk = next(iter(best_chunk(workload, batch, candidates, quantity)))
+    chunk = next(iter(best_chunk(workload, batches[0], candidates, quantity)))
     options.progress(f"{title}: verifying against batch size 1")
-    verified = Verified(workload, batch, chunk, quantity)
+    verified = Verified(workload, batches, chunk, quantity)
     options.progress(f"{title}: timing at most {options.rounds} rounds")
     every = verified.every(options.rounds)
-    seconds = interleave(verified.steps, options.rounds, every, budget)
+    calls = interleave(verified.steps, options.rounds, every, budget)
+    seconds = {
+        name: [each / verified.batches[name] for each in times] for name, times in calls.items()
+    }
     reference = min(BATCH_MEANS, key=lambda mean: statistics.median(seconds[mean]))
 
     def over(provider: str, other: str) -> dict[str, float]:
@@ -182,6 +194,7 @@ def measure_quantity(
 
     return {
         "batch_size": size,
+        "batches": count,
         "rounds": len(seconds[OURS]),
         "batch_mean": reference,
         "share_kept_by_batch_mean": verified.kept,
@@ -208,9 +221,10 @@ def _run(options: Options) -> Iterator[tuple[str, Result]]:
 BENCHMARK = Benchmark(
     name="per_sample",
     title="Exact importance of a batch",
-    about="Ω = 1/B Σ_k |∂‖F(x_k)‖²/∂θ| of the second and later batches of a model, next to "
-    "everything else that computes it exactly, and to the batch's mean gradient, which does not. "
-    "Then the diagonal of the empirical Fisher information, 1/B Σ_k (∂ log p(y_k|x_k)/∂θ)².",
+    about="Ω = 1/N Σ_k |∂‖F(x_k)‖²/∂θ| of a model that was measured before, next to everything "
+    "else that computes it exactly, and to the batch's mean gradient, which does not. Each call "
+    "makes an Ω and adds one to eight batches; times are those of a batch. Then the diagonal of "
+    "the empirical Fisher information, 1/N Σ_k (∂ log p(y_k|x_k)/∂θ)².",
     run=_run,
     seconds=(150, 6),
 )

@@ -8,7 +8,7 @@ embeddings cost it nothing, and a convolution's patches are laid out already.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -25,7 +25,7 @@ _PRODUCTS = {_aten.mm.default: 0, _aten.addmm.default: 1}  # → which argument 
 Sizes = tuple[int, int, int]  # rows, and the two sizes of the weight as a matrix
 
 
-def backward_alone(model: nn.Module, batch: Batch, quantity: Quantity = MAS) -> Step:
+def backward_alone(model: nn.Module, batches: Sequence[Batch], quantity: Quantity = MAS) -> Step:
     """Forward, and backward to the first layer's output, without gradients of weights."""
     outputs: list[Tensor] = []
 
@@ -38,29 +38,31 @@ def backward_alone(model: nn.Module, batch: Batch, quantity: Quantity = MAS) -> 
             module.register_forward_hook(keep)
 
     def step() -> Mapping[str, Tensor]:
-        outputs.clear()
-        scalar = quantity.of(model, batch)
-        torch.autograd.grad(scalar, outputs.pop())
+        for batch in batches:
+            outputs.clear()
+            scalar = quantity.of(model, batch)
+            torch.autograd.grad(scalar, outputs.pop())
         return {}
 
     return step
 
 
-def floor(model: nn.Module, batch: Batch, quantity: Quantity = MAS) -> Step:
+def floor(model: nn.Module, batches: Sequence[Batch], quantity: Quantity = MAS) -> Step:
     """The backward pass, and the products, into matrices that are zeroed before."""
-    weights = products(model, batch, quantity)
+    weights = products(model, batches[0], quantity)
     factors = {
         (rows, columns): torch.randn(rows, columns) for rows, *sizes in weights for columns in sizes
     }
     omegas = {size: torch.zeros(size) for _, *pair in weights for size in [tuple(pair)]}
-    passed = backward_alone(model, batch, quantity)
+    passed = backward_alone(model, batches[:1], quantity)
 
     def step() -> Mapping[str, Tensor]:
-        passed()
-        for (rows, left, right), times in weights.items():
-            for _ in range(times):
-                omega = omegas[left, right].zero_()
-                omega.addmm_(factors[rows, left].t(), factors[rows, right])
+        for _ in batches:
+            passed()
+            for (rows, left, right), times in weights.items():
+                for _ in range(times):
+                    omega = omegas[left, right].zero_()
+                    omega.addmm_(factors[rows, left].t(), factors[rows, right])
         return {}
 
     return step

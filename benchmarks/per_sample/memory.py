@@ -43,10 +43,10 @@ def measure(workload: str, provider: str, chunk: int) -> int:
     prepare, chosen = {**providers(chunk), **others}[provider], WORKLOADS[workload]
     model, batch = chosen.model(), chosen.batch()
     # What is loaded, compiled or cached once per process counts for nobody.
-    prepare(chosen.model(), take(batch, 0, 2))()
+    prepare(chosen.model(), [take(batch, 0, 2)])()
     return_free_memory()
     before = resident_bytes()
-    step = prepare(model, batch)
+    step = prepare(model, [batch])
     step()  # what it caches for the next call counts; what it needed only to plan does not
     return_free_memory()
     return peak_of(step) - before

@@ -1,4 +1,4 @@
-"""Implementations of a quantity of one batch, Ω = 1/B Σ_k f(∂s_k/∂θ).
+"""Implementations of a quantity of a few batches, Ω = 1/N Σ_k f(∂s_k/∂θ).
 
 MAS has s = ‖F(x)‖² and f = |·|; the empirical Fisher information's diagonal has s = −log p(y|x) and
 f = (·)². Each function prepares what a user would prepare once, which is not timed, and returns the
@@ -8,7 +8,7 @@ Every provider has a model of its own and may add hooks to it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -24,7 +24,7 @@ from benchmarks.models import Batch
 from mas_ext import estimate_importance
 
 Step = Callable[[], Mapping[str, Tensor]]
-Prepare = Callable[[nn.Module, Batch], Step]
+Prepare = Callable[[nn.Module, Sequence[Batch]], Step]
 
 OURS, OUR_SQUARE, BATCH_SIZE_1 = "mas_ext", "mas_ext, square", "batch size 1"
 BATCH_MEAN, BATCH = "batch-mean", "batch-mean, mas_ext"
@@ -41,6 +41,10 @@ def size(batch: Batch) -> int:
     return len(tree_leaves(batch)[0])
 
 
+def total_size(batches: Sequence[Batch]) -> int:
+    return sum(map(size, batches))
+
+
 def take(batch: Batch, start: int, stop: int) -> Batch:
     return tree_map(lambda t: t[start:stop], batch)
 
@@ -48,6 +52,11 @@ def take(batch: Batch, start: int, stop: int) -> Batch:
 def chunks(batch: Batch, length: int) -> Iterator[Batch]:
     for start in range(0, size(batch), length):
         yield take(batch, start, start + length)
+
+
+def chunks_of(batches: Sequence[Batch], length: int) -> Iterator[Batch]:
+    for batch in batches:
+        yield from chunks(batch, length)
 
 
 def arguments(batch: Batch) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
@@ -74,7 +83,7 @@ def negative_log_likelihoods(output: Tensor, batch: Batch) -> Tensor:
 
 @dataclass(frozen=True)
 class Quantity:
-    """Ω = 1/B Σ_k f(∂s_k/∂θ).
+    """Ω = 1/N Σ_k f(∂s_k/∂θ).
 
     Attributes:
         total: (output, batch) → Σ_k s_k.
@@ -120,31 +129,38 @@ def zeros(model: nn.Module) -> dict[str, Tensor]:
 
 
 def ours(
-    model: nn.Module, batch: Batch, quantity: Quantity = MAS, estimator: str = "per_sample"
+    model: nn.Module,
+    batches: Sequence[Batch],
+    quantity: Quantity = MAS,
+    estimator: str = "per_sample",
 ) -> Step:
-    return lambda: estimate_importance(model, [batch], estimator=estimator, **quantity.options)
+    return lambda: estimate_importance(model, batches, estimator=estimator, **quantity.options)
 
 
-def in_chunks(model: nn.Module, batch: Batch, quantity: Quantity = MAS, *, length: int) -> Step:
+def in_chunks(
+    model: nn.Module, batches: Sequence[Batch], quantity: Quantity = MAS, *, length: int
+) -> Step:
     """f of each chunk's mean gradient, as a loop over a DataLoader does it."""
-    params = list(model.parameters())
+    params, total = list(model.parameters()), total_size(batches)
 
     def step() -> dict[str, Tensor]:
         omega = zeros(model)
-        for chunk in chunks(batch, length):
+        for chunk in chunks_of(batches, length):
             grads = torch.autograd.grad(quantity.of(model, chunk) / size(chunk), params)
             for o, g in zip(omega.values(), grads, strict=True):
-                o.add_(quantity.reduce(g), alpha=size(chunk) / size(batch))
+                o.add_(quantity.reduce(g), alpha=size(chunk) / total)
         return omega
 
     return step
 
 
-def batch_mean(model: nn.Module, batch: Batch, quantity: Quantity = MAS) -> Step:
-    return in_chunks(model, batch, quantity, length=size(batch))
+def batch_mean(model: nn.Module, batches: Sequence[Batch], quantity: Quantity = MAS) -> Step:
+    return in_chunks(model, batches, quantity, length=size(batches[0]))
 
 
-def vmapped(model: nn.Module, batch: Batch, quantity: Quantity = MAS, *, length: int) -> Step:
+def vmapped(
+    model: nn.Module, batches: Sequence[Batch], quantity: Quantity = MAS, *, length: int
+) -> Step:
     """Gradients of ``length`` samples at a time."""
     params = {name: p.detach() for name, p in model.named_parameters()}
 
@@ -158,14 +174,14 @@ def vmapped(model: nn.Module, batch: Batch, quantity: Quantity = MAS, *, length:
     @sdpa_kernel(SDPBackend.MATH)  # vmap has no rule for the fused attention and loops
     def step() -> dict[str, Tensor]:
         omega = zeros(model)
-        for chunk in chunks(batch, length):
-            quantity.add_each(omega, of_each(params, chunk).values(), 1 / size(batch))
+        for chunk in chunks_of(batches, length):
+            quantity.add_each(omega, of_each(params, chunk).values(), 1 / total_size(batches))
         return omega
 
     return step
 
 
-def opacus(model: nn.Module, batch: Batch, quantity: Quantity = MAS) -> Step:
+def opacus(model: nn.Module, batches: Sequence[Batch], quantity: Quantity = MAS) -> Step:
     from opacus.grad_sample import GradSampleModule
 
     refused = GradSampleModule.validate(model)
@@ -173,13 +189,14 @@ def opacus(model: nn.Module, batch: Batch, quantity: Quantity = MAS) -> Step:
         raise Unsupported(f"refuses {len(refused)} modules that have buffers, such as BatchNorm")
     # Its hooks do nothing in evaluation mode. No workload has dropout or, here, BatchNorm.
     wrapped = GradSampleModule(model.train(), loss_reduction="sum")
-    batch = _with_positions(model, batch)
+    batches = [_with_positions(model, batch) for batch in batches]
 
     def step() -> dict[str, Tensor]:
-        quantity.of(wrapped, batch).backward()
-        omega = zeros(model)
-        quantity.add_each(omega, (p.grad_sample for p in model.parameters()), 1 / size(batch))
-        wrapped.zero_grad(set_to_none=True)  # grad_sample too
+        omega, scale = zeros(model), 1 / total_size(batches)
+        for batch in batches:
+            quantity.of(wrapped, batch).backward()
+            quantity.add_each(omega, (p.grad_sample for p in model.parameters()), scale)
+            wrapped.zero_grad(set_to_none=True)  # grad_sample too
         return omega
 
     return step
@@ -193,7 +210,7 @@ def _with_positions(model: nn.Module, batch: Batch) -> Batch:
     return {**batch, "position_ids": torch.arange(ids.shape[1]).expand_as(ids)}
 
 
-def backpack(model: nn.Module, batch: Batch, quantity: Quantity = MAS) -> Step:
+def backpack(model: nn.Module, batches: Sequence[Batch], quantity: Quantity = MAS) -> Step:
     """It can sum the squares itself, without a gradient per sample."""
     from backpack import backpack as extended_backward
     from backpack.extensions import BatchGrad, SumGradSquared
@@ -201,20 +218,24 @@ def backpack(model: nn.Module, batch: Batch, quantity: Quantity = MAS) -> Step:
     extended = _extended(model)
     extension = BatchGrad() if quantity is MAS else SumGradSquared()
 
-    def step() -> dict[str, Tensor]:
+    def add(omega: Mapping[str, Tensor], batch: Batch, scale: float) -> None:
         with extended_backward(extension):
             quantity.of(extended, batch).backward()
         _check_each_has(extended, extension.savefield)
-        omega = zeros(extended)
         saved = [getattr(p, extension.savefield) for p in extended.parameters()]
         if quantity is MAS:
-            quantity.add_each(omega, saved, 1 / size(batch))
+            quantity.add_each(omega, saved, scale)
         else:
             for o, squares in zip(omega.values(), saved, strict=True):
-                o.add_(squares, alpha=1 / size(batch))
+                o.add_(squares, alpha=scale)
         for p in extended.parameters():
             p.grad = None
             delattr(p, extension.savefield)
+
+    def step() -> dict[str, Tensor]:
+        omega = zeros(extended)
+        for batch in batches:
+            add(omega, batch, 1 / total_size(batches))
         return omega
 
     return step
@@ -239,7 +260,7 @@ def _check_each_has(model: nn.Module, attribute: str) -> None:
         raise Unsupported(f"no rule for {len(missing)} of {count} parameters, such as {missing[0]}")
 
 
-def nngeometry(model: nn.Module, batch: Batch, quantity: Quantity) -> Step:
+def nngeometry(model: nn.Module, batches: Sequence[Batch], quantity: Quantity) -> Step:
     """The diagonal of E[JᵀJ], where J is that of the one number −log p(y|x)."""
     from nngeometry.backend import TorchHooksJacobianBackend
     from nngeometry.layercollection import LayerCollection
@@ -247,11 +268,14 @@ def nngeometry(model: nn.Module, batch: Batch, quantity: Quantity) -> Step:
     from torch.utils.data import DataLoader
 
     layers = LayerCollection.from_model(model)
-    if not isinstance(batch, tuple):
+    if not isinstance(batches[0], tuple):
         raise Unsupported("differentiates with respect to the inputs, and tokens have no gradient")
-    count = size(batch)
-    # Its own loader would stack samples one by one.
-    loader = DataLoader(range(count), count, collate_fn=lambda _: [t.detach() for t in batch])
+    count = size(batches[0])
+
+    def batch_of(samples: list[int]) -> list[Tensor]:  # its own loader would stack them one by one
+        return [t.detach() for t in batches[samples[0] // count]]
+
+    loader = DataLoader(range(total_size(batches)), count, collate_fn=batch_of)
     backend = TorchHooksJacobianBackend(
         model, lambda x, y: cross_entropy(model(x), y, reduction="none"), layer_collection=layers
     )

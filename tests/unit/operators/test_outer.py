@@ -86,7 +86,7 @@ def test_same_bits_for_any_layout(op: str, layout: str) -> None:
     assert torch.equal(result(op, make(size, layout=layout)), result(op, make(size)))
 
 
-PATCHES = {  # of Ω [p, channels, 2, 3], left [b, 4, 5, p], right [b, 4, 5, channels, 2, 3]
+PATCHES = {  # of Ω [p, channels, 2, 3], left [b, h, w, p], right [b, h, w, channels, 2, 3]
     "as_they_are": lambda omega, left, right: (omega, left, right),
     "channels_last": lambda omega, left, right: (
         omega.movedim(1, -1),
@@ -104,23 +104,26 @@ PATCHES = {  # of Ω [p, channels, 2, 3], left [b, 4, 5, p], right [b, 4, 5, cha
 @each_op
 @each_module
 @each_dtype
-@pytest.mark.parametrize("channels", [1, 5, 32, 70])
 @pytest.mark.parametrize("order", PATCHES)
+@pytest.mark.parametrize(
+    ("channels", "height", "width"), [(1, 4, 5), (5, 4, 5), (32, 3, 8), (100, 2, 3), (4, 17, 18)]
+)
 def test_patches_of_an_image(
-    op: str, module: Any, dtype: torch.dtype, channels: int, order: str
+    op: str, module: Any, dtype: torch.dtype, order: str, channels: int, height: int, width: int
 ) -> None:
     """A view, in which memory overlaps; laid out, they are one matrix of columns per sample."""
-    image = torch.randn(3, 5, 7, channels).to(dtype)
+    image = torch.randn(3, channels, height + 1, width + 2).to(dtype)
     steps = image.stride()
     patches = image.as_strided(
-        (3, 4, 5, channels, 2, 3), (*steps[:3], 1, *steps[1:3]), image.storage_offset()
+        (3, height, width, channels, 2, 3), (steps[0], *steps[2:], *steps[1:])
     )
     flat = State(
         omega=[torch.rand(9, channels * 6).to(accumulation_dtype(dtype))],
-        left=[torch.randn(3, 20, 9).to(dtype)],
-        right=[patches.reshape(3, 20, -1)],
+        left=[torch.randn(3, height * width, 9).to(dtype)],
+        right=[patches.reshape(3, height * width, -1)],
     )
-    omega, left = flat.omega[0].unflatten(1, (channels, 2, 3)), flat.left[0].unflatten(1, (4, 5))
+    omega = flat.omega[0].unflatten(1, (channels, 2, 3))
+    left = flat.left[0].unflatten(1, (height, width))
     seen = PATCHES[order](omega.clone(), left, patches)
     results = call(module, op, State(omega=[seen[0]], left=[seen[1]], right=[seen[2]]))
     (turned,) = results.tensors
