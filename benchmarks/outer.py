@@ -117,25 +117,25 @@ def of_square(case: Case) -> dict[str, Step]:
     return {SQUARE: fused_square, **chunks, **pairs}
 
 
-def check(x: Problem, step: Step, magnitude: Callable[[Tensor], Tensor], what: str) -> None:
+def check(x: Problem, steps: dict[str, Step], magnitude: Callable[[Tensor], Tensor]) -> None:
     """Verifies against float64, one sample at a time."""
     expected = torch.zeros_like(x.omega, dtype=torch.float64)
     for left, right in zip(x.left.double(), x.right.double(), strict=True):
         expected += magnitude(left.mT @ right)
-    x.omega.zero_()
-    step(x)
-    torch.testing.assert_close(
-        x.omega.double(), expected, rtol=1e-5, atol=1e-4, msg=lambda text: f"{what}: {text}"
-    )
+    for name, step in steps.items():
+        x.omega.zero_()
+        step(x)
+        torch.testing.assert_close(
+            x.omega.double(), expected, rtol=1e-5, atol=1e-4, msg=f"{name}: {{}}".format
+        )
 
 
 def measure(case: Case, rounds: int, budget: float | None = None, device: str = "cpu") -> Result:
     """Every provider is verified, then all are timed in interleaved rounds."""
     x = make(case, device)
     absolute, square = of_abs(), of_square(case)
-    for steps, magnitude in ((absolute, torch.abs), (square, torch.square)):
-        for name, step in steps.items():
-            check(x, step, magnitude, f"{case.title}, {name}")
+    check(x, absolute, torch.abs)
+    check(x, square, torch.square)
     rows = torch.randn(case.p, SAMPLES * case.positions, device=device)
     columns = torch.randn(SAMPLES * case.positions, case.d, device=device)
     calls = {name: partial(step, x) for name, step in (absolute | square).items()}

@@ -39,6 +39,8 @@ QUICK = ("mlp", "cnn")
 QUICK_BATCH = 8  # samples
 TOLERANCE = 1e-3  # float32
 MOST_ROUNDS_SKIPPED = 4  # a slow provider takes part in every fourth round or more often
+IN_EVERY_ROUND = (OURS, OUR_SQUARE, FLOOR, *BATCH_MEANS)
+SLOW = 0.05  # seconds per batch
 MEMORY_OF = (memory.PLAIN, OURS, BATCH_MEAN, BATCH_SIZE_1, UNCHUNKED)  # a process each
 
 
@@ -79,7 +81,7 @@ def _mass(omega: Mapping[str, Tensor]) -> float:
 class Verified:
     """The providers that agree with batch size 1 on the first batch, and why others are skipped.
 
-    A call adds all batches; that of batch size 1, whose call costs nothing beside its many passes,
+    A call adds all batches; that of a slow provider, beside which what it costs once is nothing,
     only the first.
     """
 
@@ -91,7 +93,7 @@ class Verified:
         self.skipped: dict[str, str] = {}
         self.kept = 1.0  # the share of Ω that the batch-mean finds
         first = batches[:1]
-        self.batches = {BATCH_SIZE_1: 1}  # of a call
+        self.batches: dict[str, int] = {}  # of a call
         expected = in_chunks(workload.model(), first, quantity, length=1)()
         for name, prepare in providers(chunk, quantity).items():
             try:
@@ -99,8 +101,9 @@ class Verified:
                     expected = in_chunks(workload.model(), first, MAS_SQUARE, length=1)()
                 self.estimates[name], omega = _timed(prepare(workload.model(), first))
                 self._verify(name, omega, expected)
-                count = self.batches.setdefault(name, len(batches))
-                self.steps[name] = prepare(workload.model(), batches[:count])
+                is_slow = name not in IN_EVERY_ROUND and self.estimates[name] > SLOW
+                self.batches[name] = 1 if is_slow else len(batches)
+                self.steps[name] = prepare(workload.model(), batches[: self.batches[name]])
             except Exception as reason:
                 if name in (OURS, OUR_SQUARE, BATCH_SIZE_1, *BATCH_MEANS):
                     raise
@@ -129,7 +132,7 @@ class Verified:
         every = {
             name: min(most, max(1, int(self.estimates[name] / fastest / 4))) for name in self.steps
         }
-        return {**every, **dict.fromkeys((OURS, OUR_SQUARE, FLOOR, *BATCH_MEANS), 1)}
+        return {**every, **dict.fromkeys(IN_EVERY_ROUND, 1)}
 
 
 def _one_line(reason: Exception) -> str:
