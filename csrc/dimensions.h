@@ -14,7 +14,7 @@ namespace mas_ext {
 // stride apart, or there is an offset for each.
 class Joined {
  public:
-  Joined(const Operand& tensor, size_t first, size_t last) {
+  Joined(const Operand& tensor, size_t first, size_t last) : stride_(tensor.strides[last - 1]) {
     bool at_one_stride = true;
     for (size_t d = last; d-- > first;) {
       if (tensor.sizes[d] != 1) {
@@ -47,7 +47,7 @@ class Joined {
     offsets_ = std::move(longer);
   }
 
-  int64_t size_ = 1, stride_ = 0;
+  int64_t size_ = 1, stride_;
   std::vector<int64_t> offsets_;
 };
 

@@ -28,9 +28,8 @@ struct Kernels : CudaKernels {
   static void accumulate_outer(Magnitude, const Call& call, const Outer& problem) {
     if (problem.has_offsets()) {
       fail(call.op,
-           "the positions or columns are several dimensions that do not lie at one stride in "
-           "memory, "
-           "which only the CPU's kernels take; pass a reshape() to one dimension each");
+           "positions or columns are several dimensions that do not lie at one stride in memory, "
+           "which only the CPU's kernels take; reshape() them to one dimension each");
     }
     const torch::stable::accelerator::DeviceGuard guard(call.place.device_index);
     visit_dtype(problem.dtype, [&]<class T>() {
