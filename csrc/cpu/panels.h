@@ -109,7 +109,8 @@ MAS_ALWAYS_INLINE void read_four(typename Lanes<A, 4 * sizeof(A)>::Vector& to, c
   to = typename Lanes<A, 4 * sizeof(A)>::Vector{read(0), read(1), read(2), read(3)};
 }
 
-// One sample's panel of Width rows, of which only `n` are there, of a factor with offsets.
+// One sample's panel of Width rows of a factor with offsets. Where there are only `n`, the last one
+// stands for the others, whose products are not added to Ω.
 template <class Magnitude, int Width, class A, class T>
 MAS_MULTIVERSION void gather_panel(A* __restrict__ panel, const T* __restrict__ data,
                                    const Factor& factor, int64_t first_row, int64_t n,
@@ -118,7 +119,7 @@ MAS_MULTIVERSION void gather_panel(A* __restrict__ panel, const T* __restrict__ 
     return offsets != nullptr ? offsets[i] : i * stride;
   };
   const T* rows[Width];
-  for (int64_t row = 0; row < Width; ++row) {  // the last row stands in for those that are absent
+  for (int64_t row = 0; row < Width; ++row) {
     rows[row] =
         data + at(factor.row_offsets, factor.row_stride, first_row + std::min<int64_t>(row, n - 1));
   }
@@ -144,10 +145,6 @@ MAS_MULTIVERSION void gather_panel(A* __restrict__ panel, const T* __restrict__ 
           panel[i * Width + row] = read_as<Magnitude, A>(rows[row][offsets[i]], magnitudes);
         }
       }
-    }
-    for (int64_t i = 0; i < std::min<int64_t>(kTileRows, positions - k); ++i) {
-      std::fill_n(panel + i * Width + std::min<int64_t>(n, Width), std::max<int64_t>(0, Width - n),
-                  A(0));
     }
   }
 }

@@ -86,6 +86,23 @@ def test_a_dependence_on_the_batch_is_found(name):
         estimate_importance(model, batches())
 
 
+def test_a_dependence_is_found_in_the_first_batch_of_a_later_measurement():
+    torch.manual_seed(0)
+    model = Net(clipped, layer=nn.Linear(6, 3)).double()
+    estimate_importance(model, [X] * 5)  # the plan has served five batches, no power of two
+    with pytest.raises(ValueError, match="depends on the other samples"):
+        estimate_importance(model, [30 * X])
+
+
+def test_single_samples_run_in_ever_fewer_batches():
+    model, calls = nn.Linear(6, 3).double(), []
+    estimate_importance(model, [X] * 5)
+    model.register_forward_hook(lambda *_: calls.append(1))
+    estimate_importance(model, [X] * 10)
+    # Two in the first batch, which is the plan's fifth, and two in its eighth.
+    assert len(calls) == 10 + 2 + 2
+
+
 READ: dict[str, tuple[Callable[[Tensor], Any], bool]] = {  # and whether it says anything of x
     "positions": (lambda x: 1 - torch.arange(x.shape[1]).diff().min(), False),
     "a mask": (lambda x: torch.ones(len(x), 1).tril().bool().all(), False),
