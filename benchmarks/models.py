@@ -111,7 +111,7 @@ class Workload:
         build: makes the model.
         sample: makes data for a number of samples: a batch, or for a training step (inputs,
             targets).
-        batches: of a call that measures importance, which then takes about half a second.
+        batches: that a call that measures importance adds: several where one takes little time.
         task: samples of a task, for the benchmark of a task's end.
         optimizer: name of a class in torch.optim; ``momentum``: its momentum, if it has one.
     """

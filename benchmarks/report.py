@@ -222,7 +222,7 @@ def per_sample(models: Results) -> list[Table]:
             ],
         ),
         Table(
-            "The diagonal of the empirical Fisher information, 1/B Σ_k (∂ log p(y_k|x_k)/∂θ)²: "
+            "The diagonal of the empirical Fisher information, 1/N Σ_k (∂ log p(y_k|x_k)/∂θ)²: "
             "the same columns, and the share that the square of the batch's mean gradient finds.",
             ("", "/ batch-mean", "mas_ext, ms", *squares, "batch-mean finds"),
             [

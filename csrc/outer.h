@@ -16,6 +16,12 @@ struct Factor {
   const int64_t *position_offsets = nullptr, *row_offsets = nullptr;
 
   bool has_offsets() const { return position_offsets != nullptr || row_offsets != nullptr; }
+  int64_t position_at(int64_t i) const {
+    return position_offsets != nullptr ? position_offsets[i] : i * position_stride;
+  }
+  int64_t row_at(int64_t i) const {
+    return row_offsets != nullptr ? row_offsets[i] : i * row_stride;
+  }
 };
 
 struct Outer {

@@ -81,8 +81,8 @@ def _mass(omega: Mapping[str, Tensor]) -> float:
 class Verified:
     """The providers that agree with batch size 1 on the first batch, and why others are skipped.
 
-    A call adds all batches; that of a slow provider, beside which what it costs once is nothing,
-    only the first.
+    A call adds all batches. A slow provider's adds only the first, whose time dwarfs what a call
+    costs once.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class Verified:
                     raise
                 self.skipped[name] = _one_line(reason)
         self.steps[FLOOR] = floor(workload.model(), batches, quantity)  # forms no Ω
-        self.estimates[FLOOR], self.batches[FLOOR] = 0.0, len(batches)
+        self.batches[FLOOR] = len(batches)
 
     def _verify(
         self, name: str, omega: Mapping[str, Tensor], expected: Mapping[str, Tensor]
@@ -127,11 +127,10 @@ class Verified:
 
     def every(self, rounds: int) -> dict[str, int]:
         """Slow providers take part in fewer rounds; ours and what it is compared with in all."""
-        fastest = min(seconds for seconds in self.estimates.values() if seconds)
+        estimates = {n: seconds for n, seconds in self.estimates.items() if n in self.steps}
+        fastest = min(estimates.values())
         most = min(MOST_ROUNDS_SKIPPED, max(1, (rounds - 1) // 2))
-        every = {
-            name: min(most, max(1, int(self.estimates[name] / fastest / 4))) for name in self.steps
-        }
+        every = {n: min(most, max(1, int(each / fastest / 4))) for n, each in estimates.items()}
         return {**every, **dict.fromkeys(IN_EVERY_ROUND, 1)}
 
 

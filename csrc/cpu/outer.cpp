@@ -86,8 +86,9 @@ struct Part {
 };
 
 // Panels of Width rows, each with the positions of all samples.
-template <class Magnitude, int Width, class A, class T>
-void pack(A* panels, const T* data, const Factor& factor, const Part& part, bool magnitudes) {
+template <class Magnitude, class T, int Width, class A>
+void pack(A* panels, const Factor& factor, const Part& part, bool magnitudes) {
+  const T* data = static_cast<const T*>(factor.data);
   for (int64_t row = 0; row < part.rows; row += Width) {
     for (int64_t sample = 0; sample < part.samples; ++sample, panels += Width * part.positions) {
       const T* from = data + (part.first_sample + sample) * factor.sample_stride;
@@ -131,12 +132,12 @@ class Worker {
       const int64_t samples = std::min(blocking_.group, call_.samples - sample);
       for (int64_t position = 0; position < call_.positions; position += blocking_.part) {
         const int64_t positions = std::min(blocking_.part, call_.positions - position);
-        pack<Magnitude, kTileRows>(left_.get(), static_cast<const T*>(call_.left.data), call_.left,
-                                   {row_, rows_, sample, samples, position, positions},
-                                   call_.magnitudes);
-        pack<Magnitude, kColumns>(
-            right_.get(), static_cast<const T*>(call_.right.data), call_.right,
-            {column_, columns_, sample, samples, position, positions}, call_.magnitudes);
+        pack<Magnitude, T, kTileRows>(left_.get(), call_.left,
+                                      {row_, rows_, sample, samples, position, positions},
+                                      call_.magnitudes);
+        pack<Magnitude, T, kColumns>(right_.get(), call_.right,
+                                     {column_, columns_, sample, samples, position, positions},
+                                     call_.magnitudes);
         // If all factors are magnitudes, a part of a sample counts as a sample.
         multiply(samples, positions, call_.magnitudes || position == 0,
                  call_.magnitudes || position + positions == call_.positions);

@@ -115,19 +115,14 @@ template <class Magnitude, int Width, class A, class T>
 MAS_MULTIVERSION void gather_panel(A* __restrict__ panel, const T* __restrict__ data,
                                    const Factor& factor, int64_t first_row, int64_t n,
                                    int64_t first_position, int64_t positions, bool magnitudes) {
-  const auto at = [](const int64_t* offsets, int64_t stride, int64_t i) {
-    return offsets != nullptr ? offsets[i] : i * stride;
-  };
   const T* rows[Width];
   for (int64_t row = 0; row < Width; ++row) {
-    rows[row] =
-        data + at(factor.row_offsets, factor.row_stride, first_row + std::min<int64_t>(row, n - 1));
+    rows[row] = data + factor.row_at(first_row + std::min(row, n - 1));
   }
   for (int64_t k = 0; k < positions; k += kTileRows, panel += kTileRows * Width) {
     int64_t offsets[kTileRows];
     for (int64_t i = 0; i < kTileRows; ++i) {
-      offsets[i] = at(factor.position_offsets, factor.position_stride,
-                      first_position + std::min(k + i, positions - 1));
+      offsets[i] = factor.position_at(first_position + std::min(k + i, positions - 1));
     }
     const bool adjacent = offsets[1] == offsets[0] + 1 && offsets[2] == offsets[0] + 2 &&
                           offsets[3] == offsets[0] + 3;

@@ -65,10 +65,12 @@ class Materialized:
 class MatrixProduct:
     """M_k = Σ_t left_kt right_ktᵀ: a matrix multiplied at T positions.
 
+    T and d may be several dimensions each, as for the patches of a convolution.
+
     Attributes:
         left: [B, T, p], of any strides.
         right: [B, T, d], of any strides.
-        shape: of the tensor, where it is not the matrix [p, d] itself.
+        shape: of the tensor, where it is not [p, d] itself.
     """
 
     left: Tensor
@@ -78,20 +80,23 @@ class MatrixProduct:
     def accumulate_(self, omega: Tensor, reduction: Reduction) -> None:
         """Ω += Σ_k f(Σ_t …), by the kernel that works in tiles of Ω."""
         if self.shape is None:
-            add_product_(omega, self.left, self.right, reduction)
+            _add_product_(omega, self.left, self.right, reduction)
         elif omega.is_contiguous():
             matrix = omega.view(self.left.shape[2], -1)
-            add_product_(matrix, self.left, self.right, reduction)
+            _add_product_(matrix, self.left, self.right, reduction)
         else:
             matrix = omega.new_zeros(self.left.shape[2], self.right.shape[2])
-            add_product_(matrix, self.left, self.right, reduction)
+            _add_product_(matrix, self.left, self.right, reduction)
             omega += matrix.view(self.shape)
 
     def samples(self) -> Iterator[Tensor]:
         """M_k of each sample, by one matrix product per sample."""
+        columns = self.right.shape[self.left.dim() - 1 :]
+        shape = self.shape or (self.left.shape[-1], *columns)
         for left, right in zip(self.left, self.right, strict=True):
-            product = upcast(left).t() @ upcast(right)
-            yield product if self.shape is None else product.view(self.shape)
+            rows = upcast(left).flatten(0, -2)
+            product = rows.t() @ upcast(right).reshape(len(rows), columns.numel())
+            yield product.view(shape)
 
     def transposed(self) -> MatrixProduct:
         """The contribution to the transposed matrix."""
@@ -106,13 +111,13 @@ class MatrixProduct:
         return MatrixProduct(left, torch.cat([part.right for part in parts], 1))
 
 
-def add_product_(omega: Tensor, left: Tensor, right: Tensor, reduction: Reduction) -> None:
+def _add_product_(omega: Tensor, left: Tensor, right: Tensor, reduction: Reduction) -> None:
     """Ω [p, *d] += Σ_k f(Σ_t left_kt right_ktᵀ), for left [B, *T, p] and right [B, *T, *d]."""
     dtype = torch.promote_types(left.dtype, right.dtype)
     left, right = left.to(dtype), right.to(dtype)
     if accumulation_dtype(dtype) != omega.dtype:  # part of the model computes in another dtype
         total = torch.zeros_like(omega, dtype=accumulation_dtype(dtype))
-        add_product_(total, left, right, reduction)
+        _add_product_(total, left, right, reduction)
         omega += total
     elif left.shape[1] == 1 and left.dtype == omega.dtype and not left.is_cpu:
         # One position: f(l·r) = f(l)·f(r), an ordinary product, which a device's BLAS does best.
@@ -126,10 +131,10 @@ class StackedMatrixProducts:
     """A stack of matrices, each used by itself: M_k[h] = Σ_t left_kht right_khtᵀ.
 
     Attributes:
-        parts: for each matrix of the stack, its product.
+        parts: for each matrix of the stack, its MatrixProduct.
     """
 
-    parts: Sequence[Contribution]
+    parts: list[MatrixProduct]
 
     def accumulate_(self, omega: Tensor, reduction: Reduction) -> None:
         """Ω += Σ_k f(M_k), matrix by matrix."""

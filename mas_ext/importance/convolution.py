@@ -21,12 +21,11 @@ from mas_ext.importance.contributions import (
     Materialized,
     MatrixProduct,
     StackedMatrixProducts,
-    add_product_,
     upcast,
 )
 from mas_ext.importance.reductions import Reduction
 
-_AT_A_TIME = 1 << 20  # elements of the patches, or of the padded input, that are laid out
+_LAID_OUT = 1 << 20  # elements of the patches, or of the padded input, that are laid out
 _GRADIENTS = 1 << 19  # elements of the gradients that are formed at a time
 
 
@@ -92,8 +91,8 @@ class ConvolutionWeight:
         if self.is_depthwise():
             return self._depthwise, _at_a_time(_GRADIENTS, m * channels * kernel)
         if self.pixels.is_cpu:
-            return self._views, _at_a_time(_AT_A_TIME, self.inputs[:1].numel())
-        return self._blocks, _at_a_time(_AT_A_TIME, m * channels * kernel * pixels)
+            return self._views, _at_a_time(_LAID_OUT, self.inputs[:1].numel())
+        return self._blocks, _at_a_time(_LAID_OUT, m * channels * kernel * pixels)
 
     def _depthwise(self, chosen: slice) -> Materialized:
         """Forms the gradients [n, C, 1, *kernel] directly, since they are small."""
@@ -117,8 +116,8 @@ class ConvolutionWeight:
         right = patches.movedim((*range(-kernel, 0),), (*range(1, 1 + kernel),))
         lefts = pixels.movedim(2, -1).chunk(self.groups, -1)
         rights = right.unflatten(0, (-1, m)).chunk(self.groups, 2 + kernel)
-        parts = [PatchProduct(*pair) for pair in zip(lefts, rights, strict=True)]
-        return parts[0] if self.groups == 1 else GroupedProducts(parts)
+        parts = [MatrixProduct(*pair) for pair in zip(lefts, rights, strict=True)]
+        return parts[0] if self.groups == 1 else GroupedMatrixProducts(parts)
 
     def _blocks(self, chosen: slice) -> Contribution:
         """Patches that are laid out, with one dimension of positions and one of columns."""
@@ -133,7 +132,7 @@ class ConvolutionWeight:
             MatrixProduct(_positions(left[:, :, g]), _positions(right[:, :, g]), shape)
             for g in range(self.groups)
         ]
-        return parts[0] if self.groups == 1 else GroupedProducts(parts)
+        return parts[0] if self.groups == 1 else GroupedMatrixProducts(parts)
 
     def accumulate_(self, omega: Tensor, reduction: Reduction) -> None:
         """Ω += Σ_k f(M_k), for a few samples at a time."""
@@ -147,32 +146,8 @@ class ConvolutionWeight:
 
 
 @dataclass
-class PatchProduct:
-    """M_k = Σ_t pixels_kt patch_ktᵀ, over several dimensions of positions.
-
-    Attributes:
-        pixels: [B, *T, P].
-        patches: [B, *T, C, *kernel].
-    """
-
-    pixels: Tensor
-    patches: Tensor
-
-    def accumulate_(self, omega: Tensor, reduction: Reduction) -> None:
-        """Ω += Σ_k f(M_k), by the kernel that works in tiles of Ω."""
-        add_product_(omega, self.pixels, self.patches, reduction)
-
-    def samples(self) -> Iterator[Tensor]:
-        """M_k of each sample, by one matrix product per sample."""
-        shape = self.patches.shape[self.pixels.dim() - 1 :]
-        for pixels, patches in zip(self.pixels, self.patches, strict=True):
-            left, right = upcast(pixels).flatten(0, -2), upcast(patches).reshape(-1, shape.numel())
-            yield (left.t() @ right).unflatten(1, shape)
-
-
-@dataclass
-class GroupedProducts(StackedMatrixProducts):
-    """One product per group; groups follow each other along the weight's first dimension."""
+class GroupedMatrixProducts(StackedMatrixProducts):
+    """One matrix product per group; groups follow each other along the weight's first dimension."""
 
     def accumulate_(self, omega: Tensor, reduction: Reduction) -> None:
         """Ω += Σ_k f(M_k), group by group."""

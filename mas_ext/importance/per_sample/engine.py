@@ -118,13 +118,14 @@ def _add_several(
 def _plan_for(estimation: Estimation, batch: Batch, graph: Graph) -> Plan:
     """A plan that is valid for this batch: a stored one, or a new one that was verified."""
     plans = _plans.setdefault(estimation.model, Plans())
+    is_first_target = estimation.checked < estimation.batches  # of this batch
     plan = plans.find(graph)
     if plan is None:
         plan = _checked_plan(estimation, batch, graph, plans.know(graph))
         plans.keep(plan)
-    elif estimation.checked < estimation.batches:  # with the first target of the batch
+    elif is_first_target:
         _check_later_batch(estimation, batch, graph, plan)
-    if estimation.checked < estimation.batches:
+    if is_first_target:
         estimation.checked = estimation.batches
         plan.batches += 1
     return plan.without(find_moved_rows(plan, graph)) if plan.may_move_rows else plan
